@@ -1,0 +1,95 @@
+"""Every error that a user may see, and the exit code of each.
+
+KdbFastError                70  internal error: a defect of kdb-fast
+├── UsageError               2  the command or an option makes no sense
+├── RefusedError             4  refused before anything was done
+│   ├── SchemaError          4  a table, column, extension or right is not what it must be
+│   └── ModelError           4  a model is missing, damaged or unfit
+├── DatabaseError            5  the database cannot be reached or was lost
+├── LockedError              6  another run holds the index
+├── ResourceError            7  disk, memory, shared memory or processes ran out
+├── RejectLimitError         8  more records were rejected than allowed
+└── StoppedError       130/143  a signal stopped the run after a clean drain
+
+A message says what was found and what was expected; ``remedy`` says what to do about it.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_REJECTS = 3
+
+
+class KdbFastError(Exception):
+    """Base of all errors that kdb-fast raises on purpose.
+
+    Args:
+        message: What happened, in one sentence, with what was found and what was expected.
+        remedy: What the user can do about it, in one sentence; may name a command.
+    """
+
+    exit_code = 70
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}".rstrip()
+
+
+class UsageError(KdbFastError):
+    """The command or one of its options makes no sense."""
+
+    exit_code = 2
+
+
+class RefusedError(KdbFastError):
+    """Refused before the start: nothing was changed."""
+
+    exit_code = 4
+
+
+class SchemaError(RefusedError):
+    """A table, column, extension or right is not what kdb-fast needs."""
+
+
+class ModelError(RefusedError):
+    """A model is missing, damaged or cannot be used here."""
+
+
+class DatabaseError(KdbFastError):
+    """The database cannot be reached, or the connection was lost for good."""
+
+    exit_code = 5
+
+
+class LockedError(KdbFastError):
+    """Another run is writing the same index."""
+
+    exit_code = 6
+
+
+class ResourceError(KdbFastError):
+    """The machine ran out of something: memory, shared memory, disk, processes."""
+
+    exit_code = 7
+
+
+class RejectLimitError(KdbFastError):
+    """More records were rejected than ``--max-rejects`` allows."""
+
+    exit_code = 8
+
+
+class StoppedError(KdbFastError):
+    """A signal stopped the run; what had been embedded is committed.
+
+    Args:
+        signum: The signal that asked for the stop; the exit code is 128 + signum.
+    """
+
+    def __init__(self, message: str, *, remedy: str = "", signum: int = 2) -> None:
+        super().__init__(message, remedy=remedy)
+        self.exit_code = 128 + signum

@@ -1,0 +1,118 @@
+"""A record, the text that is embedded for it, and what makes one unfit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any, NamedTuple
+
+MAX_CONTENT_BYTES = 1_000_000
+"""Longest content kept for one record, in UTF-8 bytes.
+
+PostgreSQL's ``to_tsvector`` refuses more than 1,048,575 bytes of lexemes, and KameleonDB's table has
+a generated ``tsv`` column; a longer text is cut here (counted as ``truncated``), and no known encoder
+reads beyond the first few ten thousand characters.
+"""
+
+MAX_ENTITY_CHARS = 255
+"""``kdb_search.entity_name`` is varchar(255)."""
+
+MAX_RECORD_ID_CHARS = 36
+"""``kdb_search.record_id`` is varchar(36)."""
+
+
+class Record(NamedTuple):
+    """One text with its key.
+
+    Attributes:
+        entity: Name of the entity (at most 255 characters).
+        record_id: Key within the entity (at most 36 characters), canonical text form.
+        content: The text to embed and to search by keyword.
+        source_at: When the record was last changed at its source, if the source knows.
+        position: Where it was read (a line number), for messages; 0 where it has no meaning.
+    """
+
+    entity: str
+    record_id: str
+    content: str
+    source_at: datetime | None = None
+    position: int = 0
+
+
+class Reject(NamedTuple):
+    """A record that cannot be stored, and why.
+
+    Attributes:
+        entity: Name of the entity.
+        record_id: Its key, or '' where it has none.
+        reason: A short machine-readable word such as ``nul_byte`` or ``empty_text``.
+        detail: One sentence for a person, without the record's text.
+        content_hash: SHA-256 of the content, or of the raw line where there is no content; 32 bytes.
+        position: Line number in the input, or 0.
+    """
+
+    entity: str
+    record_id: str
+    reason: str
+    detail: str
+    content_hash: bytes = b""
+    position: int = 0
+
+
+def content_hash(content: str) -> bytes:
+    """SHA-256 of the UTF-8 form: the value PostgreSQL gives for ``sha256(convert_to(content, 'UTF8'))``."""
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
+
+
+def content_from_fields(fields: Iterable[tuple[str, Any]]) -> str:
+    """Join named values as KameleonDB does: ``name: Headphones | description: Noise-cancelling``.
+
+    Values that are None or an empty string are left out. Returns '' when nothing is left.
+    """
+    return " | ".join(f"{name}: {value}" for name, value in fields if value is not None and value != "")
+
+
+def content_of(data: Mapping[str, Any], names: Iterable[str]) -> str:
+    """:func:`content_from_fields` over the keys ``names`` of ``data``, in that order."""
+    return content_from_fields((name, data.get(name)) for name in names)
+
+
+def unfit(record: Record) -> tuple[str, str] | None:
+    """Why this record can never be stored, as (reason, detail), or None if it is fit.
+
+    Everything here would otherwise fail later for the whole batch it is in: PostgreSQL refuses NUL
+    and invalid UTF-8 for the whole COPY, the tokenizer refuses lone surrogates for the whole list.
+    """
+    for what, value in (("content", record.content), ("record id", record.record_id), ("entity", record.entity)):
+        if not isinstance(value, str):
+            return "wrong_type", f"{what} is {type(value).__name__}, expected text"
+    if not record.record_id:
+        return "missing_id", "the record id is empty"
+    if len(record.record_id) > MAX_RECORD_ID_CHARS:
+        return "id_too_long", (
+            f"the record id has {len(record.record_id)} characters, the index holds {MAX_RECORD_ID_CHARS}"
+        )
+    if not record.entity or len(record.entity) > MAX_ENTITY_CHARS:
+        return "bad_entity", f"the entity name has {len(record.entity)} characters, expected 1 to {MAX_ENTITY_CHARS}"
+    if not record.content or record.content.isspace():
+        return "empty_text", "the text is empty or only white space"
+    for value in (record.content, record.record_id, record.entity):
+        if "\x00" in value:
+            return "nul_byte", "a NUL character (U+0000) cannot be stored in PostgreSQL text"
+        if not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                return "lone_surrogate", f"a lone surrogate (U+{ord(value[error.start]):04X}) is not valid text"
+    return None
+
+
+def cut_content(content: str) -> str:
+    """The content cut to :data:`MAX_CONTENT_BYTES`, on a character boundary."""
+    if len(content) * 4 <= MAX_CONTENT_BYTES:
+        return content
+    raw = content.encode("utf-8")
+    if len(raw) <= MAX_CONTENT_BYTES:
+        return content
+    return raw[:MAX_CONTENT_BYTES].decode("utf-8", "ignore")

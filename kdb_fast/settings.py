@@ -1,0 +1,100 @@
+"""Option objects: frozen, checked when built, no defaults hidden elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UsageError
+
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+DEFAULT_BATCH_SIZE = 100
+"""Default of ``--batch-size``: the specification's."""
+MAX_BATCH_SIZE = 1000
+"""FastEmbed's upper limit for ``--batch-size`` in the specification's table."""
+MAX_WORKERS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectLimit:
+    """How many records may be rejected before a run stops: a count or a share of the records read."""
+
+    count: int | None = None
+    share: float | None = 0.01
+
+    GRACE = 100
+    """A share is judged once this many records were read: 1 bad record in the first 10 is no trend."""
+
+    @classmethod
+    def parse(cls, text: str) -> RejectLimit:
+        """``"25"`` is a count, ``"1%"`` a share of the records read. Raises UsageError for anything else."""
+        try:
+            if text.endswith("%"):
+                share = float(text[:-1]) / 100
+                if not 0 <= share <= 1:
+                    raise ValueError
+                return cls(share=share)
+            count = int(text)
+            if count < 0:
+                raise ValueError
+            return cls(count=count, share=None)
+        except ValueError:
+            raise UsageError(
+                f"--max-rejects is {text!r}; expected a number such as 25 or a share such as 1%."
+            ) from None
+
+    def exceeded(self, *, rejected: int, read: int, finished: bool = False) -> bool:
+        """Whether the run must stop now. A share is judged after ``GRACE`` records, or when all were read."""
+        if self.count is not None:
+            return rejected > self.count
+        assert self.share is not None
+        if read < self.GRACE and not finished:
+            return False
+        # At least one record may always be bad: 1 % of a small table would allow none.
+        return rejected > max(1.0, self.share * read)
+
+    def __str__(self) -> str:
+        return str(self.count) if self.count is not None else f"{100 * (self.share or 0):g}%"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReindexOptions:
+    """What ``kdb-fast reindex`` was asked to do.
+
+    Attributes:
+        entities: Names of the entities to index; empty means all.
+        model: Name of the model.
+        model_path: Directory of a model to use instead of looking ``model`` up.
+        batch_size: Most rows in one ONNX run (1 to 1,000). A cap: batches also obey a token budget.
+        workers: Number of embedding processes; None means one for each CPU this process may use.
+        force: Embed every record, also those whose text and model are unchanged.
+        limit: Read at most this many records.
+        wait: Seconds to wait for another run to end; 0 refuses at once.
+        max_rejects: When to give up on bad input.
+        precision: ``fp32``, ``bf16``, ``int8`` or ``auto``.
+        min_fidelity: Least mean cosine with fp32 that a lower precision must reach on the user's records.
+        provider: ``fastembed`` or ``openai``.
+    """
+
+    entities: tuple[str, ...] = ()
+    model: str = DEFAULT_MODEL
+    model_path: Path | None = None
+    batch_size: int = DEFAULT_BATCH_SIZE
+    workers: int | None = None
+    force: bool = False
+    limit: int | None = None
+    wait: float = 0.0
+    max_rejects: RejectLimit = RejectLimit()
+    precision: str = "fp32"
+    min_fidelity: float | None = None
+    provider: str = "fastembed"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch_size <= MAX_BATCH_SIZE:
+            raise UsageError(f"--batch-size is {self.batch_size}; expected 1 to {MAX_BATCH_SIZE}.")
+        if self.workers is not None and not 1 <= self.workers <= MAX_WORKERS:
+            raise UsageError(f"--workers is {self.workers}; expected 1 to {MAX_WORKERS}.")
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"--limit is {self.limit}; expected 1 or more.")
+        if self.wait < 0:
+            raise UsageError(f"--wait is {self.wait}; expected seconds, 0 or more.")

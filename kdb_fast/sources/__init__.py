@@ -1,0 +1,1 @@
+"""Where records come from: KameleonDB's tables or a JSON Lines file."""

@@ -1,0 +1,1 @@
+"""Where vectors go: PostgreSQL with pgvector, or SQLite."""
