@@ -116,3 +116,15 @@ def cut_content(content: str) -> str:
     if len(raw) <= MAX_CONTENT_BYTES:
         return content
     return raw[:MAX_CONTENT_BYTES].decode("utf-8", "ignore")
+
+
+def storable_key(value: object, limit: int = 200) -> str:
+    """A key that could not be stored as it is, in a form that can: printable, at most ``limit`` characters.
+
+    Control characters, lone surrogates and NUL are written as \\xNN or \\uNNNN, so the result is also safe
+    on a terminal.
+    """
+    text = value if isinstance(value, str) else repr(value)
+    cut = text[: limit + 1]
+    safe = "".join(c if c.isprintable() and not "\ud800" <= c <= "\udfff" else ascii(c)[1:-1] for c in cut)
+    return safe if len(safe) <= limit else safe[: limit - 1] + "…"

@@ -1,1 +1,24 @@
 """Where vectors go: PostgreSQL with pgvector, or SQLite."""
+
+from __future__ import annotations
+
+from ..database import DatabaseAddress
+from .base import Store
+
+
+def open_store(address: DatabaseAddress, role: str) -> Store:
+    """A store for this address with a connection of its own.
+
+    Args:
+        role: What the connection is for (``parent``, ``writer``); shown in the server's list of sessions.
+
+    Raises:
+        DatabaseError: The database cannot be reached.
+    """
+    if address.dialect == "sqlite":
+        from .sqlite import SQLiteStore
+
+        return SQLiteStore.open(address)
+    from .postgresql import PostgreSQLStore
+
+    return PostgreSQLStore(address, role)

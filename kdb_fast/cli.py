@@ -1,0 +1,351 @@
+"""The command line: options → settings → the engine → what a person or a program reads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from . import __version__
+from .errors import EXIT_OK, EXIT_REJECTS, KdbFastError, UsageError
+from .settings import DEFAULT_BATCH_SIZE, DEFAULT_MODEL, RejectLimit, ReindexOptions
+
+if TYPE_CHECKING:
+    from .database import DatabaseAddress
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def main() -> None:
+    """Entry point of ``kdb-fast``: runs the command and ends the process with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line and return its exit code; every error becomes one line on standard error."""
+    as_json = "--json" in arguments
+    try:
+        result = cli.main(args=arguments, prog_name="kdb-fast", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else EXIT_OK
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show(sys.stdout)
+        return EXIT_OK
+    except click.ClickException as error:
+        return _fail(UsageError(error.format_message(), remedy=_usage_hint(error)), as_json, arguments)
+    except KdbFastError as error:
+        return _fail(error, as_json, arguments)
+    except (KeyboardInterrupt, click.Abort):
+        from .errors import StoppedError
+
+        stopped = StoppedError("Stopped at once; the transaction in progress was rolled back.")
+        return _fail(stopped, as_json, arguments)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): nothing more to say, and what was committed stays.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _usage_hint(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    return f"See: {context.command_path} --help" if context is not None else ""
+
+
+def _fail(error: KdbFastError, as_json: bool, arguments: list[str]) -> int:
+    receipt: dict[str, Any] | None = getattr(error, "receipt", None)
+    line = str(error)
+    if receipt is not None:
+        done = receipt["stored"] + receipt["reused"]
+        line += f" Safe in the database: {done:,} new and {receipt['unchanged']:,} unchanged records."
+        line += f" To carry on: {_carry_on(arguments)}"
+    if as_json:
+        problem = {"type": type(error).__name__, "message": error.message, "remedy": error.remedy,
+                   "exit_code": error.exit_code}  # fmt: skip
+        print(json.dumps({**(receipt or {}), "error": problem}))
+    print(f"kdb-fast: {line}", file=sys.stderr)
+    return error.exit_code
+
+
+def _carry_on(arguments: list[str]) -> str:
+    """The same command, with a database address only if it holds no password."""
+    shown = [a if "://" not in a or "@" not in a else "$KDB_FAST_DB" for a in arguments]
+    return "kdb-fast " + " ".join(a if a == "$KDB_FAST_DB" else shlex.quote(a) for a in shown)
+
+
+def database_option(command: F) -> F:
+    """``--db``, with its environment variable."""
+    return click.option(
+        "--db",
+        envvar="KDB_FAST_DB",
+        metavar="URL",
+        help="postgresql://…, sqlite:///file.db or embedded:DIR (a private PostgreSQL; the default, in your data "
+        "directory). Environment: KDB_FAST_DB.",
+    )(command)
+
+
+def json_option(command: F) -> F:
+    """``--json``: exactly one object on standard output."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(command)
+
+
+def model_options(command: F) -> F:
+    """``--model`` and ``--model-path``."""
+    command = click.option(
+        "--model-path",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Directory of a model to use instead of looking it up.",
+    )(command)
+    return click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME", help="Any FastEmbed model.")(
+        command
+    )
+
+
+@contextlib.contextmanager
+def database(url: str | None) -> Iterator[DatabaseAddress]:
+    """The opened database of ``--db``; warns when a password stands on the command line."""
+    from .database import opened, parse_address
+
+    address = parse_address(url)
+    if url and url in sys.argv and address.dialect == "postgresql" and "password=" in address.conninfo:
+        print(
+            "warning: the password on the command line can be read by other users of this machine; "
+            "set KDB_FAST_DB or PGPASSWORD instead.",
+            file=sys.stderr,
+        )
+    with opened(address) as ready:
+        yield ready
+
+
+@click.group(context_settings=HELP, no_args_is_help=True)
+@click.version_option(__version__, prog_name="kdb-fast")
+def cli() -> None:
+    """Re-embed a table of text at the speed of this machine, and search it.
+
+    \b
+    Try it:      kdb-fast demo
+    Main job:    kdb-fast reindex --db postgresql://user@host/dbname
+    Ask:         kdb-fast search "angry customer" --db …
+    """
+
+
+@cli.command()
+@click.argument("entities", nargs=-1, metavar="[ENTITY]…")
+@database_option
+@click.option("--from", "from_file", metavar="FILE", help="Read a JSON Lines file (- for standard input) instead of KameleonDB's tables.")  # fmt: skip
+@click.option("--entity", help="With --from: the entity that the records belong to.")
+@click.option("--id-field", default="id", show_default=True, help="With --from: the field that holds the key.")
+@click.option("--field", "fields", multiple=True, help="With --from: a field to embed; repeat it. Default: all text.")
+@click.option("--batch-size", default=DEFAULT_BATCH_SIZE, show_default=True, help="Most rows of one model run.")
+@click.option("--workers", type=int, help="Embedding processes. Default: one for each CPU this process may use.")
+@model_options
+@click.option("--force", is_flag=True, help="Embed every record, also the unchanged ones.")
+@click.option("--limit", type=int, help="Read at most so many records.")
+@click.option("--max-rejects", default="1%", show_default=True, metavar="N|P%", help="Stop when more are unfit.")
+@click.option("--wait", default=0.0, metavar="SECONDS", help="Wait for another run to end instead of stopping.")
+@json_option
+@click.option("--no-progress", is_flag=True, help="Print no progress.")
+def reindex(
+    entities: tuple[str, ...],
+    db: str | None,
+    from_file: str | None,
+    entity: str | None,
+    id_field: str,
+    fields: tuple[str, ...],
+    batch_size: int,
+    workers: int | None,
+    model: str,
+    model_path: Path | None,
+    force: bool,
+    limit: int | None,
+    max_rejects: str,
+    wait: float,
+    as_json: bool,
+    no_progress: bool,
+) -> int:
+    """Embed what is new or has changed, and bring the search index up to date.
+
+    Reads all entities of KameleonDB, or the named ones, or a file. Interrupted? The same command carries on:
+    what is stored is skipped.
+    """
+    options = ReindexOptions(
+        entities=entities,
+        model=model,
+        model_path=model_path,
+        batch_size=batch_size,
+        workers=workers,
+        force=force,
+        limit=limit,
+        wait=wait,
+        max_rejects=RejectLimit.parse(max_rejects),
+    )
+    if from_file is None and (entity or fields):
+        raise UsageError("--entity and --field belong to --from.", remedy="Name entities of KameleonDB as arguments.")
+    if from_file is not None and (entities or not entity):
+        raise UsageError("--from needs --entity NAME, and takes no entity arguments.")
+    from . import progress as shown
+    from .report import print_receipt
+    from .sources import open_source
+
+    progress = shown.choose(not no_progress)
+    try:
+        with database(db) as address:
+            receipt = run_reindex(
+                address,
+                lambda: open_source(address, entities, from_file, entity, id_field, fields, limit),
+                options,
+                progress,
+            )
+            name = address.display
+    finally:
+        progress.close()
+    if as_json:
+        print(json.dumps(receipt))
+    else:
+        print_receipt(receipt, name)
+    return EXIT_REJECTS if receipt["rejected"] else EXIT_OK
+
+
+def run_reindex(*arguments: Any) -> dict[str, Any]:
+    """:func:`kdb_fast.reindex.reindex`, imported when it is needed."""
+    from .reindex import reindex
+
+    return reindex(*arguments)
+
+
+@cli.command()
+@click.argument("query")
+@database_option
+@click.option("--entity", "entities", multiple=True, help="Only this entity; repeat it for several.")
+@click.option("--mode", type=click.Choice(["hybrid", "vector", "keyword"]), default="hybrid", show_default=True)
+@click.option("--limit", default=10, show_default=True)
+@click.option("--where", metavar="JSON", help='Exact values of fields, such as {"city": "Oslo"}.')
+@click.option("--min-score", default=0.0, show_default=True, help="Leave out results below this score.")
+@model_options
+@json_option
+def search(
+    query: str,
+    db: str | None,
+    entities: tuple[str, ...],
+    mode: str,
+    limit: int,
+    where: str | None,
+    min_score: float,
+    model: str,
+    model_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Search the index by meaning, by keyword, or both (reciprocal rank fusion)."""
+    from .query import run_search
+    from .report import print_results
+
+    with database(db) as address:
+        results = run_search(
+            address,
+            query,
+            mode=mode,
+            entities=entities,
+            limit=limit,
+            where=_where(where),
+            min_score=min_score,
+            model_name=model,
+            model_path=model_path,
+        )
+    if as_json:
+        print(json.dumps({"query": query, "mode": mode, "results": results}, default=str, ensure_ascii=False))
+    else:
+        print_results(query, results)
+
+
+def _where(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--where is not JSON: {error}.", remedy='Expected an object: {"city": "Oslo"}') from None
+    if not isinstance(value, dict):
+        raise UsageError(f"--where is a JSON {type(value).__name__}; expected an object such as {{\"city\": \"Oslo\"}}.")
+    return value
+
+
+@cli.command()
+@database_option
+@json_option
+def status(db: str | None, as_json: bool) -> None:
+    """Show for each entity what is indexed, pending, stale and rejected."""
+    from .query import run_status
+    from .report import print_status
+
+    with database(db) as address:
+        result = run_status(address)
+        name = address.display
+    if as_json:
+        print(json.dumps(result, default=str))
+    else:
+        print_status(result, name)
+
+
+@cli.group()
+def models() -> None:
+    """List, fetch and find embedding models."""
+
+
+@models.command("list")
+@json_option
+def models_list(as_json: bool) -> None:
+    """List all models that can be named, and which are on this machine."""
+    from .models import supported
+    from .report import print_models
+
+    entries = supported()
+    if as_json:
+        print(json.dumps({"models": [entry._asdict() for entry in entries]}))
+    else:
+        print_models(entries)
+
+
+@models.command("pull")
+@click.argument("name", default=DEFAULT_MODEL)
+@json_option
+def models_pull(name: str, as_json: bool) -> None:
+    """Fetch a model, check it and make it ready."""
+    from .models import pull
+
+    model = pull(name, report=lambda text: print(text, file=sys.stderr))
+    if as_json:
+        print(json.dumps({"name": model.name, "path": str(model.path), "fingerprint": model.fingerprint()}))
+    else:
+        print(f"{model.name}: {model.path}")
+
+
+@models.command("path")
+@click.argument("name", default=DEFAULT_MODEL)
+def models_path(name: str) -> None:
+    """Print the directory of a model that is on this machine."""
+    from .models import find
+
+    print(find(name).path)
+
+
+@cli.command()
+@database_option
+@click.option("--no-progress", is_flag=True, help="Print no progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def demo(db: str | None, no_progress: bool, as_json: bool) -> int:
+    """Index the documentation of Python's standard library, and ask it a few questions."""
+    from .demo import run_demo
+
+    return run_demo(db, show=not no_progress, as_json=as_json)
+
+
+if __name__ == "__main__":
+    main()

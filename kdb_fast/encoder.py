@@ -1,0 +1,274 @@
+"""Texts → float32 matrix. The only module that imports fastembed and onnxruntime.
+
+What makes it fast on a CPU (all measured, see ARCHITECTURE.md): one thread a process; every text tokenised
+once; rows of near-equal token counts in small batches, so that next to nothing is padding and the
+activations stay in the core's cache; pooling here, so that only rows × dimensions leave the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ModelError
+from .models import Model
+
+TOKEN_BUDGET = 1024
+"""Rows × longest of one ONNX run. Budgets of 256 to 1,024 tokens were fastest, 4,096 was 12 % slower."""
+
+MAX_PADDING = 0.06
+"""A batch ends where one more row would make more than this share of it padding."""
+
+CHARS_PER_TOKEN = 24
+"""Texts are cut at this many characters a token of the model's window before they are tokenised; a cut that
+left the window unfilled is repeated longer, so the result never depends on it. English has 4 to 5."""
+
+
+class Tally(NamedTuple):
+    """What an encode call computed, in tokens with the special ones."""
+
+    tokens: int
+    padded_tokens: int
+    truncated: int
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """All a process needs to build an encoder. Small and picklable."""
+
+    model: Model
+    batch_size: int
+    token_budget: int = TOKEN_BUDGET
+    threads: int = 1
+
+
+Matrix = npt.NDArray[np.float32]
+Tokens = npt.NDArray[np.int64]
+
+
+class Encoder:
+    """One model in this process.
+
+    Raises:
+        ModelError: The model cannot be loaded, or does not give the vectors it promises.
+    """
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        self.spec = spec
+        self.dimensions = spec.model.dimensions
+        self.max_tokens = spec.model.max_tokens
+        self._inner = _load_fastembed(spec)
+        self._backend: _Backend = _OnnxBackend(self._inner) if _is_plain(self._inner) else _WholeModel(self._inner)
+
+    def encode(self, texts: Sequence[str], out: Matrix) -> Tally:
+        """Embed ``texts`` into ``out`` (float32, len(texts) × dimensions), row for row.
+
+        Order and batching do not change a row by more than 1e-6.
+        """
+        return self._backend.encode(texts, out, self.spec)
+
+    def embed(self, texts: Sequence[str]) -> Matrix:
+        """:meth:`encode` into a new matrix."""
+        out = np.empty((len(texts), self.dimensions), dtype=np.float32)
+        if texts:
+            self.encode(texts, out)
+        return out
+
+    def self_test(self) -> None:
+        """Embed a probe alone and within a ragged batch; refuse a model for which that makes a difference.
+
+        Dynamic int8 models fail here: their vectors depend on the batch, so that a repeated, resumed or
+        deduplicated run would store different ones (onnxruntime issue 10111).
+        """
+        probe = "The quick brown fox jumps over the lazy dog."
+        others = ["short", probe * 6, "Überraschung: naïve café", "1 2 3 4 5 6 7 8 9"]
+        alone = self.embed([probe])[0]
+        out = np.empty((5, self.dimensions), dtype=np.float32)
+        self._backend.encode([*others[:2], probe, *others[2:]], out, self.spec, ragged=True)
+        if alone.shape != (self.dimensions,) or not np.isfinite(out).all():
+            raise ModelError(
+                f"{self.spec.model.name} gives vectors of shape {alone.shape} with finite values "
+                f"{bool(np.isfinite(out).all())}; expected {self.dimensions} finite numbers."
+            )
+        norm = float(np.linalg.norm(alone) * np.linalg.norm(out[2])) or 1.0
+        cosine = float(alone @ out[2]) / norm
+        if cosine < BATCH_INVARIANCE:
+            raise ModelError(
+                f"{self.spec.model.name} gives another vector for the same text in another batch "
+                f"(cosine {cosine:.5f}, expected at least {BATCH_INVARIANCE}).",
+                remedy="It is quantised dynamically; choose a model in fp32 or one with static quantisation.",
+            )
+
+
+BATCH_INVARIANCE = 0.9998
+"""Least cosine between any two batchings of a text: the worst that static int8 gave was 0.99989."""
+
+
+def plan_batches(lengths: npt.NDArray[np.int64], budget: int, cap: int) -> Iterator[npt.NDArray[np.intp]]:
+    """Row numbers of each batch: rows of near-equal length, longest first.
+
+    A batch holds at most ``cap`` rows and ``budget`` tokens (rows × longest) — one row may be longer — and
+    ends where the padding would exceed MAX_PADDING of it.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    ordered = lengths[order].tolist()
+    start, n = 0, len(ordered)
+    while start < n:
+        longest = ordered[start]
+        most = min(cap, max(1, budget // max(1, longest)), n - start)
+        stop, real = start + 1, longest
+        while stop < start + most:
+            real += ordered[stop]
+            if 1 - real / (longest * (stop + 1 - start)) > MAX_PADDING:
+                break
+            stop += 1
+        yield order[start:stop]
+        start = stop
+
+
+class _Backend:
+    def encode(self, texts: Sequence[str], out: Matrix, spec: EncoderSpec, *, ragged: bool = False) -> Tally:
+        raise NotImplementedError
+
+
+class _OnnxBackend(_Backend):
+    """The usual case: tokenizer → ONNX session → FastEmbed's own pooling for this model."""
+
+    def __init__(self, inner: Any) -> None:
+        self._tokenizer = inner.tokenizer
+        padding = self._tokenizer.padding or {}
+        self._pad_id = int(padding.get("pad_id", 0))
+        self._pad_left = padding.get("direction") == "left"
+        self._tokenizer.no_padding()
+        self._session = inner.model
+        self._inputs = {node.name for node in self._session.get_inputs()}
+        self._inner = inner
+        self._mean = type(inner).__name__ == "PooledNormalizedEmbedding"
+
+    def encode(self, texts: Sequence[str], out: Matrix, spec: EncoderSpec, *, ragged: bool = False) -> Tally:
+        ids, truncated = self._tokenise(texts, spec.model.max_tokens)
+        lengths = np.fromiter((len(row) for row in ids), dtype=np.int64, count=len(ids))
+        if ragged:
+            batches: list[npt.NDArray[np.intp]] = [np.arange(len(ids))]
+        else:
+            batches = list(plan_batches(lengths, spec.token_budget, spec.batch_size))
+        padded = 0
+        for rows in batches:
+            width = int(lengths[rows].max())
+            padded += width * len(rows)
+            out[rows] = self._run(ids, lengths, rows, width)
+        return Tally(int(lengths.sum()), padded, truncated)
+
+    def _tokenise(self, texts: Sequence[str], window: int) -> tuple[list[list[int]], int]:
+        limit = window * CHARS_PER_TOKEN
+        encodings = self._tokenizer.encode_batch_fast([text[:limit] for text in texts])
+        ids = [e.ids for e in encodings]
+        truncated = sum(1 for e in encodings if e.overflowing)
+        for i, text in enumerate(texts):
+            cut = limit
+            while len(text) > cut and len(ids[i]) < window:
+                cut *= 8
+                encoding = self._tokenizer.encode_batch_fast([text[:cut]])[0]
+                ids[i] = encoding.ids
+                truncated += bool(encoding.overflowing)
+        return ids, truncated
+
+    def _run(self, ids: list[list[int]], lengths: Tokens, rows: npt.NDArray[np.intp], width: int) -> Matrix:
+        n = len(rows)
+        input_ids: Tokens
+        if int(lengths[rows].min()) == width:
+            input_ids = np.array([ids[i] for i in rows], dtype=np.int64)
+            mask = np.ones((n, width), dtype=np.int64)
+        else:
+            input_ids = np.full((n, width), self._pad_id, dtype=np.int64)
+            mask = np.zeros((n, width), dtype=np.int64)
+            for row, i in enumerate(rows):
+                k = len(ids[i])
+                at = slice(width - k, width) if self._pad_left else slice(0, k)
+                input_ids[row, at] = ids[i]
+                mask[row, at] = 1
+        feed = {"input_ids": input_ids}
+        if "attention_mask" in self._inputs:
+            feed["attention_mask"] = mask
+        if "token_type_ids" in self._inputs:
+            feed["token_type_ids"] = np.zeros_like(input_ids)
+        hidden = self._session.run(None, self._inner._preprocess_onnx_input(feed))[0]
+        if self._mean:
+            return mean_pool(hidden, mask)
+        from fastembed.common.onnx_model import OnnxOutputContext
+
+        context = OnnxOutputContext(model_output=hidden, attention_mask=mask, input_ids=input_ids)
+        return np.asarray(list(self._inner._post_process_onnx_output(context)), dtype=np.float32)
+
+
+class _WholeModel(_Backend):
+    """Models that FastEmbed runs in a way of its own (static embeddings, task adapters): through its public API."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def encode(self, texts: Sequence[str], out: Matrix, spec: EncoderSpec, *, ragged: bool = False) -> Tally:
+        lengths = np.fromiter((min(len(t), 4 * spec.model.max_tokens) for t in texts), dtype=np.int64)
+        chars = 4 * spec.token_budget
+        batches = [np.arange(len(texts))] if ragged else list(plan_batches(lengths, chars, spec.batch_size))
+        for rows in batches:
+            vectors = list(self._inner.embed([texts[i] for i in rows], batch_size=len(rows)))
+            if len(vectors) != len(rows):
+                raise ModelError(f"The model gave {len(vectors)} vectors for {len(rows)} texts.")
+            out[rows] = np.asarray(vectors, dtype=np.float32)
+        counted = int(self._inner.token_count(list(texts))) if hasattr(self._inner, "token_count") else int(lengths.sum())
+        return Tally(counted, counted, 0)
+
+
+def mean_pool(hidden: npt.NDArray[np.float32], mask: Tokens) -> Matrix:
+    """Mean of the token vectors that the mask marks, then unit length. float32, rows × dimensions.
+
+    Same as FastEmbed's pooling to 1e-7; one matrix product instead of a masked sum in float64.
+    """
+    weights = mask.astype(np.float32)
+    pooled = np.matmul(weights[:, None, :], hidden)[:, 0, :]
+    norms = np.linalg.norm(pooled, axis=1, keepdims=True)
+    result: Matrix = pooled / np.maximum(norms, 1e-12)
+    return result
+
+
+def _is_plain(inner: Any) -> bool:
+    """Whether a FastEmbed model is tokenizer → session → pooling, without steps of its own in between."""
+    from fastembed.text.onnx_text_model import OnnxTextModel
+
+    return (
+        isinstance(inner, OnnxTextModel)
+        and type(inner).onnx_embed is OnnxTextModel.onnx_embed
+        and type(inner).__name__ != "JinaEmbeddingV3"
+    )
+
+
+def _load_fastembed(spec: EncoderSpec) -> Any:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        # FastEmbed's imports may write to stderr; a person running `reindex` has no use for it.
+        with contextlib.redirect_stderr(io.StringIO()):
+            from fastembed import TextEmbedding
+
+            model = TextEmbedding(
+                model_name=spec.model.name,
+                specific_model_path=str(spec.model.path),
+                local_files_only=True,
+                threads=spec.threads,
+                providers=["CPUExecutionProvider"],
+                lazy_load=False,
+            )
+    except Exception as error:
+        raise ModelError(
+            f"The model {spec.model.name} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}",
+            remedy=f"Fetch it again: kdb-fast models pull {spec.model.name}",
+        ) from error
+    return model.model

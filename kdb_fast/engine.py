@@ -1,0 +1,158 @@
+"""What carries shards to vectors and flushes to the database: in processes, or in this one.
+
+The pipeline gives work with :meth:`Engine.embed`, :meth:`Engine.flush` and :meth:`Engine.request`, and takes what
+has happened with :meth:`Engine.poll`. Both engines run the same worker and writer functions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from typing import NamedTuple
+
+from .encoder import Encoder, EncoderSpec
+from .messages import Embed, Embedded, Finish, Finished, Flush, Flushed, PrepareIndex
+from .slab import Slab, SlabShape
+from .stores.base import RunSpec, Store
+
+
+class SlotFilled(NamedTuple):
+    """All rows of a slot are embedded (or marked as unfit). ``crcs`` are (start, stop, crc of the vectors)."""
+
+    slot: int
+    generation: int
+    tokens: int
+    padded_tokens: int
+    truncated: int
+    seconds: float
+    crcs: tuple[tuple[int, int, int], ...]
+
+
+class Note(NamedTuple):
+    """Something a person should know, such as a worker that died and was replaced."""
+
+    text: str
+
+
+Event = SlotFilled | Flushed | Finished | Note
+
+
+class Engine(ABC):
+    """Slots, work for them, and what came of it.
+
+    Attributes:
+        slab: The slots. Which of them are free is the pipeline's business alone.
+        workers: Embedding processes (0 for the engine in this process).
+    """
+
+    slab: Slab
+    workers: int
+
+    @abstractmethod
+    def embed(self, slot: int, generation: int, rows: int) -> None:
+        """Embed all rows of a slot; a SlotFilled follows."""
+
+    @abstractmethod
+    def wants_work(self) -> bool:
+        """Whether a worker would be idle soon without another shard."""
+
+    @abstractmethod
+    def flush(self, message: Flush) -> None:
+        """Write a flush; a Flushed follows. One at a time."""
+
+    @abstractmethod
+    def request(self, message: PrepareIndex | Finish) -> None:
+        """Ask the writer for something else; a Finished follows. One at a time, not beside a flush."""
+
+    @property
+    @abstractmethod
+    def writer_idle(self) -> bool: ...
+
+    @abstractmethod
+    def poll(self, timeout: float) -> list[Event]:
+        """What has happened, waiting at most ``timeout`` seconds for something."""
+
+    @abstractmethod
+    def cancel_embedding(self) -> set[int]:
+        """Forget shards no worker has begun; returns the slots that will not be filled."""
+
+    @abstractmethod
+    def close(self, *, kill: bool = False) -> None:
+        """End the children (at once with ``kill``) and give the slab back."""
+
+    def peak_rss_bytes(self) -> dict[str, int]:
+        """Largest resident memory of each child so far, by name."""
+        return {}
+
+
+class InlineEngine(Engine):
+    """Everything in this process: for runs too small to pay for processes. The vectors are the same."""
+
+    workers = 0
+
+    def __init__(self, shape: SlabShape, spec: EncoderSpec, store: Store, run: RunSpec, encoder: Encoder | None = None):
+        self.slab = Slab.local(shape)
+        self._spec, self._store, self._run = spec, store, run
+        self._encoder = encoder
+        self._work: deque[Embed] = deque()
+        self._requests: deque[Flush | PrepareIndex | Finish] = deque()
+
+    def embed(self, slot: int, generation: int, rows: int) -> None:
+        self._work.append(Embed(slot, generation, 0, rows))
+
+    def wants_work(self) -> bool:
+        return not self._work
+
+    def flush(self, message: Flush) -> None:
+        self._requests.append(message)
+
+    def request(self, message: PrepareIndex | Finish) -> None:
+        self._requests.append(message)
+
+    @property
+    def writer_idle(self) -> bool:
+        return not self._requests
+
+    def poll(self, timeout: float) -> list[Event]:
+        from .worker import embed_rows
+        from .writer import finish, flush, prepare_index
+
+        if self._requests:
+            message = self._requests[0]
+            answer: Event
+            if isinstance(message, Flush):
+                answer = flush(self.slab, self._store, self._run, message)
+            elif isinstance(message, PrepareIndex):
+                answer = prepare_index(self._store, message)
+            else:
+                answer = finish(self._store, message, lambda what: None)
+            self._requests.popleft()
+            return [answer]
+        if self._work:
+            order = self._work.popleft()
+            if self._encoder is None:
+                self._encoder = Encoder(self._spec)
+                self._encoder.self_test()
+            return [filled(embed_rows(self.slab.slots[order.slot], order, self._encoder))]
+        return []
+
+    def cancel_embedding(self) -> set[int]:
+        slots = {order.slot for order in self._work}
+        self._work.clear()
+        return slots
+
+    def close(self, *, kill: bool = False) -> None:
+        self.slab.close()
+
+
+def filled(*parts: Embedded) -> SlotFilled:
+    """One SlotFilled from the answers for all parts of a slot."""
+    return SlotFilled(
+        parts[0].slot,
+        parts[0].generation,
+        sum(p.tokens for p in parts),
+        sum(p.padded_tokens for p in parts),
+        sum(p.truncated for p in parts),
+        sum(p.seconds for p in parts),
+        tuple((p.start, p.stop, p.crc) for p in parts if p.crc is not None),
+    )

@@ -1,0 +1,274 @@
+"""What lies in a model's directory: its files, their SHA-256, and the manifest that kdb-fast writes beside them.
+
+Knows nothing of catalogues or networks; :mod:`kdb_fast.models` finds and fetches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelError
+from .onnx_files import external_files, stays_inside
+
+MANIFEST = "kdb_fast.json"
+MANIFEST_FORMAT = 1
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
+"""Everything besides the model file that FastEmbed reads before it computes; each changes the token ids."""
+
+STATIC_MAX_TOKENS = 512
+"""FastEmbed's fixed limit for its static models (``model.safetensors``), which have no tokenizer settings."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on disk. Small and picklable: it is sent to the worker processes.
+
+    Attributes:
+        name: FastEmbed's name of the model, as its catalogue spells it.
+        path: Directory that holds all files; what FastEmbed takes as ``specific_model_path``.
+        model_file: The ONNX file (``model.safetensors`` for a static model), relative to ``path``.
+        dimensions: Length of a vector.
+        max_tokens: FastEmbed cuts a text after this many tokens, the special ones included.
+        pooling: ``mean``, ``cls``, ``last``, or ``model`` where the graph itself returns one vector a text.
+        normalised: Vectors are scaled to L2 norm 1.
+        files: (path relative to ``path``, SHA-256 in hex) of every file that has a part in the result.
+        source: (what, value) pairs that stand for the model file in the fingerprint. Filled for a graph that
+            was built here from published weights: its bytes depend on the version of the ``onnx`` package,
+            the vectors do not.
+    """
+
+    name: str
+    path: Path
+    model_file: str
+    dimensions: int
+    max_tokens: int
+    pooling: str
+    normalised: bool
+    files: tuple[tuple[str, str], ...]
+    source: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the model's files: what every process that loads it holds in memory, about."""
+        return sum((self.path / name).stat().st_size for name, _ in self.files)
+
+    def fingerprint(self, precision: str = "fp32") -> str:
+        """16 hex digits that differ as soon as anything that has a part in the vectors differs.
+
+        The directory has no part in it, so the same model has one fingerprint on all machines.
+        """
+        files = dict(self.files)
+        if self.source:
+            files.pop(self.model_file, None)
+        ingredients = {
+            "name": self.name,
+            "files": files,
+            "source": dict(self.source),
+            "pooling": self.pooling,
+            "normalised": self.normalised,
+            "max_tokens": self.max_tokens,
+            "dimensions": self.dimensions,
+            "precision": precision,
+        }
+        canonical = json.dumps(ingredients, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def pull_remedy(name: str) -> str:
+    return f"Run: kdb-fast models pull {name}"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(model: Model) -> None:
+    """Compare every file with the sum that ``model`` carries; about 1 s for each GB.
+
+    Raises:
+        ModelError: A file is missing, cannot be read or has changed.
+    """
+    for relative, expected in model.files:
+        try:
+            found = sha256_of(model.path / relative)
+        except OSError as error:
+            found = f"no readable file ({error.strerror})"
+        if found != expected:
+            raise ModelError(
+                f"{relative} of the model {model.name} in {model.path} is damaged: "
+                f"found SHA-256 {found}, expected {expected}.",
+                remedy=pull_remedy(model.name),
+            )
+
+
+def inspect(
+    path: Path,
+    *,
+    name: str,
+    model_file: str,
+    dimensions: int,
+    pooling: str,
+    normalised: bool,
+    additional_files: Iterable[str] = (),
+    source: tuple[tuple[str, str], ...] = (),
+) -> Model:
+    """Describe the model in the directory ``path``; reads every file once for its sum.
+
+    Raises:
+        ModelError: A file that FastEmbed needs is missing, or external data lies outside the directory.
+    """
+    needed = [model_file, *additional_files, *required_tokenizer_files(model_file)]
+    try:
+        missing = [relative for relative in needed if not (path / relative).is_file()]
+        if missing:
+            raise ModelError(
+                f"{path} is not a complete directory of the model {name}: missing {', '.join(missing)}.",
+                remedy=f"FastEmbed expects {', '.join(needed)} for this name. Is it another model's directory?",
+            )
+        present = [relative for relative in TOKENIZER_FILES if (path / relative).is_file()]
+        data = [] if _is_static(model_file) else external_files(path, model_file)
+        relatives = dict.fromkeys([model_file, *additional_files, *data, *present])
+        files = tuple((relative, sha256_of(path / relative)) for relative in relatives)
+    except OSError as error:
+        raise ModelError(
+            f"The model {name} in {path} cannot be read: {error}.", remedy="Check the rights on its files."
+        ) from None
+    return Model(name, path, model_file, dimensions, max_tokens(path, model_file), pooling, normalised, files, source)
+
+
+def required_tokenizer_files(model_file: str) -> tuple[str, ...]:
+    return ("tokenizer.json",) if _is_static(model_file) else ("tokenizer.json", "tokenizer_config.json")
+
+
+def _is_static(model_file: str) -> bool:
+    return model_file.endswith(".safetensors")
+
+
+def max_tokens(path: Path, model_file: str) -> int:
+    """Where FastEmbed cuts: the smaller of ``model_max_length`` and ``max_length`` in tokenizer_config.json.
+
+    Raises:
+        ModelError: The file cannot be read or names no usable limit (transformers writes 1e30 for "unknown").
+    """
+    if _is_static(model_file):
+        return STATIC_MAX_TOKENS
+    settings = _read_json(path / "tokenizer_config.json")
+    values = [settings.get("model_max_length"), settings.get("max_length")]
+    limits = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and 0 < v <= sys.maxsize]
+    if not limits:
+        raise ModelError(
+            f"{path / 'tokenizer_config.json'} has model_max_length {values[0]!r} and max_length {values[1]!r}; "
+            "expected a positive whole number in one of them.",
+            remedy="Write the model's real limit into it.",
+        )
+    return min(limits)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}.", remedy="Fetch the model again.") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
+    return content
+
+
+# --- the manifest ---
+
+
+def write_manifest(model: Model, fastembed: str) -> None:
+    """Write the manifest into the model's directory, whole or not at all.
+
+    Args:
+        fastembed: Version of FastEmbed whose catalogue gave pooling and dimensions.
+    """
+    content = {
+        "format": MANIFEST_FORMAT,
+        "name": model.name,
+        "model_file": model.model_file,
+        "dimensions": model.dimensions,
+        "pooling": model.pooling,
+        "normalised": model.normalised,
+        "fastembed": fastembed,
+        "source": dict(model.source),
+        "files": dict(model.files),
+    }
+    handle, temporary = tempfile.mkstemp(dir=model.path, prefix=f".{MANIFEST}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, model.path / MANIFEST)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def read_manifest(path: Path) -> tuple[Model, str]:
+    """The model that the manifest in ``path`` describes, and the FastEmbed version that it was written with.
+
+    Raises:
+        ModelError: The manifest is missing or is not one that this version of kdb-fast writes.
+    """
+    content = _read_json(path / MANIFEST)
+    remedy = "Fetch the model again with kdb-fast models pull, or remove the directory."
+    if content.get("format") != MANIFEST_FORMAT:
+        raise ModelError(
+            f"{path / MANIFEST} has format {content.get('format')!r}; expected {MANIFEST_FORMAT}.", remedy=remedy
+        )
+    try:
+        name, model_file, pooling = (str(content[key]) for key in ("name", "model_file", "pooling"))
+        files = tuple((str(relative), str(digest)) for relative, digest in content["files"].items())
+        source = tuple((str(what), str(value)) for what, value in content["source"].items())
+        dimensions, normalised = int(content["dimensions"]), bool(content["normalised"])
+        fastembed = str(content["fastembed"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path / MANIFEST} is damaged: {error!r}.", remedy=remedy) from None
+    listed = {relative for relative, _ in files}
+    required = {model_file, *required_tokenizer_files(model_file)}
+    if not required <= listed or any(not stays_inside(relative) for relative in listed):
+        raise ModelError(f"{path / MANIFEST} is damaged: it lists {sorted(listed)}.", remedy=remedy)
+    limit = max_tokens(path, model_file)
+    return Model(name, path, model_file, dimensions, limit, pooling, normalised, files, source), fastembed
+
+
+# --- whose directory it is ---
+
+
+def check_private(directory: Path) -> None:
+    """Refuse a directory in which somebody else could exchange a model. Root's directories are trusted.
+
+    Raises:
+        ModelError: It belongs to another user, or group or others may write to it.
+        OSError: It cannot be looked at.
+    """
+    status = directory.stat()
+    if status.st_uid not in (os.geteuid(), 0):
+        raise ModelError(
+            f"The model directory {directory} belongs to user {status.st_uid}; expected user {os.geteuid()} or root.",
+            remedy="Set KDB_FAST_HOME to a directory of your own.",
+        )
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ModelError(
+            f"The model directory {directory} has mode {stat.S_IMODE(status.st_mode):o}, so others can change it; "
+            "expected it to be writable by its owner alone.",
+            remedy=f"Run: chmod go-w {directory}",
+        )

@@ -1,0 +1,610 @@
+"""PARENT: records in, flushes out. Owns every slot and accounts for every record.
+
+::
+
+    page ─► unfit? ─► hash ─► unchanged? ─► known text? ──no──► window ─► shard ─► slot ─► worker ┐
+              │                   │              │ yes                                           │
+           rejects             counted     cached vector ─────────────► slot ─────────────────┐  │
+                                                                                              ▼  ▼
+                                        counted ◄── COMMIT ◄── writer ◄── flush ◄───────── filled slots
+
+Every record ends as exactly one of stored, unchanged, reused, superseded or rejected.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+from .engine import Engine, Event, Note, SlotFilled
+from .errors import KdbFastError, RejectLimitError
+from .faults import fault
+from .flushing import MAX_WAIT_SECONDS, FlushSize
+from .messages import Finish, Finished, Flush, Flushed, PrepareIndex, SlotRows
+from .records import MAX_RECORD_ID_CHARS, Record, Reject, content_hash, cut_content, unfit
+from .settings import RejectLimit
+from .sharding import SHARD_ROWS, WINDOW_ROWS, cut_shards, text_bytes
+from .slab import NO_STAMP, ROW_REASONS, Row
+from .stores.base import Store, Stored
+from .stores.pg_index import should_defer
+from .vectors import VectorCache
+
+EMBEDDED, REUSED = 0, 1
+Key = tuple[str, str]
+
+SEEN_KEYS = 2_000_000
+"""Keys of a file that are remembered to count superseded records exactly: at most about 200 MB. Beyond it
+the last record of a key still wins; only the split between stored and superseded is no longer exact."""
+
+
+@dataclass
+class Counts:
+    """Where every record went. ``read`` is always the sum of the next five once a run has ended."""
+
+    read: int = 0
+    stored: int = 0
+    unchanged: int = 0
+    reused: int = 0
+    superseded: int = 0
+    rejected: int = 0
+    empty: int = 0
+    deleted: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    flushes: int = 0
+    embed_seconds: float = 0.0
+    write_seconds: float = 0.0
+    index_seconds: float = 0.0
+    bytes_written: int = 0
+
+    @property
+    def accounted(self) -> int:
+        return self.stored + self.unchanged + self.reused + self.superseded + self.rejected
+
+
+@dataclass
+class _Load:
+    """What the parent knows of a slot in use."""
+
+    rows: list[Row]
+    sequences: list[int]
+    kind: int
+    hashes: list[bytes]
+    generation: int
+    size: int
+    crcs: tuple[tuple[int, int, int], ...] = ()
+    skip: set[int] = field(default_factory=set)
+
+
+class Stop(Exception):
+    """Raised inside the pipeline when a signal asked for the end."""
+
+
+class Pipeline:
+    """One pass over a source.
+
+    Args:
+        store: The parent's own connection, for look-ups and heartbeats.
+        start_engine: Called once, with the number of rows that wait and whether more may come, when there is
+            something to embed. Not called when everything is unchanged.
+        fingerprint: Of the model, to tell which rows are unchanged.
+        dimensions: Of the vectors.
+        read_chars: Characters of a text beyond which the model reads nothing.
+        on_progress: Called with the counts after every step.
+        should_stop: Asked often; true ends the run after what is embedded has been written.
+        heartbeat: Called with the phase every few seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        start_engine: Callable[[int, bool], Engine],
+        fingerprint: str,
+        dimensions: int,
+        read_chars: int,
+        max_rejects: RejectLimit,
+        force: bool = False,
+        unique_keys: bool = False,
+        estimate: int | None = None,
+        on_progress: Callable[[Counts], None] = lambda counts: None,
+        on_note: Callable[[str], None] = lambda text: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        heartbeat: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        self.counts = Counts()
+        self.index_text = ""
+        self.warnings: list[str] = []
+        self.engine: Engine | None = None
+        self.flush_size: FlushSize | None = None
+        self._store = store
+        self._start_engine = start_engine
+        self._fingerprint = fingerprint
+        self._read_chars = read_chars
+        self._max_rejects = max_rejects
+        self._force = force
+        self._unique_keys = unique_keys
+        self._estimate = estimate
+        self._on_progress, self._on_note = on_progress, on_note
+        self._should_stop, self._heartbeat = should_stop, heartbeat
+        self._cache = VectorCache(dimensions)
+        self._window: list[tuple[Row, int, bytes]] = []
+        self._window_goal = 1000
+        self._shards: deque[list[tuple[Row, int, bytes]]] = deque()
+        self._reuse: list[tuple[Row, int, bytes]] = []
+        self._waiters: dict[bytes, list[tuple[Row, int]]] = {}
+        self._waiting_rows = 0
+        self._free: deque[int] = deque()
+        self._loads: dict[int, _Load] = {}
+        self._filled: deque[int] = deque()
+        self._writing: dict[int, _Load] = {}
+        self._rejects: list[Reject] = []
+        self._deletes: list[Key] = []
+        self._sent_rejects = 0
+        self._sequence = 0
+        self._latest: dict[Key, int] = {}
+        self._seen: dict[int, str] = {}
+        self._generation = 0
+        self._last_flush = time.monotonic()
+        self._deferred: bool | None = None
+        self._finished: Finished | None = None
+        self._rows_at_start: int | None = None
+        self._stopping = False
+
+    # -- the pass --------------------------------------------------------------------------------------
+
+    def run(self, pages: Iterable[list[Record | Reject]], emptied: Callable[[], list[Key]] = lambda: []) -> None:
+        """Read all pages and write everything that must be written.
+
+        Raises:
+            Stop: A signal asked for the end; what was embedded is committed.
+            RejectLimitError: Too many records were rejected; what was embedded is committed.
+            KdbFastError: The engine or the database failed for good.
+        """
+        try:
+            for page in pages:
+                fault("source.page")
+                self._take(page)
+                self._deletes += emptied()
+                # Rows that wait for an equal text count too: a file of one text repeated must not pile up.
+                if len(self._window) + self._waiting_rows >= self._window_goal:
+                    self._cut()
+                    self._window_goal = min(WINDOW_ROWS, 2 * self._window_goal)
+                self._check_limits()
+                self._pump(0)
+                while self._backlog():
+                    self._pump(1.0)
+            self._cut(last=True)
+            self._check_limits(finished=True)
+            while self._unfinished():
+                self._pump(1.0, last=True)
+        except (Stop, RejectLimitError):
+            self.drain()
+            raise
+
+    def drain(self) -> None:
+        """Write what is embedded, forget what is not."""
+        self._stopping = True
+        self._window, self._shards, self._waiters = [], deque(), {}
+        if self.engine is None:
+            return
+        for slot in self.engine.cancel_embedding():
+            self._release(slot)
+        # The shard each worker is in the middle of takes a second or two; after five it is given up.
+        deadline = time.monotonic() + 5.0
+        while self._embedding() and time.monotonic() < deadline:
+            self._pump(0.2, last=True)
+        while self._filled or self._reuse or self._rejects or self._writing:
+            self._pump(1.0, last=True)
+
+    def finish(self, prune: tuple[str, ...], build_index: bool = True) -> None:
+        """Remove rows without a record, and build whatever index is missing."""
+        fault("pipeline.finish")
+        if self.engine is None:
+            if prune == () and not build_index:
+                return
+            self._ensure_engine(0, False)
+        assert self.engine is not None
+        self._finished = None
+        self.engine.request(Finish(prune, build_index))
+        while self._finished is None:
+            self._pump(1.0, last=True, phase="index")
+        done: Finished = self._finished
+        self.counts.deleted += done.deleted
+        self.counts.index_seconds += done.seconds
+        self.warnings += done.warnings
+        if self._deferred and "kept" not in done.index:
+            self.index_text = f"{self.index_text}; {done.index}"
+        elif not self.index_text or done.index != "kept":
+            self.index_text = done.index
+
+    # -- intake ----------------------------------------------------------------------------------------
+
+    def _take(self, page: list[Record | Reject]) -> None:
+        fault("pipeline.classify")
+        counts = self.counts
+        fit: list[tuple[Record, bytes, int]] = []
+        for item in page:
+            counts.read += 1
+            self._sequence += 1
+            if isinstance(item, Reject):
+                self._reject(item)
+                continue
+            problem = unfit(item)
+            if problem is not None:
+                digest = content_hash(item.content) if isinstance(item.content, str) else b""
+                self._reject(Reject(item.entity, item.record_id, *problem, digest, item.position))
+                continue
+            content = cut_content(item.content)
+            if content is not item.content:
+                item = item._replace(content=content)
+                counts.truncated += 1
+            fit.append((item, content_hash(content), self._sequence))
+        stored = self._look_up(fit)
+        for record, digest, sequence in fit:
+            key = (record.entity, record.record_id)
+            found = stored.get(key)
+            in_flight = not self._unique_keys and key in self._latest
+            if (
+                found is not None
+                and not in_flight
+                and not self._force
+                and found.fingerprint == self._fingerprint
+                and found.content_hash == digest
+            ):
+                counts.unchanged += 1
+                self._final(key, "unchanged")
+                continue
+            if not self._unique_keys:
+                self._latest[key] = sequence
+            row = Row(record, found is not None, found.stamp if found is not None else NO_STAMP)
+            self._place(row, sequence, digest)
+        self._on_progress(counts)
+
+    def _place(self, row: Row, sequence: int, digest: bytes) -> None:
+        """To the window, or beside an equal text whose vector is there or on its way."""
+        if digest in self._cache:
+            self._reuse.append((row, sequence, digest))
+            self._cache.pin(digest)
+        elif digest in self._waiters:
+            self._waiters[digest].append((row, sequence))
+            self._waiting_rows += 1
+        else:
+            self._waiters[digest] = []
+            self._window.append((row, sequence, digest))
+
+    def _look_up(self, fit: list[tuple[Record, bytes, int]]) -> dict[Key, Stored]:
+        if self._rows_at_start is None:
+            self._rows_at_start = self._store.count()
+        result: dict[Key, Stored] = {}
+        by_entity: dict[str, list[str]] = {}
+        for record, _, _ in fit:
+            by_entity.setdefault(record.entity, []).append(record.record_id)
+        for entity, ids in by_entity.items():
+            # Where the index was empty nothing needs looking up; a row that appears meanwhile meets the
+            # unique constraint at the flush, which then decides row by row.
+            if self._rows_at_start or not self._unique_keys:
+                for record_id, found in self._store.lookup(entity, ids).items():
+                    result[entity, record_id] = found
+        return result
+
+    def _reject(self, reject: Reject) -> None:
+        self.counts.rejected += 1
+        self._rejects.append(reject._replace(record_id=str(reject.record_id)[: 4 * MAX_RECORD_ID_CHARS]))
+
+    def _final(self, key: Key, kind: str) -> None:
+        """Count an earlier record of the same key, in this run, as superseded."""
+        if self._unique_keys:
+            return
+        fingerprint = hash(key)
+        earlier = self._seen.get(fingerprint)
+        if earlier is not None:
+            setattr(self.counts, earlier, getattr(self.counts, earlier) - 1)
+            self.counts.superseded += 1
+        if earlier is not None or len(self._seen) < SEEN_KEYS:
+            self._seen[fingerprint] = kind
+
+    def _check_limits(self, finished: bool = False) -> None:
+        if self._max_rejects.exceeded(rejected=self.counts.rejected, read=self.counts.read, finished=finished):
+            raise RejectLimitError(
+                f"{self.counts.rejected} of {self.counts.read} records were rejected; "
+                f"--max-rejects allows {self._max_rejects}.",
+                remedy="See why with `kdb-fast rejects list`; raise the limit with --max-rejects.",
+            )
+
+    # -- work for the engine ---------------------------------------------------------------------------
+
+    def _cut(self, *, last: bool = False) -> None:
+        """The window becomes shards of similar length."""
+        if not self._window:
+            return
+        self._ensure_engine(len(self._window) + self._waiting_rows, not last)
+        assert self.engine is not None
+        window, self._window = self._window, []
+        extra = {id(row): (sequence, digest) for row, sequence, digest in window}
+        shape = self.engine.slab.shape
+        for shard in cut_shards(
+            [row for row, _, _ in window],
+            shard_rows=shape.rows,
+            blob_bytes=shape.blob_bytes,
+            read_chars=self._read_chars,
+        ):
+            self._shards.append([(row, *extra[id(row)]) for row in shard])
+
+    def _ensure_engine(self, rows: int, more: bool) -> None:
+        if self.engine is None:
+            self.engine = self._start_engine(rows, more)
+            shape = self.engine.slab.shape
+            self._free = deque(range(shape.slots))
+            reserve = min(shape.slots - 1, 2 * max(1, self.engine.workers))
+            per_slot = SHARD_ROWS * (4 * shape.dimensions + 200)
+            self.flush_size = FlushSize((shape.slots - reserve) * per_slot // 2)
+
+    def _backlog(self) -> bool:
+        """Whether to wait before reading more: enough shards are cut to keep every worker busy meanwhile."""
+        if self.engine is None:
+            return False
+        return (
+            len(self._shards) > 2 * max(1, self.engine.workers)
+            or len(self._reuse) >= 4 * SHARD_ROWS
+            or (self._waiting_rows >= WINDOW_ROWS and self._embedding())
+        )
+
+    def _embedding(self) -> bool:
+        return len(self._loads) > len(self._filled) + len(self._writing)
+
+    def _unfinished(self) -> bool:
+        if self.engine is None:
+            if self._rejects or self._deletes or self._reuse:
+                self._ensure_engine(0, False)
+                return True
+            return False
+        return bool(
+            self._shards or self._reuse or self._loads or self._filled or self._writing or self._rejects or self._deletes
+            or not self.engine.writer_idle
+        )  # fmt: skip
+
+    def _pump(self, timeout: float, *, last: bool = False, phase: str = "embed") -> None:
+        """One turn: give work, send a flush, take what has happened."""
+        if self._should_stop() and not self._stopping:
+            raise Stop
+        self._heartbeat(phase)
+        if self.engine is None:
+            return
+        self._give_work(last)
+        self._send_flush(last)
+        # Waiting makes sense only for an answer that is due.
+        busy = self._embedding() or not self.engine.writer_idle
+        for event in self.engine.poll(timeout if busy else 0.0):
+            self._happened(event)
+        self._on_progress(self.counts)
+
+    def _give_work(self, last: bool) -> None:
+        assert self.engine is not None
+        shape = self.engine.slab.shape
+        while self._reuse and self._free and (last or len(self._reuse) >= SHARD_ROWS):
+            self._fill_from_cache(shape.rows, shape.blob_bytes)
+        while self._shards and self._free and self.engine.wants_work():
+            fault("pipeline.dispatch")
+            rows = self._shards.popleft()
+            slot, load = self._lease(rows, EMBEDDED)
+            self.engine.embed(slot, load.generation, len(rows))
+
+    def _lease(self, rows: list[tuple[Row, int, bytes]], kind: int) -> tuple[int, _Load]:
+        assert self.engine is not None
+        number = self._free.popleft()
+        slot = self.engine.slab.slots[number]
+        self._generation += 1
+        only_rows = [row for row, _, _ in rows]
+        slot.put(self._generation, only_rows, [_microseconds(row.record.source_at) for row in only_rows])
+        size = slot.text_bytes + len(rows) * (4 * self.engine.slab.shape.dimensions + 100)
+        load = _Load(only_rows, [s for _, s, _ in rows], kind, [d for _, _, d in rows], self._generation, size)
+        self._loads[number] = load
+        return number, load
+
+    def _fill_from_cache(self, capacity: int, blob_bytes: int) -> None:
+        """A slot of rows whose text has been embedded already in this run."""
+        assert self.engine is not None
+        take, size = 0, 0
+        for row, _, _ in self._reuse[:capacity]:
+            size += text_bytes(row)
+            if size > blob_bytes and take:
+                break
+            take += 1
+        rows, self._reuse = self._reuse[:take], self._reuse[take:]
+        number, load = self._lease(rows, REUSED)
+        slot = self.engine.slab.slots[number]
+        for i, digest in enumerate(load.hashes):
+            slot.vectors[i] = self._cache.take(digest)
+        self._filled.append(number)
+
+    def _send_flush(self, last: bool) -> None:
+        engine, size = self.engine, self.flush_size
+        assert engine is not None and size is not None
+        if not engine.writer_idle or not (self._filled or self._rejects or self._deletes):
+            return
+        waiting = sum(self._loads[number].size for number in self._filled)
+        idle = not self._embedding() and not self._shards
+        tight = len(self._free) < 2 * max(1, engine.workers)
+        late = time.monotonic() - self._last_flush > MAX_WAIT_SECONDS
+        if not (waiting >= size.target or tight or late or (last and idle)):
+            return
+        if self._index_decision(engine):
+            return
+        fault("pipeline.flush")
+        slots: list[SlotRows] = []
+        sent = 0
+        while self._filled and (sent < size.target or not slots):
+            number = self._filled.popleft()
+            load = self._loads[number]
+            sent += load.size
+            self._skip_unfit_and_outdated(number, load)
+            self._writing[number] = load
+            slots.append(SlotRows(number, load.generation, tuple(sorted(load.skip)), load.crcs))
+        self.counts.flushes += 1
+        self._last_flush = time.monotonic()
+        self._sent_rejects = len(self._rejects)
+        engine.flush(Flush(self.counts.flushes, tuple(slots), tuple(self._rejects), tuple(self._deletes)))
+        self._deletes = []
+
+    def _skip_unfit_and_outdated(self, number: int, load: _Load) -> None:
+        """Leave out rows the worker gave a code, and rows of which a newer one was read."""
+        assert self.engine is not None
+        codes = self.engine.slab.slots[number].code[: len(load.rows)].tolist()
+        for i, row in enumerate(load.rows):
+            key = (row.record.entity, row.record.record_id)
+            if not self._unique_keys and self._latest.get(key, load.sequences[i]) > load.sequences[i]:
+                load.skip.add(i)
+                self.counts.superseded += 1
+            elif codes[i]:
+                load.skip.add(i)
+                reason, detail = ROW_REASONS[codes[i]]
+                self._reject(Reject(*key, reason, detail, load.hashes[i], row.record.position))
+                self._forget(key, load.sequences[i])
+
+    def _index_decision(self, engine: Engine) -> bool:
+        """Ask the writer to drop the vector index if most of the table will be written. True if it was asked."""
+        if self._deferred or not self._store.has_vector_index:
+            return False
+        counts = self.counts
+        to_write = counts.read - counts.unchanged - counts.rejected - counts.superseded
+        remaining = max(0, (self._estimate or 0) - counts.read)
+        expected = to_write + (remaining * to_write // counts.read if counts.read else 0)
+        written = counts.stored + counts.reused
+        rows_after = max(self._rows_at_start or 0, self._estimate or 0, to_write)
+        if not should_defer(expected - written, rows_after):
+            self._deferred = False if self._deferred is None else self._deferred
+            self.index_text = self.index_text or (
+                f"kept: about {expected} of {rows_after} rows change, under a quarter"
+                if expected * 4 < rows_after
+                else f"kept: only about {expected} rows change"
+            )
+            return False
+        self._deferred = True
+        self.index_text = f"deferred: about {expected} of {rows_after} rows change, a quarter or more"
+        engine.request(PrepareIndex(True))
+        return True
+
+    # -- what has happened -----------------------------------------------------------------------------
+
+    def _happened(self, event: Event) -> None:
+        if isinstance(event, SlotFilled):
+            self._slot_filled(event)
+        elif isinstance(event, Flushed):
+            self._flushed(event)
+        elif isinstance(event, Finished):
+            if event.index.startswith("kept:"):
+                self.index_text = event.index
+            self._finished = event
+        else:
+            assert isinstance(event, Note)
+            self.warnings.append(event.text)
+            self._on_note(event.text)
+
+    def _slot_filled(self, event: SlotFilled) -> None:
+        fault("pipeline.embedded")
+        assert self.engine is not None
+        load = self._loads[event.slot]
+        if load.generation != event.generation:
+            raise KdbFastError(f"Slot {event.slot} was filled for another use; this is a defect of kdb-fast.")
+        counts = self.counts
+        counts.tokens += event.tokens
+        counts.padded_tokens += event.padded_tokens
+        counts.truncated += event.truncated
+        counts.embed_seconds += event.seconds
+        load.crcs = event.crcs
+        self._filled.append(event.slot)
+        slot = self.engine.slab.slots[event.slot]
+        codes = slot.code[: len(load.rows)]
+        self._cache.put(load.hashes, slot.vectors[: len(load.rows)])
+        for i, digest in enumerate(load.hashes):
+            waiting = self._waiters.pop(digest, None)
+            if not waiting:
+                continue
+            self._waiting_rows -= len(waiting)
+            for row, sequence in waiting:
+                if codes[i]:
+                    # What the model cannot embed for one it cannot embed for its equals.
+                    reason, detail = ROW_REASONS[int(codes[i])]
+                    self._reject(
+                        Reject(row.record.entity, row.record.record_id, reason, detail, digest, row.record.position)
+                    )
+                    self._forget((row.record.entity, row.record.record_id), sequence)
+                else:
+                    self._cache.pin(digest)
+                    self._reuse.append((row, sequence, digest))
+        if codes.any():
+            for i in codes.nonzero()[0].tolist():
+                self._cache.drop(load.hashes[i])
+
+    def _flushed(self, event: Flushed) -> None:
+        fault("pipeline.flushed")
+        assert self.flush_size is not None
+        counts = self.counts
+        counts.write_seconds += event.seconds
+        counts.bytes_written += event.bytes
+        counts.deleted += event.deleted
+        self._rejects = self._rejects[self._sent_rejects :]
+        self._sent_rejects = 0
+        lost = set(event.lost)
+        refused = {(slot, row) for slot, row, _, _ in event.rejected}
+        for number, load in self._writing.items():
+            kind = "stored" if load.kind == EMBEDDED else "reused"
+            written = 0
+            for i, row in enumerate(load.rows):
+                if i in load.skip:
+                    continue
+                key = (row.record.entity, row.record.record_id)
+                if (number, i) in refused:
+                    counts.rejected += 1
+                elif (number, i) in lost:
+                    counts.superseded += 1
+                else:
+                    written += 1
+                    self._final(key, kind)
+                self._forget(key, load.sequences[i])
+            setattr(counts, kind, getattr(counts, kind) + written)
+        self.flush_size.note(sum(load.size for load in self._writing.values()), event.seconds)
+        for number in list(self._writing):
+            self._release(number)
+        self._writing = {}
+        if not self._stopping:
+            self._check_limits()
+
+    def _forget(self, key: Key, sequence: int) -> None:
+        if self._latest.get(key) == sequence:
+            del self._latest[key]
+
+    def _release(self, number: int) -> None:
+        self._loads.pop(number, None)
+        self._free.append(number)
+
+
+def _microseconds(moment: datetime | None) -> int:
+    """Microseconds since 1970 UTC, exactly; NO_STAMP for None."""
+    if moment is None:
+        return NO_STAMP
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=timezone.utc)
+    delta = moment - _EPOCH
+    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+def limited(pages: Iterator[list[Record | Reject]], limit: int | None) -> Iterator[list[Record | Reject]]:
+    """The first ``limit`` records of the pages."""
+    left = limit
+    for page in pages:
+        if left is None:
+            yield page
+        elif left > 0:
+            yield page[:left]
+            left -= len(page[:left])
+            if left == 0:
+                return

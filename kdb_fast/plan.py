@@ -1,0 +1,74 @@
+"""How a run is carried out on this machine: workers, slots, token budget — each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .encoder import TOKEN_BUDGET
+from .resources import available_memory, cpu_list, cpu_quota, usable_cpus
+from .sharding import SHARD_ROWS
+from .slab import SlabShape
+
+WORKER_BYTES = 350_000_000
+"""Memory to allow for one worker with a small model: interpreter and libraries 120 MB, MiniLM's weights 90 MB
+twice while it loads, activations of 1,024 tokens 50 MB."""
+
+INLINE_ROWS = 200
+"""Up to so many rows this process embeds them itself: 200 take about 1.3 s, as long as starting workers does."""
+
+MEMORY_FOR_SLAB = 16
+"""The slab takes at most available memory ÷ 16."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen, and why."""
+
+    workers: int
+    cpus: list[int]
+    shape: SlabShape
+    token_budget: int
+    reasons: tuple[str, ...]
+
+    def describe(self) -> str:
+        """One line for people."""
+        return "; ".join(self.reasons)
+
+
+def make_plan(*, workers: int | None, dimensions: int, model_bytes: int) -> Plan:
+    """Choose workers and slots for this machine.
+
+    Args:
+        workers: What the user asked for, or None.
+        dimensions: Length of a vector.
+        model_bytes: Size of the model's files, which every worker holds in memory.
+    """
+    reasons: list[str] = []
+    cpus, memory = cpu_list(), available_memory()
+    if workers is None:
+        by_cpu = usable_cpus()
+        need = WORKER_BYTES + 2 * model_bytes
+        by_memory = max(1, int(memory * 0.7) // need)
+        workers = min(by_cpu, by_memory)
+        quota = cpu_quota()
+        if by_memory < by_cpu:
+            why = f"memory: {memory / 1e9:.1f} GB available, {need / 1e9:.2f} GB each"
+        elif quota is not None and quota < (len(cpus) or by_cpu):
+            why = f"CPU quota {quota:g}"
+        else:
+            why = f"{by_cpu} CPU{'s' if by_cpu > 1 else ''} usable"
+        reasons.append(f"{workers} worker{'s' if workers > 1 else ''} × 1 thread ({why})")
+    else:
+        reasons.append(f"{workers} worker{'s' if workers > 1 else ''} × 1 thread (--workers)")
+    wanted = 3 * workers + 32
+    one = SlabShape(1, SHARD_ROWS, dimensions).slot_bytes
+    slots = max(2 * workers + 2, min(wanted, memory // MEMORY_FOR_SLAB // one))
+    limited = "" if slots == wanted else ", limited by memory"
+    reasons.append(f"{slots} slots of {SHARD_ROWS} rows ({slots * one / 1e6:.0f} MB shared{limited})")
+    reasons.append(f"batches of up to {TOKEN_BUDGET} tokens")
+    return Plan(workers, cpus, SlabShape(slots, SHARD_ROWS, dimensions), TOKEN_BUDGET, tuple(reasons))
+
+
+def inline_shape(dimensions: int) -> SlabShape:
+    """Slots for a run in this process."""
+    return SlabShape(4, SHARD_ROWS, dimensions)

@@ -1,0 +1,257 @@
+"""One run, from options to receipt: the main job, in reading order."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from . import __version__
+from .database import DatabaseAddress
+from .encoder import CHARS_PER_TOKEN, EncoderSpec
+from .engine import Engine, InlineEngine
+from .errors import KdbFastError, StoppedError
+from .models import Model, resolve
+from .pipeline import Counts, Pipeline, Stop
+from .plan import INLINE_ROWS, Plan, inline_shape, make_plan
+from .progress import Progress, Silent
+from .resources import peak_rss_bytes
+from .settings import ReindexOptions
+from .sources.base import Source
+from .stores import open_store
+from .stores.base import RunSpec, Store
+from .stores.pg_runs import HEARTBEAT_SECONDS
+
+Receipt = dict[str, Any]
+
+
+def reindex(
+    address: DatabaseAddress,
+    open_source: Callable[[], Source],
+    options: ReindexOptions,
+    progress: Progress | None = None,
+) -> Receipt:
+    """Embed every record of a source that is new or has changed, and store it.
+
+    Args:
+        address: The database of the index; an embedded server must be running.
+        open_source: Opens the records to read; called once the database and model were found fit.
+        options: What was asked for.
+        progress: Shows a person what happens meanwhile.
+
+    Returns:
+        The receipt, with the keys of ``kdb-fast reindex --json``.
+
+    Raises:
+        KdbFastError: One of its subclasses; ``receipt`` is set on it when the run had begun.
+    """
+    progress = progress or Silent()
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stopping_by_signal())
+        progress.step("opening the database")
+        store = open_store(address, "parent")
+        stack.callback(store.close)
+        store.on_wait = progress.note
+        source = open_source()
+        stack.callback(source.close)
+        progress.step("loading the model")
+        model = resolve(options.model, options.model_path, report=progress.note)
+        store.prepare(model.dimensions)
+        run = store.begin_run(
+            fingerprint=model.fingerprint(options.precision),
+            model=model.name,
+            dimensions=model.dimensions,
+            wait=options.wait,
+        )
+        return _Run(address, store, source, model, run, options, progress, stop, started).go()
+
+
+class _Run:
+    """The run once it holds the lock."""
+
+    def __init__(
+        self,
+        address: DatabaseAddress,
+        store: Store,
+        source: Source,
+        model: Model,
+        run: RunSpec,
+        options: ReindexOptions,
+        progress: Progress,
+        stop: StopFlag,
+        started: float,
+    ) -> None:
+        self.address, self.store, self.source, self.model, self.run = address, store, source, model, run
+        self.options, self.progress, self.stop, self.started = options, progress, stop, started
+        self.plan: Plan | None = None
+        self.engine: Engine | None = None
+        self.start_seconds = 0.0
+        self.last_beat = 0.0
+        self.pipeline: Pipeline | None = None
+
+    def go(self) -> Receipt:
+        state, error = "failed", None
+        try:
+            self._work()
+            state = "done"
+        except Stop:
+            state = "stopped"
+            error = StoppedError("Stopped on request.", signum=self.stop.signum or signal.SIGINT)
+        except KdbFastError as caught:
+            error = caught
+        except BaseException:
+            self._close_engine(kill=True)
+            with contextlib.suppress(Exception):
+                self.store.end_run(self.run.number, "failed", {})
+            raise
+        self._close_engine(kill=self.stop.count > 1)
+        receipt = self._receipt(state)
+        try:
+            self.store.end_run(self.run.number, state, receipt)
+        except KdbFastError as caught:
+            error = error or caught
+        if error is not None:
+            error.receipt = receipt  # type: ignore[attr-defined]
+            raise error
+        if receipt["read"] != sum(receipt[k] for k in ("stored", "unchanged", "reused", "superseded", "rejected")):
+            raise KdbFastError(f"The records do not add up: {receipt}. This is a defect of kdb-fast.")
+        return receipt
+
+    def _work(self) -> None:
+        options, source = self.options, self.source
+        estimate = source.estimate()
+        if options.limit is not None:
+            estimate = min(options.limit, estimate) if estimate is not None else options.limit
+        self.progress.begin(estimate)
+        self.pipeline = Pipeline(
+            store=self.store,
+            start_engine=self._start_engine,
+            fingerprint=self.run.fingerprint,
+            dimensions=self.model.dimensions,
+            read_chars=self.model.max_tokens * CHARS_PER_TOKEN,
+            max_rejects=options.max_rejects,
+            force=options.force,
+            unique_keys=source.unique_keys,
+            estimate=estimate,
+            on_progress=self.progress.update,
+            on_note=self.progress.note,
+            should_stop=lambda: self.stop.count > 0,
+            heartbeat=self._beat,
+        )
+        self.pipeline.run(source.pages(), source.take_empty)
+        self.pipeline.counts.empty = source.empty
+        self.progress.step("finishing the index")
+        self.pipeline.finish(source.entities if source.complete else ())
+
+    def _start_engine(self, rows: int, more: bool) -> Engine:
+        began = time.monotonic()
+        options, model = self.options, self.model
+        plan = make_plan(workers=options.workers, dimensions=model.dimensions, model_bytes=model.size_bytes)
+        spec = EncoderSpec(model, options.batch_size, plan.token_budget)
+        if not more and rows <= INLINE_ROWS and options.workers is None:
+            self.engine = InlineEngine(inline_shape(model.dimensions), spec, self.store, self.run)
+        else:
+            from .supervisor import ProcessEngine
+
+            self.plan = plan
+            self.progress.plan(plan.describe())
+            self.engine = ProcessEngine(
+                plan.shape, spec, self.address, self.run, workers=plan.workers, cpus=plan.cpus
+            )
+        self.start_seconds = time.monotonic() - began
+        return self.engine
+
+    def _beat(self, phase: str) -> None:
+        if time.monotonic() - self.last_beat >= HEARTBEAT_SECONDS:
+            self.last_beat = time.monotonic()
+            self.store.heartbeat(self.run.number, phase)
+
+    def _close_engine(self, *, kill: bool) -> None:
+        if self.engine is not None:
+            self.engine.close(kill=kill)
+
+    def _receipt(self, state: str) -> Receipt:
+        pipeline, run = self.pipeline, self.run
+        counts = pipeline.counts if pipeline else Counts()
+        seconds = time.monotonic() - self.started
+        written = counts.stored + counts.reused
+        peaks = self.engine.peak_rss_bytes() if self.engine else {}
+        flush = pipeline.flush_size.describe() if pipeline and pipeline.flush_size else "nothing to flush"
+        return {
+            "run": run.number,
+            "state": state,
+            "read": counts.read,
+            "stored": counts.stored,
+            "unchanged": counts.unchanged,
+            "reused": counts.reused,
+            "superseded": counts.superseded,
+            "rejected": counts.rejected,
+            "empty": counts.empty,
+            "deleted": counts.deleted,
+            "truncated": counts.truncated,
+            "tokens": counts.tokens,
+            "padded_tokens": counts.padded_tokens,
+            "seconds": round(seconds, 3),
+            "records_per_second": round(written / seconds, 1) if seconds else 0.0,
+            "tokens_per_second": round(counts.tokens / seconds, 1) if seconds else 0.0,
+            "model": run.model,
+            "dimensions": run.dimensions,
+            "precision": self.options.precision,
+            "fingerprint": run.fingerprint,
+            "workers": self.engine.workers if self.engine else 0,
+            "plan": self.plan.describe() if self.plan else "in this process",
+            "flushes": counts.flushes,
+            "flush_size": flush,
+            "bytes_written": counts.bytes_written,
+            "index": pipeline.index_text if pipeline else "",
+            "phases": {
+                "start": round(self.start_seconds, 3),
+                "embed": round(counts.embed_seconds, 3),
+                "write": round(counts.write_seconds, 3),
+                "index": round(counts.index_seconds, 3),
+            },
+            "peak_rss_bytes": peak_rss_bytes() + sum(peaks.values()),
+            "peak_rss_by_process": {"parent": peak_rss_bytes(), **peaks},
+            "warnings": [*(pipeline.warnings if pipeline else []), *self.source.warnings()],
+            "version": __version__,
+        }
+
+
+class StopFlag:
+    """How often a stop was asked for, and by which signal."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.signum = 0
+
+
+@contextlib.contextmanager
+def stopping_by_signal() -> Iterator[StopFlag]:
+    """Turn SIGINT, SIGTERM and SIGHUP into a flag; the second one raises KeyboardInterrupt at once.
+
+    Outside the main thread (a library caller) signals are left alone.
+    """
+    flag = StopFlag()
+
+    def handler(signum: int, frame: Any) -> None:
+        flag.count += 1
+        flag.signum = signum
+        if flag.count > 1:
+            raise KeyboardInterrupt
+
+    previous: dict[int, Any] = {}
+    try:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                previous[number] = signal.signal(number, handler)
+    except ValueError:
+        previous = {}
+    try:
+        yield flag
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

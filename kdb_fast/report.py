@@ -1,0 +1,109 @@
+"""What commands print for people. Everything that came from records is shown without control characters."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .progress import clock
+from .records import storable_key
+
+SHOWN_CHARS = 100
+"""Characters of a text in a list of results."""
+
+
+def print_receipt(receipt: Mapping[str, Any], database: str) -> None:
+    """The summary of a run."""
+    written = receipt["stored"] + receipt["reused"]
+    read = receipt["read"]
+    if not read:
+        print(f"{database}: there were no records to read.")
+    elif not written and not receipt["rejected"]:
+        print(f"{database}: nothing changed: {receipt['unchanged']:,} records are up to date.")
+    else:
+        print(
+            f"{database}: {written:,} of {read:,} records written in {clock(receipt['seconds'])} "
+            f"({receipt['records_per_second']:,.0f} records/s, {receipt['tokens_per_second']:,.0f} tokens/s)"
+        )
+    rows: list[tuple[str, str]] = [
+        ("records", ", ".join(f"{receipt[k]:,} {k}" for k in ("stored", "unchanged", "reused", "superseded", "rejected")
+                              if receipt[k] or k == "stored")),
+    ]  # fmt: skip
+    extra = [f"{receipt[k]:,} {text}" for k, text in (("deleted", "removed from the index"),
+             ("empty", "without text, not indexed"), ("truncated", "longer than the model reads")) if receipt[k]]  # fmt: skip
+    if extra:
+        rows.append(("also", ", ".join(extra)))
+    if receipt["tokens"]:
+        padding = 1 - receipt["tokens"] / max(1, receipt["padded_tokens"])
+        rows.append(
+            ("tokens", f"{receipt['tokens']:,} ({receipt['tokens'] / max(1, receipt['stored']):.0f} a record, "
+                       f"padding {padding:.1%})")
+        )  # fmt: skip
+        rows.append(("plan", receipt["plan"]))
+    rows.append(("model", f"{receipt['model']}, {receipt['dimensions']} dimensions, {receipt['precision']}, "
+                          f"fingerprint {receipt['fingerprint']}"))  # fmt: skip
+    if receipt["flushes"]:
+        rows.append(("flushes", f"{receipt['flushes']}: {receipt['flush_size']}"))
+    if receipt["index"]:
+        rows.append(("index", receipt["index"]))
+    phases = receipt["phases"]
+    if written:
+        rows.append(("time", f"embedding {phases['embed']:.1f} s of worker time, writing {phases['write']:.1f} s, "
+                             f"index {phases['index']:.1f} s"))  # fmt: skip
+        rows.append(("memory", f"{receipt['peak_rss_bytes'] / 1e6:,.0f} MB at most, all processes together"))
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print(f"  {name:<{width}}  {text}")
+    for warning in receipt["warnings"]:
+        print(f"  note: {warning}")
+    if receipt["rejected"]:
+        print("  See the rejected records: kdb-fast rejects list")
+
+
+def printable(text: str, limit: int = SHOWN_CHARS) -> str:
+    """One line without control characters, cut at ``limit`` characters."""
+    return storable_key(" ".join(text.split()), limit)
+
+
+def print_results(query: str, results: Sequence[Mapping[str, Any]]) -> None:
+    """Search results, best first."""
+    if not results:
+        print("no results")
+        return
+    for number, result in enumerate(results, 1):
+        print(f"{number:>3}. {result['score']:.4f}  {printable(result['entity'], 40)}/{printable(result['id'], 40)}")
+        print(f"     {printable(result['matched_text'])}")
+
+
+def print_status(status: Mapping[str, Any], database: str) -> None:
+    """A table of entities."""
+    from rich.console import Console
+    from rich.table import Table
+
+    entities = status["entities"]
+    print(f"{database}: {status['indexed']:,} records indexed")
+    if not entities:
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("entity")
+    for name in ("indexed", "pending", "stale", "rejected"):
+        table.add_column(name, justify="right")
+    table.add_column("last update")
+    for row in entities:
+        pending = "?" if row["pending"] is None else f"{row['pending']:,}"
+        updated = str(row["last_updated"] or "never")[:19]
+        table.add_row(printable(row["entity"], 60), f"{row['indexed']:,}", pending, f"{row['stale']:,}",
+                      f"{row['rejected']:,}", updated)  # fmt: skip
+    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+    if status.get("run"):
+        run = status["run"]
+        print(f"last run: {run['run']}, {run['state']}, began {str(run['started_at'])[:19]}")
+
+
+def print_models(entries: Iterable[Any]) -> None:
+    """All models, those on this machine first."""
+    for entry in sorted(entries, key=lambda e: (not e.installed, e.name)):
+        mark = "here" if entry.installed else "    "
+        print(f"{mark}  {entry.dimensions:>5}  {entry.size_gb:>6.2f} GB  {entry.name}")
+    sys.stdout.flush()

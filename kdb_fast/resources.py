@@ -1,0 +1,125 @@
+"""CPUs and memory that this process may really use: affinity, cgroup v1 and v2, and the host."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+PROC_CGROUP = Path("/proc/self/cgroup")
+V1_NO_LIMIT = 1 << 60
+"""cgroup v1 writes 9223372036854771712 (2^63 less a page) for "no limit"; nothing real is near 2^60."""
+
+
+def usable_cpus() -> int:
+    """CPUs this process may run on at the same time: affinity, cut by the CPU quota of every cgroup above it."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    # 1.5 CPUs carry two workers better than one: the second gets half a core, not none.
+    return max(1, min(allowed, math.ceil(quota))) if quota else max(1, allowed)
+
+
+def cpu_list() -> list[int]:
+    """Numbers of the CPUs this process may run on; empty where the system has no affinity."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def cpu_quota() -> float | None:
+    """The smallest CPU quota of this cgroup and those above it, in CPUs; None if there is none."""
+    quotas = []
+    for directory in _cgroups("cpu"):
+        text = _read(directory / "cpu.max")
+        if text:
+            parts = text.split()
+            if len(parts) == 2 and parts[0] != "max" and parts[0].isdigit() and int(parts[1]) > 0:
+                quotas.append(int(parts[0]) / int(parts[1]))
+            continue
+        quota, period = _read(directory / "cpu.cfs_quota_us"), _read(directory / "cpu.cfs_period_us")
+        if quota and period and quota.lstrip("-").isdigit() and int(quota) > 0 and int(period) > 0:
+            quotas.append(int(quota) / int(period))
+    return min(quotas) if quotas else None
+
+
+def memory_limit() -> int | None:
+    """The smallest memory limit of this cgroup and those above it, in bytes; None if there is none."""
+    limits = [limit for limit, _ in _memory_limits()]
+    return min(limits) if limits else None
+
+
+def available_memory() -> int:
+    """Bytes that can still be allocated: the host's available memory, and for each cgroup its limit less its use.
+
+    The page cache of a cgroup counts as available: the kernel drops it before it kills.
+    """
+    import psutil
+
+    values = [int(psutil.virtual_memory().available)]
+    values += [max(0, limit - used) for limit, used in _memory_limits()]
+    return min(values)
+
+
+def _memory_limits() -> list[tuple[int, int]]:
+    """(limit, bytes in use without page cache) of each cgroup that has a limit."""
+    found = []
+    for directory in _cgroups("memory"):
+        limit = _read(directory / "memory.max") or _read(directory / "memory.limit_in_bytes")
+        if not limit or not limit.isdigit() or int(limit) >= V1_NO_LIMIT:
+            continue
+        used = _read(directory / "memory.current") or _read(directory / "memory.usage_in_bytes") or "0"
+        cache = 0
+        for line in (_read(directory / "memory.stat") or "").splitlines():
+            name, _, value = line.partition(" ")
+            if name in ("inactive_file", "total_inactive_file"):
+                cache = int(value)
+        found.append((int(limit), max(0, int(used) - cache)))
+    return found
+
+
+def _cgroups(controller: str) -> list[Path]:
+    """Directories of this process's cgroup for a controller and of all above it, in v1 and v2."""
+    result: list[Path] = []
+    for line in (_read(PROC_CGROUP) or "").splitlines():
+        number, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if names == "" and number == "0":
+            base = CGROUP_ROOT
+        elif controller in names.split(","):
+            base = CGROUP_ROOT / names
+            if not base.exists():
+                base = CGROUP_ROOT / controller
+        else:
+            continue
+        parts = [p for p in path.split("/") if p and p != ".."]
+        # In a container the path may be the host's, which does not exist here: then the root is the container's own.
+        candidates = [base.joinpath(*parts[:n]) for n in range(len(parts), -1, -1)]
+        result += [c for c in candidates if c.is_dir()]
+    return list(dict.fromkeys(result))
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory this process has had so far, in bytes."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def oom_kills() -> int:
+    """How often the kernel has killed a process of this cgroup (or one above it) because memory ran out."""
+    total = 0
+    for directory in _cgroups("memory"):
+        text = _read(directory / "memory.events") or _read(directory / "memory.oom_control") or ""
+        for line in text.splitlines():
+            name, _, value = line.partition(" ")
+            if name == "oom_kill" and value.isdigit():
+                total = max(total, int(value))
+    return total

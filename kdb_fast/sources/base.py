@@ -1,0 +1,57 @@
+"""What a source of records must do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+from ..records import Record, Reject
+
+PAGE_ROWS = 1000
+"""Records of one page: one query by key, some hundred kilobytes."""
+
+
+class Source(ABC):
+    """A stream of records in pages. Memory does not grow with the number of records.
+
+    Attributes:
+        complete: The source lists every live record of its entities, so index rows without a record may
+            be removed (:meth:`kdb_fast.stores.base.Store.prune`).
+        unique_keys: No key occurs twice.
+        empty: Records read so far that have no text at all; KameleonDB does not index these.
+    """
+
+    complete = False
+    unique_keys = False
+    empty = 0
+
+    @property
+    @abstractmethod
+    def entities(self) -> tuple[str, ...]:
+        """Names of the entities that this source reads."""
+
+    @abstractmethod
+    def estimate(self) -> int | None:
+        """About how many records there are, or None if that cannot be known cheaply."""
+
+    @abstractmethod
+    def pages(self) -> Iterator[list[Record | Reject]]:
+        """The records, about PAGE_ROWS at a time, each page read by a query of its own.
+
+        What cannot be a record (a broken line, an unusable key) is in its place as a Reject.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close files and connections."""
+
+    def take_empty(self) -> list[tuple[str, str]]:
+        """(entity, record id) of the records without text that were read since the last call.
+
+        They are not in any page; an index row they may still have is to be removed. Call it after each page.
+        """
+        return []
+
+    def warnings(self) -> list[str]:
+        """What the user should know after all was read, such as a file that changed meanwhile."""
+        return []

@@ -1,0 +1,317 @@
+"""Records of a KameleonDB database, PostgreSQL or SQLite."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from ..database import DatabaseAddress, connect_postgresql, connect_sqlite, redact
+from ..errors import DatabaseError, KdbFastError
+from ..records import Record, Reject, content_from_fields, storable_key
+from .base import PAGE_ROWS, Source
+from .catalog import Catalog, EntityDefinition, translated
+from .record_queries import RECORDS, Place, count_query, ids_query, rows_query, stored_fields
+
+BLOCK_ROWS = 50_000
+"""Ids read ahead by one query (about 4 MB).
+
+A page is then a look-up by primary key, whatever else is in the table. Paging by ``id > last`` alone would,
+with many entities in one table and no index on (entity, id), read the whole entity or walk the other
+entities' rows for every page; this does so once in fifty pages.
+"""
+
+PAGE_BYTES = 8 << 20
+"""Stored bytes of one page, about: large records make smaller pages."""
+
+FIRST_PAGE_ROWS = 100
+"""Rows of the first page, before the size of a record is known."""
+
+ATTEMPTS = 6
+BACKOFF = 0.2
+"""Seconds before the second attempt of a page; doubled each time, so a restart of about 6 s is survived."""
+
+COUNT_SECONDS = 2.0
+"""Longest time spent on an exact count; the planner's estimate must do for a larger table."""
+
+TRANSIENT = ("08", "40", "53", "55P03", "57P")
+"""SQLSTATE prefixes after which the same page may succeed: connection, serialisation, resources, lock, shutdown."""
+
+
+class KameleonDBSource(Source):
+    """All live records of some or all entities, by keyset pages, each a short query of its own.
+
+    Nothing is held open between pages: a record changed meanwhile is read as it is then.
+
+    Args:
+        address: The database, running.
+        entities: Names of the entities to read; empty means all active ones.
+        limit: Stop after this many records.
+
+    Attributes:
+        catalog: KameleonDB's definitions, as read at the start.
+
+    Raises:
+        SchemaError: No KameleonDB there, or an entity is unknown or its table is missing.
+        DatabaseError: The database cannot be reached.
+    """
+
+    unique_keys = True
+
+    def __init__(self, address: DatabaseAddress, entities: Sequence[str] = (), limit: int | None = None) -> None:
+        self._address = address
+        self._dialect = address.dialect
+        self._limit = limit
+        # With a limit, the source has not seen every record, so it cannot say which rows have none.
+        self.complete = limit is None
+        self._emptied: list[tuple[str, str]] = []
+        self._warnings: list[str] = []
+        self._page_rows = FIRST_PAGE_ROWS
+        self._connection: Any = None
+        self._connect()
+        try:
+            self.catalog = Catalog.load(self._connection, self._dialect, address.display)
+            self._entities = self.catalog.select(entities)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def entities(self) -> tuple[str, ...]:
+        return tuple(entity.name for entity in self._entities)
+
+    def estimate(self) -> int | None:
+        """Live records, with or without text: exact where counting takes under two seconds."""
+        deadline = time.monotonic() + COUNT_SECONDS
+        total = sum(self._count(place, deadline) for entity in self._entities for place in entity.places)
+        return total if self._limit is None else min(total, self._limit)
+
+    def pages(self) -> Iterator[list[Record | Reject]]:
+        """The records entity by entity, each in the order of its ids.
+
+        A page may be empty, when none of its records has text: call :meth:`take_empty` after each.
+
+        Raises:
+            DatabaseError: The connection was lost and did not come back in several attempts.
+        """
+        left = self._limit
+        for entity in self._entities:
+            for place in entity.places:
+                for record_ids in self._id_pages(place):
+                    page = self._page(entity, place, record_ids)
+                    if left is not None:
+                        page = page[:left]
+                        left -= len(page)
+                    yield page
+                    if left == 0:
+                        return
+        self._check_definitions()
+
+    def take_empty(self) -> list[tuple[str, str]]:
+        taken, self._emptied = self._emptied, []
+        return taken
+
+    def warnings(self) -> list[str]:
+        return list(self._warnings)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(Exception):
+                self._connection.close()
+            self._connection = None
+
+    def _connect(self) -> None:
+        self.close()
+        if self._dialect == "postgresql":
+            self._connection = connect_postgresql(self._address, role="reader")
+        else:
+            self._connection = connect_sqlite(self._address)
+
+    def _id_pages(self, place: Place) -> Iterator[list[str]]:
+        """The ids of the live records, a page at a time."""
+        by_primary_key = self._dialect == "sqlite" and self._walk_primary_key(place)
+        after: str | None = None
+        while True:
+            rows = self._fetch(*ids_query(place, self._dialect, after, BLOCK_ROWS, by_primary_key=by_primary_key))
+            record_ids = [row[0] for row in rows]
+            start = 0
+            while start < len(record_ids):
+                stop = start + self._page_rows
+                yield record_ids[start:stop]
+                start = stop
+            if len(record_ids) < BLOCK_ROWS:
+                return
+            after = record_ids[-1]
+
+    def _walk_primary_key(self, place: Place) -> bool:
+        """Whether SQLite should find ids by the primary key: it has no statistics to choose by itself."""
+        if place.entity_id is None:
+            return True
+        # By the entity's index, each block reads and sorts what is left of the entity; by the primary
+        # key, all blocks together read the whole table once.
+        own = self._fetch(*count_query(place, "sqlite"))[0][0]
+        everything = self._fetch(f"SELECT count(*) FROM {RECORDS}", ())[0][0]  # noqa: S608
+        return bool(own * own > 2 * BLOCK_ROWS * everything)
+
+    def _page(self, entity: EntityDefinition, place: Place, record_ids: list[str]) -> list[Record | Reject]:
+        fields = stored_fields(place, entity.text_fields)
+        rows = self._fetch(*rows_query(place, self._dialect, fields, record_ids), raw=True)
+        page: list[Record | Reject] = []
+        name, size = entity.name, 0
+        labels = [(field.name, field.column_name) for field in fields]
+        for row in rows:
+            try:
+                if self._dialect == "sqlite":
+                    row = _decoded(row)
+                if place.columns is None:
+                    get = _stored(row[2]).get
+                    content = content_from_fields([(label, get(column)) for label, column in labels])
+                    size += len(row[2] or "")
+                else:
+                    content = content_from_fields(zip([label for label, _ in labels], row[2:], strict=True))
+                    size += len(content)
+            except _Unreadable as fault:
+                record_id, digest = _identity(row)
+                page.append(Reject(name, record_id, fault.reason, fault.detail, digest))
+                continue
+            if content:
+                page.append(Record(name, row[0], content, _utc(row[1])))
+            else:
+                self.empty += 1
+                self._emptied.append((name, row[0]))
+        average = size / len(rows) if rows else 0.0
+        self._page_rows = max(1, min(PAGE_ROWS, int(PAGE_BYTES / max(average, 1.0))))
+        return page
+
+    def _fetch(self, query: Any, parameters: tuple[Any, ...], *, raw: bool = False) -> list[tuple[Any, ...]]:
+        """All rows of one short query, repeated on a new connection where that can help.
+
+        Args:
+            raw: On SQLite, text comes as bytes: one value that is not UTF-8 would fail the whole page.
+        """
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                if self._connection is None:
+                    self._connect()
+                with translated(self._address.display):
+                    if self._dialect == "postgresql":
+                        with self._connection.cursor(binary=True) as cursor:
+                            return list(cursor.execute(query, parameters).fetchall())
+                    self._connection.text_factory = bytes if raw else str
+                    return list(self._connection.execute(query, parameters).fetchall())
+            except DatabaseError as error:
+                error.message = redact(error.message, self._address)
+                if not self._transient(error):
+                    raise
+                if attempt == ATTEMPTS:
+                    raise DatabaseError(
+                        f"The connection to {self._address.display} was lost while reading records, and {ATTEMPTS} "
+                        f"attempts failed; the last one: {error.message}",
+                        remedy="What was committed is safe; the same command carries on.",
+                    ) from error
+            self.close()
+            time.sleep(BACKOFF * 2 ** (attempt - 1) * (1 + random.random() / 4))  # noqa: S311
+
+    def _transient(self, error: KdbFastError) -> bool:
+        if self._dialect == "sqlite":
+            return False  # its busy time-out has already waited
+        if self._connection is None or self._connection.closed:
+            return True
+        return str(getattr(error.__cause__, "sqlstate", None) or "").startswith(TRANSIENT)
+
+    def _count(self, place: Place, deadline: float) -> int:
+        query, parameters = count_query(place, self._dialect)
+        if self._dialect == "sqlite":
+            return int(self._fetch(query, parameters)[0][0])
+        import psycopg
+
+        milliseconds = max(50, int(1000 * (deadline - time.monotonic())))
+        try:
+            # SET LOCAL, since a pooler may give the next statement another session.
+            with self._connection.transaction():
+                self._connection.execute("SELECT set_config('statement_timeout', %s, true)", (str(milliseconds),))
+                return int(self._connection.execute(query, parameters).fetchone()[0])
+        except psycopg.errors.QueryCanceled:
+            plan = self._fetch(b"EXPLAIN (FORMAT JSON) " + query.replace(b"count(*)", b"1", 1), parameters)[0][0]
+            return int((json.loads(plan) if isinstance(plan, str | bytes) else plan)[0]["Plan"]["Plan Rows"])
+        except psycopg.Error:  # lost connections and their like: repeated and reported in one place
+            return int(self._fetch(query, parameters)[0][0])
+
+    def _check_definitions(self) -> None:
+        """Warn where an entity was moved or redefined meanwhile: some records may have been missed."""
+        try:
+            if self._connection is None:
+                self._connect()
+            if isinstance(self._connection, sqlite3.Connection):
+                self._connection.text_factory = str
+            now = Catalog.load(self._connection, self._dialect, self._address.display).entities
+        except KdbFastError:
+            return  # all records were read; whatever comes next will notice that the database is gone
+        changed = [entity.name for entity in self._entities if now.get(entity.name) != entity]
+        if changed:
+            names = ", ".join(storable_key(name) for name in changed)
+            self._warnings.append(
+                f"The definition or storage of {names} changed while it was read; run the command again."
+            )
+
+
+class _Unreadable(Exception):
+    """One stored row cannot be understood; the others can."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+def _stored(text: Any) -> dict[str, Any]:
+    """The fields of a record in the shared table, by column name."""
+    try:
+        data = json.loads(text) if text is not None else None
+    except RecursionError:
+        raise _Unreadable("too_deep", "the stored data is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise _Unreadable("invalid_json", f"the stored data is not valid JSON: {error.msg}") from None
+    except (ValueError, TypeError):
+        raise _Unreadable("invalid_json", "the stored data cannot be read as JSON") from None
+    if isinstance(data, dict):
+        return data
+    if data is None:
+        return {}
+    raise _Unreadable("not_an_object", f"the stored data is {type(data).__name__}, expected a JSON object")
+
+
+def _decoded(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    try:
+        return tuple(value.decode() if isinstance(value, bytes) else value for value in row)
+    except UnicodeDecodeError as error:
+        raise _Unreadable("not_utf8", f"a stored text is not UTF-8 (at its byte {error.start + 1})") from None
+
+
+def _identity(row: tuple[Any, ...]) -> tuple[str, bytes]:
+    """The id of a row, and SHA-256 of its stored values."""
+    record_id = row[0].decode(errors="replace") if isinstance(row[0], bytes) else str(row[0])
+    digest = hashlib.sha256()
+    for value in row[2:]:
+        digest.update(value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass"))
+    return record_id, digest.digest()
+
+
+def _utc(changed: Any) -> datetime | None:
+    """``updated_at`` as an aware datetime in UTC; None if it is not a time. A naive one is UTC already."""
+    if isinstance(changed, str):
+        try:
+            changed = datetime.fromisoformat(changed)
+        except ValueError:
+            return None
+    if not isinstance(changed, datetime):
+        return None
+    return changed.replace(tzinfo=UTC) if changed.tzinfo is None else changed.astimezone(UTC)

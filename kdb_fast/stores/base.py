@@ -1,0 +1,182 @@
+"""What a store must do. PostgreSQL and SQLite implement it; each process opens its own.
+
+The state of a record lives in its row of ``kdb_search``, in four columns that KameleonDB ignores:
+
+``kdb_fast_fingerprint``  fingerprint of the model that made the vector
+``kdb_fast_run``          number of the run that wrote the row
+``kdb_fast_at``           equals ``updated_at`` as long as nobody else has written the row
+``kdb_fast_source_at``    when the record was last changed at its source, as read by that run
+
+A record is unchanged when the stored content is the same, the fingerprint is the same, the embedding is
+there and ``kdb_fast_at = updated_at``. The content itself is compared (by SHA-256), not a copy of its
+hash, so an edit by another program can never look unchanged.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from ..records import Reject
+from ..slab import Slot
+
+TABLE = "kdb_search"
+RUNS = "kdb_fast_runs"
+REJECTS = "kdb_fast_rejects"
+
+
+class Stored(NamedTuple):
+    """The index's row for a key, as the parent saw it.
+
+    ``stamp`` is its version (an opaque int64); ``content_hash`` is SHA-256 of the stored content;
+    ``fingerprint`` is None unless kdb-fast wrote the row and nobody has changed it since.
+    """
+
+    content_hash: bytes
+    fingerprint: str | None
+    stamp: int
+
+
+class RunSpec(NamedTuple):
+    """What identifies a run in every row it writes."""
+
+    number: int
+    fingerprint: str
+    model: str
+    dimensions: int
+
+
+class FlushSlot(NamedTuple):
+    """Rows of one slot to write: all but ``skip``."""
+
+    slot: Slot
+    skip: frozenset[int]
+
+
+class FlushResult(NamedTuple):
+    rows: int
+    bytes: int
+    deleted: int
+    lost: tuple[tuple[int, int], ...]
+    rejected: tuple[tuple[int, int, str, str], ...]
+
+
+class IndexOutcome(NamedTuple):
+    """What was done with the vector index, in words, and the warnings that the server gave."""
+
+    text: str
+    warnings: tuple[str, ...] = ()
+
+
+class Holder(NamedTuple):
+    """Who holds the index: the run, its machine and process, since when, and when it last gave a sign."""
+
+    run: int
+    host: str
+    pid: int
+    since: datetime
+    heartbeat_age: float
+
+
+class EntityStatus(NamedTuple):
+    """Counts of one entity. ``pending`` is None where the source is not in this database."""
+
+    entity: str
+    indexed: int
+    pending: int | None
+    stale: int
+    rejected: int
+    last_updated: datetime | None
+
+
+class Store(ABC):
+    """One connection to the search index. Not shared between processes or threads.
+
+    Every method raises :class:`~kdb_fast.errors.DatabaseError` when the database is lost for good.
+    """
+
+    dialect: str
+    has_vector_index = False
+    on_wait: Callable[[str], None]
+    """Called with what is being waited for, before each pause."""
+
+    @abstractmethod
+    def prepare(self, dimensions: int) -> None:
+        """Check the search tables and create what is missing; alter nothing that KameleonDB owns.
+
+        Raises:
+            SchemaError: Extension missing, table of another shape, another dimension, or no right to write.
+        """
+
+    @abstractmethod
+    def begin_run(self, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
+        """Take the lock and record the run. Raises LockedError if another run holds it after ``wait`` seconds."""
+
+    @abstractmethod
+    def heartbeat(self, run: int, phase: str) -> None:
+        """Say that the run is alive; never blocks for long and never raises for a busy database."""
+
+    @abstractmethod
+    def end_run(self, run: int, state: str, receipt: dict[str, Any]) -> None:
+        """Release the lock and store the receipt; ``state`` is done, stopped or failed."""
+
+    @abstractmethod
+    def count(self, entity: str | None = None) -> int:
+        """Rows of the search table, of one entity or all."""
+
+    @abstractmethod
+    def lookup(self, entity: str, record_ids: Sequence[str]) -> dict[str, Stored]:
+        """The index's rows for these keys; keys without a row are left out."""
+
+    @abstractmethod
+    def flush(
+        self,
+        run: RunSpec,
+        number: int,
+        slots: Sequence[FlushSlot],
+        rejects: Sequence[Reject],
+        deletes: Sequence[tuple[str, str]],
+    ) -> FlushResult:
+        """Write rows, rejects and deletions in one transaction.
+
+        Flush ``number`` of a run is written at most once: repeated after an unknown outcome, the result
+        of the first time is returned. A row that the database refuses is found by halving and returned
+        in ``rejected`` (and stored in the rejects table); the others are written.
+
+        Raises:
+            LockedError: The run no longer holds the lock: another one has taken it over.
+        """
+
+    @abstractmethod
+    def defer_index(self) -> str:
+        """Drop the vector index (and full-text index) before a large load; remembers how to build it again."""
+
+    @abstractmethod
+    def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
+        """Build whatever KameleonDB's table should have and has not, and refresh planner statistics."""
+
+    @abstractmethod
+    def index_missing(self) -> bool:
+        """Whether :meth:`finish_index` would build the vector index."""
+
+    @abstractmethod
+    def prune(self, entity: str) -> int:
+        """Remove rows of an entity whose record is gone or soft-deleted in KameleonDB's tables; returns how many."""
+
+    @abstractmethod
+    def interrupt(self) -> None:
+        """From another thread: make a running statement end with an error."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connection; what was not committed is rolled back by the database."""
+
+    @abstractmethod
+    def rejects(self, entity: str | None = None) -> Iterable[dict[str, Any]]:
+        """Rows of the rejects table, newest run first."""
+
+    @abstractmethod
+    def clear_rejects(self, keys: Iterable[tuple[str, str]] | None = None) -> int:
+        """Delete rejects, all or those of the given (entity, record id); returns how many."""

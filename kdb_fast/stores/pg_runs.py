@@ -1,0 +1,124 @@
+"""PostgreSQL: runs, and the lock that keeps two of them apart.
+
+The lock is the row of the running run with its heartbeat, not a session lock: that also works through a
+transaction-mode pooler, and survives a lost connection. Every flush begins by updating that row, so a run
+that was taken for dead and replaced cannot write any more (a fencing token).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LockedError
+from .base import Holder, RunSpec
+from .pg_prepare import DDL_LOCK
+
+if TYPE_CHECKING:
+    from .postgresql import PostgreSQLStore
+
+STALE_SECONDS = 30.0
+"""A run whose heartbeat is older is dead: six beats were missed (see ``HEARTBEAT_SECONDS``)."""
+
+HEARTBEAT_SECONDS = 5.0
+
+
+def begin(store: PostgreSQLStore, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
+    """See :meth:`kdb_fast.stores.base.Store.begin_run`."""
+    deadline = time.monotonic() + wait
+    while True:
+        result = store.retrying("taking the lock", lambda: _try_begin(store, fingerprint, model, dimensions))
+        if isinstance(result, RunSpec):
+            return result
+        if time.monotonic() >= deadline:
+            raise locked(result)
+        store.on_wait(f"waiting for run {result.run} of process {result.pid} on {result.host}")
+        time.sleep(0.5)
+
+
+def locked(holder: Holder) -> LockedError:
+    """The error that names who holds the index and since when."""
+    since = holder.since.astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+    return LockedError(
+        f"Run {holder.run} holds the index: process {holder.pid} on {holder.host}, since {since}, "
+        f"last sign of life {holder.heartbeat_age:.0f} s ago.",
+        remedy="Wait for it with --wait SECONDS, or stop it; a dead run is taken over "
+        f"{STALE_SECONDS:.0f} s after its last sign.",
+    )
+
+
+def process_is_gone(host: str, pid: int, started: float) -> bool:
+    """Whether a process of this machine has ended; False where that cannot be known (another machine)."""
+    import psutil
+
+    if host != socket.gethostname():
+        return False
+    try:
+        # Two seconds: the creation time is derived from the boot time, which may be rounded differently.
+        return abs(psutil.Process(pid).create_time() - started) > 2.0
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
+
+
+def own_process_started() -> float:
+    import psutil
+
+    return float(psutil.Process().create_time())
+
+
+def _try_begin(store: PostgreSQLStore, fingerprint: str, model: str, dimensions: int) -> RunSpec | Holder:
+    with store.transaction() as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
+        running = cursor.execute(
+            "SELECT run, host, pid, started_at, extract(epoch FROM clock_timestamp() - heartbeat_at)::float8, "
+            "process_started FROM kdb_fast_runs WHERE state = 'running' FOR UPDATE"
+        ).fetchall()
+        for run, host, pid, since, age, started in running:
+            assert isinstance(since, datetime)
+            ours = host == socket.gethostname() and pid == os.getpid()
+            if age < STALE_SECONDS and not process_is_gone(host, pid, started) or ours:
+                return Holder(run, host, pid, since, float(age))
+            cursor.execute(
+                "UPDATE kdb_fast_runs SET state = 'abandoned', ended_at = now() WHERE run = %s", (run,)
+            )
+        row = cursor.execute(
+            "INSERT INTO kdb_fast_runs (state, fingerprint, model, dimensions, host, pid, process_started) "
+            "VALUES ('running', %s, %s, %s, %s, %s, %s) RETURNING run",
+            (fingerprint, model, dimensions, socket.gethostname(), os.getpid(), own_process_started()),
+        ).fetchone()
+        assert row is not None
+        return RunSpec(int(row[0]), fingerprint, model, dimensions)
+
+
+def heartbeat(store: PostgreSQLStore, run: int, phase: str) -> None:
+    """A sign of life; a database that is away is the writer's business, not ours."""
+    import psycopg
+
+    from ..errors import DatabaseError
+
+    with contextlib.suppress(psycopg.Error, DatabaseError), store.transaction() as cursor:
+        cursor.execute("SET LOCAL lock_timeout = '200ms'; SET LOCAL statement_timeout = '2s'")
+        cursor.execute(
+            "UPDATE kdb_fast_runs SET heartbeat_at = clock_timestamp(), phase = %s WHERE run = %s AND state = 'running'",
+            (phase[:64], run),
+        )
+
+
+def end(store: PostgreSQLStore, run: int, state: str, receipt: dict[str, Any]) -> None:
+    """See :meth:`kdb_fast.stores.base.Store.end_run`."""
+
+    def work() -> None:
+        store.connection().execute(
+            "UPDATE kdb_fast_runs SET state = %s, phase = 'end', ended_at = now(), receipt = %s "
+            "WHERE run = %s AND state = 'running'",
+            (state, json.dumps(receipt), run),
+        )
+
+    store.retrying("recording the end of the run", work)

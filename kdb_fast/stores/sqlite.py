@@ -1,0 +1,191 @@
+"""SQLite with FTS5: look up what is stored, write a flush in one transaction.
+
+Vectors are written twice: as JSON text into ``kdb_search``, where KameleonDB reads them, and as float32
+into ``kdb_fast_vectors``, where search reads them 100 times as fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ..database import DatabaseAddress, connect_sqlite
+from ..faults import fault
+from ..records import Reject
+from . import sqlite_prepare, sqlite_prune, sqlite_runs
+from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored
+from .sqlite_base import now, select_in, translated
+from .sqlite_flush import FlushWriter, row_stamp
+from .sqlite_fts import FullText
+
+CACHE_KIB = 64 * 1024
+"""Page cache of our own connection, in KiB: holds the four indexes of some 300,000 rows while they are filled."""
+
+CHECKPOINT_PAGES = 16_384
+"""Write-ahead log of 64 MB before it is copied into the file: index pages that many flushes touch go once."""
+
+ANALYZE_ROWS = 10_000
+"""From so many rows on the planner's statistics are worth having."""
+
+
+class SQLiteStore(Store):
+    """One connection to a search index in SQLite.
+
+    Args:
+        connection: An open connection, which stays the caller's to close; others may use it too, in the same
+            thread and not within a transaction. For a file use :meth:`open`.
+    """
+
+    dialect = "sqlite"
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        connection.isolation_level = None
+        self._connection = connection
+        self._owned = False
+        self._full_text = FullText(connection, shared=True)
+        self.on_wait: Callable[[str], None] = lambda what: None
+
+    @classmethod
+    def open(cls, address: DatabaseAddress, *, must_exist: bool = True) -> SQLiteStore:
+        """A store with its own connection, which :meth:`close` closes.
+
+        Raises:
+            DatabaseError: The file does not exist, is no database, or cannot be opened.
+        """
+        store = cls(connect_sqlite(address, must_exist=must_exist))
+        store._owned = True
+        store._full_text = FullText(store._connection, shared=False)
+        with translated("opening"):
+            store._connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+            store._connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        return store
+
+    # -- before and after a run ------------------------------------------------------------------------
+
+    def prepare(self, dimensions: int) -> None:
+        """See :meth:`Store.prepare`. SQLite's columns are not bound to a dimension: older vectors are just stale."""
+        with translated("preparing the tables"):
+            sqlite_prepare.prepare(self._connection)
+
+    def begin_run(self, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
+        with translated("taking the lock"):
+            return sqlite_runs.begin(
+                self._connection,
+                fingerprint=fingerprint,
+                model=model,
+                dimensions=dimensions,
+                wait=wait,
+                on_wait=self.on_wait,
+            )
+
+    def heartbeat(self, run: int, phase: str) -> None:
+        with translated("giving a sign of life"):
+            sqlite_runs.heartbeat(self._connection, run, phase)
+
+    def end_run(self, run: int, state: str, receipt: dict[str, Any]) -> None:
+        with translated("recording the end of the run"):
+            sqlite_runs.end(self._connection, run, state, receipt)
+
+    def defer_index(self) -> str:
+        return "none"
+
+    def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
+        if self.count() >= ANALYZE_ROWS:
+            beat("statistics")
+            with translated("refreshing statistics"):
+                # A sample of 1,000 rows of each index: milliseconds, whatever the size of the table.
+                self._connection.execute("PRAGMA analysis_limit = 1000")
+                self._connection.execute("ANALYZE kdb_search")
+        return IndexOutcome("exact search on SQLite, no vector index")
+
+    def index_missing(self) -> bool:
+        return False
+
+    def count(self, entity: str | None = None) -> int:
+        with translated("counting rows"):
+            if entity is None:
+                row = self._connection.execute("SELECT count(*) FROM kdb_search").fetchone()
+            else:
+                row = self._connection.execute(
+                    "SELECT count(*) FROM kdb_search WHERE entity_name = ?", (entity,)
+                ).fetchone()
+            return int(row[0])
+
+    # -- reading and writing ---------------------------------------------------------------------------
+
+    def lookup(self, entity: str, record_ids: Sequence[str]) -> dict[str, Stored]:
+        result: dict[str, Stored] = {}
+        with translated("looking up what is stored"):
+            rows = select_in(
+                self._connection,
+                # Bytes, as they are hashed: text that is not valid UTF-8 must not end the run.
+                "SELECT record_id, CAST(content AS BLOB), updated_at, CASE WHEN embedding IS NOT NULL "
+                "AND kdb_fast_at = updated_at THEN kdb_fast_fingerprint END "
+                "FROM kdb_search WHERE entity_name = ? AND record_id IN (…)",
+                record_ids,
+                entity,
+            )
+            for record_id, content, updated_at, fingerprint in rows:
+                result[record_id] = Stored(
+                    hashlib.sha256(content).digest(), fingerprint, row_stamp(updated_at, content)
+                )
+        return result
+
+    def flush(
+        self,
+        run: RunSpec,
+        number: int,
+        slots: Sequence[FlushSlot],
+        rejects: Sequence[Reject],
+        deletes: Sequence[tuple[str, str]],
+    ) -> FlushResult:
+        fault("store.before_begin")
+        with translated("writing"), self._full_text.transaction():
+            before = sqlite_runs.fence(self._connection, run.number, number)
+            if before is not None:
+                return before
+            writer = FlushWriter(self._connection, self._full_text, run, now())
+            fault("store.before_copy")
+            for flush_slot in slots:
+                writer.write(flush_slot)
+            fault("store.after_copy")
+            deleted = self._delete(deletes)
+            sqlite_runs.forget_rejects(self._connection, run.number, writer.stored)
+            sqlite_runs.store_rejects(self._connection, run.number, [*rejects, *writer.rejects])
+            result = FlushResult(writer.rows, writer.bytes, deleted, tuple(writer.lost), tuple(writer.rejected))
+            sqlite_runs.record_flush(self._connection, run.number, number, result)
+            fault("store.before_commit")
+        fault("store.after_commit")
+        return result
+
+    def _delete(self, keys: Sequence[tuple[str, str]]) -> int:
+        by_entity: dict[str, list[str]] = {}
+        for entity, record_id in keys:
+            by_entity.setdefault(entity, []).append(record_id)
+        return sum(
+            sqlite_prune.delete_records(self._connection, self._full_text, entity, record_ids)
+            for entity, record_ids in by_entity.items()
+        )
+
+    def prune(self, entity: str) -> int:
+        with translated("removing deleted records"):
+            return sqlite_prune.prune(self._connection, self._full_text, entity)
+
+    # -- rejects, and the end --------------------------------------------------------------------------
+
+    def rejects(self, entity: str | None = None) -> Iterable[dict[str, Any]]:
+        with translated("reading the rejects"):
+            return sqlite_runs.rejects(self._connection, entity)
+
+    def clear_rejects(self, keys: Iterable[tuple[str, str]] | None = None) -> int:
+        with translated("clearing the rejects"):
+            return sqlite_runs.clear_rejects(self._connection, None if keys is None else list(keys))
+
+    def interrupt(self) -> None:
+        self._connection.interrupt()
+
+    def close(self) -> None:
+        if self._owned:
+            self._connection.close()

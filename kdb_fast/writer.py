@@ -1,0 +1,148 @@
+"""PROCESS ×1: the only one that writes rows of the index. One connection, one transaction a flush."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+from zlib import crc32
+
+from .child import enter_child
+from .database import DatabaseAddress
+from .errors import KdbFastError
+from .faults import fault
+from .messages import Busy, Failed, Finish, Finished, Flush, Flushed, PrepareIndex, Ready, Stop
+from .slab import Slab, SlabHandle
+from .stores import open_store
+from .stores.base import FlushSlot, RunSpec, Store
+
+BEAT_SECONDS = 2.0
+"""How often a busy writer says that it is alive."""
+
+
+def run(connection: Connection, slab: SlabHandle, address: DatabaseAddress, spec: RunSpec, stderr: Any) -> None:
+    """Entry point of the process."""
+    started = time.monotonic()
+    enter_child(stderr)
+    sender = _Sender(connection)
+    try:
+        fault("writer.start")
+        attached = slab.attach()
+        store = open_store(address, "writer")
+        store.on_wait = sender.say
+        fault("writer.ready")
+        sender.send(Ready(time.monotonic() - started))
+        serve(connection, sender, attached, store, spec)
+        store.close()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        os._exit(0)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            remedy = error.remedy if isinstance(error, KdbFastError) else ""
+            message = error.message if isinstance(error, KdbFastError) else f"{type(error).__name__}: {error}"
+            sender.send(Failed(type(error).__name__, message, remedy, traceback.format_exc()))
+        os._exit(1)
+    os._exit(0)
+
+
+class _Sender:
+    """The pipe to the parent, shared by the loop and the thread that says the process is alive."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._doing = ""
+
+    def send(self, message: Any) -> None:
+        with self._lock:
+            self._connection.send(message)
+
+    def say(self, doing: str) -> None:
+        self._doing = doing
+
+    @contextlib.contextmanager
+    def beating(self, doing: str) -> Any:
+        """Send Busy every BEAT_SECONDS while the block runs."""
+        self._doing = doing
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(BEAT_SECONDS):
+                with contextlib.suppress(OSError):
+                    self.send(Busy(self._doing))
+
+        thread = threading.Thread(target=beat, name="beat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def serve(connection: Connection, sender: _Sender, slab: Slab, store: Store, spec: RunSpec) -> None:
+    """Answer every request until Stop."""
+    while True:
+        message = connection.recv()
+        if isinstance(message, Stop):
+            return
+        fault("writer.received")
+        with sender.beating(type(message).__name__.lower()):
+            answer: Flushed | Finished
+            if isinstance(message, Flush):
+                answer = flush(slab, store, spec, message)
+                fault("writer.flushed")
+            elif isinstance(message, PrepareIndex):
+                answer = prepare_index(store, message)
+            else:
+                answer = finish(store, message, sender.say)
+        sender.send(answer)
+        fault("writer.answered")
+
+
+def flush(slab: Slab, store: Store, spec: RunSpec, message: Flush) -> Flushed:
+    """Write the slots of a Flush. The vectors are checked against what the workers said they wrote."""
+    started = time.perf_counter()
+    slots = []
+    for rows in message.slots:
+        slot = slab.slots[rows.slot]
+        if slot.generation != rows.generation:
+            raise RuntimeError(f"slot {rows.slot} is of generation {slot.generation}, expected {rows.generation}")
+        for start, stop, crc in rows.crcs:
+            if crc32(slot.vectors[start:stop].data.cast("B")) != crc:
+                raise RuntimeError(f"vectors {start}:{stop} of slot {rows.slot} are not what the worker wrote")
+        slots.append(FlushSlot(slot, frozenset(rows.skip)))
+    result = store.flush(spec, message.number, slots, message.rejects, message.deletes)
+    return Flushed(
+        message.number,
+        result.rows,
+        result.bytes,
+        result.deleted,
+        time.perf_counter() - started,
+        result.lost,
+        result.rejected,
+    )
+
+
+def prepare_index(store: Store, message: PrepareIndex) -> Finished:
+    """Drop the vector index before a large load, where the parent decided so."""
+    started = time.perf_counter()
+    text = store.defer_index() if message.drop else "kept"
+    return Finished(0, text, time.perf_counter() - started)
+
+
+def finish(store: Store, message: Finish, beat: Any) -> Finished:
+    """Remove what has no record any more, then build what index is missing."""
+    started = time.perf_counter()
+    deleted = 0
+    for entity in message.prune:
+        beat(f"removing deleted records of {entity}")
+        deleted += store.prune(entity)
+    if not message.build_index:
+        return Finished(deleted, "not built", time.perf_counter() - started)
+    outcome = store.finish_index(beat)
+    return Finished(deleted, outcome.text, time.perf_counter() - started, outcome.warnings)

@@ -1,0 +1,31 @@
+"""Fixtures of all tests. The model is fetched once for each machine and kept: ``~/.cache/kdb-fast-tests``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from kdb_fast.models import Model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kdb_fast_home() -> Iterator[Path]:
+    """``KDB_FAST_HOME`` of the environment, else the tests' own, so that no test sees the user's data."""
+    home = Path(os.environ.get("KDB_FAST_HOME") or Path.home() / ".cache" / "kdb-fast-tests")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDB_FAST_HOME", str(home))
+        yield home
+
+
+@pytest.fixture(scope="session")
+def minilm(kdb_fast_home: Path) -> Model:
+    """all-MiniLM-L6-v2, fetched on first use."""
+    from kdb_fast.models import resolve
+    from kdb_fast.settings import DEFAULT_MODEL
+
+    return resolve(DEFAULT_MODEL)

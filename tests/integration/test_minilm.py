@@ -1,0 +1,76 @@
+"""all-MiniLM-L6-v2 gives the vectors of the published model: ``tests/data/minilm.json`` holds PyTorch's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdb_fast.models import Model, find, installed, resolve, verify
+
+REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "minilm.json").read_text(encoding="utf-8"))
+TEXTS: list[str] = REFERENCE["texts"]
+REFERENCE_TOKENS = 256
+"""sentence-transformers cuts there, FastEmbed at 512."""
+
+
+@pytest.fixture(scope="module")
+def embedding(minilm: Model) -> Any:
+    from fastembed import TextEmbedding
+
+    return TextEmbedding(
+        minilm.name,
+        specific_model_path=str(minilm.path),
+        threads=1,
+        local_files_only=True,
+        providers=["CPUExecutionProvider"],
+    )
+
+
+def cut_at_reference(embedding: Any, text: str) -> str:
+    """``text`` up to the last token that the reference saw, its two special tokens included."""
+    offsets = embedding.model.tokenizer.encode(text).offsets
+    return text if len(offsets) <= REFERENCE_TOKENS else text[: offsets[REFERENCE_TOKENS - 2][1]]
+
+
+@pytest.mark.parametrize("number", range(len(TEXTS)))
+def test_vector_equals_the_published_models(number: int, embedding: Any) -> None:
+    text = cut_at_reference(embedding, TEXTS[number])
+    vector = next(iter(embedding.embed([text])))
+    expected = np.array(REFERENCE["vectors"][number])
+    assert vector.shape == (384,)
+    assert vector.dtype == np.float32
+    cosine = vector.astype(np.float64) @ expected / np.linalg.norm(vector) / np.linalg.norm(expected)
+    assert cosine >= 0.99999
+
+
+def test_reference_holds_a_text_that_has_to_be_cut(embedding: Any) -> None:
+    cut = [text for text in TEXTS if cut_at_reference(embedding, text) != text]
+    assert cut
+    for text in cut:
+        tokens = embedding.model.tokenizer.encode(cut_at_reference(embedding, text)).ids
+        assert len(tokens) == REFERENCE_TOKENS
+
+
+def test_vector_does_not_depend_on_its_batch(embedding: Any) -> None:
+    texts = TEXTS[:5]
+    together = np.array(list(embedding.embed(texts)))
+    alone = np.array([next(iter(embedding.embed([text]))) for text in texts])
+    assert np.abs(together - alone).max() < 1e-6
+
+
+def test_model_says_what_fastembed_does(minilm: Model, embedding: Any) -> None:
+    assert embedding.model.tokenizer.truncation["max_length"] == minilm.max_tokens == 512
+    assert (minilm.dimensions, minilm.pooling, minilm.normalised) == (384, "mean", True)
+    assert np.linalg.norm(next(iter(embedding.embed(["a"])))) == pytest.approx(1, abs=1e-6)
+
+
+def test_installed_model_is_found_complete_and_verified(minilm: Model) -> None:
+    verify(minilm)
+    assert find(minilm.name) == minilm
+    assert minilm in installed()
+    assert resolve(minilm.name.upper()) == minilm
+    assert resolve(minilm.name, minilm.path).fingerprint() == minilm.fingerprint()
