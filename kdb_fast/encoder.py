@@ -223,7 +223,9 @@ class _WholeModel(_Backend):
             if len(vectors) != len(rows):
                 raise ModelError(f"The model gave {len(vectors)} vectors for {len(rows)} texts.")
             out[rows] = np.asarray(vectors, dtype=np.float32)
-        counted = int(self._inner.token_count(list(texts))) if hasattr(self._inner, "token_count") else int(lengths.sum())
+        counted = (
+            int(self._inner.token_count(list(texts))) if hasattr(self._inner, "token_count") else int(lengths.sum())
+        )
         return Tally(counted, counted, 0)
 
 

@@ -104,10 +104,10 @@ class Finish(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """Writer → parent: the answer to Finish or PrepareIndex. ``index`` says what was done, for people."""
+    """Writer → parent: the answer to Finish or PrepareIndex; ``outcome`` says what became of the index."""
 
     deleted: int
-    index: str
+    outcome: str
     seconds: float
     warnings: tuple[str, ...] = ()
 

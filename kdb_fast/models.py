@@ -53,7 +53,7 @@ class SupportedModel(NamedTuple):
 
 def model_cache_dir() -> Path:
     """Where kdb-fast keeps its models: ``models`` in :func:`~kdb_fast.database.default_data_dir`."""
-    return default_data_dir() / "models"
+    return (default_data_dir() / "models").absolute()
 
 
 def resolve(name: str, model_path: Path | None = None, *, report: Report = lambda line: None) -> Model:

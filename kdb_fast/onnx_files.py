@@ -96,7 +96,7 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]
             case 2:
                 length, at = _varint(data, at, end)
                 if at + length > end:
-                    break
+                    raise ValueError("a field is longer than its message")
                 yield tag >> 3, at, at + length
                 at += length
             case _:

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from .engine import Engine, Event, Note, SlotFilled
 from .errors import KdbFastError, RejectLimitError
@@ -217,10 +217,10 @@ class Pipeline:
         self.counts.deleted += done.deleted
         self.counts.index_seconds += done.seconds
         self.warnings += done.warnings
-        if self._deferred and "kept" not in done.index:
-            self.index_text = f"{self.index_text}; {done.index}"
-        elif not self.index_text or done.index != "kept":
-            self.index_text = done.index
+        if self._deferred and "kept" not in done.outcome:
+            self.index_text = f"{self.index_text}; {done.outcome}"
+        elif not self.index_text or done.outcome != "kept":
+            self.index_text = done.outcome
 
     # -- intake ----------------------------------------------------------------------------------------
 
@@ -363,10 +363,8 @@ class Pipeline:
                 self._ensure_engine(0, False)
                 return True
             return False
-        return bool(
-            self._shards or self._reuse or self._loads or self._filled or self._writing or self._rejects or self._deletes
-            or not self.engine.writer_idle
-        )  # fmt: skip
+        waiting = (self._shards, self._reuse, self._loads, self._filled, self._writing, self._rejects, self._deletes)
+        return any(waiting) or not self.engine.writer_idle
 
     def _pump(self, timeout: float, *, last: bool = False, phase: str = "embed") -> None:
         """One turn: give work, send a flush, take what has happened."""
@@ -424,7 +422,8 @@ class Pipeline:
 
     def _send_flush(self, last: bool) -> None:
         engine, size = self.engine, self.flush_size
-        assert engine is not None and size is not None
+        assert engine is not None
+        assert size is not None
         if not engine.writer_idle or not (self._filled or self._rejects or self._deletes):
             return
         waiting = sum(self._loads[number].size for number in self._filled)
@@ -497,8 +496,8 @@ class Pipeline:
         elif isinstance(event, Flushed):
             self._flushed(event)
         elif isinstance(event, Finished):
-            if event.index.startswith("kept:"):
-                self.index_text = event.index
+            if event.outcome.startswith("kept:"):
+                self.index_text = event.outcome
             self._finished = event
         else:
             assert isinstance(event, Note)
@@ -589,12 +588,12 @@ def _microseconds(moment: datetime | None) -> int:
     if moment is None:
         return NO_STAMP
     if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=timezone.utc)
+        moment = moment.replace(tzinfo=UTC)
     delta = moment - _EPOCH
     return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
 
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def limited(pages: Iterator[list[Record | Reject]], limit: int | None) -> Iterator[list[Record | Reject]]:

@@ -43,7 +43,7 @@ class Progress(ABC):
     def update(self, counts: Counts) -> None:
         """Called very often; must return quickly."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to take away
         """Take the bar away."""
 
 

@@ -93,7 +93,8 @@ class _Run:
         self.pipeline: Pipeline | None = None
 
     def go(self) -> Receipt:
-        state, error = "failed", None
+        state = "failed"
+        error: KdbFastError | None = None
         try:
             self._work()
             state = "done"
@@ -158,9 +159,7 @@ class _Run:
 
             self.plan = plan
             self.progress.plan(plan.describe())
-            self.engine = ProcessEngine(
-                plan.shape, spec, self.address, self.run, workers=plan.workers, cpus=plan.cpus
-            )
+            self.engine = ProcessEngine(plan.shape, spec, self.address, self.run, workers=plan.workers, cpus=plan.cpus)
         self.start_seconds = time.monotonic() - began
         return self.engine
 

@@ -30,8 +30,12 @@ def print_receipt(receipt: Mapping[str, Any], database: str) -> None:
         ("records", ", ".join(f"{receipt[k]:,} {k}" for k in ("stored", "unchanged", "reused", "superseded", "rejected")
                               if receipt[k] or k == "stored")),
     ]  # fmt: skip
-    extra = [f"{receipt[k]:,} {text}" for k, text in (("deleted", "removed from the index"),
-             ("empty", "without text, not indexed"), ("truncated", "longer than the model reads")) if receipt[k]]  # fmt: skip
+    also = {
+        "deleted": "removed from the index",
+        "empty": "without text, not indexed",
+        "truncated": "longer than the model reads",
+    }
+    extra = [f"{receipt[key]:,} {text}" for key, text in also.items() if receipt[key]]
     if extra:
         rows.append(("also", ", ".join(extra)))
     if receipt["tokens"]:

@@ -217,13 +217,15 @@ class SearchReader(ABC):
             for d in scope.definitions
         ]
         defined = [d.entity for d in scope.definitions]
+        other = ""
         if scope.names is None:
             defined += scope.hidden
             other = f"s.entity_name NOT IN ({params.list(defined)})" if defined else "true"
-        else:
-            other = f"s.entity_name IN ({params.list(n for n in scope.names if n not in defined)})"
-        queries.append(f"SELECT {columns} FROM {TABLE} s WHERE s.embedding IS NOT NULL AND {other}")  # noqa: S608
-        return " UNION ALL ".join(queries if scope.names is None or set(scope.names) - set(defined) else queries[:-1])
+        elif undefined := [name for name in scope.names if name not in defined]:
+            other = f"s.entity_name IN ({params.list(undefined)})"
+        if other:
+            queries.append(f"SELECT {columns} FROM {TABLE} s WHERE s.embedding IS NOT NULL AND {other}")  # noqa: S608
+        return " UNION ALL ".join(queries)
 
     def _matching(self, definition: Definition, scope: Scope, params: Params) -> str:
         conditions = ["NOT r.is_deleted"]
@@ -353,9 +355,7 @@ def parse_query(query: str) -> Query:
     return Query(text, tuple(terms[:MAX_TERMS]), tuple(excluded[:MAX_TERMS]))
 
 
-def resolve_scope(
-    definitions: Iterable[Definition], entities: Sequence[str], where: Mapping[str, Any] | None
-) -> Scope:
+def resolve_scope(definitions: Iterable[Definition], entities: Sequence[str], where: Mapping[str, Any] | None) -> Scope:
     """What a search may return. Raises UsageError if ``where`` has an unknown field or an unusable value."""
     every = list(definitions)
     hidden = tuple(d.entity for d in every if not d.live)

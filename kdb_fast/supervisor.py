@@ -148,7 +148,10 @@ class ProcessEngine(Engine):
         fault("supervisor.start_worker")
         cpu = self._cpus[number]
         return self._start(
-            f"worker-{number + 1}", self._worker_target, lambda: (self.slab.handle(), self._spec, cpu), credentials=False
+            f"worker-{number + 1}",
+            self._worker_target,
+            lambda: (self.slab.handle(), self._spec, cpu),
+            credentials=False,
         )
 
     def _start_writer(self) -> _Child:

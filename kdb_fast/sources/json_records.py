@@ -32,8 +32,8 @@ COMPRESSED = {
 }
 """First bytes of formats that people feed by mistake, and the command that unpacks each to a pipe."""
 
-Position = int
-Item = tuple[Position, dict[str, Any] | Reject]
+Item = tuple[int, dict[str, Any] | Reject, bytes]
+"""Number of the line where it starts, the object or why there is none, and the bytes of the object."""
 
 
 def check_head(head: bytes) -> None:
@@ -55,7 +55,7 @@ def check_head(head: bytes) -> None:
         )
 
 
-def iter_json_records(stream: BinaryIO) -> Iterator[Item]:
+def iter_json_records(stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | Reject]]:
     """The objects of JSON Lines or of one JSON array, each with the number of the line where it starts.
 
     It is an array if the first character is ``[`` and the next is ``{`` or ``]`` or on another line.
@@ -73,6 +73,11 @@ def iter_json_records(stream: BinaryIO) -> Iterator[Item]:
         UsageError: Compressed data, UTF-16 or UTF-32.
         OSError: Reading failed.
     """
+    return ((position, data) for position, data, _ in iter_json_items(stream))
+
+
+def iter_json_items(stream: BinaryIO) -> Iterator[Item]:
+    """As :func:`iter_json_records`, and with the bytes that the hash of a Reject is made of."""
     number = 0
     first = True
     while raw := stream.readline(MAX_LINE_BYTES + 1):
@@ -83,7 +88,7 @@ def iter_json_records(stream: BinaryIO) -> Iterator[Item]:
         if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
             if not (first and _starts_array(raw[:CHUNK_BYTES])):
                 first = False
-                yield number, _skip_line(stream, raw)
+                yield number, _skip_line(stream, raw), b""
                 continue
         elif raw.isspace() or not raw:
             continue
@@ -93,7 +98,8 @@ def iter_json_records(stream: BinaryIO) -> Iterator[Item]:
                 yield from _Array(stream, raw, number).items()
                 return
         ended = raw.endswith(b"\n")
-        yield number, _parse(raw.rstrip(b"\r\n"), ended=ended)
+        raw = raw.rstrip(b"\r\n")
+        yield number, _parse(raw, ended=ended), raw
 
 
 def _starts_array(head: bytes) -> bool:
@@ -220,16 +226,16 @@ class _Array:
                 self._dropped.update(raw)
                 size = self._dropped_bytes + len(raw)
                 line = self._dropped_line if self._dropped_bytes else position
-                yield line, _too_long("element", size, self._dropped.digest())
+                yield line, _too_long("element", size, self._dropped.digest()), b""
             elif body:
                 element = _parse(body, ended=end >= 0)
                 if end >= 0 or isinstance(element, dict):
-                    yield position, element
+                    yield position, element, body
             elif not (closed and elements == 0) and end >= 0:
-                yield position, Reject("", "", "invalid_json", "an element of the array is empty", _EMPTY)
+                yield position, Reject("", "", "invalid_json", "an element of the array is empty", _EMPTY), b""
             if end < 0:
                 detail = "the input ends before the array does"
-                yield position, Reject("", "", "truncated_input", detail, hashlib.sha256(body).digest())
+                yield position, Reject("", "", "truncated_input", detail, hashlib.sha256(body).digest()), body
                 return
             elements += 1
             self._line += raw.count(b"\n")
@@ -290,7 +296,7 @@ class _Array:
             if text:
                 line = self._line + self._buffer.count(b"\n", 0, len(self._buffer) - len(text))
                 detail = "there is more after the end of the array; it was not read"
-                yield line, Reject("", "", "invalid_json", detail, hashlib.sha256(text).digest())
+                yield line, Reject("", "", "invalid_json", detail, hashlib.sha256(text).digest()), b""
                 return
             self._line += self._buffer.count(b"\n")
             self._buffer = bytearray(self._stream.read(CHUNK_BYTES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import stat
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import ResourceError, UsageError
-from ..records import MAX_ENTITY_CHARS, Record, Reject, content_from_fields, content_hash, storable_key
+from ..records import MAX_ENTITY_CHARS, Record, Reject, content_from_fields, storable_key
 from .base import PAGE_ROWS, Source
-from .json_records import check_head, iter_json_records, kind
+from .json_records import check_head, iter_json_items, iter_json_records, kind
 
 __all__ = ["JsonlSource", "iter_json_records"]
 
@@ -90,11 +91,11 @@ class JsonlSource(Source):
         page: list[Record | Reject] = []
         read = size = 0
         try:
-            for position, data in iter_json_records(self._stream):
+            for position, data, raw in iter_json_items(self._stream):
                 if isinstance(data, Reject):
                     page.append(data._replace(entity=self._entity, position=position))
                 else:
-                    record = self._record(position, data)
+                    record = self._record(position, data, raw)
                     page.append(record)
                     size += len(record[2])  # the content, or a reject's short reason
                 read += 1
@@ -155,7 +156,7 @@ class JsonlSource(Source):
             raise
         return stream, opened
 
-    def _record(self, position: int, data: dict[str, Any]) -> Record | Reject:
+    def _record(self, position: int, data: dict[str, Any], raw: bytes) -> Record | Reject:
         value = data.get(self._id_field)
         if type(value) is str:
             record_id = value
@@ -163,10 +164,10 @@ class JsonlSource(Source):
             record_id = str(value)
         elif value is None:
             found = "is null" if self._id_field in data else "is missing"
-            return self._reject(position, data, "", "missing_id", f"the id field {self._shown(self._id_field)} {found}")
+            return self._reject(position, raw, "", "missing_id", f"the id field {self._shown(self._id_field)} {found}")
         else:
             detail = f"the id field {self._shown(self._id_field)} is {kind(value)}, expected text or a whole number"
-            return self._reject(position, data, "", "bad_id", detail)
+            return self._reject(position, raw, "", "bad_id", detail)
         if not self._fields:
             texts = [(key, text) for key, text in data.items() if type(text) is str and key != self._id_field]
             return Record(self._entity, record_id, content_from_fields(texts), None, position)
@@ -177,15 +178,11 @@ class JsonlSource(Source):
                 named.append((name, field))
             elif field is not None:
                 detail = f"the field {self._shown(name)} is {kind(field)}, expected text"
-                return self._reject(position, data, record_id, "wrong_type", detail)
+                return self._reject(position, raw, record_id, "wrong_type", detail)
         return Record(self._entity, record_id, content_from_fields(named), None, position)
 
-    def _reject(self, position: int, data: dict[str, Any], record_id: str, reason: str, detail: str) -> Reject:
-        # The line is gone by now; the object in its canonical form identifies it as well.
-        import json
-
-        digest = content_hash(json.dumps(data, ensure_ascii=False))
-        return Reject(self._entity, record_id, reason, detail, digest, position)
+    def _reject(self, position: int, raw: bytes, record_id: str, reason: str, detail: str) -> Reject:
+        return Reject(self._entity, record_id, reason, detail, hashlib.sha256(raw).digest(), position)
 
     @staticmethod
     def _shown(name: str) -> str:

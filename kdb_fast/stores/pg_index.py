@@ -71,8 +71,10 @@ def _wanted(cursor: psycopg.Cursor[tuple[Any, ...]]) -> dict[str, str]:
         {"t": TABLE},
     ).fetchone()
     assert row is not None
-    if not has_vector and not any(" USING hnsw" in d or " USING ivfflat" in d for d in wanted.values()) and (
-        0 < (row[0] or 0) <= 2000
+    if (
+        not has_vector
+        and not any(" USING hnsw" in d or " USING ivfflat" in d for d in wanted.values())
+        and (0 < (row[0] or 0) <= 2000)
     ):
         wanted[schema.VECTOR_INDEX] = schema.POSTGRESQL_SEARCH_INDEXES[schema.VECTOR_INDEX]
     if row[1] and not any(valid and method == "gin" for _, method, valid in present.values()):

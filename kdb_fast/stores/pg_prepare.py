@@ -166,9 +166,7 @@ def _own_parts(cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
             "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(%s) AND NOT attisdropped", (TABLE,)
         )
     }
-    wanted = [
-        f"ADD COLUMN {name} {kind}" for name, kind in schema.POSTGRESQL_COLUMNS.items() if name not in have
-    ]
+    wanted = [f"ADD COLUMN {name} {kind}" for name, kind in schema.POSTGRESQL_COLUMNS.items() if name not in have]
     if wanted:
         # Nullable columns without a default: no row is rewritten, the lock is held for milliseconds.
         cursor.execute(f"ALTER TABLE {TABLE} {', '.join(wanted)}".encode())

@@ -60,7 +60,7 @@ def process_is_gone(host: str, pid: int, started: float) -> bool:
         return False
     try:
         # Two seconds: the creation time is derived from the boot time, which may be rounded differently.
-        return abs(psutil.Process(pid).create_time() - started) > 2.0
+        return bool(abs(psutil.Process(pid).create_time() - started) > 2.0)
     except psutil.NoSuchProcess:
         return True
     except psutil.Error:
@@ -83,11 +83,9 @@ def _try_begin(store: PostgreSQLStore, fingerprint: str, model: str, dimensions:
         for run, host, pid, since, age, started in running:
             assert isinstance(since, datetime)
             ours = host == socket.gethostname() and pid == os.getpid()
-            if age < STALE_SECONDS and not process_is_gone(host, pid, started) or ours:
+            if (age < STALE_SECONDS and not process_is_gone(host, pid, started)) or ours:
                 return Holder(run, host, pid, since, float(age))
-            cursor.execute(
-                "UPDATE kdb_fast_runs SET state = 'abandoned', ended_at = now() WHERE run = %s", (run,)
-            )
+            cursor.execute("UPDATE kdb_fast_runs SET state = 'abandoned', ended_at = now() WHERE run = %s", (run,))
         row = cursor.execute(
             "INSERT INTO kdb_fast_runs (state, fingerprint, model, dimensions, host, pid, process_started) "
             "VALUES ('running', %s, %s, %s, %s, %s, %s) RETURNING run",
@@ -106,7 +104,8 @@ def heartbeat(store: PostgreSQLStore, run: int, phase: str) -> None:
     with contextlib.suppress(psycopg.Error, DatabaseError), store.transaction() as cursor:
         cursor.execute("SET LOCAL lock_timeout = '200ms'; SET LOCAL statement_timeout = '2s'")
         cursor.execute(
-            "UPDATE kdb_fast_runs SET heartbeat_at = clock_timestamp(), phase = %s WHERE run = %s AND state = 'running'",
+            "UPDATE kdb_fast_runs SET heartbeat_at = clock_timestamp(), phase = %s "
+            "WHERE run = %s AND state = 'running'",
             (phase[:64], run),
         )
 

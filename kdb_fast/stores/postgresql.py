@@ -191,10 +191,8 @@ class PostgreSQLStore(Store):
 
     def count(self, entity: str | None = None) -> int:
         def work() -> int:
-            where = "" if entity is None else " WHERE entity_name = %s"
-            row = self.connection().execute(
-                "SELECT count(*) FROM kdb_search" + where, () if entity is None else (entity,)
-            ).fetchone()
+            statement = "SELECT count(*) FROM kdb_search WHERE %s::text IS NULL OR entity_name = %s"
+            row = self.connection().execute(statement, (entity, entity)).fetchone()
             return int(row[0]) if row else 0
 
         return self.retrying("counting rows", work)
@@ -288,9 +286,7 @@ class PostgreSQLStore(Store):
         by_number = {s.slot.number: s.slot for s in slots}
         for slot_number, row, reason, detail in refused:
             entity, record_id, content = by_number[slot_number].raw_rows()[row]
-            rows.append(
-                Reject(entity.decode(), record_id.decode(), reason, detail, hashlib.sha256(content).digest())
-            )
+            rows.append(Reject(entity.decode(), record_id.decode(), reason, detail, hashlib.sha256(content).digest()))
         if not rows:
             return
         cursor.executemany(
@@ -353,9 +349,7 @@ class PostgreSQLStore(Store):
 class _FlushWriter:
     """Rows of one flush on their way into the tables, within the flush's transaction."""
 
-    def __init__(
-        self, cursor: psycopg.Cursor[tuple[Any, ...]], run: RunSpec, now: int, *, merge_all: bool
-    ) -> None:
+    def __init__(self, cursor: psycopg.Cursor[tuple[Any, ...]], run: RunSpec, now: int, *, merge_all: bool) -> None:
         self.cursor, self.run, self.now = cursor, run, now
         self.met_conflict = False
         self.rows = self.bytes = 0
@@ -470,8 +464,7 @@ class _FlushWriter:
         raw = flush_slot.slot.raw_rows()
         size = int.to_bytes
         return [
-            b"%b%b%b%b%b%b"
-            % (size(len(e), 4, "big"), e, size(len(r), 4, "big"), r, size(len(c), 4, "big"), c)
+            b"%b%b%b%b%b%b" % (size(len(e), 4, "big"), e, size(len(r), 4, "big"), r, size(len(c), 4, "big"), c)
             for e, r, c in ([raw[i] for i in rows] if len(rows) < len(raw) else raw)
         ]
 

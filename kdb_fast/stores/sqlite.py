@@ -16,15 +16,16 @@ from ..faults import fault
 from ..records import Reject
 from . import sqlite_prepare, sqlite_prune, sqlite_runs
 from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored
-from .sqlite_base import now, select_in, translated
+from .sqlite_base import select_in, translated
 from .sqlite_flush import FlushWriter, row_stamp
 from .sqlite_fts import FullText
 
-CACHE_KIB = 64 * 1024
-"""Page cache of our own connection, in KiB: holds the four indexes of some 300,000 rows while they are filled."""
+CACHE_KIB = 16 * 1024
+"""Page cache of our own connection, in KiB: the inner pages of the indexes; with 64 MiB a load is no faster."""
 
 CHECKPOINT_PAGES = 16_384
-"""Write-ahead log of 64 MB before it is copied into the file: index pages that many flushes touch go once."""
+"""Write-ahead log of 64 MB before it is copied into the file: index pages that many flushes touch are copied
+once. Loads 100,000 rows a third faster than SQLite's 1,000 pages."""
 
 ANALYZE_ROWS = 10_000
 """From so many rows on the planner's statistics are worth having."""
@@ -146,10 +147,11 @@ class SQLiteStore(Store):
             before = sqlite_runs.fence(self._connection, run.number, number)
             if before is not None:
                 return before
-            writer = FlushWriter(self._connection, self._full_text, run, now())
+            writer = FlushWriter(self._connection, self._full_text, run)
             fault("store.before_copy")
             for flush_slot in slots:
                 writer.write(flush_slot)
+            writer.finish()
             fault("store.after_copy")
             deleted = self._delete(deletes)
             sqlite_runs.forget_rejects(self._connection, run.number, writer.stored)

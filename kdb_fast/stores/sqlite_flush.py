@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,22 +19,24 @@ from ..records import Reject
 from ..slab import NO_STAMP, Slot
 from .base import FlushSlot, RunSpec
 from .json_vectors import json_vectors
-from .sqlite_base import RowIgnoredError, refusal, select_in, timestamp
-from .sqlite_fts import FullText, Key
+from .sqlite_base import RowIgnoredError, now, refusal, select_in, timestamp
+from .sqlite_fts import FullText, FullTextRow, Key
 
 CHUNK_ROWS = 1_000
 """Rows prepared at a time: JSON text and copies take 10 KB a row for 384 dimensions."""
 
 INSERT = (
-    "INSERT INTO kdb_search (rowid, id, entity_name, record_id, created_at, content, embedding, model, dimensions, "
-    "updated_at, kdb_fast_fingerprint, kdb_fast_run, kdb_fast_at, kdb_fast_source_at) "
-    "VALUES (?1, ?2, ?3, ?4, ?7, ?5, ?6, ?8, ?9, ?7, ?10, ?11, ?7, ?12)"
+    "INSERT INTO kdb_search (rowid, id, entity_name, record_id, created_at, content, embedding, kdb_fast_source_at, "
+    "updated_at, kdb_fast_at, model, dimensions, kdb_fast_fingerprint, kdb_fast_run) "
+    "VALUES (?1, ?2, ?3, ?4, ?8, ?5, ?6, ?7, ?8, ?8, ?9, ?10, ?11, ?12)"
 )
 UPDATE = (
-    "UPDATE kdb_search SET content = ?5, embedding = ?6, model = ?8, dimensions = ?9, updated_at = ?7, "
-    "kdb_fast_fingerprint = ?10, kdb_fast_run = ?11, kdb_fast_at = ?7, kdb_fast_source_at = ?12 WHERE rowid = ?1"
+    "UPDATE kdb_search SET content = ?5, embedding = ?6, kdb_fast_source_at = ?7, updated_at = ?8, kdb_fast_at = ?8, "
+    "model = ?9, dimensions = ?10, kdb_fast_fingerprint = ?11, kdb_fast_run = ?12 WHERE rowid = ?1"
 )
-INSERT_VECTOR = "INSERT OR REPLACE INTO kdb_fast_vectors (search_rowid, search_id, at, vector) VALUES (?, ?, ?, ?)"
+
+RawRow = tuple[bytes, bytes, bytes]
+"""Entity, record id and content, UTF-8."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -58,138 +59,127 @@ def new_ids(count: int) -> list[str]:
     return [f"{d[:8]}-{d[8:12]}-{d[12:16]}-{d[16:20]}-{d[20:]}" for d in digits]
 
 
-@dataclass(slots=True)
-class _Row:
-    """A row with all that is needed to write it."""
+class _Row(NamedTuple):
+    """A row to be written, without its vector, which stays in the slot until then."""
 
     number: int
+    rowid: int
+    search_id: str
     entity: str
     record_id: str
     content: str
     source_at: str | None
-    rowid: int
-    search_id: str
-    new: bool
+    known: bool
     same_text: bool
-    embedding: str = ""
-    vector: bytes = b""
-    fts_rowid: int = 0
-    in_fts: bool = False
-
-
-class _Existing:
-    """What is in the table for a key."""
-
-    __slots__ = ("content", "own", "rowid", "search_id", "updated_at")
-
-    def __init__(self, row: tuple[Any, ...], run: int) -> None:
-        self.rowid: int
-        self.search_id: str
-        self.updated_at: str | None
-        self.content: bytes
-        self.rowid, self.search_id, self.updated_at, at, by, self.content = row
-        self.own = by == run and at is not None and at == self.updated_at
 
 
 class FlushWriter:
-    """Writes rows and counts what became of them.
+    """Writes rows and counts what became of them. Call :meth:`write` for each slot, then :meth:`finish`.
 
-    Args:
-        at: Time of the flush, as text.
+    Attributes:
+        rows: Rows written.
+        bytes: Of texts and vectors, as written.
+        stored: Keys of these rows.
+        lost: (slot, row) that another program has changed meanwhile.
+        rejected: (slot, row, reason, detail) that the database refused.
+        rejects: The same, for the rejects table.
     """
 
-    def __init__(self, connection: sqlite3.Connection, full_text: FullText, run: RunSpec, at: str) -> None:
-        self._connection, self._full_text, self._run, self._at = connection, full_text, run, at
+    def __init__(self, connection: sqlite3.Connection, full_text: FullText, run: RunSpec) -> None:
+        self._connection, self._full_text, self._run = connection, full_text, run
+        self._at = now()
         self.rows = self.bytes = 0
         self.stored: list[Key] = []
         self.lost: list[tuple[int, int]] = []
         self.rejected: list[tuple[int, int, str, str]] = []
         self.rejects: list[Reject] = []
+        self._new: list[FullTextRow] = []
+        self._known: list[tuple[FullTextRow, bool]] = []
         (last,) = connection.execute("SELECT max(rowid) FROM kdb_search").fetchone()
         # Free in both tables, so that a record has the same rowid in both.
         self._next_rowid = max(last or 0, full_text.last_rowid()) + 1
 
     def write(self, flush_slot: FlushSlot) -> None:
-        """Write the rows of a slot."""
+        """Write the rows of a slot into the search table and the vectors' table."""
         slot = flush_slot.slot
         raw = slot.raw_rows()
-        finite: list[bool] = np.isfinite(slot.vectors[: slot.rows]).all(axis=1, keepdims=False).tolist()
-        for chunk in _chunks(raw, flush_slot.skip):
-            for i in chunk:
-                if not finite[i]:
-                    self._reject(slot, raw[i], i, "not_finite", "the vector has NaN or infinity")
-            self._write_chunk(slot, raw, [i for i in chunk if finite[i]])
+        infinite = set(np.flatnonzero(~np.isfinite(slot.vectors[: slot.rows]).all(axis=1)).tolist())
+        for i in sorted(infinite - flush_slot.skip):
+            self._reject(slot, raw[i], i, "not_finite", "the vector has NaN or infinity")
+        for numbers in _chunks(raw, flush_slot.skip | infinite):
+            rows = self._plan(slot, raw, numbers)
+            if rows:
+                self._store_or_halve(slot, raw, rows)
 
-    def _write_chunk(self, slot: Slot, raw: Sequence[tuple[bytes, bytes, bytes]], numbers: list[int]) -> None:
-        rows = self._plan(slot, raw, numbers)
-        if not rows:
-            return
-        matrix = slot.vectors[[row.number for row in rows]].astype("<f4", copy=False)
-        width = matrix.shape[1] * 4
-        floats = matrix.tobytes()
-        for i, (row, text) in enumerate(zip(rows, json_vectors(matrix), strict=True)):
-            row.embedding = text
-            row.vector = floats[i * width : (i + 1) * width]
-        self._plan_full_text([row for row in rows if not row.new])
-        self._store_or_halve(slot, raw, rows)
+    def finish(self) -> None:
+        """Bring the full-text table in step with all rows written.
 
-    def _plan(self, slot: Slot, raw: Sequence[tuple[bytes, bytes, bytes]], numbers: list[int]) -> list[_Row]:
-        texts = [(raw[i][0].decode(), raw[i][1].decode(), raw[i][2].decode()) for i in numbers]
-        existing = self._existing([(entity, record_id) for entity, record_id, _ in texts])
+        In one go at the end: FTS5 writes out what it has gathered at every savepoint.
+        """
+        found, taken = self._full_text.locate([(row[2], row[3], row[0]) for row, _ in self._known])
+        add, change = self._new, []
+        for row, same_text in self._known:
+            rowid, search_id, entity, record_id, content = row
+            there = found.get((entity, record_id))
+            if there is None:
+                add.append(row if rowid not in taken else (self._take_rowid(), *row[1:]))
+            elif not same_text:
+                # A row that only got another vector keeps its text, and the index of it.
+                change.append((there, search_id, content))
+        self._full_text.add(add)
+        self._full_text.change(change)
+
+    def _take_rowid(self) -> int:
+        self._next_rowid += 1
+        return self._next_rowid - 1
+
+    def _plan(self, slot: Slot, raw: Sequence[RawRow], numbers: list[int]) -> list[_Row]:
+        """Decide for each row whether it is new, ours to overwrite, or another program's."""
+        keys = [(raw[i][0].decode(), raw[i][1].decode()) for i in numbers]
+        existing = self._existing(keys)
         known, stamps, sources = slot.known.tolist(), slot.stamp.tolist(), _source_times(slot)
+        run = self._run.number
         rows: list[_Row] = []
-        for i, search_id, (entity, record_id, content) in zip(numbers, new_ids(len(numbers)), texts, strict=True):
+        for i, (entity, record_id), new_id in zip(numbers, keys, new_ids(len(numbers)), strict=True):
+            content = raw[i][2]
             found = existing.get((entity, record_id))
             if found is None:
-                row = _Row(i, entity, record_id, content, sources[i], self._next_rowid, search_id, True, False)
-                row.fts_rowid = self._next_rowid
-                self._next_rowid += 1
-                rows.append(row)
-            elif found.own or (known[i] and stamps[i] == row_stamp(found.updated_at, found.content)):
-                same = found.content == raw[i][2]
-                rows.append(_Row(i, entity, record_id, content, sources[i], found.rowid, found.search_id, False, same))
+                rows.append(
+                    _Row(i, self._take_rowid(), new_id, entity, record_id, content.decode(), sources[i], False, False)
+                )
+                continue
+            rowid, search_id, updated_at, at, by, stored = found
+            own = by == run and at is not None and at == updated_at
+            if own or (known[i] and stamps[i] == row_stamp(updated_at, stored)):
+                same_text = stored == content
+                rows.append(_Row(i, rowid, search_id, entity, record_id, content.decode(), sources[i], True, same_text))
             else:
                 self.lost.append((slot.number, i))
         return rows
 
-    def _existing(self, keys: Sequence[Key]) -> dict[Key, _Existing]:
+    def _existing(self, keys: Sequence[Key]) -> dict[Key, tuple[Any, ...]]:
+        """For each key in the table: rowid, id, updated_at, kdb_fast_at, kdb_fast_run, content as bytes."""
         by_entity: dict[str, list[str]] = {}
         for entity, record_id in keys:
             by_entity.setdefault(entity, []).append(record_id)
-        result: dict[Key, _Existing] = {}
-        for entity, record_ids in by_entity.items():
-            rows = select_in(
+        return {
+            (entity, row[0]): row[1:]
+            for entity, record_ids in by_entity.items()
+            for row in select_in(
                 self._connection,
                 "SELECT record_id, rowid, id, updated_at, kdb_fast_at, kdb_fast_run, CAST(content AS BLOB) "
                 "FROM kdb_search WHERE entity_name = ? AND record_id IN (…)",
                 record_ids,
                 entity,
             )
-            result.update(((entity, row[0]), _Existing(row[1:], self._run.number)) for row in rows)
-        return result
+        }
 
-    def _plan_full_text(self, rows: Sequence[_Row]) -> None:
-        """Find the full-text rows of known records; choose a rowid for those that have none."""
-        if not rows:
-            return
-        found, taken = self._full_text.locate([(row.entity, row.record_id, row.rowid) for row in rows])
-        for row in rows:
-            there = found.get((row.entity, row.record_id))
-            row.in_fts = there is not None
-            if there is not None:
-                row.fts_rowid = there
-            elif row.rowid in taken:
-                row.fts_rowid = self._next_rowid
-                self._next_rowid += 1
-            else:
-                row.fts_rowid = row.rowid
-
-    def _store_or_halve(self, slot: Slot, raw: Sequence[tuple[bytes, bytes, bytes]], rows: list[_Row]) -> None:
+    def _store_or_halve(self, slot: Slot, raw: Sequence[RawRow], rows: Sequence[_Row]) -> None:
         """Store all rows or, where the database refuses one, halve until the refused ones stand alone."""
         execute = self._connection.execute
         execute("SAVEPOINT kdb_fast_rows")
         try:
-            self._store(rows)
+            size = self._store(slot, rows)
         except sqlite3.Error as error:
             refused = refusal(error)
             if refused is None or not self._connection.in_transaction:
@@ -205,38 +195,38 @@ class FlushWriter:
             return
         execute("RELEASE kdb_fast_rows")
         self.rows += len(rows)
-        self.bytes += sum(len(raw[row.number][2]) + len(row.embedding) + len(row.vector) for row in rows)
-        self.stored += [(row.entity, row.record_id) for row in rows]
+        self.bytes += size + sum(len(raw[row.number][2]) for row in rows)
+        for row in rows:
+            self.stored.append((row.entity, row.record_id))
+            text = (row.rowid, row.search_id, row.entity, row.record_id, row.content)
+            if row.known:
+                self._known.append((text, row.same_text))
+            else:
+                self._new.append(text)
 
-    def _store(self, rows: Sequence[_Row]) -> None:
-        self._change(INSERT, [row for row in rows if row.new])
-        self._change(UPDATE, [row for row in rows if not row.new])
-        self._connection.executemany(INSERT_VECTOR, [(row.rowid, row.search_id, self._at, row.vector) for row in rows])
-        self._full_text.add(
-            [(row.fts_rowid, row.search_id, row.entity, row.record_id, row.content) for row in rows if not row.in_fts]
-        )
-        # A row that only got another vector keeps its text, and the index of it.
-        self._full_text.change(
-            [(row.fts_rowid, row.search_id, row.content) for row in rows if row.in_fts and not row.same_text]
-        )
-
-    def _change(self, statement: str, rows: Sequence[_Row]) -> None:
-        if not rows:
-            return
+    def _store(self, slot: Slot, rows: Sequence[_Row]) -> int:
+        """Write rows with their vectors; returns the bytes of the vectors as written."""
         run, at = self._run, self._at
-        model, dimensions, fingerprint, number = run.model[:100], run.dimensions, run.fingerprint, run.number
-        changed = self._connection.executemany(
-            statement,
-            [
-                (r.rowid, r.search_id, r.entity, r.record_id, r.content, r.embedding, at, model, dimensions,
-                 fingerprint, number, r.source_at)
-                for r in rows
-            ],
-        ).rowcount  # fmt: skip
-        if changed != len(rows):
-            raise RowIgnoredError("a trigger of the table left the row out")
+        matrix = slot.vectors[[row.number for row in rows]].astype("<f4", copy=False)
+        width = matrix.shape[1] * 4
+        floats = matrix.tobytes()
+        texts = json_vectors(matrix)
+        fixed = (at, run.model[:100], run.dimensions, run.fingerprint, run.number)
+        new: list[tuple[Any, ...]] = []
+        known: list[tuple[Any, ...]] = []
+        for row, text in zip(rows, texts, strict=True):
+            _, rowid, search_id, entity, record_id, content, source_at, is_known, _ = row
+            (known if is_known else new).append((rowid, search_id, entity, record_id, content, text, source_at, *fixed))
+        for statement, parameters in ((INSERT, new), (UPDATE, known)):
+            if parameters and self._connection.executemany(statement, parameters).rowcount != len(parameters):
+                raise RowIgnoredError("a trigger of the table left the row out")
+        self._connection.executemany(
+            "INSERT OR REPLACE INTO kdb_fast_vectors (search_rowid, search_id, at, vector) VALUES (?, ?, ?, ?)",
+            [(row.rowid, row.search_id, at, floats[i * width : (i + 1) * width]) for i, row in enumerate(rows)],
+        )
+        return len(floats) + sum(map(len, texts))
 
-    def _reject(self, slot: Slot, row: tuple[bytes, bytes, bytes], number: int, reason: str, detail: str) -> None:
+    def _reject(self, slot: Slot, row: RawRow, number: int, reason: str, detail: str) -> None:
         entity, record_id, content = row
         self.rejected.append((slot.number, number, reason, detail))
         self.rejects.append(
@@ -244,7 +234,7 @@ class FlushWriter:
         )
 
 
-def _chunks(raw: Sequence[tuple[bytes, bytes, bytes]], skip: frozenset[int]) -> Iterator[list[int]]:
+def _chunks(raw: Sequence[RawRow], skip: Set[int]) -> Iterator[list[int]]:
     """Row numbers in order, at most CHUNK_ROWS at a time, no key twice: the later row finds the earlier stored."""
     chunk: list[int] = []
     keys: set[tuple[bytes, bytes]] = set()

@@ -21,6 +21,9 @@ from .sqlite_base import select_in, transaction
 Key = tuple[str, str]
 """(entity, record id)."""
 
+FullTextRow = tuple[int, str, str, str, str]
+"""(rowid, id, entity, record id, content)."""
+
 
 class FullText:
     """The rows of ``kdb_search_fts``, by record.
@@ -76,8 +79,8 @@ class FullText:
             found |= self._look_up(missing)
         return found, taken
 
-    def add(self, rows: Sequence[tuple[int, str, str, str, str]]) -> None:
-        """Insert (rowid, id, entity, record id, content); the rowids must be free."""
+    def add(self, rows: Sequence[FullTextRow]) -> None:
+        """Insert rows; their rowids must be free."""
         self._connection.executemany(
             "INSERT INTO kdb_search_fts (rowid, id, entity_name, record_id, content) VALUES (?, ?, ?, ?, ?)",
             rows,

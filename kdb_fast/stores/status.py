@@ -6,8 +6,9 @@ empty, so the status of a fresh database, or of one that only KameleonDB has wri
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -80,18 +81,23 @@ def rows_of(connection: Any, dialect: str) -> Rows:
 _NO_INDEX = "Run: kdb-fast reindex"
 
 
-def _sqlite_rows(connection: sqlite3.Connection) -> Rows:
-    def rows(statement: str, params: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        cursor = connection.cursor()
+@contextlib.contextmanager
+def sqlite_cursor(connection: sqlite3.Connection) -> Iterator[sqlite3.Cursor]:
+    """A cursor that gives tuples; errors are those of :func:`rows_of`."""
+    with contextlib.closing(connection.cursor()) as cursor:
         cursor.row_factory = None
         try:
-            return cursor.execute(statement, params).fetchall()
+            yield cursor
         except sqlite3.OperationalError as error:
             if str(error).startswith(("no such table", "no such column")):
                 raise SchemaError(f"The search index cannot be read: {error}.", remedy=_NO_INDEX) from None
             raise DatabaseError(f"The SQLite database cannot be read: {error}.") from error
-        finally:
-            cursor.close()
+
+
+def _sqlite_rows(connection: sqlite3.Connection) -> Rows:
+    def rows(statement: str, params: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        with sqlite_cursor(connection) as cursor:
+            return cursor.execute(statement, params).fetchall()
 
     return rows
 
@@ -297,7 +303,7 @@ def json_member(column: str, params: Params) -> tuple[str, str]:
     A path can hold no quote, and before SQLite 3.45 it never finds a key that ``json.dumps`` wrote with an
     escape (any letter beyond ASCII); such keys are looked up among all keys.
     """
-    if column and column.isascii() and column.isprintable() and not set(column) & set("\"\\"):
+    if column and column.isascii() and column.isprintable() and not set(column) & set('"\\'):
         path = params(f'$."{column}"')
         return f"json_type(r.data, {path})", f"json_extract(r.data, {path})"
     key = params(column)

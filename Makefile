@@ -1,0 +1,38 @@
+# Needs only Python >= 3.11, make and a package index. Everything is installed into .venv.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check unit bench gate soak format clean
+
+help:           ## Show what can be made
+	@grep -hE '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/: *.*##/\t/' | expand -t 12
+
+demo:           ## Set everything up and run the main job on real records
+	@tools/setup
+	@.venv/bin/kdb-fast demo
+
+test:           ## Set everything up and run all checks and tests
+	@tools/setup dev
+	@tools/check
+	@.venv/bin/pytest
+
+setup:          ## Only set up .venv for development
+	@tools/setup dev
+
+check:          ## Lint, format and types
+	@tools/setup dev
+	@tools/check
+
+unit:           ## Only the tests without processes and servers
+	@tools/setup dev
+	@.venv/bin/pytest tests/unit
+
+bench:          ## Measure and write bench/results
+	@tools/setup dev
+	@.venv/bin/python -m bench
+
+format:         ## Format the code
+	@tools/setup dev
+	@.venv/bin/ruff format .
+	@.venv/bin/ruff check --fix .
+
+clean:          ## Remove what was set up here
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

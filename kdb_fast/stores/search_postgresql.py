@@ -1,0 +1,193 @@
+"""Search in PostgreSQL: the HNSW index of pgvector for vectors, full-text search for keywords.
+
+Vectors are first ranked through the HNSW index, which stops after a number of rows that do not pass the
+filters; where that leaves the ranking short, it is done again exactly, so a result is never missing because
+a filter was selective. Measured on 100,000 × 384: through the index 4 ms; exactly 40 ms for a filter that one
+record in 5,000 passes, 100 ms without any filter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import UsageError
+from ..retrieval import Hit, Key, Query, Scope, SearchReader, in_order
+from .base import TABLE
+from .status import Definition, Field, Params, quoted
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+MAX_EF_SEARCH = 1000
+"""pgvector's upper limit of ``hnsw.ef_search``."""
+
+EF_PER_ROW = 2
+"""``hnsw.ef_search`` for each row wanted: 97 of the 100 true first ten are found with 2, 93 with 1."""
+
+SCAN_PER_ROW = 40
+"""Rows the index scan looks at for each row wanted before the exact way is taken, which is faster than looking
+at more: a filter that fewer than one record in forty passes costs 40 ms exactly, 300 ms through the index."""
+
+MAX_RANKED = 20_000
+"""Matches that are ranked by keyword. Ranking costs 1.5 µs each; words that more texts hold say little."""
+
+
+class PostgresqlReader(SearchReader):
+    """Reads the index through a psycopg connection, best in autocommit mode. Settings last for one transaction."""
+
+    dialect: ClassVar[str] = "postgresql"
+    _iterative: bool | None = None
+
+    def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
+        import psycopg
+
+        text = "[" + ",".join(map(str, vector.tolist())) + "]"
+        try:
+            with self._transaction():
+                self._set_index_scan(limit)
+                found = self._by_index(text, scope, limit)
+                if len(found) < limit:
+                    found = self._exactly(text, scope, limit)
+        except psycopg.errors.DataException as error:
+            if "dimensions" not in (error.diag.message_primary or ""):
+                raise
+            raise UsageError(
+                f"The query vector has another length than the vectors of the index: {error.diag.message_primary}.",
+                remedy="Search with the model that the index was made with.",
+            ) from None
+        return in_order(Hit(entity, record_id, 1.0 - distance) for entity, record_id, distance in found)
+
+    def keyword(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+        params = Params(self.dialect)
+        every = f"websearch_to_tsquery('english', {params(query.text)})"
+        hits = self._matching_text(every, "ts_rank_cd", params, scope, limit)
+        terms = query.alternatives()
+        if len(hits) >= limit or len(terms) < 2:
+            return hits
+        params = Params(self.dialect)
+        parse = {True: "phraseto_tsquery", False: "plainto_tsquery"}
+        either = " || ".join(f"{parse[term.phrase]}('english', {params(term.text)})" for term in terms)
+        for term in query.excluded:
+            either = f"({either}) && !! {parse[term.phrase]}('english', {params(term.text)})"
+        # ts_rank counts a word's repetitions less and less, so texts with more of the words come first.
+        more = self._matching_text(f"({either})", "ts_rank", params, scope, limit)
+        seen = {hit.key for hit in hits}
+        return (hits + [hit for hit in more if hit.key not in seen])[:limit]
+
+    def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
+        found = self._rows(
+            f"SELECT s.entity_name, s.record_id, s.content FROM {TABLE} s "  # noqa: S608
+            "JOIN unnest(%(e)s::text[], %(r)s::text[]) AS k (e, r) ON s.entity_name = k.e AND s.record_id = k.r",
+            {"e": [entity for entity, _ in keys], "r": [record_id for _, record_id in keys]},
+        )
+        return {(entity, record_id): content for entity, record_id, content in found}
+
+    def data(self, keys: Sequence[Key], scope: Scope) -> dict[Key, dict[str, Any]]:
+        definitions = {d.entity: d for d in scope.definitions}
+        result: dict[Key, dict[str, Any]] = {key: {} for key in keys if key[0] not in definitions}
+        for entity in {entity for entity, _ in keys} & definitions.keys():
+            definition = definitions[entity]
+            params = Params(self.dialect)
+            # to_jsonb() writes timestamps as shared storage holds them: in ISO format.
+            data = "r.data" if definition.table is None else "to_jsonb(r)"
+            ids = params([record_id for name, record_id in keys if name == entity])
+            condition = f"r.id = ANY({ids}::text[]) AND {self._matching(definition, scope, params)}"
+            statement = f"SELECT r.id, {data} FROM {self._table(definition)} r WHERE {condition}"  # noqa: S608
+            for record_id, values in self._rows(statement, params.values):
+                values = values if isinstance(values, dict) else {}
+                result[entity, record_id] = {f.name: values.get(f.column) for f in definition.fields}
+        return result
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        import psycopg
+
+        from ..errors import DatabaseError
+
+        try:
+            with self._connection.transaction():
+                yield
+        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            raise DatabaseError("The connection to PostgreSQL was lost.", remedy="Search again.") from error
+
+    def _set_index_scan(self, limit: int) -> None:
+        if self._iterative is None:
+            version = self._rows("SELECT extversion FROM pg_extension WHERE extname = 'vector'", {})
+            numbers = [int(n) for n in version[0][0].split(".")[:2] if n.isdigit()] if version else []
+            self._iterative = numbers >= [0, 8]
+        # Without iterative scans (pgvector before 0.8) all rows must come from one list of candidates.
+        wanted = limit * EF_PER_ROW if self._iterative else limit * SCAN_PER_ROW
+        settings = {"hnsw.ef_search": str(min(max(wanted, 40), MAX_EF_SEARCH))}
+        if self._iterative:
+            settings["hnsw.iterative_scan"] = "strict_order"
+            settings["hnsw.max_scan_tuples"] = str(limit * SCAN_PER_ROW)
+        params = Params(self.dialect)
+        calls = ", ".join(f"set_config({params(name)}, {params(value)}, true)" for name, value in settings.items())
+        self._rows(f"SELECT {calls}", params.values)
+
+    def _by_index(self, text: str, scope: Scope, limit: int) -> list[tuple[Any, ...]]:
+        params = Params(self.dialect)
+        distance = f"s.embedding <=> {params(text)}::vector"
+        return self._rows(
+            f"SELECT s.entity_name, s.record_id, {distance} FROM {TABLE} s "  # noqa: S608
+            f"WHERE s.embedding IS NOT NULL AND {self._named(scope, params)} AND {self._living(scope, params)} "
+            f"ORDER BY {distance} LIMIT {params(limit)}",
+            params.values,
+        )
+
+    def _exactly(self, text: str, scope: Scope, limit: int) -> list[tuple[Any, ...]]:
+        params = Params(self.dialect)
+        columns = f"s.entity_name, s.record_id, s.embedding <=> {params(text)}::vector AS distance"
+        # Adding 0 keeps the planner from the HNSW index, whose order this is not.
+        return self._rows(
+            f"SELECT entity_name, record_id, distance FROM ({self._all_living(scope, params, columns)}) x "  # noqa: S608
+            f"ORDER BY distance + 0 LIMIT {params(limit)}",
+            params.values,
+        )
+
+    def _matching_text(self, tsquery: str, rank: str, params: Params, scope: Scope, limit: int) -> list[Hit]:
+        """Rows that match ``tsquery`` (its values are in ``params``), best first.
+
+        Records are looked up in the order of rank until ``limit`` are found, not for every match.
+        """
+        named, living = self._named(scope, params), self._living(scope, params)
+        order = "rank DESC, entity_name, record_id"
+        most = params(limit)
+        statement = (
+            "SELECT s.entity_name, s.record_id, s.rank, s.matches FROM ("  # noqa: S608
+            f"SELECT m.entity_name, m.record_id, {rank}(m.tsv, {tsquery}) AS rank, count(*) OVER () AS matches "
+            f"FROM (SELECT s.entity_name, s.record_id, s.tsv FROM {TABLE} s WHERE s.tsv @@ {tsquery} AND {named} "
+            f"LIMIT %(cap)s) m ORDER BY {order} OFFSET 0) s WHERE {living} ORDER BY {order} LIMIT {most}"
+        )
+        found = self._rows(statement, params.values | {"cap": MAX_RANKED})
+        if len(found) < limit and (not found or found[0][3] >= MAX_RANKED):
+            # The filters left too few of those that were ranked.
+            found = self._rows(statement, params.values | {"cap": None})
+        return in_order(Hit(entity, record_id, rank) for entity, record_id, rank, _ in found)
+
+    def _equals(self, definition: Definition, field: Field, value: Any, params: Params) -> str:
+        if definition.table is None:
+            stored = f"(r.data -> {params(field.column)}::text)"
+        elif field.column not in definition.columns:
+            stored = "NULL::jsonb"
+        else:
+            column = f"r.{quoted(field.column, self.dialect)}"
+            if field.type == "datetime" and isinstance(value, str):
+                with contextlib.suppress(ValueError):
+                    return f"{column} = {params(datetime.fromisoformat(value))}"
+                return "false"
+            # As JSON a value of another type is just not equal, where = on the column would be an error.
+            stored = f"to_jsonb({column})"
+        if value is None:
+            return f"({stored} IS NULL OR {stored} = 'null'::jsonb)"
+        if isinstance(value, bool):
+            return f"{stored} = to_jsonb({params(value)}::boolean)"
+        if isinstance(value, str):
+            return f"{stored} = to_jsonb({params(value)}::text)"
+        # By its digits: a float8 parameter would be rounded to 15 of them.
+        digits = repr(float(value)) if isinstance(value, float) else str(int(value))
+        return f"{stored} = to_jsonb({params(digits)}::numeric)"
