@@ -2,6 +2,7 @@
 
 KdbFastError                70  internal error: a defect of kdb-fast
 ├── UsageError               2  the command or an option makes no sense
+├── RecordError              3  a record that a library caller passed cannot be stored
 ├── RefusedError             4  refused before anything was done
 │   ├── SchemaError          4  a table, column, extension or right is not what it must be
 │   └── ModelError           4  a model is missing, damaged or unfit
@@ -43,6 +44,12 @@ class UsageError(KdbFastError):
     """The command or one of its options makes no sense."""
 
     exit_code = 2
+
+
+class RecordError(KdbFastError, ValueError):
+    """A record that a library caller passed cannot be stored; nothing of its batch was."""
+
+    exit_code = 3
 
 
 class RefusedError(KdbFastError):

@@ -96,6 +96,8 @@ class _Child:
 class ProcessEngine(Engine):
     """Workers and writer as processes, started at once; work may be given before they are ready.
 
+    Without an address there is no writer: the caller writes what is embedded itself.
+
     Raises:
         ResourceError: No shared memory, or the workers die again and again.
         KdbFastError: What a child could not go on for: model, database, lock.
@@ -105,7 +107,7 @@ class ProcessEngine(Engine):
         self,
         shape: SlabShape,
         spec: EncoderSpec,
-        address: DatabaseAddress,
+        address: DatabaseAddress | None,
         run: RunSpec,
         *,
         workers: int,
@@ -135,7 +137,8 @@ class ProcessEngine(Engine):
         # Pinning helps only where each worker can have a CPU of its own.
         self._cpus: list[int | None] = list(cpus[:workers]) if len(cpus) >= workers else [None] * workers
         try:
-            self._writer = self._start_writer()
+            if address is not None:
+                self._writer = self._start_writer()
             for number in range(workers):
                 self._workers.append(self._start_worker(number))
         except BaseException:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -147,6 +148,26 @@ class Store(ABC):
 
         Raises:
             LockedError: The run no longer holds the lock: another one has taken it over.
+        """
+
+    @abstractmethod
+    def unit(self) -> AbstractContextManager[None]:
+        """One transaction around several :meth:`put` calls; an exception rolls all of it back."""
+
+    @abstractmethod
+    def put(
+        self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[tuple[str, str]], *, vectors: bool = True
+    ) -> None:
+        """Write rows whatever the index holds for their keys, then delete; within :meth:`unit`.
+
+        This is the library's way: the caller has the newest text, and no run has to be held.
+
+        Args:
+            run: Number 0; fingerprint, model and dimensions go into the rows.
+            vectors: False writes rows without embedding, model and dimensions (keyword search only).
+
+        Raises:
+            RecordError: The database refuses a row; nothing of the unit is kept.
         """
 
     @abstractmethod

@@ -1,0 +1,236 @@
+"""PostgreSQL: rows of one flush → COPY and merge statements, within the flush's transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import pgcopy
+from .base import FlushSlot, RunSpec
+from .pg_errors import classify, refusal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import psycopg
+
+STAGING_COLUMNS = 10
+TABLE_COLUMNS = 12
+
+COPY_TABLE = (
+    "COPY kdb_search (id, entity_name, record_id, content, embedding, model, dimensions, updated_at, "
+    "kdb_fast_fingerprint, kdb_fast_run, kdb_fast_at, kdb_fast_source_at) FROM STDIN (FORMAT BINARY)"
+)
+CREATE_STAGING = (
+    "CREATE TEMP TABLE kdb_fast_staging (slot int4, row int4, known bool, stamp timestamptz, id varchar(36), "
+    "entity_name varchar(255), record_id varchar(36), content text, embedding vector, source_at timestamptz) "
+    "ON COMMIT DROP"
+)
+COPY_STAGING = "COPY kdb_fast_staging FROM STDIN (FORMAT BINARY)"
+MERGE_KNOWN = """
+UPDATE kdb_search t SET content = s.content, embedding = s.embedding, model = %(model)s,
+  dimensions = %(dimensions)s, updated_at = now(), kdb_fast_fingerprint = %(fingerprint)s,
+  kdb_fast_run = %(run)s, kdb_fast_at = now(), kdb_fast_source_at = s.source_at
+FROM kdb_fast_staging s
+WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id
+  AND (%(force)s OR (s.known AND t.updated_at IS NOT DISTINCT FROM s.stamp)
+       OR (t.kdb_fast_run = %(run)s AND t.kdb_fast_at = t.updated_at))
+"""
+MERGE_MISSING = """
+INSERT INTO kdb_search (id, entity_name, record_id, content, embedding, model, dimensions, updated_at,
+  kdb_fast_fingerprint, kdb_fast_run, kdb_fast_at, kdb_fast_source_at)
+SELECT s.id, s.entity_name, s.record_id, s.content, s.embedding, %(model)s, %(dimensions)s, now(),
+  %(fingerprint)s, %(run)s, now(), s.source_at
+FROM kdb_fast_staging s
+WHERE NOT EXISTS (SELECT FROM kdb_search t WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id)
+ON CONFLICT (entity_name, record_id) DO NOTHING
+"""
+LOST_ROWS = """
+SELECT s.slot, s.row FROM kdb_fast_staging s
+WHERE NOT EXISTS (SELECT FROM kdb_search t WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id
+                  AND t.kdb_fast_run = %(run)s AND t.kdb_fast_at = now())
+ORDER BY s.slot, s.row
+"""
+
+
+class FlushWriter:
+    """Rows of one flush on their way into the tables, within the flush's transaction."""
+
+    def __init__(
+        self,
+        cursor: psycopg.Cursor[tuple[Any, ...]],
+        run: RunSpec,
+        now: int,
+        *,
+        merge_all: bool,
+        force: bool = False,
+        vectors: bool = True,
+    ) -> None:
+        self.cursor, self.run, self.now = cursor, run, now
+        self._force, self._vectors = force, vectors
+        self.met_conflict = False
+        self.rows = self.bytes = 0
+        self.lost: list[tuple[int, int]] = []
+        self.rejected: list[tuple[int, int, str, str]] = []
+        self._merge_all = merge_all
+        self._fresh: list[tuple[FlushSlot, list[int]]] = []
+        self._known: list[tuple[FlushSlot, list[int]]] = []
+        stamp = pgcopy.timestamp_field(now)
+        origin = pgcopy.text_field(run.model[:100]) + pgcopy.int_field(run.dimensions, 4)
+        self._constant = (
+            (origin if vectors else pgcopy.NULL + pgcopy.NULL)
+            + stamp
+            + pgcopy.text_field(run.fingerprint)
+            + pgcopy.int_field(run.number, 8)
+            + stamp
+        )
+
+    def add(self, flush_slot: FlushSlot) -> None:
+        known = flush_slot.slot.known[: flush_slot.slot.rows].tolist()
+        for group, wanted in ((self._fresh, 0), (self._known, 1)):
+            rows = [i for i, k in enumerate(known) if k == wanted and i not in flush_slot.skip]
+            if rows:
+                group.append((flush_slot, rows))
+
+    def write(self, careful: bool) -> None:
+        import psycopg
+
+        fresh, known = self._fresh, self._known
+        if fresh and not careful and not self._merge_all:
+            try:
+                with self.cursor.connection.transaction():
+                    self._copy(COPY_TABLE, (self._table_rows(s, rows) for s, rows in fresh))
+                self.rows += sum(len(rows) for _, rows in fresh)
+                fresh = []
+            except psycopg.errors.UniqueViolation:
+                # Somebody else indexed one of these since the parent looked: merge decides whose is newer.
+                self.met_conflict = True
+        if fresh or known:
+            self._merge([*fresh, *known], careful)
+
+    def _merge(self, groups: list[tuple[FlushSlot, list[int]]], careful: bool) -> None:
+        cursor, parameters = self.cursor, self._parameters()
+        if careful:
+            for flush_slot, rows in groups:
+                self._merge_halving(flush_slot, rows)
+            return
+        staged = self._stage(groups)
+        done = self._merge_staged(parameters)
+        while self._force and done < staged:
+            # A row that another session inserted between our two statements: it is older than ours.
+            done = self._merge_staged(parameters)
+        if self._force:
+            cursor.execute("DROP TABLE kdb_fast_staging")
+        elif done != staged:
+            self.lost += [(r[0], r[1]) for r in cursor.execute(LOST_ROWS, parameters)]
+        self.rows += staged - len(self.lost)
+
+    def _stage(self, groups: list[tuple[FlushSlot, list[int]]]) -> int:
+        self.cursor.execute(CREATE_STAGING)
+        self._copy(COPY_STAGING, (self._staging_rows(s, rows) for s, rows in groups))
+        # Without this a flush of some thousand rows may be joined by reading the whole index (2 KB a row).
+        self.cursor.execute(
+            "SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; "
+            "ANALYZE kdb_fast_staging (entity_name, record_id)"
+        )
+        return sum(len(rows) for _, rows in groups)
+
+    def _merge_staged(self, parameters: dict[str, Any]) -> int:
+        return (
+            self.cursor.execute(MERGE_KNOWN, parameters).rowcount
+            + self.cursor.execute(MERGE_MISSING, parameters).rowcount
+        )
+
+    def _merge_halving(self, flush_slot: FlushSlot, rows: list[int]) -> None:
+        """Merge what can be merged; halve on refusal until the single rows that are refused are found."""
+        import psycopg
+
+        try:
+            with self.cursor.connection.transaction():
+                staged = self._stage([(flush_slot, rows)])
+                done = self._merge_staged(self._parameters())
+                lost: list[tuple[int, int]] = []
+                if done != staged:
+                    lost = [(r[0], r[1]) for r in self.cursor.execute(LOST_ROWS, self._parameters())]
+                self.cursor.execute("DROP TABLE kdb_fast_staging")
+            self.lost += lost
+            self.rows += staged - len(lost)
+        except psycopg.Error as error:
+            if classify(error) != "data":
+                raise
+            if len(rows) == 1:
+                self.rejected.append((flush_slot.slot.number, rows[0], *refusal(error)))
+                return
+            middle = len(rows) // 2
+            self._merge_halving(flush_slot, rows[:middle])
+            self._merge_halving(flush_slot, rows[middle:])
+
+    def _parameters(self) -> dict[str, Any]:
+        run = self.run
+        return {
+            "run": run.number,
+            "model": run.model[:100] if self._vectors else None,
+            "dimensions": run.dimensions if self._vectors else None,
+            "fingerprint": run.fingerprint,
+            "force": self._force,
+        }
+
+    def _copy(self, statement: str, chunks: Iterable[bytes]) -> None:
+        with self.cursor.copy(statement) as copy:
+            copy.write(pgcopy.SIGNATURE)
+            for chunk in chunks:
+                self.bytes += len(chunk)
+                copy.write(chunk)
+            copy.write(pgcopy.TRAILER)
+
+    def _keys_and_texts(self, flush_slot: FlushSlot, rows: list[int]) -> list[bytes]:
+        raw = flush_slot.slot.raw_rows()
+        size = int.to_bytes
+        return [
+            b"%b%b%b%b%b%b" % (size(len(e), 4, "big"), e, size(len(r), 4, "big"), r, size(len(c), 4, "big"), c)
+            for e, r, c in ([raw[i] for i in rows] if len(rows) < len(raw) else raw)
+        ]
+
+    def _vector_fields(self, vectors: npt.NDArray[np.float32]) -> Sequence[bytes | memoryview] | bytes:
+        return pgcopy.vector_fields(vectors) if self._vectors else pgcopy.NULL
+
+    def _table_rows(self, flush_slot: FlushSlot, rows: list[int]) -> bytes:
+        slot = flush_slot.slot
+        return pgcopy.pack_rows(
+            TABLE_COLUMNS,
+            [
+                pgcopy.uuid4_fields(len(rows)),
+                self._keys_and_texts(flush_slot, rows),
+                self._vector_fields(slot.vectors[rows]),
+                self._constant,
+                pgcopy.timestamp_fields(slot.source[rows]),
+            ],
+            len(rows),
+        )
+
+    def _staging_rows(self, flush_slot: FlushSlot, rows: list[int]) -> bytes:
+        slot = flush_slot.slot
+        number = pgcopy.int_field(slot.number, 4)
+        flags = (b"\0\0\0\1\0", b"\0\0\0\1\1")
+        return pgcopy.pack_rows(
+            STAGING_COLUMNS,
+            [
+                [number + pgcopy.int_field(i, 4) + flags[int(slot.known[i])] for i in rows],
+                pgcopy.timestamp_fields(slot.stamp[rows]),
+                pgcopy.uuid4_fields(len(rows)),
+                self._keys_and_texts(flush_slot, rows),
+                self._vector_fields(slot.vectors[rows]),
+                pgcopy.timestamp_fields(slot.source[rows]),
+            ],
+            len(rows),
+        )
+
+
+def delete_keys(cursor: psycopg.Cursor[tuple[Any, ...]], keys: Sequence[tuple[str, str]]) -> int:
+    if not keys:
+        return 0
+    return cursor.execute(
+        "DELETE FROM kdb_search t USING unnest(%s::text[], %s::text[]) AS k(entity, id) "
+        "WHERE t.entity_name = k.entity AND t.record_id = k.id",
+        ([k[0] for k in keys], [k[1] for k in keys]),
+    ).rowcount

