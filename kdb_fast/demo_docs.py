@@ -70,8 +70,16 @@ def _record(name: str, kind: str, module: str, item: object, seen: set[str]) -> 
         text = inspect.getdoc(item) if kind != "class" else inspect.cleandoc(getattr(item, "__doc__", None) or "")
     if text and text.strip() and name not in seen:
         seen.add(name)
-        summary = " ".join(text.strip().split("\n\n")[0].split())
-        yield {"name": name, "kind": kind, "module": module, "summary": summary[:255], "text": text.strip()[:20_000]}
+        yield {"name": name, "kind": kind, "module": module, "summary": _summary(text), "text": text.strip()[:20_000]}
+
+
+def _summary(text: str, limit: int = 240) -> str:
+    """The first sentences, as far as ``limit`` characters allow: KameleonDB's string fields hold 255."""
+    words = " ".join(text[: 4 * limit].split())
+    if len(words) <= limit:
+        return words
+    end = max(words.rfind(mark, 0, limit) for mark in (". ", "? ", "! "))
+    return words[: end + 1] if end > 0 else words[: limit - 1] + "…"
 
 
 def main() -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .database import DatabaseAddress, connect_postgresql, connect_sqlite
 from .errors import SchemaError
+
+if TYPE_CHECKING:
+    from .retrieval import SearchReader
 
 Vector = npt.NDArray[np.float32]
 Vectors = npt.NDArray[np.float32]
@@ -66,13 +69,13 @@ def search_open(
     model_name: str = "",
 ) -> list[dict[str, Any]]:
     """:func:`run_search` with the query's vector at hand (float32, dimensions; None for keywords only)."""
-    from .retrieval import open_reader, search
+    from .retrieval import search
 
     connection = open_connection(address)
     try:
         reader = open_reader(connection, address.dialect)
         if vector is not None:
-            found = reader.dimensions()
+            found = stored_dimensions(connection, address.dialect)
             if found is not None and found != len(vector):
                 raise SchemaError(
                     f"The index holds vectors of {found} dimensions; {model_name} gives {len(vector)}.",
@@ -93,9 +96,52 @@ def search_open(
     return [dataclasses.asdict(result) for result in results]
 
 
+def open_reader(connection: Any, dialect: str) -> SearchReader:
+    """The reader of rankings for this dialect, on an open connection."""
+    if dialect == "sqlite":
+        from .stores.search_sqlite import SqliteReader
+
+        return SqliteReader(connection)
+    from .stores.search_postgresql import PostgresqlReader
+
+    return PostgresqlReader(connection)
+
+
+def stored_dimensions(connection: Any, dialect: str) -> int | None:
+    """Length of the vectors in the index; None if there are none.
+
+    Raises:
+        SchemaError: There is no index.
+    """
+    exists = "SELECT name FROM sqlite_master WHERE name = 'kdb_search'"
+    if dialect == "postgresql":
+        exists = "SELECT to_regclass('kdb_search')::text"
+    row = connection.execute(exists).fetchone()
+    if row is None or row[0] is None:
+        raise SchemaError("There is no search index in this database.", remedy="Build it: kdb-fast reindex --db …")
+    row = connection.execute("SELECT dimensions FROM kdb_search WHERE embedding IS NOT NULL LIMIT 1").fetchone()
+    return int(row[0]) if row and row[0] is not None else None
+
+
+def last_run(connection: Any, dialect: str) -> dict[str, Any] | None:
+    """The newest run: number, state, phase, model, fingerprint, times; None if there was none."""
+    present = "SELECT name FROM sqlite_master WHERE name = 'kdb_fast_runs'"
+    if dialect == "postgresql":
+        present = "SELECT to_regclass('kdb_fast_runs')::text"
+    row = connection.execute(present).fetchone()
+    if row is None or row[0] is None:
+        return None
+    names = ("run", "state", "phase", "model", "fingerprint", "started_at", "heartbeat_at", "ended_at")
+    row = connection.execute(
+        "SELECT run, state, phase, model, fingerprint, started_at, heartbeat_at, ended_at "
+        "FROM kdb_fast_runs ORDER BY run DESC LIMIT 1"
+    ).fetchone()
+    return dict(zip(names, row, strict=True)) if row else None
+
+
 def run_status(address: DatabaseAddress) -> dict[str, Any]:
     """Counts of each entity, their sums, and the last run."""
-    from .stores.status import last_run, statuses
+    from .stores.status import statuses
 
     connection = open_connection(address)
     try:

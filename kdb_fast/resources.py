@@ -8,6 +8,7 @@ from pathlib import Path
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROC_CGROUP = Path("/proc/self/cgroup")
+PROC_STATUS = Path("/proc/self/status")
 V1_NO_LIMIT = 1 << 60
 """cgroup v1 writes 9223372036854771712 (2^63 less a page) for "no limit"; nothing real is near 2^60."""
 
@@ -106,6 +107,11 @@ def _read(path: Path) -> str | None:
 
 def peak_rss_bytes() -> int:
     """Largest resident memory this process has had so far, in bytes."""
+    # Not getrusage on Linux: its peak is handed on by exec, so a small command started by a large program
+    # would report the memory of that program.
+    for line in (_read(PROC_STATUS) or "").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     import resource
     import sys
 

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import math
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import UsageError
-from .stores.base import TABLE
-from .stores.status import RECORDS, Definition, Field, Params, load_definitions, quoted, rows_of
+from .stores.reading import Definition
+from .stores.search_base import MAX_TERMS, WORD, Hit, Key, Query, Scope, SearchReader, Term
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+__all__ = ["IndexStatus", "Mode", "SearchReader", "SearchResult", "fuse", "search"]
 
 Mode = Literal["hybrid", "vector", "keyword"]
 MODES = ("hybrid", "vector", "keyword")
@@ -37,12 +38,6 @@ MIN_DEPTH = 50
 
 MAX_QUERY_CHARS = 2000
 """A longer query is cut: encoders read about this much, and a keyword query of more words finds nothing."""
-
-MAX_TERMS = 64
-"""Most words of one keyword query; SQLite limits the depth of an FTS5 expression to 256."""
-
-Key = tuple[str, str]
-"""(entity, record id)"""
 
 
 @dataclass(frozen=True)
@@ -83,160 +78,6 @@ class IndexStatus:
     last_updated: datetime | None
     stale: int = 0
     rejected: int = 0
-
-
-class Hit(NamedTuple):
-    """One place in a ranking. ``similarity`` orders it (higher is better); its scale depends on the ranking."""
-
-    entity: str
-    record_id: str
-    similarity: float
-
-    @property
-    def key(self) -> Key:
-        return self.entity, self.record_id
-
-
-class Term(NamedTuple):
-    """A word of a keyword query, or a phrase that was in quotes."""
-
-    text: str
-    phrase: bool
-
-
-class Query(NamedTuple):
-    """A keyword query, cleaned: its text, the terms to find (a bare ``or`` among them) and those to exclude."""
-
-    text: str
-    terms: tuple[Term, ...]
-    excluded: tuple[Term, ...]
-
-    def alternatives(self) -> tuple[Term, ...]:
-        """The terms for a query that any one of them satisfies; compounds such as ``comma-separated`` also split."""
-        found: dict[Term, None] = {}
-        for term in self.terms:
-            if term.text.casefold() == "or" and not term.phrase:
-                continue
-            found[term] = None
-            words = _WORD.findall(term.text)
-            if not term.phrase and len(words) > 1:
-                found.update((Term(word, False), None) for word in words)
-        return tuple(found)[:MAX_TERMS]
-
-
-class Scope(NamedTuple):
-    """Which rows of the index a search may return.
-
-    Attributes:
-        definitions: Entities of KameleonDB that are searched; a row of theirs counts only while its record
-            lives and meets ``where``.
-        names: The only entity names searched, or None for all but ``hidden``.
-        hidden: Entities that KameleonDB has dropped.
-        where: Logical field names with the values they must have.
-    """
-
-    definitions: tuple[Definition, ...]
-    names: tuple[str, ...] | None
-    hidden: tuple[str, ...]
-    where: tuple[tuple[str, Any], ...]
-
-    def admits(self, entity: str) -> bool:
-        return entity not in self.hidden if self.names is None else entity in self.names
-
-
-class SearchReader(ABC):
-    """Rankings and records of one open connection. Nothing is written. Not shared between threads.
-
-    Every method raises :class:`~kdb_fast.errors.SchemaError` where there is no index, and
-    :class:`~kdb_fast.errors.DatabaseError` when the database cannot answer.
-    """
-
-    dialect: ClassVar[str]
-
-    def __init__(self, connection: Any) -> None:
-        self._connection = connection
-        self._rows = rows_of(connection, self.dialect)
-
-    def definitions(self) -> list[Definition]:
-        """The entities of KameleonDB in this database."""
-        return load_definitions(self._rows, self.dialect)
-
-    @abstractmethod
-    def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
-        """The ``limit`` rows nearest to ``vector`` (float32, shape (dimensions,)) by cosine, best first.
-
-        Raises:
-            UsageError: The index holds vectors of another length.
-        """
-
-    @abstractmethod
-    def keyword(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
-        """Up to ``limit`` rows by keyword, best first: those with all terms, then those with any."""
-
-    @abstractmethod
-    def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
-        """The stored text of these rows; rows that are gone are left out."""
-
-    @abstractmethod
-    def data(self, keys: Sequence[Key], scope: Scope) -> dict[Key, dict[str, Any]]:
-        """The fields of these records by logical name; records that are gone are left out."""
-
-    @abstractmethod
-    def _equals(self, definition: Definition, field: Field, value: Any, params: Params) -> str:
-        """The condition that ``field`` of the record ``r`` has ``value``."""
-
-    # What follows writes the scope as SQL that both dialects understand.
-
-    def _named(self, scope: Scope, params: Params) -> str:
-        """The condition that a row ``s`` is of an entity that is searched."""
-        if scope.names is not None:
-            return f"s.entity_name IN ({params.list(scope.names)})"
-        return f"s.entity_name NOT IN ({params.list(scope.hidden)})" if scope.hidden else "true"
-
-    def _living(self, scope: Scope, params: Params) -> str:
-        """The condition that the record of a row ``s`` lives and meets ``where``, checked row by row.
-
-        A scalar subquery, not EXISTS: PostgreSQL would hash the whole records table for that one.
-        """
-        branches = [
-            f"WHEN {params(d.entity)} THEN (SELECT true FROM {self._table(d)} r "  # noqa: S608
-            f"WHERE r.id = s.record_id AND {self._matching(d, scope, params)})"
-            for d in scope.definitions
-        ]
-        return f"CASE s.entity_name {' '.join(branches)} ELSE true END" if branches else "true"
-
-    def _all_living(self, scope: Scope, params: Params, columns: str) -> str:
-        """A query for ``columns`` of every row ``s`` in scope that has a vector, record by record.
-
-        The joins find the few rows of a selective ``where`` fast.
-        """
-        queries = [
-            f"SELECT {columns} FROM {self._table(d)} r JOIN {TABLE} s ON s.record_id = r.id "  # noqa: S608
-            f"AND s.entity_name = {params(d.entity)} "
-            f"WHERE s.embedding IS NOT NULL AND {self._matching(d, scope, params)}"
-            for d in scope.definitions
-        ]
-        defined = [d.entity for d in scope.definitions]
-        other = ""
-        if scope.names is None:
-            defined += scope.hidden
-            other = f"s.entity_name NOT IN ({params.list(defined)})" if defined else "true"
-        elif undefined := [name for name in scope.names if name not in defined]:
-            other = f"s.entity_name IN ({params.list(undefined)})"
-        if other:
-            queries.append(f"SELECT {columns} FROM {TABLE} s WHERE s.embedding IS NOT NULL AND {other}")  # noqa: S608
-        return " UNION ALL ".join(queries)
-
-    def _matching(self, definition: Definition, scope: Scope, params: Params) -> str:
-        conditions = ["NOT r.is_deleted"]
-        if definition.table is None:
-            conditions.append(f"r.entity_id = {params(definition.id)}")
-        fields = {field.name: field for field in definition.fields}
-        conditions += [self._equals(definition, fields[name], value, params) for name, value in scope.where]
-        return " AND ".join(conditions)
-
-    def _table(self, definition: Definition) -> str:
-        return quoted(definition.table or RECORDS, self.dialect)
 
 
 def search(
@@ -316,11 +157,6 @@ def fuse(by_vector: Sequence[Hit], by_keyword: Sequence[Hit]) -> list[tuple[Key,
     return sorted(scores.items(), key=lambda item: (-item[1], -similarity.get(item[0], -math.inf), item[0]))
 
 
-def in_order(hits: Iterable[Hit]) -> list[Hit]:
-    """The hits by similarity, then key, without those that have none (NaN: the vector is all zeros)."""
-    return sorted((h for h in hits if not math.isnan(h.similarity)), key=lambda h: (-h.similarity, h.key))
-
-
 def checked_vector(vector: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """The vector as float32. Raises UsageError if it has no direction: not one row, not finite, or all zeros."""
     import numpy as np
@@ -334,7 +170,6 @@ def checked_vector(vector: npt.ArrayLike) -> npt.NDArray[np.float32]:
 
 
 _UNFIT = re.compile("[\x00\ud800-\udfff]")  # PostgreSQL and SQLite refuse NUL and lone surrogates
-_WORD = re.compile(r"[^\W_]+")
 # websearch_to_tsquery() reads a dash between spaces as NOT the next word, and "--force" as NOT NOT force.
 _DASHES = re.compile(r"(?<!\S)(?:-{2,}|-(?!\S))")
 _TERM = re.compile(r'(-?)(?:"([^"]*)"|([^\s"]+))')
@@ -348,7 +183,7 @@ def parse_query(query: str) -> Query:
     for match in _TERM.finditer(text):
         dash, phrase, word = match.groups()
         term = Term(word if phrase is None else phrase, phrase is not None)
-        if _WORD.search(term.text):
+        if WORD.search(term.text):
             # A dash inside a word (comma-separated) is part of it; only one after a space excludes.
             fresh = match.start() == 0 or text[match.start() - 1].isspace()
             (excluded if dash and fresh else terms).append(term)

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from servers import Server
+
+    from kdb_fast.database import DatabaseAddress
     from kdb_fast.models import Model
 
 
@@ -29,3 +32,21 @@ def minilm(kdb_fast_home: Path) -> Model:
     from kdb_fast.settings import DEFAULT_MODEL
 
     return resolve(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """One PostgreSQL server with pgvector for all tests of a session."""
+    from servers import Server
+
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def database(postgres: Server) -> Iterator[DatabaseAddress]:
+    """A new empty PostgreSQL database, in which the extension ``vector`` has not been created."""
+    address = postgres.create_database()
+    yield address
+    postgres.drop_database(address)

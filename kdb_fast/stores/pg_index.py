@@ -41,12 +41,12 @@ def should_defer(to_write: int, rows_after: int) -> bool:
     return to_write >= DEFER_FLOOR and to_write >= DEFER_SHARE * rows_after
 
 
-def _present(cursor: psycopg.Cursor[tuple[Any, ...]]) -> dict[str, tuple[str, str, bool]]:
-    """Name → (definition, access method, valid) of the full-text and vector indexes of the search table."""
+def _present(cursor: psycopg.Cursor[tuple[Any, ...]]) -> dict[str, tuple[str, bool]]:
+    """Name → (definition, valid) of the full-text and vector indexes of the search table."""
     return {
-        r[0]: (r[1], r[2], r[3])
+        r[0]: (r[1], r[2])
         for r in cursor.execute(
-            "SELECT c.relname, pg_get_indexdef(i.indexrelid), m.amname, i.indisvalid FROM pg_index i "
+            "SELECT c.relname, pg_get_indexdef(i.indexrelid), i.indisvalid FROM pg_index i "
             "JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam "
             "WHERE i.indrelid = to_regclass(%s) AND m.amname IN ('hnsw', 'ivfflat', 'gin')",
             (TABLE,),
@@ -63,7 +63,14 @@ def _wanted(cursor: psycopg.Cursor[tuple[Any, ...]]) -> dict[str, str]:
     """Name → statement of the indexes that should be there and are not valid now."""
     present = _present(cursor)
     wanted = _remembered(cursor)
-    has_vector = any(valid and method in ("hnsw", "ivfflat") for _, method, valid in present.values())
+    usable = {_is_vector(d) for d, valid in present.values() if valid}
+    for name, (definition, valid) in present.items():
+        if valid:
+            wanted.pop(name, None)
+        elif _is_vector(definition) not in usable:
+            # Beside a valid index an invalid one is what an interrupted REINDEX CONCURRENTLY left behind.
+            wanted.setdefault(name, definition)
+    usable |= {_is_vector(d) for d in wanted.values()}
     row = cursor.execute(
         "SELECT (SELECT atttypmod FROM pg_attribute WHERE attrelid = to_regclass(%(t)s) AND attname = 'embedding'), "
         "EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass(%(t)s) AND attname = 'tsv' "
@@ -71,27 +78,23 @@ def _wanted(cursor: psycopg.Cursor[tuple[Any, ...]]) -> dict[str, str]:
         {"t": TABLE},
     ).fetchone()
     assert row is not None
-    if (
-        not has_vector
-        and not any(" USING hnsw" in d or " USING ivfflat" in d for d in wanted.values())
-        and (0 < (row[0] or 0) <= 2000)
-    ):
+    if True not in usable and 0 < (row[0] or 0) <= 2000:
         wanted[schema.VECTOR_INDEX] = schema.POSTGRESQL_SEARCH_INDEXES[schema.VECTOR_INDEX]
-    if row[1] and not any(valid and method == "gin" for _, method, valid in present.values()):
-        wanted.setdefault(schema.FTS_INDEX, schema.POSTGRESQL_SEARCH_INDEXES[schema.FTS_INDEX])
-    for name, (definition, _, valid) in present.items():
-        if valid:
-            wanted.pop(name, None)
-        else:
-            wanted.setdefault(name, definition)
+    if False not in usable and row[1]:
+        wanted[schema.FTS_INDEX] = schema.POSTGRESQL_SEARCH_INDEXES[schema.FTS_INDEX]
     # Full text first: it takes a second, and keyword search works while the vector index is built.
-    return dict(sorted(wanted.items(), key=lambda item: " USING gin" not in item[1]))
+    return dict(sorted(wanted.items(), key=lambda item: _is_vector(item[1])))
+
+
+def _is_vector(definition: str) -> bool:
+    """Whether a statement makes a vector index; the others are full-text indexes."""
+    return " USING hnsw" in definition or " USING ivfflat" in definition
 
 
 def missing(store: PostgreSQLStore) -> bool:
     """Whether :func:`finish` would build a vector index."""
     with store.transaction() as cursor:
-        return any(" USING hnsw" in s or " USING ivfflat" in s for s in _wanted(cursor).values())
+        return any(_is_vector(statement) for statement in _wanted(cursor).values())
 
 
 def defer(store: PostgreSQLStore) -> str:
@@ -99,7 +102,7 @@ def defer(store: PostgreSQLStore) -> str:
     with store.transaction() as cursor:
         if not owns_table(cursor):
             return "kept: this role does not own kdb_search, so it cannot drop and rebuild the index"
-        present = {n: d for n, (d, _, _) in _present(cursor).items()}
+        present = {n: d for n, (d, _) in _present(cursor).items()}
         remembered = {**_remembered(cursor), **present}
         cursor.execute(
             "INSERT INTO kdb_fast_state VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = EXCLUDED.value",

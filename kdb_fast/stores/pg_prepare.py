@@ -30,6 +30,8 @@ def prepare(store: PostgreSQLStore, dimensions: int) -> None:
 
     try:
         with store.transaction() as cursor:
+            if cursor.execute("SELECT current_setting('transaction_read_only')").fetchone() == ("on",):
+                raise _read_only()
             cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
             _extension(cursor)
             if _exists(cursor, TABLE):
@@ -54,15 +56,19 @@ def prepare(store: PostgreSQLStore, dimensions: int) -> None:
             "…; ALTER TABLE kdb_search OWNER TO …;",
         ) from None
     except psycopg.errors.ReadOnlySqlTransaction:
-        raise SchemaError(
-            "The server is read-only (a standby, or default_transaction_read_only is on).",
-            remedy="Give the address of the primary server, or add target_session_attrs=read-write.",
-        ) from None
+        raise _read_only() from None
     except psycopg.errors.LockNotAvailable:
         raise SchemaError(
             "The search table is locked by another session for more than 30 s.",
             remedy="See pg_locks and pg_stat_activity for who holds it; run the same command again later.",
         ) from None
+
+
+def _read_only() -> SchemaError:
+    return SchemaError(
+        "The server is read-only (a standby, or default_transaction_read_only is on).",
+        remedy="Give the address of the primary server, or add target_session_attrs=read-write.",
+    )
 
 
 def _exists(cursor: psycopg.Cursor[tuple[Any, ...]], table: str) -> bool:

@@ -58,7 +58,7 @@ def vector_fields(vectors: npt.NDArray[np.float32]) -> list[memoryview]:
     packed = np.empty((n, width), dtype=np.uint8)
     packed[:, :8] = np.frombuffer(struct.pack(">ihh", 4 + 4 * d, d, 0), dtype=np.uint8)
     packed[:, 8:] = vectors.astype(">f4").view(np.uint8).reshape(n, 4 * d)
-    view = packed.data.cast("B")
+    view = packed.reshape(-1).data
     return [view[i * width : (i + 1) * width] for i in range(n)]
 
 

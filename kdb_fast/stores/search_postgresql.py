@@ -14,9 +14,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UsageError
-from ..retrieval import Hit, Key, Query, Scope, SearchReader, in_order
 from .base import TABLE
-from .status import Definition, Field, Params, quoted
+from .reading import Field, Params, Place, quoted
+from .search_base import Hit, Key, Query, Scope, SearchReader, in_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,15 +91,23 @@ class PostgresqlReader(SearchReader):
         result: dict[Key, dict[str, Any]] = {key: {} for key in keys if key[0] not in definitions}
         for entity in {entity for entity, _ in keys} & definitions.keys():
             definition = definitions[entity]
-            params = Params(self.dialect)
-            # to_jsonb() writes timestamps as shared storage holds them: in ISO format.
-            data = "r.data" if definition.table is None else "to_jsonb(r)"
-            ids = params([record_id for name, record_id in keys if name == entity])
-            condition = f"r.id = ANY({ids}::text[]) AND {self._matching(definition, scope, params)}"
-            statement = f"SELECT r.id, {data} FROM {self._table(definition)} r WHERE {condition}"  # noqa: S608
-            for record_id, values in self._rows(statement, params.values):
-                values = values if isinstance(values, dict) else {}
-                result[entity, record_id] = {f.name: values.get(f.column) for f in definition.fields}
+            wanted = {record_id for name, record_id in keys if name == entity}
+            for place in definition.places:
+                if not wanted:
+                    break
+                params = Params(self.dialect)
+                # to_jsonb() writes timestamps as shared storage holds them: in ISO format.
+                data = "r.data" if place.columns is None else "to_jsonb(r)"
+                statement = (
+                    f"SELECT r.id, {data}, {self._matching(definition, place, scope, params)} "  # noqa: S608
+                    f"FROM {quoted(place.table, self.dialect)} r "
+                    f"WHERE r.id = ANY({params(list(wanted))}::text[]){self._owned(definition, place, params)}"
+                )
+                for record_id, values, matches in self._rows(statement, params.values):
+                    wanted.discard(record_id)
+                    if matches:
+                        values = values if isinstance(values, dict) else {}
+                        result[entity, record_id] = {f.name: values.get(f.column) for f in definition.fields}
         return result
 
     @contextlib.contextmanager
@@ -169,10 +177,10 @@ class PostgresqlReader(SearchReader):
             found = self._rows(statement, params.values | {"cap": None})
         return in_order(Hit(entity, record_id, rank) for entity, record_id, rank, _ in found)
 
-    def _equals(self, definition: Definition, field: Field, value: Any, params: Params) -> str:
-        if definition.table is None:
+    def _equals(self, place: Place, field: Field, value: Any, params: Params) -> str:
+        if place.columns is None:
             stored = f"(r.data -> {params(field.column)}::text)"
-        elif field.column not in definition.columns:
+        elif field.column not in place.columns:
             stored = "NULL::jsonb"
         else:
             column = f"r.{quoted(field.column, self.dialect)}"

@@ -1,0 +1,361 @@
+"""A client of OpenAI's embeddings API: texts → float32 matrix. The only importer of httpx.
+
+::
+
+    texts ─► fit? ─► cut ─► requests of ≤ 2,048 inputs ─► threads ─► POST ◄─┐ 429, 5xx, no answer: wait, again
+                │                                                     │ ────┘
+             refused ◄── stands alone ◄── 400: halve, cut shorter ◄───┤
+                                                                      └─► decoded ─► rows of the matrix
+
+No message holds the key or a record's text: of what a server says about records only its error code is quoted.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from . import __version__
+from .encoder import Matrix, Tally
+from .errors import ModelError, UsageError
+from .openai_answers import OddAnswerError, Problem, decode, read_problem, server_wait
+from .openai_inputs import MAX_INPUT_TOKENS, MAX_INPUTS, Input, pack, shorter, typical_tokens, unfit_for_api
+from .provider_errors import MissingPackageError, OptionError, ProviderError, ProviderKeyError
+
+if TYPE_CHECKING:
+    import httpx
+
+RETRY_SECONDS = 600.0
+"""A request is given up this long after its first failure. Rate limits are by the minute; a longer wait is a day's."""
+
+MAX_BACKOFF_SECONDS = 30.0
+"""Longest wait between attempts where the server names none."""
+
+MAX_ODD_ANSWERS = 2
+"""Repeats after a damaged answer (no JSON, a vector missing, NaN). More would pay for the same defect again."""
+
+CONNECT_SECONDS = 10.0
+"""Time to reach the server; a host that is up answers within one."""
+
+PROBE = "The quick brown fox jumps over the lazy dog."
+
+
+class _Part(NamedTuple):
+    """What came of some rows: their vectors, or why they were refused."""
+
+    rows: list[int]
+    vectors: Matrix
+    tokens: int
+    truncated: int
+    refused: dict[int, str]
+
+
+class _RefusedRequestError(Exception):
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+class _CancelledError(Exception):
+    """Another request has failed for good."""
+
+
+class EmbeddingsAPI:
+    """A client of ``POST {base_url}/embeddings``; safe to use from several threads.
+
+    Args:
+        model: Name of the model.
+        dimensions: Length of a vector; sent, and checked in every answer.
+        api_key: Sent as a bearer token; None sends none.
+        base_url: Such as ``https://api.openai.com/v1``.
+        organization: Sent as ``OpenAI-Organization``.
+        timeout: Seconds without a byte after which an attempt has failed.
+        max_retries: Attempts after the first.
+        concurrency: Requests in flight.
+        max_inputs: Most inputs of a request.
+        max_input_tokens: Window of the model in tokens; longer inputs are cut and counted as truncated.
+        transport: Of httpx, instead of the network.
+        sleep: Called with seconds instead of waiting.
+        clock: Seconds, monotonic.
+
+    Attributes:
+        has_key: Whether a key is sent.
+
+    Raises:
+        MissingPackageError: httpx is not installed.
+        OptionError: An argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        dimensions: int,
+        api_key: str | None,
+        base_url: str,
+        organization: str | None = None,
+        timeout: float = 60.0,
+        max_retries: int = 6,
+        concurrency: int = 4,
+        max_inputs: int = MAX_INPUTS,
+        max_input_tokens: int = MAX_INPUT_TOKENS,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        try:
+            import httpx
+        except ImportError:
+            raise MissingPackageError(
+                "The openai provider needs the package httpx.", remedy="Run: pip install 'kdb-fast[openai]'"
+            ) from None
+        _check_whole("dimensions", dimensions, 1)
+        _check_whole("max_retries", max_retries, 0)
+        _check_whole("concurrency", concurrency, 1)
+        _check_whole("max_inputs", max_inputs, 1)
+        _check_whole("max_input_tokens", max_input_tokens, 1)
+        if not timeout > 0:
+            raise OptionError(f"timeout is {timeout!r}; expected seconds, more than 0.")
+        if not isinstance(model, str) or not model:
+            raise OptionError(f"model is {model!r}; expected a model's name.")
+        self.model, self.dimensions, self.base_url = model, dimensions, _checked_url(base_url)
+        self.max_inputs, self.max_input_tokens, self.concurrency = max_inputs, max_input_tokens, concurrency
+        self._max_retries, self._sleep, self._clock = max_retries, sleep, clock
+        # Fields that some compatible servers do not know; each is left out once a server has said so.
+        self._optional: dict[str, object] = {"encoding_format": "base64", "dimensions": dimensions}
+        self.has_key = api_key is not None
+        self._accepted = False
+        self._not_before = -math.inf
+        self._transport_error = httpx.TransportError
+        headers = {"User-Agent": f"kdb-fast/{__version__}"}
+        if api_key is not None:
+            headers["Authorization"] = f"Bearer {_checked_header('api_key', api_key)}"
+        if organization:
+            headers["OpenAI-Organization"] = _checked_header("organization", organization)
+        # A closure, so that no attribute of this object shows the key.
+        self._redact: Callable[[str], str] = lambda text: _redacted(text, api_key)
+        self._client = httpx.Client(
+            headers=headers,
+            timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS), pool=None),
+            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            transport=transport,
+        )
+
+    def close(self) -> None:
+        """Close the connections; the client cannot be used again."""
+        self._client.close()
+
+    def embed_into(self, texts: Sequence[str], out: Matrix) -> tuple[Tally, dict[int, str]]:
+        """Embed every text that can be into its row of ``out`` (float32, len(texts) × dimensions).
+
+        Returns:
+            What was computed, in the tokens that the server counts; and the rows that were refused, with the
+            reason. Those rows of ``out`` are zero.
+
+        Raises:
+            ProviderKeyError: The key is refused.
+            ProviderError: No answer in time, no quota, or not a proper answer.
+            ModelError: No such model, or it gives vectors of another length.
+        """
+        if self._client.is_closed:
+            raise UsageError("The provider is closed.")
+        refused = {row: reason for row, text in enumerate(texts) if (reason := unfit_for_api(text))}
+        requests = pack(texts, refused, max_inputs=self.max_inputs, max_input_tokens=self.max_input_tokens)
+        tokens = truncated = 0
+        for part in self._run(list(requests)):
+            out[part.rows] = part.vectors
+            tokens, truncated = tokens + part.tokens, truncated + part.truncated
+            refused.update(part.refused)
+        out[list(refused)] = 0
+        return Tally(tokens, tokens, truncated), dict(sorted(refused.items()))
+
+    def probe(self) -> None:
+        """Embed one sentence of our own. Raises as :meth:`embed_into`, and quotes what the server says."""
+        if self._client.is_closed:
+            raise UsageError("The provider is closed.")
+        vectors = self._probe(threading.Event())
+        if not np.isfinite(vectors).all() or not vectors.any():
+            raise ModelError(f"{self.model} gives a vector that is zero or not finite; expected a direction.")
+
+    def _probe(self, stop: threading.Event) -> Matrix:
+        try:
+            return self._post([PROBE], stop)[0]
+        except _RefusedRequestError as refused:
+            said = self._redact(refused.problem.message)
+            raise ModelError(
+                f"{self.base_url} refuses every request for {self.model} with {self.dimensions} dimensions: "
+                f"{refused}{f': {said}' if said else '.'}",
+                remedy="Check the model's name and the dimensions it can give.",
+            ) from None
+
+    def _run(self, requests: list[list[Input]]) -> Iterator[_Part]:
+        """The parts of all requests as they come, ``concurrency`` in flight; the first error ends all."""
+        stop = threading.Event()
+        if len(requests) <= 1:
+            for request in requests:
+                yield from self._embed(request, stop)
+            return
+        pool = ThreadPoolExecutor(min(self.concurrency, len(requests)), thread_name_prefix="kdb-fast-openai")
+        try:
+            for future in as_completed([pool.submit(self._embed, request, stop) for request in requests]):
+                yield from future.result()
+        finally:
+            # Requests in flight end by themselves; nobody takes their vectors, so there is nothing to wait for.
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _embed(self, inputs: list[Input], stop: threading.Event) -> list[_Part]:
+        rows = [i.row for i in inputs]
+        try:
+            vectors, tokens = self._post([i.text for i in inputs], stop)
+        except _RefusedRequestError as error:
+            if not self._accepted:
+                self._probe(stop)  # Is it these texts, or would any be refused?
+            if len(inputs) > 1:
+                middle = len(inputs) // 2
+                return self._embed(inputs[:middle], stop) + self._embed(inputs[middle:], stop)
+            if less := shorter(inputs[0].text, self.max_input_tokens):
+                return self._embed([Input(rows[0], less, True)], stop)
+            nothing = np.empty((0, self.dimensions), np.float32)
+            return [_Part([], nothing, 0, 0, {rows[0]: f"the API refuses it, {error}"})]
+        odd = np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist()
+        reasons = {rows[i]: "the API gives a vector that is not finite" for i in odd}
+        return [_Part(rows, vectors, tokens, sum(i.cut for i in inputs), reasons)]
+
+    def _post(self, texts: list[str], stop: threading.Event) -> tuple[Matrix, int]:
+        """Send one request until it is answered: its vectors (not finite ones too) and tokens."""
+        turn, failures, odd, deadline = -math.inf, 0, 0, math.inf
+        while True:
+            self._wait_until(max(turn, self._not_before), stop)
+            sent = {"model": self.model, "input": texts, **self._optional}
+            wait, limited = None, False
+            try:
+                response = self._client.post(f"{self.base_url}/embeddings", json=sent)
+            except self._transport_error as error:
+                problem = self._redact(f"{type(error).__name__}: {error}")
+            else:
+                if response.status_code == 200:
+                    try:
+                        vectors, tokens = decode(response.content, len(texts), self.dimensions, self.model)
+                        if odd >= MAX_ODD_ANSWERS or np.isfinite(vectors).all():
+                            self._accepted = True
+                            return vectors, tokens or typical_tokens(texts)
+                        problem = "a vector that is not finite"
+                    except OddAnswerError as error:
+                        problem = str(error)
+                    odd += 1
+                else:
+                    said = read_problem(response.status_code, response.content)
+                    if name := _unknown_option(said, sent):
+                        self._optional = {key: v for key, v in self._optional.items() if key != name}
+                        continue
+                    self._raise_if_final(said, len(texts))
+                    problem, limited = str(said), said.status == 429
+                    wait = server_wait(response.headers)
+            now, failures = self._clock(), failures + 1
+            if failures == 1:
+                deadline = now + RETRY_SECONDS
+            if wait is None:
+                # Full jitter, so that clients that failed together do not come back together.
+                wait = random.uniform(0, min(MAX_BACKOFF_SECONDS, 0.5 * 2**failures))  # noqa: S311
+            turn = now + wait
+            if failures > self._max_retries or odd > MAX_ODD_ANSWERS or turn > deadline:
+                asked = f", and asks to wait {wait:,.0f} seconds" if wait > RETRY_SECONDS else ""
+                raise ProviderError(
+                    f"{self.base_url} gave no proper answer in {failures} attempts; the last was {problem}{asked}.",
+                    remedy="Run it again later; it carries on where it stopped.",
+                )
+            if limited:
+                self._not_before = max(self._not_before, turn)  # The limit is the key's: it holds for all threads.
+
+    def _wait_until(self, moment: float, stop: threading.Event) -> None:
+        seconds = moment - self._clock()
+        if seconds > 0:
+            (self._sleep or stop.wait)(seconds)
+        if stop.is_set():
+            raise _CancelledError
+
+    def _raise_if_final(self, said: Problem, inputs: int) -> None:
+        """Raise for an answer that waiting does not change."""
+        if said.status == 401:
+            raise ProviderKeyError(
+                f"{self.base_url} refuses the API key: {said}.", remedy="Set OPENAI_API_KEY to a valid key."
+            )
+        if said.status == 403:
+            raise ProviderKeyError(
+                f"{self.base_url} does not let this key use {self.model}: {said}.",
+                remedy="Check the key's project, its rights, and that the API serves your country.",
+            )
+        if said.status == 402 or (said.status == 429 and _NO_QUOTA.search(said.code)):
+            raise ProviderError(
+                f"The account at {self.base_url} has no quota left: {said}.", remedy="Check its plan and billing."
+            )
+        if said.status == 404:
+            raise ModelError(
+                f"{self.base_url} knows no embedding model {self.model}: {said}.",
+                remedy="Check the model's name, and that the base URL is right.",
+            )
+        too_large = said.status == 429 and inputs > 1 and _TOO_LARGE.search(said.message)
+        if said.status in (400, 413, 422) or too_large:
+            raise _RefusedRequestError(said)
+        if said.status not in (408, 409, 429) and said.status < 500:
+            raise ProviderError(f"{self.base_url} answered {said}; expected 200.", remedy="Check the base URL.")
+
+
+_NO_QUOTA = re.compile("insufficient_quota|billing")
+# One request beyond the whole limit of a minute: no wait makes it fit.
+_TOO_LARGE = re.compile("request too large", re.IGNORECASE)
+_NO_DIMENSIONS = re.compile(r"not support\w* .{0,40}(dimensions|matryoshka)", re.IGNORECASE)
+
+
+def _unknown_option(said: Problem, sent: Mapping[str, object]) -> str | None:
+    """The optional field of ``sent`` that the server does not know, if that is what it says."""
+    if said.status not in (400, 422):
+        return None
+    if "encoding_format" in sent and "encoding_format" in (said.param or said.message):
+        return "encoding_format"
+    if "dimensions" in sent and _NO_DIMENSIONS.search(said.message):
+        return "dimensions"
+    return None
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise OptionError(f"{name} is {value!r}; expected a whole number of at least {least}.")
+
+
+def _checked_url(url: str) -> str:
+    """``url`` without a final slash. Raises OptionError if it is no HTTP address, or may carry a secret."""
+    import httpx
+
+    try:
+        parts = httpx.URL(url.strip())
+    except (httpx.InvalidURL, UnicodeError):
+        parts = httpx.URL()
+    if parts.scheme not in ("http", "https") or not parts.host:
+        raise OptionError("base_url is not an HTTP address; expected one such as https://api.openai.com/v1.")
+    if parts.userinfo or parts.query or parts.fragment:
+        raise OptionError("base_url holds a user, a query or a fragment.", remedy="Give the key as api_key.")
+    return str(parts).rstrip("/")
+
+
+def _checked_header(name: str, value: str) -> str:
+    if not value or not value.isascii() or not value.isprintable() or " " in value:
+        raise OptionError(f"{name} is empty or holds a space, a line break or a character beyond ASCII.")
+    return value
+
+
+def _redacted(text: str, key: str | None) -> str:
+    """One line of at most 300 characters without the key, or the part of one that servers quote."""
+    if key:
+        text = text.replace(key, "[key]")
+    text = re.sub(r"\bsk-[\w*.…-]+", "[key]", text)
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))[:300]

@@ -1,0 +1,148 @@
+"""The interface of an embedding provider, KameleonDB's, and what is checked of a provider's answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from .encoder import Matrix, Tally
+from .errors import KdbFastError, UsageError
+from .openai_inputs import typical_tokens, unfit
+from .provider_errors import ProviderError, ProviderInputError
+
+OTHER_BATCH = 64
+"""Most texts of one call to a user's own provider. Below the limits of the hosted APIs; Cohere's, 96, is the least."""
+
+
+@dataclass(frozen=True)
+class EmbeddingResult:
+    """A text with its vector, and what made it."""
+
+    text: str
+    embedding: list[float]
+    model: str
+    dimensions: int
+
+
+class EmbeddingProvider(ABC):
+    """Turns text into vectors of ``dimensions`` numbers. A provider may be used from several threads."""
+
+    @abstractmethod
+    def embed(self, text: str) -> list[float]:
+        """The vector of a text.
+
+        Raises:
+            ProviderInputError: It cannot be embedded.
+            KdbFastError: The model or the API cannot be used.
+        """
+
+    @abstractmethod
+    def embed_batch(self, texts: list[str]) -> list[list[float]]:
+        """The vectors of texts, in their order. Raises as :meth:`embed`; then none is returned."""
+
+    @property
+    @abstractmethod
+    def dimensions(self) -> int:
+        """Length of a vector."""
+
+    @property
+    @abstractmethod
+    def model_name(self) -> str:
+        """Name of the model, as it is stored beside a vector."""
+
+    def embed_with_metadata(self, text: str) -> EmbeddingResult:
+        """:meth:`embed` with what made the vector."""
+        return EmbeddingResult(text, self.embed(text), self.model_name, self.dimensions)
+
+    def embed_into(self, texts: Sequence[str], out: Matrix) -> tuple[Tally, dict[int, str]]:
+        """Embed every text that can be into its row of ``out`` (float32, len(texts) × dimensions).
+
+        Returns:
+            What was computed; and the rows that were refused, with the reason. Those rows of ``out`` are zero.
+        """
+        return embed_batches(self, texts, out)
+
+    def close(self) -> None:
+        """Give back what the provider holds; it cannot be used again."""
+        return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def own_batch_limit(provider: object) -> int:
+    """Most texts to give a user's own provider at once: its attribute ``max_batch``, or OTHER_BATCH."""
+    own = getattr(provider, "max_batch", None)
+    return own if isinstance(own, int) and own > 0 else OTHER_BATCH
+
+
+def embed_batches(provider: EmbeddingProvider, texts: Sequence[str], out: Matrix) -> tuple[Tally, dict[int, str]]:
+    """Fill ``out`` with calls of ``embed_batch``, and check what they give."""
+    refused = unfit_rows(texts, unfit)
+    out[list(refused)] = 0
+    rows = [row for row in range(len(texts)) if row not in refused]
+    limit = own_batch_limit(provider)
+    waiting = [rows[start : start + limit] for start in range(0, len(rows), limit)][::-1]
+    while waiting:
+        batch = waiting.pop()
+        try:
+            vectors = provider.embed_batch([texts[row] for row in batch])
+        except ProviderInputError as error:
+            bad = {batch[i]: reason for i, reason in error.refused.items() if 0 <= i < len(batch)}
+            if not bad:
+                raise
+            refused.update(bad)
+            out[list(bad)] = 0
+            if rest := [row for row in batch if row not in bad]:
+                waiting.append(rest)
+            continue
+        except (KdbFastError, MemoryError):
+            raise
+        except Exception as error:
+            # Its text is left out: it may quote a record. It is kept as the cause.
+            raise ProviderError(
+                f"The embedding provider {type(provider).__name__} failed with {type(error).__name__}."
+            ) from error
+        matrix = checked_matrix(provider, vectors, len(batch))
+        out[batch] = matrix
+        for i in np.flatnonzero(~np.isfinite(matrix).all(axis=1)).tolist():
+            refused[batch[i]] = "the provider gives a vector that is not finite"
+            out[batch[i]] = 0
+    tokens = typical_tokens([texts[row] for row in rows if row not in refused])
+    return Tally(tokens, tokens, 0), dict(sorted(refused.items()))
+
+
+def checked_matrix(provider: EmbeddingProvider, vectors: object, count: int) -> Matrix:
+    name, expected = type(provider).__name__, (count, int(provider.dimensions))
+    try:
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused for that
+            matrix = np.asarray(vectors, np.float64).astype(np.float32)
+    except (ValueError, TypeError):
+        raise ProviderError(
+            f"{name}.embed_batch gave no matrix of numbers; expected {expected[0]} lists of {expected[1]}."
+        ) from None
+    if matrix.shape != expected:
+        raise ProviderError(f"{name}.embed_batch gave vectors of shape {matrix.shape}; expected {expected}.")
+    return matrix
+
+
+def listed(texts: Sequence[str]) -> Sequence[str]:
+    if isinstance(texts, str):
+        raise UsageError("embed_batch got one string; expected a list of strings.")
+    return texts
+
+
+def unfit_rows(texts: Sequence[str], check: Callable[[object], str | None]) -> dict[int, str]:
+    return {row: reason for row, text in enumerate(texts) if (reason := check(text))}
+
+
+def raise_unfit(texts: Sequence[str], check: Callable[[object], str | None]) -> None:
+    if refused := unfit_rows(texts, check):
+        raise ProviderInputError.of(refused)

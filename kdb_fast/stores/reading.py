@@ -1,0 +1,197 @@
+"""Reading statements for both dialects, and the entities as KameleonDB defines them.
+
+Search and status need little of KameleonDB's tables: which records live, and what their fields are. A statement
+is written once, with named parameters; values are never part of its text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ..errors import DatabaseError, SchemaError
+
+Rows = Callable[[str, Mapping[str, Any]], list[tuple[Any, ...]]]
+"""Run a statement with named parameters and return all its rows as tuples."""
+
+RECORDS = "kdb_records"
+KAMELEON_TABLES = ("kdb_entity_definitions", "kdb_field_definitions", RECORDS)
+
+
+class Field(NamedTuple):
+    """A field: its logical name, the key or column it is stored under, and KameleonDB's type name."""
+
+    name: str
+    column: str
+    type: str
+
+
+class Place(NamedTuple):
+    """A table that holds records: a dedicated one with the columns it has, or (columns None) ``kdb_records``."""
+
+    table: str
+    columns: frozenset[str] | None
+
+
+SHARED = Place(RECORDS, None)
+
+
+class Definition(NamedTuple):
+    """An entity of KameleonDB.
+
+    Attributes:
+        entity: Name of the entity.
+        id: Its key in ``kdb_entity_definitions``.
+        live: False when the entity was dropped: none of its records exists any more.
+        fields: Active fields in the order of their definition.
+        places: Where its records are. Materialising moves them to a dedicated table, but KameleonDB 0.2 goes on
+            inserting into the shared one; a record that is in both is as the first place has it.
+    """
+
+    entity: str
+    id: str
+    live: bool
+    fields: tuple[Field, ...]
+    places: tuple[Place, ...]
+
+
+class Params:
+    """Named parameters of one statement. Calling it with a value returns the placeholder to write."""
+
+    def __init__(self, dialect: str) -> None:
+        self.dialect = dialect
+        self.values: dict[str, Any] = {}
+
+    def __call__(self, value: Any) -> str:
+        name = f"p{len(self.values)}"
+        self.values[name] = value
+        return f"%({name})s" if self.dialect == "postgresql" else f":{name}"
+
+    def list(self, values: Iterable[Any]) -> str:
+        """Placeholders of several values, for ``IN (…)``."""
+        return ", ".join(self(value) for value in values)
+
+
+def rows_of(connection: Any, dialect: str) -> Rows:
+    """A function that runs statements on this connection, whatever row factory it has.
+
+    The function raises SchemaError for a missing table, column or right, and DatabaseError when the database
+    cannot answer; other errors of the driver pass through.
+    """
+    return _sqlite_rows(connection) if dialect == "sqlite" else _postgresql_rows(connection)
+
+
+_NO_INDEX = "Run: kdb-fast reindex"
+
+
+@contextlib.contextmanager
+def sqlite_cursor(connection: sqlite3.Connection) -> Iterator[sqlite3.Cursor]:
+    """A cursor that gives tuples; errors are those of :func:`rows_of`."""
+    with contextlib.closing(connection.cursor()) as cursor:
+        cursor.row_factory = None
+        try:
+            yield cursor
+        except sqlite3.OperationalError as error:
+            if str(error).startswith(("no such table", "no such column")):
+                raise SchemaError(f"The search index cannot be read: {error}.", remedy=_NO_INDEX) from None
+            raise DatabaseError(f"The SQLite database cannot be read: {error}.") from error
+
+
+def _sqlite_rows(connection: sqlite3.Connection) -> Rows:
+    def rows(statement: str, params: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        with sqlite_cursor(connection) as cursor:
+            return cursor.execute(statement, params).fetchall()
+
+    return rows
+
+
+def _postgresql_rows(connection: Any) -> Rows:
+    import psycopg
+    from psycopg import errors
+    from psycopg.rows import tuple_row
+
+    def rows(statement: str, params: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        try:
+            with connection.cursor(row_factory=tuple_row) as cursor:
+                cursor.execute(statement.encode(), params)
+                result: list[tuple[Any, ...]] = cursor.fetchall()
+                return result
+        except (errors.UndefinedTable, errors.UndefinedColumn, errors.InsufficientPrivilege) as error:
+            detail = error.diag.message_primary
+            raise SchemaError(f"The search index cannot be read: {detail}.", remedy=_NO_INDEX) from None
+        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            detail = error.diag.message_primary or "the connection is closed"
+            raise DatabaseError(f"The PostgreSQL database cannot be read: {detail}.") from error
+
+    return rows
+
+
+def quoted(name: str, dialect: str) -> str:
+    """An identifier for a statement. Raises SchemaError for a name that no table can have."""
+    if "\x00" in name:
+        raise SchemaError("The name of a table or column holds a NUL character.")
+    if dialect == "sqlite":
+        return '"' + name.replace('"', '""') + '"'
+    from psycopg import sql
+
+    # A per cent sign would be read as the start of a placeholder.
+    return sql.Identifier(name).as_string(None).replace("%", "%%")
+
+
+def columns_of(rows: Rows, dialect: str, tables: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Columns of each of these tables; tables that do not exist are left out."""
+    if dialect == "sqlite":
+        found = {t: [r[0] for r in rows("SELECT name FROM pragma_table_info(:t)", {"t": t})] for t in tables}
+        return {table: frozenset(columns) for table, columns in found.items() if columns}
+    pairs = rows(
+        "SELECT c.relname, array_agg(a.attname) FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid "
+        "WHERE c.oid IN (SELECT to_regclass(quote_ident(t)) FROM unnest(%(t)s::text[]) t) "
+        "AND a.attnum > 0 AND NOT a.attisdropped GROUP BY c.relname",
+        {"t": list(tables)},
+    )
+    return {table: frozenset(columns) for table, columns in pairs}
+
+
+def load_definitions(rows: Rows, dialect: str) -> list[Definition]:
+    """All entities that KameleonDB has defined here, dropped ones too; [] in a database without its tables."""
+    if len(columns_of(rows, dialect, KAMELEON_TABLES)) < len(KAMELEON_TABLES):
+        return []
+    entities: dict[str, tuple[str, bool, str | None]] = {}
+    fields: dict[str, list[Field]] = {}
+    for entity_id, name, active, mode, table, field, column, kind in rows(
+        "SELECT e.id, e.name, e.is_active, e.storage_mode, e.dedicated_table_name, f.name, f.column_name, f.field_type "
+        "FROM kdb_entity_definitions e LEFT JOIN kdb_field_definitions f ON f.entity_id = e.id AND f.is_active "
+        "ORDER BY e.name, f.created_at, f.id",
+        {},
+    ):
+        entities[entity_id] = (name, bool(active), table if mode == "dedicated" else None)
+        if field is not None:
+            fields.setdefault(entity_id, []).append(Field(field, column, kind))
+    tables = {table for _, active, table in entities.values() if active and table}
+    columns = columns_of(rows, dialect, sorted(tables)) if tables else {}
+    return [
+        Definition(
+            name,
+            entity_id,
+            active,
+            tuple(fields.get(entity_id, ())),
+            (Place(table, columns[table]), SHARED) if table in columns else (SHARED,),
+        )
+        for entity_id, (name, active, table) in entities.items()
+    ]
+
+
+def json_member(column: str, params: Params) -> tuple[str, str]:
+    """SQLite's expressions for the JSON type and the value of a top-level key of ``r.data``.
+
+    A path can hold no quote, and before SQLite 3.45 it never finds a key that ``json.dumps`` wrote with an
+    escape (any letter beyond ASCII); such keys are looked up among all keys.
+    """
+    if column and column.isascii() and column.isprintable() and not set(column) & set('"\\'):
+        path = params(f'$."{column}"')
+        return f"json_type(r.data, {path})", f"json_extract(r.data, {path})"
+    key = params(column)
+    member = "(SELECT j.{} FROM json_each(r.data) j WHERE j.key = {})"
+    return member.format("type", key), member.format("value", key)

@@ -1,0 +1,194 @@
+"""What the readers of the two dialects share: a search's parts, and its filters as SQL both understand."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from .base import TABLE
+from .reading import Definition, Field, Params, Place, load_definitions, quoted, rows_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+MAX_TERMS = 64
+"""Most words of one keyword query; SQLite limits the depth of an FTS5 expression to 256."""
+
+Key = tuple[str, str]
+"""(entity, record id)"""
+
+WORD = re.compile(r"[^\W_]+")
+"""A run of letters and digits of any script."""
+
+
+class Hit(NamedTuple):
+    """One place in a ranking. ``similarity`` orders it (higher is better); its scale depends on the ranking."""
+
+    entity: str
+    record_id: str
+    similarity: float
+
+    @property
+    def key(self) -> Key:
+        return self.entity, self.record_id
+
+
+class Term(NamedTuple):
+    """A word of a keyword query, or a phrase that was in quotes."""
+
+    text: str
+    phrase: bool
+
+
+class Query(NamedTuple):
+    """A keyword query, cleaned: its text, the terms to find (a bare ``or`` among them) and those to exclude."""
+
+    text: str
+    terms: tuple[Term, ...]
+    excluded: tuple[Term, ...]
+
+    def alternatives(self) -> tuple[Term, ...]:
+        """The terms for a query that any one of them satisfies; compounds such as ``comma-separated`` also split."""
+        found: dict[Term, None] = {}
+        for term in self.terms:
+            if term.text.casefold() == "or" and not term.phrase:
+                continue
+            found[term] = None
+            words = WORD.findall(term.text)
+            if not term.phrase and len(words) > 1:
+                found.update((Term(word, False), None) for word in words)
+        return tuple(found)[:MAX_TERMS]
+
+
+class Scope(NamedTuple):
+    """Which rows of the index a search may return.
+
+    Attributes:
+        definitions: Entities of KameleonDB that are searched; a row of theirs counts only while its record
+            lives and meets ``where``.
+        names: The only entity names searched, or None for all but ``hidden``.
+        hidden: Entities that KameleonDB has dropped.
+        where: Logical field names with the values they must have.
+    """
+
+    definitions: tuple[Definition, ...]
+    names: tuple[str, ...] | None
+    hidden: tuple[str, ...]
+    where: tuple[tuple[str, Any], ...]
+
+    def admits(self, entity: str) -> bool:
+        return entity not in self.hidden if self.names is None else entity in self.names
+
+
+class SearchReader(ABC):
+    """Rankings and records of one open connection. Nothing is written. Not shared between threads.
+
+    Every method raises :class:`~kdb_fast.errors.SchemaError` where there is no index, and
+    :class:`~kdb_fast.errors.DatabaseError` when the database cannot answer.
+    """
+
+    dialect: ClassVar[str]
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._rows = rows_of(connection, self.dialect)
+
+    def definitions(self) -> list[Definition]:
+        """The entities of KameleonDB in this database."""
+        return load_definitions(self._rows, self.dialect)
+
+    @abstractmethod
+    def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
+        """The ``limit`` rows nearest to ``vector`` (float32, shape (dimensions,)) by cosine, best first.
+
+        Raises:
+            UsageError: The index holds vectors of another length.
+        """
+
+    @abstractmethod
+    def keyword(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+        """Up to ``limit`` rows by keyword, best first: those with all terms, then those with any."""
+
+    @abstractmethod
+    def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
+        """The stored text of these rows; rows that are gone are left out."""
+
+    @abstractmethod
+    def data(self, keys: Sequence[Key], scope: Scope) -> dict[Key, dict[str, Any]]:
+        """The fields of these records by logical name; records that are gone are left out."""
+
+    @abstractmethod
+    def _equals(self, place: Place, field: Field, value: Any, params: Params) -> str:
+        """The condition that ``field`` of the record ``r`` in this place has ``value``; it may be NULL."""
+
+    # What follows writes the scope as SQL that both dialects understand.
+
+    def _named(self, scope: Scope, params: Params) -> str:
+        """The condition that a row ``s`` is of an entity that is searched."""
+        if scope.names is not None:
+            return f"s.entity_name IN ({params.list(scope.names)})"
+        return f"s.entity_name NOT IN ({params.list(scope.hidden)})" if scope.hidden else "true"
+
+    def _living(self, scope: Scope, params: Params) -> str:
+        """The condition that the record of a row ``s`` lives and meets ``where``, checked row by row.
+
+        A scalar subquery, not EXISTS: PostgreSQL would hash the whole records table for that one.
+        """
+        branches = []
+        for definition in scope.definitions:
+            found = [
+                f"(SELECT coalesce({self._matching(definition, place, scope, params)}, false) "  # noqa: S608
+                f"FROM {quoted(place.table, self.dialect)} r "
+                f"WHERE r.id = s.record_id{self._owned(definition, place, params)})"
+                for place in definition.places
+            ]
+            branches.append(f"WHEN {params(definition.entity)} THEN coalesce({', '.join(found)}, false)")
+        return f"CASE s.entity_name {' '.join(branches)} ELSE true END" if branches else "true"
+
+    def _all_living(self, scope: Scope, params: Params, columns: str) -> str:
+        """A query for ``columns`` of every row ``s`` in scope that has a vector, record by record.
+
+        The joins find the few rows of a selective ``where`` fast.
+        """
+        queries = []
+        for definition in scope.definitions:
+            for number, place in enumerate(definition.places):
+                absent = "".join(
+                    f" AND NOT EXISTS (SELECT 1 FROM {quoted(first.table, self.dialect)} f WHERE f.id = r.id)"  # noqa: S608
+                    for first in definition.places[:number]
+                )
+                queries.append(
+                    f"SELECT {columns} FROM {quoted(place.table, self.dialect)} r "  # noqa: S608
+                    f"JOIN {TABLE} s ON s.record_id = r.id AND s.entity_name = {params(definition.entity)} "
+                    f"WHERE s.embedding IS NOT NULL AND {self._matching(definition, place, scope, params)}"
+                    f"{self._owned(definition, place, params)}{absent}"
+                )
+        defined = [d.entity for d in scope.definitions]
+        other = ""
+        if scope.names is None:
+            defined += scope.hidden
+            other = f"s.entity_name NOT IN ({params.list(defined)})" if defined else "true"
+        elif undefined := [name for name in scope.names if name not in defined]:
+            other = f"s.entity_name IN ({params.list(undefined)})"
+        if other:
+            queries.append(f"SELECT {columns} FROM {TABLE} s WHERE s.embedding IS NOT NULL AND {other}")  # noqa: S608
+        return " UNION ALL ".join(queries)
+
+    def _matching(self, definition: Definition, place: Place, scope: Scope, params: Params) -> str:
+        """The condition that a record ``r`` lives and meets ``where``; it may be NULL."""
+        fields = {field.name: field for field in definition.fields}
+        met = [f"({self._equals(place, fields[name], value, params)})" for name, value in scope.where]
+        return " AND ".join(["NOT r.is_deleted", *met])
+
+    def _owned(self, definition: Definition, place: Place, params: Params) -> str:
+        """A condition to add: that a record ``r`` is of this entity."""
+        return f" AND r.entity_id = {params(definition.id)}" if place.columns is None else ""
+
+
+def in_order(hits: Iterable[Hit]) -> list[Hit]:
+    """The hits by similarity, then key, without those that have none (NaN: the vector is all zeros)."""
+    return sorted((h for h in hits if not math.isnan(h.similarity)), key=lambda h: (-h.similarity, h.key))

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import re
+import struct
+import uuid
+from datetime import UTC, datetime, timedelta, timezone
+
+import numpy as np
+import psycopg
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from psycopg.adapt import PyFormat
+
+from kdb_fast.slab import NO_STAMP
+from kdb_fast.stores.pgcopy import (
+    NULL,
+    SIGNATURE,
+    TRAILER,
+    int_field,
+    pack_rows,
+    text_field,
+    timestamp_field,
+    timestamp_fields,
+    uuid4_fields,
+    vector_fields,
+)
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECONDS = st.datetimes(timezones=st.just(UTC)).map(lambda moment: (moment - EPOCH) // timedelta(microseconds=1))
+
+
+def dumped(value: object) -> bytes:
+    """What psycopg's own binary dumper sends for a value, with its length."""
+    transformer = psycopg.adapt.Transformer()
+    raw = transformer.get_dumper(value, PyFormat.BINARY).dump(value)
+    assert raw is not None
+    return struct.pack(">i", len(raw)) + bytes(raw)
+
+
+def test_signature_and_trailer_are_those_of_the_binary_format() -> None:
+    assert SIGNATURE == b"PGCOPY\n\xff\r\n\0" + b"\0\0\0\0" + b"\0\0\0\0"
+    assert TRAILER == b"\xff\xff"
+    assert NULL == b"\xff\xff\xff\xff"
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
+def test_text_is_what_psycopg_sends(value: str) -> None:
+    assert text_field(value) == text_field(value.encode()) == dumped(value)
+
+
+@given(st.integers(-(2**15), 2**15 - 1))
+def test_int2_is_what_psycopg_sends(value: int) -> None:
+    assert int_field(value, 2) == dumped(psycopg.types.numeric.Int2(value))
+
+
+@given(st.integers(-(2**31), 2**31 - 1))
+def test_int4_is_what_psycopg_sends(value: int) -> None:
+    assert int_field(value, 4) == dumped(psycopg.types.numeric.Int4(value))
+
+
+@given(INT64)
+def test_int8_is_what_psycopg_sends(value: int) -> None:
+    assert int_field(value, 8) == dumped(psycopg.types.numeric.Int8(value))
+
+
+@pytest.mark.parametrize(("value", "size"), [(2**15, 2), (2**31, 4), (2**63, 8), (-(2**63) - 1, 8)])
+def test_an_integer_too_large_for_its_column_is_an_error_and_not_another_number(value: int, size: int) -> None:
+    with pytest.raises(OverflowError):
+        int_field(value, size)
+
+
+@given(MICROSECONDS)
+def test_a_timestamp_of_any_year_is_what_psycopg_sends(value: int) -> None:
+    assert timestamp_field(value) == dumped(EPOCH + timedelta(microseconds=value))
+
+
+@pytest.mark.parametrize(
+    ("moment", "since_2000"),
+    [
+        (datetime(2000, 1, 1, tzinfo=UTC), 0),
+        (datetime(1999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC), -1),
+        (datetime(1970, 1, 1, tzinfo=UTC), -946_684_800_000_000),
+        (datetime(2000, 1, 1, 1, tzinfo=timezone(timedelta(hours=1))), 0),
+        (datetime(2024, 2, 29, 12, 30, 0, 7, tzinfo=UTC), 762_525_000_000_007),
+    ],
+)
+def test_timestamps_count_microseconds_from_2000(moment: datetime, since_2000: int) -> None:
+    value = (moment - EPOCH) // timedelta(microseconds=1)
+    assert timestamp_field(value) == struct.pack(">iq", 8, since_2000)
+
+
+def test_a_missing_timestamp_is_null() -> None:
+    assert timestamp_field(NO_STAMP) == NULL
+    assert timestamp_fields(np.array([NO_STAMP, 0, NO_STAMP, NO_STAMP])) == [NULL, timestamp_field(0), NULL, NULL]
+
+
+@given(st.lists(st.one_of(st.just(NO_STAMP), st.sampled_from([0, 1]), MICROSECONDS), max_size=20))
+def test_many_timestamps_are_each_packed_as_one(values: list[int]) -> None:
+    assert timestamp_fields(np.array(values, dtype=np.int64)) == [timestamp_field(v) for v in values]
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 5), st.integers(1, 12)),
+        elements=st.floats(width=32, allow_nan=True, allow_infinity=True),
+    )
+)
+def test_vectors_are_sent_big_endian_with_their_dimensions(vectors: np.ndarray) -> None:
+    fields = vector_fields(vectors)
+    assert len(fields) == len(vectors)
+    for field, vector in zip(fields, vectors, strict=True):
+        size, dimensions, unused = struct.unpack(">ihh", field[:8])
+        assert (size, dimensions, unused) == (len(field) - 4, len(vector), 0)
+        back = np.array(struct.unpack(f">{dimensions}f", field[8:]), dtype=np.float32)
+        np.testing.assert_array_equal(back, vector)
+
+
+def test_vector_bytes_are_those_of_pgvectors_own_client() -> None:
+    from pgvector import Vector
+
+    values = np.array([[1.0, -2.5, 3.25]], dtype=np.float32)
+    expected = Vector(values[0]).to_binary()
+    assert bytes(vector_fields(values)[0]) == struct.pack(">i", len(expected)) + expected
+
+
+def test_vectors_given_are_not_changed_and_slices_of_a_slot_are_fine() -> None:
+    slot = np.arange(24, dtype=np.float32).reshape(6, 4)
+    copy = slot.copy()
+    fields = vector_fields(slot[2:4])
+    assert struct.unpack(">4f", fields[1][8:]) == (12.0, 13.0, 14.0, 15.0)
+    np.testing.assert_array_equal(slot, copy)
+
+
+def test_no_vectors_make_no_fields() -> None:
+    assert vector_fields(np.empty((0, 4), dtype=np.float32)) == []
+    assert uuid4_fields(0) == []
+
+
+def test_uuids_are_random_ones_of_version_4() -> None:
+    fields = uuid4_fields(500)
+    texts = [field[4:].decode() for field in fields]
+    assert {field[:4] for field in fields} == {struct.pack(">i", 36)}
+    for text in texts:
+        assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", text)
+        value = uuid.UUID(text)
+        assert (value.version, value.variant, str(value)) == (4, uuid.RFC_4122, text)
+    assert len(set(texts)) == 500
+
+
+def test_every_bit_of_a_uuid_but_the_fixed_ones_varies() -> None:
+    values = [uuid.UUID(field[4:].decode()).int for field in uuid4_fields(500)]
+    ones = zeros = 0
+    for value in values:
+        ones |= value
+        zeros |= ~value
+    fixed = (0b1111 << 76) | (0b11 << 62)
+    assert ones & zeros & ((1 << 128) - 1) == ((1 << 128) - 1) & ~fixed
+
+
+def test_a_row_is_its_number_of_fields_and_then_the_fields() -> None:
+    parts = [[text_field("a"), text_field("b")], NULL, [memoryview(int_field(1, 4)), memoryview(int_field(2, 4))]]
+    assert pack_rows(3, parts, 2) == (
+        b"\0\3" + b"\0\0\0\1a" + NULL + b"\0\0\0\4\0\0\0\1" + b"\0\3" + b"\0\0\0\1b" + NULL + b"\0\0\0\4\0\0\0\2"
+    )
+
+
+def test_a_column_with_too_few_pieces_is_an_error() -> None:
+    with pytest.raises(ValueError):
+        pack_rows(2, [[text_field("a")], NULL], 2)
+
+
+@given(st.lists(st.tuples(st.text(max_size=5), INT64, st.one_of(st.just(NO_STAMP), MICROSECONDS)), max_size=6))
+def test_rows_can_be_taken_apart_again(rows: list[tuple[str, int, int]]) -> None:
+    raw = pack_rows(
+        4,
+        [
+            [text_field(text) for text, _, _ in rows],
+            text_field("same"),
+            [int_field(number, 8) for _, number, _ in rows],
+            timestamp_fields(np.array([moment for _, _, moment in rows], dtype=np.int64)),
+        ],
+        len(rows),
+    )
+    position = 0
+
+    def take(size: int) -> bytes:
+        nonlocal position
+        position += size
+        return raw[position - size : position]
+
+    for text, number, moment in rows:
+        assert take(2) == b"\0\4"
+        values = []
+        for _ in range(4):
+            (size,) = struct.unpack(">i", take(4))
+            values.append(None if size < 0 else take(size))
+        assert values[:2] == [text.encode(), b"same"]
+        assert values[2] is not None
+        assert struct.unpack(">q", values[2]) == (number,)
+        assert (values[3] is None) == (moment == NO_STAMP)
+    assert position == len(raw)
