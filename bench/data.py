@@ -23,8 +23,8 @@ from . import words
 DUPLICATES = 0.3
 """Share of ``mixed`` that repeats an earlier record's text."""
 
-TICKET_WORDS, TICKET_SIGMA = 38.0, 0.6
-"""Median words of a ticket and sigma of the log-normal: mean about 60 tokens, one in 900 beyond 256."""
+TICKET_WORDS, TICKET_SIGMA = 22.0, 0.75
+"""Median words of a ticket's body and sigma of the log-normal: mean 60 tokens, one in 400 beyond 256."""
 
 LONG_WORDS = 5000
 

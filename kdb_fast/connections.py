@@ -64,7 +64,7 @@ class Connections:
         if isinstance(connection, sqlite3.Connection):
             from .stores.sqlite import SQLiteStore
 
-            yield SQLiteStore(connection, borrowed=True)
+            yield SQLiteStore(connection)
             return
         import psycopg
 

@@ -12,9 +12,12 @@ No message holds the key or a record's text: of what a server says about records
 
 from __future__ import annotations
 
+import contextlib
 import math
+import queue
 import random
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -132,7 +135,7 @@ class EmbeddingsAPI:
         # Fields that some compatible servers do not know; each is left out once a server has said so.
         self._optional: dict[str, object] = {"encoding_format": "base64", "dimensions": dimensions}
         self.has_key = api_key is not None
-        self._accepted = False
+        self._accepted = self._closed = False
         self._not_before = -math.inf
         self._transport_error = httpx.TransportError
         headers = {"User-Agent": f"kdb-fast/{__version__}"}
@@ -142,16 +145,49 @@ class EmbeddingsAPI:
             headers["OpenAI-Organization"] = _checked_header("organization", organization)
         # A closure, so that no attribute of this object shows the key.
         self._redact: Callable[[str], str] = lambda text: _redacted(text, api_key)
-        self._client = httpx.Client(
-            headers=headers,
-            timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS), pool=None),
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-            transport=transport,
-        )
+        # One client for each request in flight. Threads that share a client's connection pool may find their
+        # connection closed by another one (httpcore issue 1110, open in 1.0.9): seen here as texts that were sent,
+        # and paid for, twice, and as requests that hung until their timeout.
+        secure = self.base_url.startswith("https:")
+        # Reading the certificates takes 50 ms. Without any, nothing is trusted.
+        verify = httpx.create_ssl_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._clients: queue.LifoQueue[httpx.Client] = queue.LifoQueue()
+        for _ in range(concurrency):
+            self._clients.put(
+                httpx.Client(
+                    headers=headers,
+                    timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
+                    limits=httpx.Limits(max_connections=1),
+                    verify=verify,
+                    transport=transport,
+                )
+            )
 
     def close(self) -> None:
-        """Close the connections; the client cannot be used again."""
-        self._client.close()
+        """Close the connections; the API cannot be used again. A connection in use is closed after its request."""
+        self._closed = True
+        clients = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                clients.append(self._clients.get_nowait())
+        for client in clients:
+            client.close()
+            self._clients.put(client)
+
+    @contextlib.contextmanager
+    def _borrowed(self) -> Iterator[httpx.Client]:
+        client = self._clients.get()
+        try:
+            self._check_open()
+            yield client
+        finally:
+            if self._closed:
+                client.close()
+            self._clients.put(client)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("The provider is closed.")
 
     def embed_into(self, texts: Sequence[str], out: Matrix) -> tuple[Tally, dict[int, str]]:
         """Embed every text that can be into its row of ``out`` (float32, len(texts) × dimensions).
@@ -165,8 +201,7 @@ class EmbeddingsAPI:
             ProviderError: No answer in time, no quota, or not a proper answer.
             ModelError: No such model, or it gives vectors of another length.
         """
-        if self._client.is_closed:
-            raise UsageError("The provider is closed.")
+        self._check_open()
         refused = {row: reason for row, text in enumerate(texts) if (reason := unfit_for_api(text))}
         requests = pack(texts, refused, max_inputs=self.max_inputs, max_input_tokens=self.max_input_tokens)
         tokens = truncated = 0
@@ -179,8 +214,7 @@ class EmbeddingsAPI:
 
     def probe(self) -> None:
         """Embed one sentence of our own. Raises as :meth:`embed_into`, and quotes what the server says."""
-        if self._client.is_closed:
-            raise UsageError("The provider is closed.")
+        self._check_open()
         vectors = self._probe(threading.Event())
         if not np.isfinite(vectors).all() or not vectors.any():
             raise ModelError(f"{self.model} gives a vector that is zero or not finite; expected a direction.")
@@ -238,7 +272,8 @@ class EmbeddingsAPI:
             sent = {"model": self.model, "input": texts, **self._optional}
             wait, limited = None, False
             try:
-                response = self._client.post(f"{self.base_url}/embeddings", json=sent)
+                with self._borrowed() as client:
+                    response = client.post(f"{self.base_url}/embeddings", json=sent)
             except self._transport_error as error:
                 problem = self._redact(f"{type(error).__name__}: {error}")
             else:

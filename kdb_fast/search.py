@@ -11,10 +11,11 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .batches import BatchWriter, Delete, Operation, Put, check
+from .batches import BatchWriter, Delete, Operation, Put, SlotEncoder, check
 from .connections import Connections, connections_for
+from .encoder import EncoderSpec
 from .errors import UsageError
-from .providers import EmbeddingProvider, as_provider, encoder_of, provider_fingerprint, spec_of
+from .providers import EmbeddingProvider, FastEmbedProvider, ProviderEncoder, as_provider, provider_fingerprint
 from .query import open_reader
 from .records import Record
 from .retrieval import IndexStatus, SearchResult
@@ -196,7 +197,7 @@ class SearchEngine:
         if provider is None:
             return BatchWriter(store, RunSpec(0, "", "", DEFAULT_DIMENSIONS), None)
         run = RunSpec(0, provider_fingerprint(provider), provider.model_name, provider.dimensions)
-        return BatchWriter(store, run, lambda: encoder_of(provider), spec_of(provider))
+        return BatchWriter(store, run, lambda: _encoder_of(provider), _spec_of(provider))
 
     def _prepare(self) -> None:
         if self._prepared:
@@ -206,9 +207,18 @@ class SearchEngine:
                 dimensions = self._provider.dimensions if self._provider is not None else None
                 with self._connections.store() as store:
                     if dimensions is None:
-                        dimensions = store.stored_dimensions() or DEFAULT_DIMENSIONS
+                        dimensions = store.column_dimensions() or DEFAULT_DIMENSIONS
                     store.prepare(dimensions)
                 self._prepared = True
+
+
+def _encoder_of(provider: EmbeddingProvider) -> SlotEncoder:
+    return provider.encoder if isinstance(provider, FastEmbedProvider) else ProviderEncoder(provider)
+
+
+def _spec_of(provider: EmbeddingProvider) -> EncoderSpec | None:
+    """How worker processes embed; None for a provider that is called from this process only."""
+    return provider.spec if isinstance(provider, FastEmbedProvider) else None
 
 
 class _Queue:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from servers import Server
+    from servers import Oracle, Server
 
     from kdb_fast.database import DatabaseAddress
     from kdb_fast.models import Model
@@ -50,3 +50,11 @@ def database(postgres: Server) -> Iterator[DatabaseAddress]:
     address = postgres.create_database()
     yield address
     postgres.drop_database(address)
+
+
+@pytest.fixture(scope="session")
+def oracle(minilm: Model) -> Oracle:
+    """What each text's vector must be."""
+    from servers import Oracle
+
+    return Oracle(minilm.name, minilm.path)

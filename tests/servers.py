@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,3 +199,44 @@ def records_of(texts: Sequence[str], entity: str = "Note") -> list[Record]:
 def cosine(a: Vector, b: Vector) -> float:
     left, right = a.astype(np.float64), b.astype(np.float64)
     return float(left @ right / (np.linalg.norm(left) * np.linalg.norm(right)))
+
+
+class Oracle:
+    """FastEmbed's own vectors, one text at a time, without any part of kdb-fast; each text is embedded once."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        from fastembed import TextEmbedding
+
+        self._model = TextEmbedding(
+            name,
+            specific_model_path=str(path),
+            threads=1,
+            local_files_only=True,
+            providers=["CPUExecutionProvider"],
+        )
+        self._vectors: dict[str, Vector] = {}
+
+    def vector(self, text: str) -> Vector:
+        if text not in self._vectors:
+            self._vectors[text] = next(iter(self._model.embed([text])))
+        return self._vectors[text]
+
+    def check(self, rows: Mapping[Key, IndexRow], records: Iterable[Record]) -> None:
+        """The index holds exactly the records (of two with one key the later one), each with its own vector."""
+        wanted = {(record.entity, record.record_id): record.content for record in records}
+        assert {key: row.content for key, row in rows.items()} == wanted
+        for key, row in rows.items():
+            assert row.vector is not None
+            assert cosine(row.vector, self.vector(row.content)) >= 0.99999, key
+
+
+def mixed_texts(count: int, longest: int = 700) -> list[str]:
+    """Different texts: most of some words, a few of some hundred, the first of ``longest``."""
+    random = np.random.default_rng(count)
+    words = ["river", "stone", "lamp", "orbit", "quiet memory", "Grüße", "café", "東京", "naïve", "42", "non-linear"]
+    texts = []
+    for number in range(count):
+        length = int(random.integers(1, 15)) if number % 25 else int(random.integers(30, 150))
+        chosen = random.choice(words, longest if number == 0 else length)
+        texts.append(f"{number}: {' '.join(chosen)}")
+    return texts

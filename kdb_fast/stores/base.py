@@ -111,6 +111,10 @@ class Store(ABC):
             SchemaError: Extension missing, table of another shape, another dimension, or no right to write.
         """
 
+    def column_dimensions(self) -> int | None:
+        """Length that the vector column is declared with; None where there is no table or no such rule."""
+        return None
+
     @abstractmethod
     def begin_run(self, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
         """Take the lock and record the run. Raises LockedError if another run holds it after ``wait`` seconds."""

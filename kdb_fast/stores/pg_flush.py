@@ -45,12 +45,19 @@ FROM kdb_fast_staging s
 WHERE NOT EXISTS (SELECT FROM kdb_search t WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id)
 ON CONFLICT (entity_name, record_id) DO NOTHING
 """
-LOST_ROWS = """
-SELECT s.slot, s.row FROM kdb_fast_staging s
+UNWRITTEN_ROWS = """
+SELECT s.slot, s.row, EXISTS (SELECT FROM kdb_search t WHERE t.entity_name = s.entity_name
+                              AND t.record_id = s.record_id)
+FROM kdb_fast_staging s
 WHERE NOT EXISTS (SELECT FROM kdb_search t WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id
                   AND t.kdb_fast_run = %(run)s AND t.kdb_fast_at = now())
 ORDER BY s.slot, s.row
 """
+DROPPED = ("database_refused", "a trigger or rule of kdb_search dropped the row without an error")
+
+
+class RowsDroppedError(Exception):
+    """The server took fewer rows than it was given, without an error."""
 
 
 class FlushWriter:
@@ -97,13 +104,16 @@ class FlushWriter:
 
         fresh, known = self._fresh, self._known
         if fresh and not careful and not self._merge_all:
+            wanted = sum(len(rows) for _, rows in fresh)
             try:
                 with self.cursor.connection.transaction():
-                    self._copy(COPY_TABLE, (self._table_rows(s, rows) for s, rows in fresh))
-                self.rows += sum(len(rows) for _, rows in fresh)
+                    if self._copy(COPY_TABLE, (self._table_rows(s, rows) for s, rows in fresh)) != wanted:
+                        raise RowsDroppedError
+                self.rows += wanted
                 fresh = []
-            except psycopg.errors.UniqueViolation:
+            except (psycopg.errors.UniqueViolation, RowsDroppedError):
                 # Somebody else indexed one of these since the parent looked: merge decides whose is newer.
+                # Or a trigger dropped rows: merge tells which.
                 self.met_conflict = True
         if fresh or known:
             self._merge([*fresh, *known], careful)
@@ -122,8 +132,15 @@ class FlushWriter:
         if self._force:
             cursor.execute("DROP TABLE kdb_fast_staging")
         elif done != staged:
-            self.lost += [(r[0], r[1]) for r in cursor.execute(LOST_ROWS, parameters)]
-        self.rows += staged - len(self.lost)
+            self._note_unwritten(cursor.execute(UNWRITTEN_ROWS, parameters).fetchall())
+        self.rows += staged - len(self.lost) - len(self.rejected)
+
+    def _note_unwritten(self, rows: Iterable[tuple[Any, ...]]) -> None:
+        for slot, row, is_there in rows:
+            if is_there:
+                self.lost.append((slot, row))
+            else:
+                self.rejected.append((slot, row, *DROPPED))
 
     def _stage(self, groups: list[tuple[FlushSlot, list[int]]]) -> int:
         self.cursor.execute(CREATE_STAGING)
@@ -149,12 +166,12 @@ class FlushWriter:
             with self.cursor.connection.transaction():
                 staged = self._stage([(flush_slot, rows)])
                 done = self._merge_staged(self._parameters())
-                lost: list[tuple[int, int]] = []
+                unwritten: list[tuple[Any, ...]] = []
                 if done != staged:
-                    lost = [(r[0], r[1]) for r in self.cursor.execute(LOST_ROWS, self._parameters())]
+                    unwritten = self.cursor.execute(UNWRITTEN_ROWS, self._parameters()).fetchall()
                 self.cursor.execute("DROP TABLE kdb_fast_staging")
-            self.lost += lost
-            self.rows += staged - len(lost)
+            self._note_unwritten(unwritten)
+            self.rows += staged - len(unwritten)
         except psycopg.Error as error:
             if classify(error) != "data":
                 raise
@@ -175,13 +192,15 @@ class FlushWriter:
             "force": self._force,
         }
 
-    def _copy(self, statement: str, chunks: Iterable[bytes]) -> None:
+    def _copy(self, statement: str, chunks: Iterable[bytes]) -> int:
+        """Returns how many rows the server says it took."""
         with self.cursor.copy(statement) as copy:
             copy.write(pgcopy.SIGNATURE)
             for chunk in chunks:
                 self.bytes += len(chunk)
                 copy.write(chunk)
             copy.write(pgcopy.TRAILER)
+        return self.cursor.rowcount
 
     def _keys_and_texts(self, flush_slot: FlushSlot, rows: list[int]) -> list[bytes]:
         raw = flush_slot.slot.raw_rows()

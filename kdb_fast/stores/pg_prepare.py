@@ -223,18 +223,18 @@ def prune(store: PostgreSQLStore, entity: str) -> int:
     if row is None:
         return 0
     entity_id, mode, dedicated = row
-    live: sql.Composable
+    shared = "EXISTS (SELECT FROM kdb_records r WHERE r.id = t.record_id AND r.entity_id = %(entity_id)s"
+    live: sql.Composable = sql.SQL(shared + " AND NOT r.is_deleted)")
     if mode == "dedicated" and dedicated:
-        live = sql.SQL("SELECT FROM {} r WHERE r.id = t.record_id AND NOT r.is_deleted").format(
-            sql.Identifier(dedicated)
-        )
-    else:
+        # KameleonDB 0.2 goes on inserting into the shared table after an entity was materialised.
         live = sql.SQL(
-            "SELECT FROM kdb_records r WHERE r.id = t.record_id AND r.entity_id = %(entity_id)s AND NOT r.is_deleted"
-        )
+            "(EXISTS (SELECT FROM {table} r WHERE r.id = t.record_id AND NOT r.is_deleted) OR ("  # noqa: S608 - constant
+            + shared
+            + " AND NOT r.is_deleted) AND NOT EXISTS (SELECT FROM {table} r WHERE r.id = t.record_id)))"
+        ).format(table=sql.Identifier(dedicated))
     statement = sql.SQL(
         "DELETE FROM kdb_search WHERE ctid = ANY (ARRAY(SELECT t.ctid FROM kdb_search t "
-        "WHERE t.entity_name = %(entity)s AND NOT EXISTS ({live}) LIMIT %(batch)s))"
+        "WHERE t.entity_name = %(entity)s AND NOT {live} LIMIT %(batch)s))"
     ).format(live=live)
     total = 0
     while True:

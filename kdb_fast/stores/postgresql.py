@@ -156,6 +156,17 @@ class PostgreSQLStore(Store):
     def prepare(self, dimensions: int) -> None:
         pg_prepare.prepare(self, dimensions)
 
+    def column_dimensions(self) -> int | None:
+        row = (
+            self.connection()
+            .execute(
+                "SELECT a.atttypmod FROM pg_attribute a WHERE a.attrelid = to_regclass('kdb_search') "
+                "AND a.attname = 'embedding' AND a.atttypmod > 0"
+            )
+            .fetchone()
+        )
+        return int(row[0]) if row else None
+
     def begin_run(self, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
         return pg_runs.begin(self, fingerprint=fingerprint, model=model, dimensions=dimensions, wait=wait)
 

@@ -6,12 +6,14 @@ into ``kdb_fast_vectors``, where search reads them 100 times as fast.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ..database import DatabaseAddress, connect_sqlite
+from ..errors import RecordError
 from ..faults import fault
 from ..records import Reject
 from . import sqlite_prepare, sqlite_prune, sqlite_runs
@@ -35,16 +37,16 @@ class SQLiteStore(Store):
     """One connection to a search index in SQLite.
 
     Args:
-        connection: An open connection, which stays the caller's to close; others may use it too, in the same
-            thread and not within a transaction. For a file use :meth:`open`.
+        connection: An open connection, which stays the caller's to close, and which the caller may use too. In a
+            transaction of the caller's everything is a part of that one. For a connection of its own: :meth:`open`.
     """
 
     dialect = "sqlite"
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        connection.isolation_level = None
         self._connection = connection
         self._owned = False
+        self._writer: FlushWriter | None = None
         self._full_text = FullText(connection, shared=True)
         self.on_wait: Callable[[str], None] = lambda what: None
 
@@ -122,7 +124,7 @@ class SQLiteStore(Store):
             rows = select_in(
                 self._connection,
                 # Bytes, as they are hashed: text that is not valid UTF-8 must not end the run.
-                "SELECT record_id, CAST(content AS BLOB), updated_at, CASE WHEN embedding IS NOT NULL "
+                "SELECT record_id, CAST(coalesce(content, '') AS BLOB), updated_at, CASE WHEN embedding IS NOT NULL "
                 "AND kdb_fast_at = updated_at THEN kdb_fast_fingerprint END "
                 "FROM kdb_search WHERE entity_name = ? AND record_id IN (…)",
                 record_ids,
@@ -143,11 +145,26 @@ class SQLiteStore(Store):
         deletes: Sequence[tuple[str, str]],
     ) -> FlushResult:
         fault("store.before_begin")
+        try:
+            result = self._flush(run, number, slots, rejects, deletes)
+        finally:
+            self._writer = None
+        fault("store.after_commit")
+        return result
+
+    def _flush(
+        self,
+        run: RunSpec,
+        number: int,
+        slots: Sequence[FlushSlot],
+        rejects: Sequence[Reject],
+        deletes: Sequence[tuple[str, str]],
+    ) -> FlushResult:
         with translated("writing"), self._full_text.transaction():
             before = sqlite_runs.fence(self._connection, run.number, number)
             if before is not None:
                 return before
-            writer = FlushWriter(self._connection, self._full_text, run)
+            writer = self._writer = FlushWriter(self._connection, self._full_text, run)
             fault("store.before_copy")
             for flush_slot in slots:
                 writer.write(flush_slot)
@@ -159,8 +176,29 @@ class SQLiteStore(Store):
             result = FlushResult(writer.rows, writer.bytes, deleted, tuple(writer.lost), tuple(writer.rejected))
             sqlite_runs.record_flush(self._connection, run.number, number, result)
             fault("store.before_commit")
-        fault("store.after_commit")
         return result
+
+    @contextlib.contextmanager
+    def unit(self) -> Iterator[None]:
+        with translated("writing"), self._full_text.transaction():
+            yield
+
+    def put(
+        self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[tuple[str, str]], *, vectors: bool = True
+    ) -> None:
+        with translated("writing"):
+            writer = FlushWriter(self._connection, self._full_text, run, force=True, vectors=vectors)
+            for flush_slot in slots:
+                writer.write(flush_slot)
+            if writer.rejects:
+                first = writer.rejects[0]
+                raise RecordError(
+                    f"The record {first.entity!r}/{first.record_id!r} was refused ({first.reason}): {first.detail}.",
+                    remedy="Nothing of the batch was stored.",
+                )
+            writer.finish()
+            self._delete(deletes)
+            sqlite_runs.forget_rejects(self._connection, run.number, writer.stored)
 
     def _delete(self, keys: Sequence[tuple[str, str]]) -> int:
         by_entity: dict[str, list[str]] = {}
@@ -186,6 +224,9 @@ class SQLiteStore(Store):
             return sqlite_runs.clear_rejects(self._connection, None if keys is None else list(keys))
 
     def interrupt(self) -> None:
+        writer = self._writer
+        if writer is not None:
+            writer.stopped = True
         self._connection.interrupt()
 
     def close(self) -> None:

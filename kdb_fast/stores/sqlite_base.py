@@ -89,16 +89,24 @@ def explain(error: sqlite3.Error, doing: str) -> KdbFastError:
 
 @contextlib.contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """A write transaction: committed at the end, rolled back as a whole on any exception."""
-    connection.execute("BEGIN IMMEDIATE")
+    """A write transaction: committed at the end, rolled back as a whole on any exception.
+
+    Within a transaction of the caller it is a part of that one: rolled back alone, committed by the caller.
+    """
+    begin, commit, rollback = ("BEGIN IMMEDIATE", "COMMIT", ["ROLLBACK"])
+    if connection.in_transaction:
+        begin, commit = "SAVEPOINT kdb_fast_unit", "RELEASE kdb_fast_unit"
+        rollback = ["ROLLBACK TO kdb_fast_unit", "RELEASE kdb_fast_unit"]
+    connection.execute(begin)
     try:
         yield
-        connection.execute("COMMIT")
+        connection.execute(commit)
     except BaseException:
         # After a full disk, a failed read or write, or RAISE(ROLLBACK), SQLite has rolled back by itself.
         if connection.in_transaction:
             with contextlib.suppress(sqlite3.Error):
-                connection.execute("ROLLBACK")
+                for statement in rollback:
+                    connection.execute(statement)
         raise
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..errors import DatabaseError
 from ..records import Reject
 from ..slab import NO_STAMP, Slot
 from .base import FlushSlot, RunSpec
@@ -41,10 +42,9 @@ RawRow = tuple[bytes, bytes, bytes]
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def row_stamp(updated_at: object, content: bytes | str) -> int:
+def row_stamp(updated_at: object, content: bytes) -> int:
     """Version of a row as an int64, never NO_STAMP: another time or another text gives another number."""
-    raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
-    digest = hashlib.sha256(f"{updated_at or ''}\n".encode() + raw).digest()
+    digest = hashlib.sha256(f"{updated_at or ''}\n".encode() + content).digest()
     number = int.from_bytes(digest[:8], "little", signed=True)
     return number if number != NO_STAMP else 0
 
@@ -73,8 +73,20 @@ class _Row(NamedTuple):
     same_text: bool
 
 
+class _Text(NamedTuple):
+    """What the full-text table is to hold for a row, and whether that was so before this flush."""
+
+    row: FullTextRow
+    known: bool
+    same: bool
+
+
 class FlushWriter:
     """Writes rows and counts what became of them. Call :meth:`write` for each slot, then :meth:`finish`.
+
+    Args:
+        force: Overwrite a row whoever wrote it.
+        vectors: False leaves embedding, model and dimensions empty.
 
     Attributes:
         rows: Rows written.
@@ -83,18 +95,28 @@ class FlushWriter:
         lost: (slot, row) that another program has changed meanwhile.
         rejected: (slot, row, reason, detail) that the database refused.
         rejects: The same, for the rejects table.
+        stopped: Set by another thread to end the flush: each statement is too short for SQLite's own interrupt.
     """
 
-    def __init__(self, connection: sqlite3.Connection, full_text: FullText, run: RunSpec) -> None:
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        full_text: FullText,
+        run: RunSpec,
+        *,
+        force: bool = False,
+        vectors: bool = True,
+    ) -> None:
         self._connection, self._full_text, self._run = connection, full_text, run
+        self._force, self._vectors = force, vectors
         self._at = now()
         self.rows = self.bytes = 0
         self.stored: list[Key] = []
         self.lost: list[tuple[int, int]] = []
         self.rejected: list[tuple[int, int, str, str]] = []
         self.rejects: list[Reject] = []
-        self._new: list[FullTextRow] = []
-        self._known: list[tuple[FullTextRow, bool]] = []
+        self._texts: dict[int, _Text] = {}
+        self.stopped = False
         (last,) = connection.execute("SELECT max(rowid) FROM kdb_search").fetchone()
         # Free in both tables, so that a record has the same rowid in both.
         self._next_rowid = max(last or 0, full_text.last_rowid()) + 1
@@ -103,10 +125,13 @@ class FlushWriter:
         """Write the rows of a slot into the search table and the vectors' table."""
         slot = flush_slot.slot
         raw = slot.raw_rows()
-        infinite = set(np.flatnonzero(~np.isfinite(slot.vectors[: slot.rows]).all(axis=1)).tolist())
+        vectors = slot.vectors[: slot.rows if self._vectors else 0]
+        infinite = set(np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist())
         for i in sorted(infinite - flush_slot.skip):
             self._reject(slot, raw[i], i, "not_finite", "the vector has NaN or infinity")
         for numbers in _chunks(raw, flush_slot.skip | infinite):
+            if self.stopped:
+                raise DatabaseError("The flush was interrupted.", remedy="Nothing of it was stored.")
             rows = self._plan(slot, raw, numbers)
             if rows:
                 self._store_or_halve(slot, raw, rows)
@@ -116,14 +141,16 @@ class FlushWriter:
 
         In one go at the end: FTS5 writes out what it has gathered at every savepoint.
         """
-        found, taken = self._full_text.locate([(row[2], row[3], row[0]) for row, _ in self._known])
-        add, change = self._new, []
-        for row, same_text in self._known:
+        known = [text.row for text in self._texts.values() if text.known]
+        found, taken = self._full_text.locate([(row[2], row[3], row[0]) for row in known])
+        add: list[FullTextRow] = []
+        change: list[tuple[int, str, str]] = []
+        for row, is_known, same in self._texts.values():
             rowid, search_id, entity, record_id, content = row
-            there = found.get((entity, record_id))
+            there = found.get((entity, record_id)) if is_known else None
             if there is None:
                 add.append(row if rowid not in taken else (self._take_rowid(), *row[1:]))
-            elif not same_text:
+            elif not same:
                 # A row that only got another vector keeps its text, and the index of it.
                 change.append((there, search_id, content))
         self._full_text.add(add)
@@ -150,7 +177,7 @@ class FlushWriter:
                 continue
             rowid, search_id, updated_at, at, by, stored = found
             own = by == run and at is not None and at == updated_at
-            if own or (known[i] and stamps[i] == row_stamp(updated_at, stored)):
+            if self._force or own or (known[i] and stamps[i] == row_stamp(updated_at, stored)):
                 same_text = stored == content
                 rows.append(_Row(i, rowid, search_id, entity, record_id, content.decode(), sources[i], True, same_text))
             else:
@@ -167,8 +194,8 @@ class FlushWriter:
             for entity, record_ids in by_entity.items()
             for row in select_in(
                 self._connection,
-                "SELECT record_id, rowid, id, updated_at, kdb_fast_at, kdb_fast_run, CAST(content AS BLOB) "
-                "FROM kdb_search WHERE entity_name = ? AND record_id IN (…)",
+                "SELECT record_id, rowid, id, updated_at, kdb_fast_at, kdb_fast_run, "
+                "CAST(coalesce(content, '') AS BLOB) FROM kdb_search WHERE entity_name = ? AND record_id IN (…)",
                 record_ids,
                 entity,
             )
@@ -198,20 +225,24 @@ class FlushWriter:
         self.bytes += size + sum(len(raw[row.number][2]) for row in rows)
         for row in rows:
             self.stored.append((row.entity, row.record_id))
+            before = self._texts.get(row.rowid)
             text = (row.rowid, row.search_id, row.entity, row.record_id, row.content)
-            if row.known:
-                self._known.append((text, row.same_text))
+            if before is None:
+                self._texts[row.rowid] = _Text(text, row.known, row.same_text)
             else:
-                self._new.append(text)
+                self._texts[row.rowid] = _Text(text, before.known, before.same and row.same_text)
 
     def _store(self, slot: Slot, rows: Sequence[_Row]) -> int:
         """Write rows with their vectors; returns the bytes of the vectors as written."""
-        run, at = self._run, self._at
-        matrix = slot.vectors[[row.number for row in rows]].astype("<f4", copy=False)
-        width = matrix.shape[1] * 4
-        floats = matrix.tobytes()
-        texts = json_vectors(matrix)
-        fixed = (at, run.model[:100], run.dimensions, run.fingerprint, run.number)
+        run = self._run
+        texts: Sequence[str | None] = [None] * len(rows)
+        origin: tuple[str | None, int | None] = (None, None)
+        floats, width = b"", 0
+        if self._vectors:
+            matrix = slot.vectors[[row.number for row in rows]].astype("<f4", copy=False)
+            floats, width = matrix.tobytes(), matrix.shape[1] * 4
+            texts, origin = json_vectors(matrix), (run.model[:100], run.dimensions)
+        fixed = (self._at, *origin, run.fingerprint, run.number)
         new: list[tuple[Any, ...]] = []
         known: list[tuple[Any, ...]] = []
         for row, text in zip(rows, texts, strict=True):
@@ -220,11 +251,16 @@ class FlushWriter:
         for statement, parameters in ((INSERT, new), (UPDATE, known)):
             if parameters and self._connection.executemany(statement, parameters).rowcount != len(parameters):
                 raise RowIgnoredError("a trigger of the table left the row out")
-        self._connection.executemany(
-            "INSERT OR REPLACE INTO kdb_fast_vectors (search_rowid, search_id, at, vector) VALUES (?, ?, ?, ?)",
-            [(row.rowid, row.search_id, at, floats[i * width : (i + 1) * width]) for i, row in enumerate(rows)],
-        )
-        return len(floats) + sum(map(len, texts))
+        if self._vectors:
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO kdb_fast_vectors (search_rowid, search_id, at, vector) VALUES (?, ?, ?, ?)",
+                [(row[1], row[2], self._at, floats[i * width : (i + 1) * width]) for i, row in enumerate(rows)],
+            )
+        else:
+            self._connection.executemany(
+                "DELETE FROM kdb_fast_vectors WHERE search_rowid = ?", [(row.rowid,) for row in rows if row.known]
+            )
+        return len(floats) + sum(len(text or "") for text in texts)
 
     def _reject(self, slot: Slot, row: RawRow, number: int, reason: str, detail: str) -> None:
         entity, record_id, content = row

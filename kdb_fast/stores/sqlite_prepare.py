@@ -39,6 +39,8 @@ def prepare(connection: sqlite3.Connection) -> None:
             _full_text(connection)
             for statement in schema.SQLITE_OWN:
                 connection.execute(statement)
+            # Where nothing had to be created: BEGIN IMMEDIATE alone does not fail on a read-only file.
+            connection.execute("DELETE FROM kdb_fast_state WHERE false")
     except sqlite3.Error as error:
         if primary_code(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
             raise SchemaError(
@@ -59,6 +61,8 @@ def _encoding(connection: sqlite3.Connection) -> None:
 
 def _write_ahead_log(connection: sqlite3.Connection) -> None:
     """Write-ahead log where it can be had: readers and the writer do not wait for one another."""
+    if connection.in_transaction:
+        return
     (patience,) = connection.execute("PRAGMA busy_timeout").fetchone()
     connection.execute(f"PRAGMA busy_timeout = {WAL_PATIENCE_MS}")
     try:

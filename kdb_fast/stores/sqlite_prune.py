@@ -51,13 +51,15 @@ def _dead(connection: sqlite3.Connection, entity: str, after: str, last: str) ->
     if definition is None:
         return []
     entity_id, mode, dedicated = definition
+    shared = "SELECT 1 FROM kdb_records r WHERE r.id = s.record_id AND r.entity_id = :entity_id AND NOT r.is_deleted"
+    live = f"EXISTS ({shared})"
     if mode == "dedicated" and dedicated:
-        live = f"SELECT 1 FROM {quoted(dedicated)} r WHERE r.id = s.record_id AND NOT r.is_deleted"  # noqa: S608 - quoted
-    else:
-        live = "SELECT 1 FROM kdb_records r WHERE r.id = s.record_id AND r.entity_id = :entity_id AND NOT r.is_deleted"
+        # KameleonDB 0.2 goes on inserting into the shared table after an entity was materialised.
+        own = f"SELECT 1 FROM {quoted(dedicated)} r WHERE r.id = s.record_id"  # noqa: S608 - quoted
+        live = f"(EXISTS ({own} AND NOT r.is_deleted) OR ({live} AND NOT EXISTS ({own})))"
     rows = connection.execute(
         "SELECT s.record_id FROM kdb_search s WHERE s.entity_name = :entity AND s.record_id > :after "  # noqa: S608 - quoted
-        f"AND s.record_id <= :last AND NOT EXISTS ({live})",
+        f"AND s.record_id <= :last AND NOT {live}",
         {"entity": entity, "entity_id": entity_id, "after": after, "last": last},
     )
     return [record_id for (record_id,) in rows]

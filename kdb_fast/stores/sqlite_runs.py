@@ -83,7 +83,7 @@ def heartbeat(connection: sqlite3.Connection, run: int, phase: str) -> None:
     (patience,) = connection.execute("PRAGMA busy_timeout").fetchone()
     connection.execute(f"PRAGMA busy_timeout = {HEARTBEAT_PATIENCE_MS}")
     try:
-        with contextlib.suppress(sqlite3.OperationalError):
+        with contextlib.suppress(sqlite3.OperationalError), transaction(connection):
             connection.execute(
                 "UPDATE kdb_fast_runs SET heartbeat_at = ?, phase = ? WHERE run = ? AND state = 'running'",
                 (now(), phase[:64], run),
@@ -94,11 +94,12 @@ def heartbeat(connection: sqlite3.Connection, run: int, phase: str) -> None:
 
 def end(connection: sqlite3.Connection, run: int, state: str, receipt: dict[str, Any]) -> None:
     """See :meth:`kdb_fast.stores.base.Store.end_run`."""
-    connection.execute(
-        "UPDATE kdb_fast_runs SET state = ?, phase = 'end', ended_at = ?, receipt = ? "
-        "WHERE run = ? AND state = 'running'",
-        (state, now(), json.dumps(receipt), run),
-    )
+    with transaction(connection):
+        connection.execute(
+            "UPDATE kdb_fast_runs SET state = ?, phase = 'end', ended_at = ?, receipt = ? "
+            "WHERE run = ? AND state = 'running'",
+            (state, now(), json.dumps(receipt), run),
+        )
 
 
 def fence(connection: sqlite3.Connection, run: int, number: int) -> FlushResult | None:

@@ -312,13 +312,12 @@ def test_names_with_quotes_and_percent_signs_are_safe(empty: Database) -> None:
 
     # KameleonDB cannot materialise such names itself.
     dialect, table = empty.address.dialect, 'odd "table" 100%'
-    table_name, *columns = ('"' + name.replace('"', '""') + '"' for name in [table, *names])
+    quoted, *columns = ('"' + name.replace('"', '""') + '"' for name in [table, *names])
     kind = "timestamptz" if empty.is_postgresql else "text"
-    empty.execute(
-        f"CREATE TABLE {table_name} (id varchar(36), updated_at {kind}, is_deleted boolean, {' text, '.join(columns)} text)"
-    )
+    columns = ["id varchar(36)", f"updated_at {kind}", "is_deleted boolean", *(f"{column} text" for column in columns)]
+    empty.execute(f"CREATE TABLE {quoted} ({', '.join(columns)})")
     values = ", ".join(f"'v{i}'" for i in range(len(names)))
-    empty.execute(f"INSERT INTO {table_name} VALUES ('r1', '2026-01-02 03:04:05', false, {values})")
+    empty.execute(f"INSERT INTO {quoted} VALUES ('r1', '2026-01-02 03:04:05', false, {values})")
     empty.execute("UPDATE kdb_entity_definitions SET storage_mode = 'dedicated', dedicated_table_name = %s", table)
     empty.execute("DELETE FROM kdb_records")
     assert empty.contents("Note") == {"r1": expected[record_id]}
@@ -519,12 +518,15 @@ class TestPostgreSQL:
     def test_a_count_that_takes_too_long_is_estimated(self, notes: Database, monkeypatch: pytest.MonkeyPatch) -> None:
         notes.execute("ANALYZE kdb_records")
         monkeypatch.setattr(module, "COUNT_SECONDS", 0.0)
-        with closing(notes.connect()) as other, closing(KameleonDBSource(notes.address)) as source:
+        with (
+            closing(KameleonDBSource(notes.address)) as source,
+            closing(notes.connect()) as other,
+            other.transaction(),
+        ):
             # The count waits for this lock until its time is up; the holder itself may ask the planner.
-            with other.transaction():
-                other.execute("LOCK TABLE kdb_records IN ACCESS EXCLUSIVE MODE")
-                monkeypatch.setattr(source, "_fetch", lambda *query: other.execute(*query).fetchall())
-                assert source.estimate() == 250
+            other.execute("LOCK TABLE kdb_records IN ACCESS EXCLUSIVE MODE")
+            monkeypatch.setattr(source, "_fetch", lambda *query: other.execute(*query).fetchall())
+            assert source.estimate() == 250
 
     def test_a_user_who_may_not_read_is_told_so(self, notes: Database, postgres: Server) -> None:
         stranger = postgres.create_role(notes.address, "SELECT ON kdb_entity_definitions")

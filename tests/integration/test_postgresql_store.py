@@ -1006,7 +1006,8 @@ def test_short_statement_timeout_is_named(
     execute(
         database,
         "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN PERFORM pg_sleep(10); RETURN NULL; END $$; CREATE TRIGGER slow AFTER INSERT ON kdb_search FOR EACH STATEMENT EXECUTE FUNCTION slow()",
+        "$$ BEGIN PERFORM pg_sleep(10); RETURN NULL; END $$; "
+        "CREATE TRIGGER slow AFTER INSERT ON kdb_search FOR EACH STATEMENT EXECUTE FUNCTION slow()",
     )
     hurried = open_store(connect_as(database, options="-c statement_timeout=100ms"))
     with pytest.raises(DatabaseError, match="cancelled each time") as caught:

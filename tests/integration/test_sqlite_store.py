@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from kdb_fast.database import parse_address
-from kdb_fast.errors import DatabaseError, LockedError, ResourceError, SchemaError
+from kdb_fast.errors import DatabaseError, LockedError, RecordError, ResourceError, SchemaError
 from kdb_fast.records import Record, Reject, content_hash
 from kdb_fast.slab import NO_STAMP, Row, Slab, SlabShape
 from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec, Stored
@@ -133,16 +133,18 @@ class Index:
         return [r for (r,) in self.rows("SELECT record_id FROM kdb_search_fts WHERE content MATCH ? ORDER BY 1", word)]
 
     def assert_in_step(self) -> None:
-        """Every row has exactly one full-text row with the same id and text, and each vector copy has its row."""
+        """Every row has exactly one full-text row with the same id and text, and a true copy of our vector."""
         columns = "id, entity_name, record_id, content"
         assert self.rows(f"SELECT {columns} FROM kdb_search_fts ORDER BY 1") == self.rows(
             f"SELECT {columns} FROM kdb_search ORDER BY 1"
         )
         self.connection.execute("INSERT INTO kdb_search_fts(kdb_search_fts) VALUES('integrity-check')")
-        assert not self.rows(
-            "SELECT 1 FROM kdb_fast_vectors v LEFT JOIN kdb_search s ON s.rowid = v.search_rowid AND s.id = v.search_id "
-            "WHERE s.id IS NULL"
+        copies = self.rows(
+            "SELECT s.embedding, v.vector FROM kdb_search s LEFT JOIN kdb_fast_vectors v ON v.search_rowid = s.rowid "
+            "AND v.search_id = s.id AND v.at = s.updated_at WHERE s.kdb_fast_at = s.updated_at AND s.embedding NOT NULL"
         )
+        for embedding, vector in copies:
+            assert json.loads(embedding) == pytest.approx(np.frombuffer(vector, "<f4").tolist(), abs=1e-8)
 
 
 @pytest.fixture
@@ -569,11 +571,15 @@ def test_a_full_disk_takes_back_the_whole_flush_and_it_can_be_repeated(index: In
 def test_an_interrupt_takes_back_the_flush(index: Index) -> None:
     run = index.begin()
     store = index.store
+    store.interrupt()
     store._connection.create_function("stop_now", 0, lambda: store.interrupt())
     store._connection.execute("CREATE TEMP TRIGGER stop AFTER INSERT ON main.kdb_search BEGIN SELECT stop_now(); END")
+    slots = [index.fill(0, numbered(20), {}, "note"), index.fill(1, numbered(20), {}, "memo")]
     with pytest.raises(DatabaseError, match="interrupted"):
-        index.write(run, 1, numbered(20))
+        store.flush(run, 1, slots, [], [])
     assert store.count() == 0
+    store._connection.execute("DROP TRIGGER stop")
+    assert store.flush(run, 1, slots, [], []).rows == 40
 
 
 def test_no_vector_index_is_dropped_built_or_missed(index: Index) -> None:
@@ -671,16 +677,16 @@ def test_a_table_of_another_shape_is_refused_and_left_alone(tmp_path: Path, scri
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.executescript(script)
         before = connection.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall()
-        with contextlib.closing(SQLiteStore.open(parse_address(f"sqlite:///{path}"))) as store:
-            with pytest.raises(SchemaError, match=message):
-                store.prepare(DIMENSIONS)
+        store = SQLiteStore.open(parse_address(f"sqlite:///{path}"))
+        with contextlib.closing(store), pytest.raises(SchemaError, match=message):
+            store.prepare(DIMENSIONS)
         assert connection.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall() == before
 
 
 def test_a_file_that_cannot_be_written_is_refused(index: Index, tmp_path: Path) -> None:
-    with contextlib.closing(sqlite3.connect(f"file:{index.path}?mode=ro", uri=True)) as connection:
-        with pytest.raises(SchemaError, match="cannot be written"):
-            SQLiteStore(connection).prepare(DIMENSIONS)
+    connection = sqlite3.connect(f"file:{index.path}?mode=ro", uri=True)
+    with contextlib.closing(connection), pytest.raises(SchemaError, match="cannot be written"):
+        SQLiteStore(connection).prepare(DIMENSIONS)
     with pytest.raises(DatabaseError, match="There is no SQLite file"):
         SQLiteStore.open(parse_address(f"sqlite:///{tmp_path / 'nowhere.db'}"))
 
@@ -694,8 +700,78 @@ def test_an_open_connection_in_memory_serves_and_stays_open() -> None:
         slab.slots[0].put(1, [Row(Record("note", "a", "text"))], [NO_STAMP])
         slab.slots[0].vectors[:] = 0.25
         assert store.flush(run, 1, [FlushSlot(slab.slots[0], frozenset())], [], []).rows == 1
+        store.heartbeat(run.number, "embed")
+        store.end_run(run.number, "done", {})
         store.close()
+        assert not connection.in_transaction
         assert connection.execute("SELECT record_id FROM kdb_search").fetchall() == [("a",)]
+
+
+# -- the library's way -------------------------------------------------------------------------------------
+
+LIBRARY = RunSpec(0, "f9", "m9", DIMENSIONS)
+
+
+def put_all(store: SQLiteStore, slots: Sequence[FlushSlot], failure: type[Exception] | None = None) -> None:
+    with store.unit():
+        for slot in slots:
+            store.put(LIBRARY, [slot], [])
+        if failure is not None:
+            raise failure
+
+
+def test_put_writes_the_newest_text_whoever_wrote_the_row(index: Index, kameleon: KameleonDB) -> None:
+    index.write(index.begin(), 1, numbered(4), rejects=[reject("r009"), reject("other")])
+    kameleon.index("r001", "theirs")
+    with index.store.unit():
+        index.store.put(LIBRARY, [index.fill(0, {"r000": "newest", "r001": "newest", "r009": "new"}, {}, "note")], [])
+        index.store.put(LIBRARY, [index.fill(0, {"r009": "newer"}, {}, "note")], [("note", "r002")])
+    assert index.contents() == {"r000": "newest", "r001": "newest", "r003": "text number3", "r009": "newer"}
+    assert index.rows("SELECT model, kdb_fast_run FROM kdb_search WHERE record_id = 'r001'") == [("m9", 0)]
+    assert index.store.lookup("note", ["r000"])["r000"].fingerprint == "f9"
+    assert [r["record_id"] for r in index.store.rejects()] == ["other"]
+    index.assert_in_step()
+
+
+def test_put_without_vectors_leaves_none_behind(index: Index) -> None:
+    index.write(index.begin(), 1, numbered(2))
+    with index.store.unit():
+        slot = Slab.local(SlabShape(slots=1, rows=4, dimensions=1)).slots[0]
+        slot.put(1, [Row(Record("note", key, "plain")) for key in ("r000", "new")], [NO_STAMP] * 2)
+        index.store.put(LIBRARY, [FlushSlot(slot, frozenset())], [], vectors=False)
+    assert (
+        index.rows("SELECT embedding, model, dimensions FROM kdb_search WHERE content = 'plain'") == [(None,) * 3] * 2
+    )
+    assert index.rows("SELECT count(*) FROM kdb_fast_vectors") == [(1,)]
+    assert index.matches("plain") == ["new", "r000"]
+    assert index.store.lookup("note", ["r000"])["r000"].fingerprint is None
+    index.assert_in_step()
+
+
+def test_a_refused_row_takes_back_the_whole_unit_and_is_named(index: Index) -> None:
+    index.connection.execute(
+        "CREATE TRIGGER no BEFORE INSERT ON kdb_search WHEN NEW.record_id = 'r002' BEGIN SELECT RAISE(ABORT, 'no'); END"
+    )
+    slots = [index.fill(0, {"a": "first"}, {}, "note"), index.fill(1, numbered(4), {}, "note")]
+    with pytest.raises(RecordError, match=r"'note'/'r002' was refused \(database_refused\): no"):
+        put_all(index.store, slots)
+    assert index.contents() == {}
+    index.assert_in_step()
+
+
+def test_a_unit_within_the_callers_transaction_is_committed_or_rolled_back_with_it(index: Index) -> None:
+    with contextlib.closing(sqlite3.connect(index.path)) as connection:
+        store = SQLiteStore(connection)
+        for finish, expected in ((connection.rollback, {}), (connection.commit, {"a": "text"})):
+            connection.execute("INSERT OR REPLACE INTO kdb_fast_state VALUES ('of', 'the caller')")
+            assert connection.in_transaction
+            put_all(store, [index.fill(0, {"a": "text"}, {}, "note")])
+            with pytest.raises(KeyError):
+                put_all(store, [index.fill(0, {"b": "text"}, {}, "note")], KeyError)
+            assert index.contents() == {}
+            finish()
+            assert index.contents() == expected
+    index.assert_in_step()
 
 
 # -- records that are gone ---------------------------------------------------------------------------------
@@ -718,7 +794,9 @@ def delete_two(db: Any, ids: list[str]) -> None:
 
 def materialize_and_delete_two(db: Any, ids: list[str]) -> None:
     assert db.materialize_entity("Product")["success"]
-    delete_two(db, ids)
+    with db._connection.engine.begin() as connection:
+        for record_id in ids[:2]:
+            connection.exec_driver_sql("UPDATE kdb_product SET is_deleted = 1 WHERE id = ?", (record_id,))
 
 
 @pytest.mark.parametrize("remove", [delete_two, materialize_and_delete_two], ids=["shared", "dedicated"])
@@ -731,7 +809,7 @@ def test_rows_whose_record_is_deleted_are_removed(
     monkeypatch.setattr("kdb_fast.stores.sqlite_prune.PRUNE_KEYS", 3)
     db, ids = products
     run = index.begin()
-    index.write(run, 1, {record_id: "thing" for record_id in ids}, entity="Product")
+    index.write(run, 1, dict.fromkeys(ids, "thing"), entity="Product")
     index.write(run, 2, {"gone": "no such record"}, entity="Product")
     index.write(run, 3, {"kept": "of another entity"})
     assert index.store.prune("note") == 0
@@ -744,7 +822,7 @@ def test_rows_whose_record_is_deleted_are_removed(
 
 def test_full_text_rows_without_a_row_are_removed(index: Index, products: tuple[Any, list[str]]) -> None:
     _, ids = products
-    index.write(index.begin(), 1, {record_id: "thing" for record_id in ids}, entity="Product")
+    index.write(index.begin(), 1, dict.fromkeys(ids, "thing"), entity="Product")
     index.connection.execute("DELETE FROM kdb_search WHERE record_id = ?", (ids[4],))
     index.connection.execute("DELETE FROM kdb_fast_vectors WHERE search_rowid = 5")
     assert len(index.matches("thing")) == 8

@@ -23,6 +23,7 @@ from kdb_fast.settings import (
 EXIT_CODES = {
     "KdbFastError": 70,
     "UsageError": 2,
+    "RecordError": 3,
     "RefusedError": 4,
     "SchemaError": 4,
     "ModelError": 4,

@@ -1,0 +1,38 @@
+"""What a run of the benchmarks was asked for."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of every part.
+
+    Attributes:
+        runs: Times that each contender is run, alternately.
+        quick: Tiny sizes and one run: says whether everything works, measures nothing.
+        sweep: Also try token budgets (part ``embed``).
+        seed: Of the data sets.
+        out: Directory of the results.
+    """
+
+    runs: int = 3
+    quick: bool = False
+    sweep: bool = False
+    seed: int = 1
+    out: Path = RESULTS
+
+    def size(self, full: int, quick: int) -> int:
+        """Number of records: ``full``, or ``quick`` in a smoke test."""
+        return quick if self.quick else full
+
+
+def say(text: str) -> None:
+    """Progress, on standard error."""
+    print(text, file=sys.stderr, flush=True)

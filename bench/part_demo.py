@@ -1,0 +1,88 @@
+"""Is kdb-fast faster than what people use, on real records, from start to searchable?"""
+
+from __future__ import annotations
+
+from .chart import Bar
+from .measure import spread
+from .options import Options
+from .results import Requirement, Result, Table
+from .runner import Contender, alternate, ran, raw, run_once
+from .session import session
+
+RECORDS, SAMPLE, LONG = 5000, 600, 1000
+WORKER_LIMIT_MB = 400.0
+OVER_FASTEMBED, OVER_KAMELEONDB = 1.8, 2.0
+"""Required ratios of records a second: kdb-fast's whole job to the embedding alone, and to one record at a time."""
+
+
+def run(options: Options) -> Result:
+    """Measure the part."""
+    with session(options) as s:
+        docs = s.dataset("docs", options.size(RECORDS, 300))
+        long = s.dataset("long", options.size(LONG, 8))
+        sample = options.size(SAMPLE, 30)
+        database = {"conninfo": s.conninfo}
+        outcomes = alternate(
+            [
+                Contender("kdb-fast, whole job", "reindex", {**docs.params(), **database}, ours=True),
+                Contender("FastEmbed default, embedding only", "fastembed", docs.params()),
+                Contender("KameleonDB's way, one at a time", "kameleondb_way", {**docs.params(sample), **database},
+                          f"sample of {min(sample, docs.records):,}"),
+            ],
+            s.runs,
+            s.reset,
+        )  # fmt: skip
+        s.reset()
+        longest = run_once("reindex", {**long.params(), **database, "workers": 2})
+        start = run_once("help", {"records": options.size(10, 3)})
+    ours, fastembed, kameleondb = outcomes.values()
+    tokens = docs.stats.read / docs.records
+    pss = [run["worker_pss_bytes"] / 1e6 for run in ours.runs]
+    rows = [
+        [
+            o.contender.label + (f" ({o.contender.note})" if o.contender.note else ""),
+            spread(o.rates).text(0),
+            spread(r * tokens for r in o.rates).text(0),
+            f"{docs.records / spread(o.rates).median:,.0f} s",
+            spread(b / 1e6 for b in o.values("peak_pss_bytes")).text(0),
+        ]
+        for o in ran(outcomes)
+    ]
+    return Result(
+        "demo",
+        "How long does it take to make the demo's records searchable?",
+        [docs.line, long.line],
+        [
+            "kdb-fast: from the call of `reindex` to all indexes built, the start of its processes and the loading of "
+            "the model included. The others have their model loaded and their table made beforehand; FastEmbed writes "
+            "nothing.",
+            "Memory is the proportional set size of all processes of a contender at one moment, without the server.",
+        ],
+        [
+            Table(
+                "Records into PostgreSQL",
+                ("contender", "records/s", "tokens/s", "all records", "memory MB"),
+                rows,
+            ),
+            Table(
+                "Time of kdb-fast by phase, s (worker time; phases overlap)",
+                ("run", "whole", "start", "embed", "write", "index", "padding"),
+                [
+                    [str(i + 1), f"{r['seconds']:.1f}", *(f"{r['phases'][p]:.1f}" for p in
+                     ("start", "embed", "write", "index")), f"{1 - r['tokens'] / max(1, r['padded_tokens']):.1%}"]
+                    for i, r in enumerate(ours.runs)
+                ],
+            ),
+        ],
+        [
+            Requirement("kdb-fast ÷ FastEmbed default (embedding only)", ours.ratio(fastembed), OVER_FASTEMBED, unit="×"),
+            Requirement("kdb-fast ÷ one record at a time", ours.ratio(kameleondb), OVER_KAMELEONDB, unit="×"),
+            Requirement("largest worker, these records", spread(pss), WORKER_LIMIT_MB, True, " MB"),
+            Requirement("largest worker, texts of 5,000 words", spread([longest["worker_pss_bytes"] / 1e6]),
+                        WORKER_LIMIT_MB, True, " MB"),
+            Requirement("`kdb-fast --help`", spread([start["median_seconds"]]), 0.2, True, " s"),
+        ],
+        ("Records a second, ready to search", "records/s",
+         [Bar(o.contender.label, spread(o.rates), o.contender.ours) for o in ran(outcomes)]),
+        {**raw(outcomes.values()), "long": longest, "help": start},
+    )  # fmt: skip

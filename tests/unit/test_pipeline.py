@@ -1,0 +1,1050 @@
+"""The pipeline against an engine and a store that a test (or chance, by a seed) controls.
+
+The fake writer has the rules of the real ones: one flush at a time, a row is written if there is none of its key,
+if the index's row is the one the parent saw, or if this run wrote it; else it is lost to another program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta, timezone
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+from zlib import crc32
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from kdb_fast import pipeline as module
+from kdb_fast.engine import Engine, Event, Note, SlotFilled
+from kdb_fast.errors import RejectLimitError
+from kdb_fast.flushing import FlushSize
+from kdb_fast.messages import Finish, Finished, Flush, Flushed, PrepareIndex
+from kdb_fast.pipeline import Counts, Pipeline, Stop, limited
+from kdb_fast.records import MAX_CONTENT_BYTES, Record, Reject, content_hash, unfit
+from kdb_fast.settings import RejectLimit
+from kdb_fast.slab import NO_STAMP, ROW_NOT_ENCODABLE, ROW_NOT_FINITE, Slab, SlabShape
+from kdb_fast.stores.base import Store, Stored
+from kdb_fast.stores.pg_index import DEFER_FLOOR, should_defer
+from kdb_fast.vectors import VectorCache
+
+FINGERPRINT = "of this model"
+DIMENSIONS = 4
+BAD = "☠"
+"""A text with this character is one that the model cannot embed."""
+REFUSED = "⛔"
+"""A text with this character is one that the database refuses."""
+NO_LIMIT = RejectLimit(share=1.0)
+Key = tuple[str, str]
+Item = Record | Reject
+
+
+def vector_of(text: str) -> np.ndarray:
+    """The vector of a text: four numbers that no other text has."""
+    raw = np.frombuffer(hashlib.sha256(text.encode()).digest()[: 2 * DIMENSIONS], dtype=np.uint16)
+    return raw.astype(np.float32) + 1
+
+
+class Entry(NamedTuple):
+    """A row of the index."""
+
+    content: str
+    stamp: int
+    fingerprint: str | None = None
+    run: int | None = None
+
+
+@dataclass
+class Index:
+    """The search index, the rejects and what was deleted: what a database would hold."""
+
+    rows: dict[Key, Entry] = field(default_factory=dict)
+    rejects: list[Reject] = field(default_factory=list)
+    deletes: list[Key] = field(default_factory=list)
+    has_vector_index: bool = False
+    run: int = 1
+    clock: int = 0
+    lookups: int = 0
+
+    def write(self, key: Key, content: str, fingerprint: str | None, run: int | None) -> None:
+        self.clock += 1
+        self.rows[key] = Entry(content, self.clock, fingerprint, run)
+
+    def contents(self) -> dict[Key, str]:
+        return {key: entry.content for key, entry in self.rows.items()}
+
+    # What the pipeline asks of a store.
+
+    def count(self) -> int:
+        return len(self.rows)
+
+    def lookup(self, entity: str, record_ids: Sequence[str]) -> dict[str, Stored]:
+        self.lookups += 1
+        found = {i: self.rows[entity, i] for i in record_ids if (entity, i) in self.rows}
+        return {i: Stored(content_hash(e.content), e.fingerprint, e.stamp) for i, e in found.items()}
+
+
+class FakeEngine(Engine):
+    """Embeds and writes when it is polled, in an order that ``choose`` decides.
+
+    Args:
+        choose: Given what could happen now, as (kind, slot) pairs, returns what happens, in order.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        shape: SlabShape,
+        workers: int = 2,
+        choose: Callable[[list[tuple[str, int]]], list[tuple[str, int]]] | None = None,
+    ) -> None:
+        self.slab = Slab.local(shape)
+        self.workers = workers
+        self.index = index
+        self.choose = choose or (lambda possible: possible)
+        self.embedded: Counter[str] = Counter()
+        self.delivered: set[Key] = set()
+        self.requests: list[Flush | PrepareIndex | Finish] = []
+        self.starts: list[tuple[int, bool]] = []
+        self.prepare_outcome = "dropped for the load"
+        self.finish_outcome = "kept"
+        self.before_poll: Callable[[], None] = lambda: None
+        self.notes: list[str] = []
+        self._orders: dict[int, tuple[int, int, list[tuple[bytes, bytes, bytes]]]] = {}
+        self._request: Flush | PrepareIndex | Finish | None = None
+        self._in_vain = 0
+
+    # -- the engine's face
+
+    def embed(self, slot: int, generation: int, rows: int) -> None:
+        assert slot not in self._orders, "a slot is embedded twice at a time"
+        assert slot not in self._slots_of_flush(), "a slot is used again before it was written"
+        assert self.slab.slots[slot].generation == generation
+        self._orders[slot] = (generation, rows, self.slab.slots[slot].raw_rows())
+
+    def wants_work(self) -> bool:
+        return len(self._orders) < 2 * max(1, self.workers)
+
+    def flush(self, message: Flush) -> None:
+        flushes = [r for r in self.requests if isinstance(r, Flush)]
+        assert message.number == len(flushes) + 1
+        self.request(message)
+
+    def request(self, message: Flush | PrepareIndex | Finish) -> None:
+        assert self._request is None, "the writer is given one thing at a time"
+        self._request = message
+        self.requests.append(message)
+
+    @property
+    def writer_idle(self) -> bool:
+        return self._request is None
+
+    def poll(self, timeout: float) -> list[Event]:
+        self.before_poll()
+        possible = [("embed", slot) for slot in self._orders]
+        if self._request is not None:
+            possible.append(("write", -1))
+        self._in_vain = 0 if possible else self._in_vain + 1
+        assert self._in_vain < 1000, "the pipeline waits for something that will never come"
+        events: list[Event] = [Note(self.notes.pop())] if self.notes else []
+        for kind, slot in self.choose(possible):
+            events.append(self._embed(slot) if kind == "embed" else self._answer())
+        return events
+
+    def cancel_embedding(self) -> set[int]:
+        cancelled = set(list(self._orders)[max(1, self.workers) :])
+        for slot in cancelled:
+            del self._orders[slot]
+        return cancelled
+
+    def close(self, *, kill: bool = False) -> None:
+        self.slab.close()
+
+    # -- what workers and writer do
+
+    def _embed(self, number: int) -> SlotFilled:
+        generation, rows, raw = self._orders.pop(number)
+        slot = self.slab.slots[number]
+        assert (slot.generation, slot.rows, slot.raw_rows()) == (generation, rows, raw), "the slot was touched"
+        for i, (entity, record_id, text) in enumerate(raw):
+            content = text.decode()
+            self.embedded[content] += 1
+            if BAD in content:
+                slot.vectors[i] = np.nan
+                slot.code[i] = ROW_NOT_FINITE
+            else:
+                slot.vectors[i] = vector_of(content)
+                self.delivered.add((entity.decode(), record_id.decode()))
+        crc = crc32(slot.vectors[:rows].data.cast("B"))
+        return SlotFilled(number, generation, 3 * rows, 4 * rows, 0, 0.01, ((0, rows, crc),))
+
+    def _answer(self) -> Flushed | Finished:
+        message, self._request = self._request, None
+        if isinstance(message, Flush):
+            return self._write(message)
+        if isinstance(message, PrepareIndex):
+            return Finished(0, self.prepare_outcome, 0.0)
+        assert isinstance(message, Finish)
+        return Finished(len(message.prune), self.finish_outcome, 0.5, ("said at the end",))
+
+    def _write(self, message: Flush) -> Flushed:
+        lost, refused, seen = [], [], set()
+        rows = 0
+        for given_rows in message.slots:
+            slot = self.slab.slots[given_rows.slot]
+            assert slot.generation == given_rows.generation
+            assert given_rows.slot not in self._orders, "a slot is written while it is embedded"
+            for start, stop, crc in given_rows.crcs:
+                assert crc32(slot.vectors[start:stop].data.cast("B")) == crc
+            for i, parts in enumerate(slot.raw_rows()):
+                if i in given_rows.skip:
+                    continue
+                entity, record_id, content = (part.decode() for part in parts)
+                key = (entity, record_id)
+                assert slot.code[i] == 0
+                assert key not in seen, "a key is twice in one transaction"
+                seen.add(key)
+                np.testing.assert_array_equal(slot.vectors[i], vector_of(content), "a vector of another text")
+                there = self.index.rows.get(key)
+                if REFUSED in content:
+                    refused.append((slot.number, i, "check", "the database refused the row"))
+                elif there is None or there.run == self.index.run or (slot.known[i] and slot.stamp[i] == there.stamp):
+                    self.index.write(key, content, FINGERPRINT, self.index.run)
+                    rows += 1
+                else:
+                    lost.append((slot.number, i))
+        self.index.rejects += message.rejects
+        self.index.deletes += message.deletes
+        return Flushed(message.number, rows, 10 * rows, len(message.deletes), 0.01, tuple(lost), tuple(refused))
+
+    def _slots_of_flush(self) -> set[int]:
+        return {rows.slot for rows in self._request.slots} if isinstance(self._request, Flush) else set()
+
+
+def by_chance(seed: int) -> Callable[[list[tuple[str, int]]], list[tuple[str, int]]]:
+    """Some of what is possible, in any order; now and then nothing."""
+    chance = random.Random(seed)
+    return lambda possible: chance.sample(possible, chance.randint(0, len(possible)))
+
+
+class Run:
+    """A pipeline with its fakes, and what it knows at the end."""
+
+    def __init__(
+        self,
+        index: Index | None = None,
+        *,
+        shape: SlabShape | None = None,
+        workers: int = 2,
+        choose: Callable[[list[tuple[str, int]]], list[tuple[str, int]]] | None = None,
+        max_rejects: RejectLimit = NO_LIMIT,
+        **options: Any,
+    ) -> None:
+        self.index = index if index is not None else Index()
+        self.engine = FakeEngine(self.index, shape or SlabShape(6, 4, DIMENSIONS, 8192), workers, choose)
+        self.phases: set[str] = set()
+        self.pipeline = Pipeline(
+            store=cast(Store, self.index),
+            start_engine=self._start,
+            fingerprint=FINGERPRINT,
+            dimensions=DIMENSIONS,
+            read_chars=100,
+            max_rejects=max_rejects,
+            heartbeat=self.phases.add,
+            **options,
+        )
+
+    def _start(self, rows: int, more: bool) -> Engine:
+        self.engine.starts.append((rows, more))
+        return self.engine
+
+    @property
+    def counts(self) -> Counts:
+        return self.pipeline.counts
+
+    def go(self, items: Sequence[Item], page: int = 5, **options: Any) -> Run:
+        self.pipeline.run(pages(items, page), **options)
+        return self
+
+    def assert_all_is_given_back(self) -> None:
+        p = self.pipeline
+        if p.engine is not None:
+            assert sorted(p._free) == list(range(self.engine.slab.shape.slots)), "every slot is free"
+        for left in (p._loads, p._filled, p._writing, p._reuse, p._shards, p._window, p._rejects, p._deletes):
+            assert not left
+        assert not p._waiters
+        assert p._waiting_rows == 0
+        assert not p._cache._pinned, "every pinned vector was taken"
+        assert not p._latest, "nothing in flight is remembered"
+
+    def assert_all_is_accounted_for(self, items: Sequence[Item]) -> None:
+        c = self.counts
+        assert c.read == len(items)
+        assert c.read == c.stored + c.unchanged + c.reused + c.superseded + c.rejected
+        assert min(c.stored, c.unchanged, c.reused, c.superseded, c.rejected) >= 0
+
+
+def pages(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
+
+
+def record(number: int, content: str, entity: str = "E") -> Record:
+    return Record(entity, f"r{number}", content)
+
+
+def is_good(item: Item) -> bool:
+    """Whether a record ends in the index, if no later one of its key does."""
+    return isinstance(item, Record) and unfit(item) is None and BAD not in item.content and REFUSED not in item.content
+
+
+def last_good(items: Sequence[Item], initial: dict[Key, str]) -> dict[Key, str]:
+    """The index as it must be at the end: the last fit record of each key wins."""
+    return initial | {(i.entity, i.record_id): i.content for i in items if is_good(i) and isinstance(i, Record)}
+
+
+@pytest.fixture(autouse=True)
+def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thresholds at the size of the tests, and no look at the machine's memory."""
+    with_small_thresholds(monkeypatch)
+
+
+def with_small_thresholds(patch: pytest.MonkeyPatch, *, eager: bool = False, window: int = 16) -> None:
+    patch.setattr(module, "SHARD_ROWS", 4)
+    patch.setattr(module, "WINDOW_ROWS", window)
+    patch.setattr(module, "FlushSize", lambda capacity: FlushSize(capacity, lambda: 10**10))
+    # An eager pipeline writes whatever is filled; the other waits until slots are short or all is embedded.
+    patch.setattr(module, "MAX_WAIT_SECONDS", -1.0 if eager else 1e9)
+
+
+# -- any stream, any order ---------------------------------------------------------------------------------
+
+TEXTS = ["red", "green", "a blue one", "yellow and long " * 3, "ünïcödé 日本", "red ", "x"]
+UNFIT = ["", "  \n", "nul\0", "\ud800"]
+ITEMS = st.lists(
+    st.one_of(
+        st.builds(record, st.integers(0, 7), st.sampled_from(TEXTS), st.sampled_from(["E", "F"])),
+        st.builds(record, st.integers(0, 40), st.integers(0, 60).map(lambda n: f"text {n}")),
+        st.builds(record, st.integers(0, 7), st.sampled_from([*UNFIT, f"{BAD}1", f"{BAD}2"])),
+        st.builds(Reject, st.just("E"), st.just("r1"), st.just("broken_line"), st.just("not JSON")),
+    ),
+    max_size=70,
+)
+INITIAL = st.dictionaries(
+    st.tuples(st.sampled_from(["E", "F"]), st.integers(0, 9).map(lambda n: f"r{n}")),
+    st.tuples(st.sampled_from(TEXTS), st.sampled_from([FINGERPRINT, "of another model", None])),
+    max_size=8,
+)
+
+
+class Setup(NamedTuple):
+    """How a run is carried out: all of it must make no difference to what is in the index at the end."""
+
+    seed: int
+    page: int
+    workers: int
+    slots: int
+    eager: bool
+    window: int
+    goal: int
+    cache: int
+    force: bool
+
+    def run(self, index: Index, patch: pytest.MonkeyPatch, **options: Any) -> Run:
+        with_small_thresholds(patch, eager=self.eager, window=self.window)
+        shape = SlabShape(self.slots, 4, DIMENSIONS, 8192)
+        choose = by_chance(self.seed)
+        run = Run(index, shape=shape, workers=self.workers, choose=choose, force=self.force, **options)
+        run.pipeline._window_goal = self.goal
+        run.pipeline._cache = small_cache(self.cache)
+        return run
+
+
+SETUPS = st.builds(
+    Setup,
+    seed=st.integers(0, 2**32 - 1),
+    page=st.integers(1, 20),
+    workers=st.integers(0, 3),
+    slots=st.integers(2, 9),
+    eager=st.booleans(),
+    window=st.integers(1, 24),
+    goal=st.integers(1, 24),
+    cache=st.sampled_from([4, 6, 256]),
+    force=st.booleans(),
+)
+
+
+def small_cache(capacity: int) -> VectorCache:
+    cache = VectorCache(DIMENSIONS, 0)
+    cache.capacity = capacity
+    cache._ring, cache._owner = cache._ring[:capacity], cache._owner[:capacity]
+    return cache
+
+
+def index_of(initial: dict[Key, tuple[str, str | None]]) -> Index:
+    index = Index(run=2)
+    for key, (content, fingerprint) in initial.items():
+        index.write(key, content, fingerprint, run=None if fingerprint is None else 1)
+    return index
+
+
+@settings(deadline=None, max_examples=300)
+@given(ITEMS, INITIAL, SETUPS)
+def test_any_stream_ends_with_the_last_fit_record_of_each_key(
+    items: list[Item], initial: dict[Key, tuple[str, str | None]], setup: Setup
+) -> None:
+    index = index_of(initial)
+    before = index.contents()
+    with pytest.MonkeyPatch.context() as patch:
+        run = setup.run(index, patch).go(items, setup.page)
+    run.assert_all_is_accounted_for(items)
+    run.assert_all_is_given_back()
+    assert index.contents() == last_good(items, before)
+    good = [i for i in items if is_good(i)]
+    keys = {i[:2] for i in good}
+    counts = run.counts
+    assert counts.rejected == len(items) - len(good) == len(index.rejects)
+    assert counts.stored + counts.reused + counts.unchanged == len(keys)
+    assert counts.superseded == len(good) - len(keys)
+    assert all(index.rows[key].fingerprint == FINGERPRINT for key in keys)
+    if setup.force:
+        assert counts.unchanged == 0
+    if setup.cache == 256:
+        twice = [text for text, times in run.engine.embedded.items() if times > 1 and BAD not in text]
+        assert twice == [], "a text is embedded once"
+
+
+@settings(deadline=None, max_examples=150)
+@given(ITEMS, INITIAL, SETUPS)
+def test_a_second_run_finds_all_unchanged_where_no_key_came_twice(
+    items: list[Item], initial: dict[Key, tuple[str, str | None]], setup: Setup
+) -> None:
+    once = list({i[:2]: i for i in items}.values())
+    index = index_of(initial)
+    with pytest.MonkeyPatch.context() as patch:
+        setup.run(index, patch, unique_keys=True).go(once, setup.page)
+        after = index.contents()
+        index.run = 3
+        again = setup._replace(force=False).run(index, patch, unique_keys=True).go(once, setup.page)
+    assert again.counts.unchanged == len([i for i in once if is_good(i)])
+    assert again.counts.stored == again.counts.reused == 0
+    assert index.contents() == after
+    again.assert_all_is_accounted_for(once)
+
+
+@settings(deadline=None, max_examples=200)
+@given(ITEMS, INITIAL, SETUPS, st.integers(1, 60))
+def test_a_run_that_was_stopped_is_completed_by_the_next(
+    items: list[Item], initial: dict[Key, tuple[str, str | None]], setup: Setup, turns: int
+) -> None:
+    index = index_of(initial)
+    before = index.contents()
+    possible = {key: {content} for key, content in before.items()}
+    for item in items:
+        if is_good(item):
+            possible.setdefault(item[:2], set()).add(cast(Record, item).content)
+    asked = 0
+
+    def should_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > turns
+
+    with pytest.MonkeyPatch.context() as patch:
+        run = setup.run(index, patch, should_stop=should_stop)
+        try:
+            run.go(items, setup.page)
+        except Stop:
+            p = run.pipeline
+            assert not (p._filled or p._reuse or p._writing or p._rejects or p._cache._pinned)
+            assert run.engine.writer_idle
+            for key in run.engine.delivered:
+                assert index.rows[key].run == index.run, "what was embedded is written"
+            assert run.counts.accounted <= run.counts.read
+        for key, content in index.contents().items():
+            assert content in possible[key]
+        index.run = 3
+        run = setup._replace(seed=setup.seed ^ 1).run(index, patch).go(items, setup.page)
+    run.assert_all_is_accounted_for(items)
+    run.assert_all_is_given_back()
+    assert index.contents() == last_good(items, before)
+
+
+@settings(deadline=None, max_examples=150)
+@given(ITEMS, INITIAL, SETUPS, st.integers(0, 10))
+def test_a_run_over_its_reject_limit_ends_after_writing_what_is_embedded(
+    items: list[Item], initial: dict[Key, tuple[str, str | None]], setup: Setup, limit: int
+) -> None:
+    index = index_of(initial)
+    bad = [i for i in items if not is_good(i)]
+    with pytest.MonkeyPatch.context() as patch:
+        run = setup.run(index, patch, max_rejects=RejectLimit(count=limit, share=None))
+        if len(bad) <= limit:
+            run.go(items, setup.page)
+            return
+        with pytest.raises(RejectLimitError, match=rf"records were rejected; --max-rejects allows {limit}\.$") as caught:
+            run.go(items, setup.page)
+    assert caught.value.remedy
+    assert run.counts.rejected > limit
+    p = run.pipeline
+    assert not (p._filled or p._reuse or p._writing or p._rejects or p._embedding())
+    assert len(index.rejects) == run.counts.rejected, "every reject can be looked up"
+    for key in run.engine.delivered:
+        assert index.rows[key].run == index.run, "what was embedded is written"
+
+
+FOREIGN = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 7)), max_size=6)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(
+        st.one_of(
+            st.builds(record, st.integers(0, 7), st.sampled_from([*TEXTS, f"{REFUSED}1", f"{REFUSED}2", f"{BAD}1"])),
+            st.builds(record, st.integers(0, 40), st.integers(0, 60).map(lambda n: f"text {n}")),
+        ),
+        max_size=70,
+    ),
+    INITIAL,
+    SETUPS,
+    FOREIGN,
+)
+def test_what_the_database_refuses_or_another_program_changes_is_accounted_for(
+    items: list[Item], initial: dict[Key, tuple[str, str | None]], setup: Setup, edits: list[tuple[int, int]]
+) -> None:
+    index = index_of(initial)
+    before = index.contents()
+    edited: set[Key] = set()
+    polls = 0
+
+    def edit() -> None:
+        nonlocal polls
+        polls += 1
+        for poll, number in edits:
+            if poll == polls:
+                index.write(("E", f"r{number}"), "written by another program", None, None)
+                edited.add(("E", f"r{number}"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        run = setup.run(index, patch)
+        run.engine.before_poll = edit
+        run.go(items, setup.page)
+    run.assert_all_is_accounted_for(items)
+    run.assert_all_is_given_back()
+    expected = last_good(items, before)
+    refused = {i[:2] for i in items if isinstance(i, Record) and REFUSED in i.content}
+    contents = index.contents()
+    for key in expected.keys() - edited - refused:
+        assert contents[key] == expected[key]
+    for key in refused - edited:
+        last = [i for i in items if i[:2] == key][-1]
+        if is_good(last):
+            assert contents[key] == cast(Record, last).content
+    assert not any(REFUSED in content for content in contents.values())
+
+
+# -- order -------------------------------------------------------------------------------------------------
+
+
+def one_row_shards(choose: Callable[[list[tuple[str, int]]], list[tuple[str, int]]], **options: Any) -> Run:
+    """A run in which each record is a shard of its own and slots are filled in the order of reading."""
+    run = Run(shape=SlabShape(9, 1, DIMENSIONS, 8192), choose=choose, **options)
+    run.pipeline._window_goal = 1
+    return run
+
+
+def held_back(slot: int, until_written: int) -> Callable[[list[tuple[str, int]]], list[tuple[str, int]]]:
+    """All that is possible, except that the first use of a slot is embedded only after so many flushes."""
+    written = 0
+
+    def choose(possible: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        nonlocal written
+        now = [p for p in possible if p != ("embed", slot) or written >= until_written]
+        written += ("write", -1) in now
+        return now
+
+    return choose
+
+
+def test_an_older_record_never_overwrites_a_newer_one_that_was_written_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_small_thresholds(monkeypatch, eager=True)
+    run = one_row_shards(held_back(0, until_written=1))
+    run.go([record(1, "old and longer"), record(1, "new")], page=2)
+    assert run.engine.embedded == {"old and longer": 1, "new": 1}
+    assert run.index.contents() == {("E", "r1"): "new"}
+    assert (run.counts.stored, run.counts.superseded) == (1, 1)
+    run.assert_all_is_given_back()
+
+
+def test_an_older_record_is_written_where_the_newer_cannot_be_embedded() -> None:
+    run = one_row_shards(lambda possible: possible).go([record(1, "old and longer"), record(1, f"new {BAD}")], page=2)
+    assert run.index.contents() == {("E", "r1"): "old and longer"}
+    assert (run.counts.stored, run.counts.rejected, run.counts.superseded) == (1, 1, 0)
+
+
+def test_a_newer_record_is_written_where_the_older_cannot_be_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_small_thresholds(monkeypatch, eager=True)
+    for until in (0, 1):
+        run = one_row_shards(held_back(0, until)).go([record(1, f"longer {BAD}"), record(1, "new")], page=2)
+        assert run.index.contents() == {("E", "r1"): "new"}
+        assert (run.counts.stored, run.counts.rejected, run.counts.superseded) == (1, 1, 0)
+
+
+def test_a_record_is_embedded_again_where_its_key_is_in_flight_with_another_text() -> None:
+    index = index_of({("E", "r1"): ("first", FINGERPRINT)})
+    run = Run(index).go([record(1, "second"), record(1, "first")], page=1)
+    assert index.contents() == {("E", "r1"): "first"}
+    run.assert_all_is_accounted_for([record(1, ""), record(1, "")])
+
+
+def test_a_stop_writes_an_embedded_record_whose_newer_one_is_not_embedded_yet() -> None:
+    stopping = False
+    run = one_row_shards(
+        lambda possible: [p for p in possible if p == ("embed", 0) or p[0] == "write"],
+        workers=1,
+        should_stop=lambda: stopping,
+    )
+
+    def stop_when_the_first_is_embedded() -> None:
+        nonlocal stopping
+        stopping = bool(run.engine.embedded)
+
+    run.engine.before_poll = stop_when_the_first_is_embedded
+    # Both are read; the newer one waits behind the older one when the stop comes.
+    items = [record(1, "old and the longest"), *(record(9, "filler" + "!" * n) for n in range(8)), record(1, "new")]
+    with pytest.raises(Stop):
+        run.go(items, page=20)
+    assert run.index.contents()["E", "r1"] == "old and the longest"
+
+
+# -- one text, many records --------------------------------------------------------------------------------
+
+
+def test_equal_texts_are_embedded_once_and_stored_for_every_key() -> None:
+    items = [record(n, f"text {n % 3}") for n in range(60)]
+    run = Run().go(items)
+    assert run.engine.embedded == {"text 0": 1, "text 1": 1, "text 2": 1}
+    assert (run.counts.stored, run.counts.reused) == (3, 57)
+    assert len(run.index.rows) == 60
+    run.assert_all_is_given_back()
+
+
+def test_equals_of_a_text_that_cannot_be_embedded_are_rejected_with_it() -> None:
+    items = [record(n, f"same {BAD}", "E") for n in range(5)] + [record(n, "fine") for n in range(5, 9)]
+    run = Run().go(items, page=20)
+    assert run.engine.embedded == {f"same {BAD}": 1, "fine": 1}
+    assert run.counts.rejected == 5
+    assert {(r.record_id, r.reason) for r in run.index.rejects} == {(f"r{n}", "not_finite") for n in range(5)}
+    assert {r.content_hash for r in run.index.rejects} == {content_hash(f"same {BAD}")}
+    run.assert_all_is_given_back()
+
+
+def test_texts_beyond_the_cache_are_embedded_again_and_rightly() -> None:
+    run = Run(unique_keys=True)
+    run.pipeline._cache = small_cache(8)
+    items = [record(n, f"text {n % 50}") for n in range(100)]
+    run.go(items, page=10)
+    assert set(run.engine.embedded.values()) == {2}
+    assert len(run.index.rows) == 100
+    run.assert_all_is_given_back()
+
+
+# -- memory ------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    distinct=st.sampled_from([1, 2, 5, 40, 10_000]),
+    window=st.integers(4, 24),
+    page=st.integers(1, 12),
+    slots=st.integers(2, 8),
+    workers=st.integers(1, 3),
+)
+def test_rows_held_do_not_grow_with_the_stream(
+    seed: int, distinct: int, window: int, page: int, slots: int, workers: int
+) -> None:
+    chance = random.Random(seed)
+    setup = Setup(seed, page, workers, slots, False, window, window, 256, False)
+    items = [record(n, f"text {chance.randrange(distinct)}") for n in range(600)]
+    most = 0
+    with pytest.MonkeyPatch.context() as patch:
+        run = setup.run(Index(), patch, unique_keys=True, on_progress=lambda counts: watch())
+        p = run.pipeline
+
+        def watch() -> None:
+            nonlocal most
+            # Rows that came before this page, those of the page, and what a slot just filled set free.
+            assert len(p._window) + p._waiting_rows <= window + page
+            most = max(most, len(p._window) + p._waiting_rows + len(p._reuse) + sum(map(len, p._shards)))
+
+        run.go(items, page)
+    # The window, what waits for its shards, and rows whose vector is there and that wait for a slot.
+    assert most <= 4 * (window + page) + 4 * 4
+    assert sum(len(v) for v in p._waiters.values()) == 0
+    run.assert_all_is_accounted_for(items)
+
+
+@pytest.mark.parametrize("kind", ["rejects", "deletes"])
+def test_rejects_and_deletions_are_written_as_they_come(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "NOTICE_ROWS", 20)
+    run = Run()
+    most = 0
+    number = 0
+
+    def emptied() -> list[Key]:
+        nonlocal number
+        number += 5
+        return [("E", f"e{number - k}") for k in range(5)] if kind == "deletes" else []
+
+    def watch() -> None:
+        nonlocal most
+        most = max(most, len(run.pipeline._rejects) + len(run.pipeline._deletes))
+
+    run.engine.before_poll = watch
+    items = [Reject("E", f"r{n}", "broken_line", "not JSON") for n in range(500)] if kind == "rejects" else []
+    stream = pages(items, 5) if items else iter([[] for _ in range(100)])
+    run.pipeline.run(stream, emptied)
+    assert most <= 20 + 2 * 5
+    assert len(run.index.rejects) + len(run.index.deletes) == 500
+    assert len(set(run.index.deletes)) == len(run.index.deletes)
+    run.assert_all_is_given_back()
+
+
+# -- what is not embedded ----------------------------------------------------------------------------------
+
+
+def test_an_index_that_is_up_to_date_starts_no_engine() -> None:
+    index = index_of({("E", f"r{n}"): (f"text {n}", FINGERPRINT) for n in range(30)})
+    items = [record(n, f"text {n}") for n in range(30)]
+    run = Run(index).go(items)
+    assert run.engine.starts == []
+    assert run.counts == Counts(read=30, unchanged=30)
+
+
+def test_another_model_or_a_change_by_another_program_means_embedding_again() -> None:
+    index = index_of({("E", "r1"): ("one", FINGERPRINT), ("E", "r2"): ("two", "other"), ("E", "r3"): ("three", None)})
+    run = Run(index).go([record(1, "one"), record(2, "two"), record(3, "three")])
+    assert (run.counts.unchanged, run.counts.stored) == (1, 2)
+    assert {e.fingerprint for e in index.rows.values()} == {FINGERPRINT}
+
+
+def test_an_empty_index_is_not_asked_for_each_key_where_keys_are_unique() -> None:
+    items = [record(n, f"text {n}") for n in range(30)]
+    assert Run(unique_keys=True).go(items).index.lookups == 0
+    assert Run(unique_keys=False).go(items).index.lookups > 0
+
+
+def test_an_empty_stream_does_nothing() -> None:
+    run = Run().go([])
+    assert run.engine.starts == []
+    assert run.counts == Counts()
+    run.assert_all_is_given_back()
+
+
+def test_unfit_records_alone_are_written_as_rejects() -> None:
+    items = [record(1, ""), record(2, "a\0"), Reject("E", "x" * 1000, "id_too_long", "too long", b"h", 7)]
+    run = Run().go(items)
+    assert [r.reason for r in run.index.rejects] == ["empty_text", "nul_byte", "id_too_long"]
+    assert run.index.rejects[2].position == 7
+    assert len(run.index.rejects[2].record_id) <= 200
+    assert run.engine.starts == [(0, False)]
+    run.assert_all_is_given_back()
+
+
+@pytest.mark.parametrize("value", [None, 7, ["x"], b"x"])
+def test_values_of_the_wrong_type_are_rejected_and_not_raised(value: Any) -> None:
+    items = [Record("E", "r1", value), Record("E", value, "text"), Record(value, "r1", "text"), record(2, "fine")]
+    run = Run().go(items)
+    assert [r.reason for r in run.index.rejects] == ["wrong_type"] * 3
+    assert run.index.contents() == {("E", "r2"): "fine"}
+
+
+def test_a_text_too_long_for_the_table_is_cut_on_its_way() -> None:
+    run = Run(shape=SlabShape(4, 4, DIMENSIONS)).go([record(1, "é" * MAX_CONTENT_BYTES)])
+    assert run.index.contents() == {("E", "r1"): "é" * (MAX_CONTENT_BYTES // 2)}
+    assert run.counts.truncated == 1
+
+
+def test_what_was_known_of_a_row_travels_with_it() -> None:
+    index = index_of({("E", "r1"): ("old", FINGERPRINT)})
+    moment = datetime(2024, 5, 1, 12, 0, 0, 123, tzinfo=timezone(timedelta(hours=2)))
+    run = Run(index)
+    run.go([Record("E", "r1", "new", moment), Record("E", "r2", "new two")])
+    slots = run.engine.slab.slots
+    rows = {raw[1]: (s, i) for s in slots for i, raw in enumerate(s.raw_rows())}
+    slot, i = rows[b"r1"]
+    assert (slot.known[i], slot.stamp[i]) == (1, 1)
+    assert slot.source[i] == int((moment - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(microseconds=1))
+    slot, i = rows[b"r2"]
+    assert (slot.known[i], slot.stamp[i], slot.source[i]) == (0, NO_STAMP, NO_STAMP)
+
+
+@given(st.datetimes(timezones=st.one_of(st.none(), st.just(UTC), st.just(timezone(timedelta(hours=-11))))))
+def test_a_moment_becomes_exact_microseconds(moment: datetime) -> None:
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    value = module._microseconds(moment)
+    assert datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=value) == aware
+    assert module._microseconds(None) == NO_STAMP
+
+
+# -- ending early ------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_by_the_database_over_the_limit_loses_no_other_answer() -> None:
+    # The answer with the refusal and a filled slot come in one poll.
+    run = one_row_shards(lambda possible: possible, max_rejects=RejectLimit(count=0, share=None))
+    order: list[str] = []
+
+    def choose(possible: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        writes = [p for p in possible if p[0] == "write"]
+        embeds = [p for p in possible if p[0] == "embed"]
+        if not order:
+            order.append("first embed")
+            return embeds[:1]
+        return [*writes, *embeds] if writes else []
+
+    run.engine.choose = choose
+    with_eager = pytest.MonkeyPatch()
+    with_small_thresholds(with_eager, eager=True)
+    with pytest.raises(RejectLimitError):
+        run.go([record(1, f"the longest {REFUSED}"), record(2, "short")], page=2)
+    with_eager.undo()
+    assert run.index.contents() == {("E", "r2"): "short"}
+    assert not run.pipeline._embedding()
+
+
+def test_a_share_is_judged_when_all_is_done_also_for_what_the_model_cannot_embed() -> None:
+    items = [record(n, f"{BAD} {n}") for n in range(20)] + [record(n, f"text {n}") for n in range(20, 40)]
+    run = Run(max_rejects=RejectLimit(share=0.01))
+    with pytest.raises(RejectLimitError, match=r"20 of 40 records were rejected; --max-rejects allows 1%"):
+        run.go(items, page=100)
+    assert len(run.index.rows) == 20
+    assert len(run.index.rejects) == 20
+
+
+def test_one_bad_record_in_a_small_table_is_no_reason_to_stop() -> None:
+    run = Run(max_rejects=RejectLimit(share=0.01)).go([record(1, ""), record(2, "fine")])
+    assert run.counts.rejected == 1
+    assert run.index.contents() == {("E", "r2"): "fine"}
+
+
+def test_a_worker_that_never_answers_is_given_up_when_the_run_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def monotonic() -> float:
+        return now
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=monotonic))
+    polls = 0
+    run = one_row_shards(lambda possible: [p for p in possible if p != ("embed", 0)], should_stop=lambda: polls > 3)
+
+    def pass_time() -> None:
+        nonlocal now, polls
+        polls += 1
+        now += 0.2
+
+    run.engine.before_poll = pass_time
+    monkeypatch.setattr(module, "MAX_WAIT_SECONDS", 5.0)
+    with pytest.raises(Stop):
+        run.go([record(n, f"text {n}" + "!" * (9 - n)) for n in range(6)], page=6)
+    assert ("E", "r0") not in run.index.rows
+    assert ("E", "r1") in run.index.rows
+    assert now < 30
+
+
+def test_a_stop_before_anything_was_read_is_a_stop() -> None:
+    run = Run(should_stop=lambda: True)
+    with pytest.raises(Stop):
+        run.go([record(1, "text")])
+    assert run.index.rows == {}
+
+
+def test_notes_reach_the_user_and_the_receipt() -> None:
+    shown: list[str] = []
+    run = Run(on_note=shown.append)
+    run.engine.notes = ["worker-1 was replaced"]
+    run.go([record(1, "text")])
+    assert run.pipeline.warnings == shown == ["worker-1 was replaced"]
+
+
+def test_tokens_bytes_and_seconds_are_added_up() -> None:
+    run = Run(on_progress=lambda counts: None).go([record(n, f"text {n}") for n in range(10)])
+    c = run.counts
+    assert (c.tokens, c.padded_tokens, c.bytes_written) == (30, 40, 100)
+    flushes = [r for r in run.engine.requests if isinstance(r, Flush)]
+    assert c.flushes == len(flushes)
+    assert c.write_seconds == pytest.approx(0.01 * len(flushes))
+    assert c.embed_seconds > 0
+    assert run.phases == {"embed"}
+
+
+def test_engine_is_told_how_many_rows_wait_and_whether_more_may_come() -> None:
+    assert Run().go([record(n, f"text {n}") for n in range(7)]).engine.starts == [(7, False)]
+    run = Run()
+    run.pipeline._window_goal = 10
+    assert run.go([record(n, f"text {n % 8}") for n in range(30)]).engine.starts == [(10, True)]
+
+
+# -- the vector index --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("to_write", "rows_after", "defer"),
+    [
+        (DEFER_FLOOR, DEFER_FLOOR, True),
+        (DEFER_FLOOR - 1, DEFER_FLOOR - 1, False),
+        (1000, 4000, True),
+        (999, 4000, False),
+        (0, 0, False),
+        (30_000, 30_000, True),
+        (10, 1_000_000, False),
+    ],
+)
+def test_index_is_dropped_from_a_quarter_of_the_rows(to_write: int, rows_after: int, defer: bool) -> None:
+    assert should_defer(to_write, rows_after) is defer
+
+
+def with_vector_index(stored: int, **options: Any) -> Run:
+    """A run into an index of so many rows that nobody reads here, and that has a vector index."""
+    index = Index(run=2, has_vector_index=True)
+    for n in range(stored):
+        index.write(("Other", f"o{n}"), "other", FINGERPRINT, 1)
+    return Run(index, shape=SlabShape(8, 64, DIMENSIONS, 8192), unique_keys=True, **options)
+
+
+def kinds(run: Run) -> list[str]:
+    return [type(r).__name__ for r in run.engine.requests]
+
+
+def test_a_first_load_drops_the_index_before_the_first_flush_and_builds_it_at_the_end() -> None:
+    run = with_vector_index(0, estimate=1000).go([record(n, f"text {n}") for n in range(1000)], page=100)
+    run.engine.finish_outcome = "built ix_kdb_search_vector"
+    run.pipeline.finish(())
+    assert kinds(run)[:2] == ["PrepareIndex", "Flush"]
+    assert kinds(run).count("PrepareIndex") == 1
+    assert run.engine.requests[0] == PrepareIndex(True)
+    assert run.engine.requests[-1] == Finish((), True)
+    text = run.pipeline.index_text
+    assert text.startswith("deferred: about 1000 of 1000 rows change, a quarter or more")
+    assert text.endswith("; built ix_kdb_search_vector")
+    assert len(run.index.rows) == 1000
+
+
+def test_a_small_change_of_a_large_index_keeps_it() -> None:
+    run = with_vector_index(5000, estimate=300).go([record(n, f"text {n}") for n in range(300)], page=50)
+    run.pipeline.finish(())
+    assert "PrepareIndex" not in kinds(run)
+    assert run.pipeline.index_text == "kept: about 300 of 5000 rows change, under a quarter"
+
+
+def test_a_handful_of_rows_keeps_the_index_whatever_their_share() -> None:
+    run = with_vector_index(0, estimate=50).go([record(n, f"text {n}") for n in range(50)])
+    assert "PrepareIndex" not in kinds(run)
+    assert run.pipeline.index_text == "kept: only about 50 rows change"
+
+
+def test_unchanged_records_do_not_count_as_rows_to_write() -> None:
+    run = with_vector_index(0, estimate=1000)
+    for n in range(900):
+        run.index.write(("E", f"r{n}"), f"text {n}", FINGERPRINT, 1)
+    run.go([record(n, f"text {n}") for n in range(1000)], page=1000)
+    assert run.counts.unchanged == 900
+    assert "PrepareIndex" not in kinds(run)
+    assert run.pipeline.index_text == "kept: only about 100 rows change"
+
+
+def test_an_estimate_that_was_too_low_is_corrected_on_the_way() -> None:
+    run = with_vector_index(600, estimate=10)
+    run.pipeline._window_goal = 64
+    run.go([record(n, f"text {n}") for n in range(2000)], page=64)
+    assert kinds(run)[0] == "Flush"
+    assert kinds(run).count("PrepareIndex") == 1
+    assert run.pipeline.index_text.startswith("deferred: ")
+
+
+def test_a_store_without_a_vector_index_is_never_asked_to_drop_it() -> None:
+    run = with_vector_index(0, estimate=1000)
+    run.index.has_vector_index = False
+    run.go([record(n, f"text {n}") for n in range(1000)], page=100)
+    assert set(kinds(run)) == {"Flush"}
+    assert run.pipeline.index_text == ""
+
+
+def test_an_index_that_could_not_be_dropped_is_told() -> None:
+    run = with_vector_index(0, estimate=1000)
+    run.engine.prepare_outcome = "kept: this role does not own kdb_search, so it cannot drop and rebuild the index"
+    run.go([record(n, f"text {n}") for n in range(1000)], page=100)
+    run.pipeline.finish(())
+    assert kinds(run).count("PrepareIndex") == 1
+    assert run.pipeline.index_text == run.engine.prepare_outcome
+    assert len(run.index.rows) == 1000
+
+
+def test_a_run_that_is_being_stopped_does_not_drop_the_index() -> None:
+    run = with_vector_index(0, estimate=1000)
+    run.pipeline._should_stop = lambda: bool(run.engine.delivered)
+    run.pipeline._window_goal = 500
+    with pytest.raises(Stop):
+        run.go([record(n, f"text {n}") for n in range(1000)], page=100)
+    assert run.index.rows, "what was embedded is written"
+    assert set(kinds(run)) == {"Flush"}
+
+
+def test_finish_prunes_counts_and_collects_what_the_server_said() -> None:
+    run = Run().go([record(1, "text")])
+    run.engine.finish_outcome = "built ix_kdb_search_fts"
+    run.pipeline.finish(("E", "F"))
+    assert run.engine.requests[-1] == Finish(("E", "F"), True)
+    assert run.counts.deleted == 2
+    assert run.counts.index_seconds == 0.5
+    assert run.pipeline.warnings == ["said at the end"]
+    assert run.pipeline.index_text == "built ix_kdb_search_fts"
+    assert run.phases == {"embed", "index"}
+
+
+def test_finish_of_an_unchanged_index_still_looks_after_the_index() -> None:
+    run = Run(index_of({("E", "r1"): ("one", FINGERPRINT)})).go([record(1, "one")])
+    run.pipeline.finish(())
+    assert run.engine.starts == [(0, False)]
+    assert run.engine.requests == [Finish((), True)]
+    assert run.pipeline.index_text == "kept"
+
+
+def test_finish_with_nothing_to_do_starts_nothing() -> None:
+    run = Run().go([])
+    run.pipeline.finish((), build_index=False)
+    assert run.engine.starts == []
+
+
+# -- limited -----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 5), max_size=8), st.one_of(st.none(), st.integers(0, 30)))
+@example([3, 3], 3)
+def test_limited_gives_the_first_records_and_reads_no_page_too_many(sizes: list[int], limit: int | None) -> None:
+    numbers = iter(range(1000))
+    made = [[record(next(numbers), "t") for _ in range(size)] for size in sizes]
+    opened = 0
+
+    def source() -> Iterator[list[Item]]:
+        nonlocal opened
+        for page in made:
+            opened += 1
+            yield list(page)
+
+    got = [item for page in limited(source(), limit) for item in page]
+    everything = [item for page in made for item in page]
+    assert got == (everything if limit is None else everything[:limit])
+    if limit and sum(sizes) >= limit:
+        assert opened == next(n for n in range(1, len(sizes) + 1) if sum(sizes[:n]) >= limit)
+
+
+def test_the_codes_of_the_fake_are_those_of_the_worker() -> None:
+    assert ROW_NOT_FINITE != ROW_NOT_ENCODABLE
