@@ -92,6 +92,7 @@ class Sampler:
         done = threading.Event()
 
         def loop() -> None:
+            self.take()
             while not done.wait(self._seconds):
                 self.take()
 

@@ -18,14 +18,15 @@ OVER_FASTEMBED, OVER_KAMELEONDB = 1.8, 2.0
 def run(options: Options) -> Result:
     """Measure the part."""
     with session(options) as s:
-        docs = s.dataset("docs", options.size(RECORDS, 300))
+        docs = s.dataset("docs", options.size(RECORDS, 220))
         long = s.dataset("long", options.size(LONG, 8))
-        sample = options.size(SAMPLE, 30)
+        sample, sample_batches = options.size(SAMPLE, 20), options.size(RECORDS, 24)
         database = {"conninfo": s.conninfo}
         outcomes = alternate(
             [
                 Contender("kdb-fast, whole job", "reindex", {**docs.params(), **database}, ours=True),
-                Contender("FastEmbed default, embedding only", "fastembed", docs.params()),
+                Contender("FastEmbed default, embedding only", "fastembed",
+                          docs.params(sample_batches)),
                 Contender("KameleonDB's way, one at a time", "kameleondb_way", {**docs.params(sample), **database},
                           f"sample of {min(sample, docs.records):,}"),
             ],

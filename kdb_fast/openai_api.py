@@ -145,12 +145,12 @@ class EmbeddingsAPI:
             headers["OpenAI-Organization"] = _checked_header("organization", organization)
         # A closure, so that no attribute of this object shows the key.
         self._redact: Callable[[str], str] = lambda text: _redacted(text, api_key)
-        # One client for each request in flight. Threads that share a client's connection pool may find their
-        # connection closed by another one (httpcore issue 1110, open in 1.0.9): seen here as texts that were sent,
-        # and paid for, twice, and as requests that hung until their timeout.
         secure = self.base_url.startswith("https:")
         # Reading the certificates takes 50 ms. Without any, nothing is trusted.
         verify = httpx.create_ssl_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        # One client for each request in flight. Threads that share a client's connection pool may find their
+        # connection closed by another one (httpcore issue 1110, open in 1.0.9): seen here as texts that were sent,
+        # and paid for, twice, and as requests that hung until their timeout.
         self._clients: queue.LifoQueue[httpx.Client] = queue.LifoQueue()
         for _ in range(concurrency):
             self._clients.put(

@@ -39,6 +39,12 @@ SEEN_KEYS = 2_000_000
 """Keys of a file that are remembered to count superseded records exactly: at most about 200 MB. Beyond it
 the last record of a key still wins; only the split between stored and superseded is no longer exact."""
 
+NOTICE_ROWS = 20_000
+"""Rejects and deletions that are kept before they are written without waiting for vectors: about 5 MB."""
+
+IN_FLIGHT_STAMP = 1
+"""Version of a row that an earlier record of this run is about to write: no other program's row has it."""
+
 
 @dataclass
 class Counts:
@@ -146,6 +152,9 @@ class Pipeline:
         self._deletes: list[Key] = []
         self._sent_rejects = 0
         self._sequence = 0
+        # For keys that are in flight: how many records of each, and the newest that has a vector. A record is
+        # outdated only by one that can be stored: what the model cannot embed does not erase an earlier text.
+        self._in_flight: dict[Key, int] = {}
         self._latest: dict[Key, int] = {}
         self._seen: dict[int, str] = {}
         self._generation = 0
@@ -153,6 +162,7 @@ class Pipeline:
         self._deferred: bool | None = None
         self._finished: Finished | None = None
         self._rows_at_start: int | None = None
+        self._all_read = False
         self._stopping = False
 
     # -- the pass --------------------------------------------------------------------------------------
@@ -175,21 +185,29 @@ class Pipeline:
                     self._cut()
                     self._window_goal = min(WINDOW_ROWS, 2 * self._window_goal)
                 self._check_limits()
+                if len(self._rejects) + len(self._deletes) >= NOTICE_ROWS:
+                    self._ensure_engine(0, True)
                 self._pump(0)
                 while self._backlog():
                     self._pump(1.0)
             self._cut(last=True)
-            self._check_limits(finished=True)
+            self._all_read = True
+            self._check_limits()
             while self._unfinished():
                 self._pump(1.0, last=True)
-        except (Stop, RejectLimitError):
+        except Stop:
+            self.drain()
+            raise
+        except RejectLimitError:
+            # Its remedy names the list of rejects, so they must be there.
+            self._ensure_engine(0, False)
             self.drain()
             raise
 
     def drain(self) -> None:
         """Write what is embedded, forget what is not."""
         self._stopping = True
-        self._window, self._shards, self._waiters = [], deque(), {}
+        self._window, self._shards, self._waiters, self._waiting_rows = [], deque(), {}, 0
         if self.engine is None:
             return
         for slot in self.engine.cancel_embedding():
@@ -248,7 +266,7 @@ class Pipeline:
         for record, digest, sequence in fit:
             key = (record.entity, record.record_id)
             found = stored.get(key)
-            in_flight = not self._unique_keys and key in self._latest
+            in_flight = key in self._in_flight
             if (
                 found is not None
                 and not in_flight
@@ -260,22 +278,30 @@ class Pipeline:
                 self._final(key, "unchanged")
                 continue
             if not self._unique_keys:
-                self._latest[key] = sequence
-            row = Row(record, found is not None, found.stamp if found is not None else NO_STAMP)
+                self._in_flight[key] = self._in_flight.get(key, 0) + 1
+            if found is not None:
+                row = Row(record, True, found.stamp)
+            else:
+                # A row of this run will be there: merging at once is cheaper than a conflict.
+                row = Row(record, in_flight, IN_FLIGHT_STAMP if in_flight else NO_STAMP)
             self._place(row, sequence, digest)
         self._on_progress(counts)
 
     def _place(self, row: Row, sequence: int, digest: bytes) -> None:
         """To the window, or beside an equal text whose vector is there or on its way."""
         if digest in self._cache:
-            self._reuse.append((row, sequence, digest))
-            self._cache.pin(digest)
+            self._take_from_cache(row, sequence, digest)
         elif digest in self._waiters:
             self._waiters[digest].append((row, sequence))
             self._waiting_rows += 1
         else:
             self._waiters[digest] = []
             self._window.append((row, sequence, digest))
+
+    def _take_from_cache(self, row: Row, sequence: int, digest: bytes) -> None:
+        self._reuse.append((row, sequence, digest))
+        self._cache.pin(digest)
+        self._has_vector(row, sequence)
 
     def _look_up(self, fit: list[tuple[Record, bytes, int]]) -> dict[Key, Stored]:
         if self._rows_at_start is None:
@@ -308,8 +334,10 @@ class Pipeline:
         if earlier is not None or len(self._seen) < SEEN_KEYS:
             self._seen[fingerprint] = kind
 
-    def _check_limits(self, finished: bool = False) -> None:
-        if self._max_rejects.exceeded(rejected=self.counts.rejected, read=self.counts.read, finished=finished):
+    def _check_limits(self) -> None:
+        if self._stopping:
+            return
+        if self._max_rejects.exceeded(rejected=self.counts.rejected, read=self.counts.read, finished=self._all_read):
             raise RejectLimitError(
                 f"{self.counts.rejected} of {self.counts.read} records were rejected; "
                 f"--max-rejects allows {self._max_rejects}.",
@@ -351,7 +379,8 @@ class Pipeline:
         return (
             len(self._shards) > 2 * max(1, self.engine.workers)
             or len(self._reuse) >= 4 * SHARD_ROWS
-            or (self._waiting_rows >= WINDOW_ROWS and self._embedding())
+            or (self._waiting_rows >= WINDOW_ROWS and bool(self._embedding() or self._shards))
+            or len(self._rejects) + len(self._deletes) >= 2 * NOTICE_ROWS
         )
 
     def _embedding(self) -> bool:
@@ -380,6 +409,8 @@ class Pipeline:
         for event in self.engine.poll(timeout if busy else 0.0):
             self._happened(event)
         self._on_progress(self.counts)
+        # Only now: an answer that came beside the one that went over the limit must not be lost.
+        self._check_limits()
 
     def _give_work(self, last: bool) -> None:
         assert self.engine is not None
@@ -430,7 +461,8 @@ class Pipeline:
         idle = not self._embedding() and not self._shards
         tight = len(self._free) < 2 * max(1, engine.workers)
         late = time.monotonic() - self._last_flush > MAX_WAIT_SECONDS
-        if not (waiting >= size.target or tight or late or (last and idle)):
+        many = len(self._rejects) + len(self._deletes) >= NOTICE_ROWS
+        if not (waiting >= size.target or tight or late or many or (last and (idle or self._stopping))):
             return
         if self._index_decision(engine):
             return
@@ -456,18 +488,20 @@ class Pipeline:
         codes = self.engine.slab.slots[number].code[: len(load.rows)].tolist()
         for i, row in enumerate(load.rows):
             key = (row.record.entity, row.record.record_id)
-            if not self._unique_keys and self._latest.get(key, load.sequences[i]) > load.sequences[i]:
-                load.skip.add(i)
-                self.counts.superseded += 1
-            elif codes[i]:
+            if codes[i]:
                 load.skip.add(i)
                 reason, detail = ROW_REASONS[codes[i]]
                 self._reject(Reject(*key, reason, detail, load.hashes[i], row.record.position))
-                self._forget(key, load.sequences[i])
+                self._forget(key)
+            elif self._latest.get(key, 0) > load.sequences[i]:
+                load.skip.add(i)
+                self.counts.superseded += 1
+                self._forget(key)
 
     def _index_decision(self, engine: Engine) -> bool:
         """Ask the writer to drop the vector index if most of the table will be written. True if it was asked."""
-        if self._deferred or not self._store.has_vector_index:
+        # A run that is being stopped will not be there to build it again.
+        if self._deferred or self._stopping or not self._store.has_vector_index:
             return False
         counts = self.counts
         to_write = counts.read - counts.unchanged - counts.rejected - counts.superseded
@@ -521,6 +555,8 @@ class Pipeline:
         codes = slot.code[: len(load.rows)]
         self._cache.put(load.hashes, slot.vectors[: len(load.rows)])
         for i, digest in enumerate(load.hashes):
+            if not codes[i]:
+                self._has_vector(load.rows[i], load.sequences[i])
             waiting = self._waiters.pop(digest, None)
             if not waiting:
                 continue
@@ -532,10 +568,9 @@ class Pipeline:
                     self._reject(
                         Reject(row.record.entity, row.record.record_id, reason, detail, digest, row.record.position)
                     )
-                    self._forget((row.record.entity, row.record.record_id), sequence)
+                    self._forget((row.record.entity, row.record.record_id))
                 else:
-                    self._cache.pin(digest)
-                    self._reuse.append((row, sequence, digest))
+                    self._take_from_cache(row, sequence, digest)
         if codes.any():
             for i in codes.nonzero()[0].tolist():
                 self._cache.drop(load.hashes[i])
@@ -565,18 +600,27 @@ class Pipeline:
                 else:
                     written += 1
                     self._final(key, kind)
-                self._forget(key, load.sequences[i])
+                self._forget(key)
             setattr(counts, kind, getattr(counts, kind) + written)
         self.flush_size.note(sum(load.size for load in self._writing.values()), event.seconds)
         for number in list(self._writing):
             self._release(number)
         self._writing = {}
-        if not self._stopping:
-            self._check_limits()
 
-    def _forget(self, key: Key, sequence: int) -> None:
-        if self._latest.get(key) == sequence:
-            del self._latest[key]
+    def _has_vector(self, row: Row, sequence: int) -> None:
+        """From now on older records of the same key are outdated."""
+        key = (row.record.entity, row.record.record_id)
+        if self._in_flight.get(key, 0) > 1:
+            self._latest[key] = max(sequence, self._latest.get(key, 0))
+
+    def _forget(self, key: Key) -> None:
+        """A record's fate is settled. What is known of its key is kept while an older one is on its way."""
+        if self._unique_keys:
+            return
+        self._in_flight[key] -= 1
+        if not self._in_flight[key]:
+            del self._in_flight[key]
+            self._latest.pop(key, None)
 
     def _release(self, number: int) -> None:
         self._loads.pop(number, None)

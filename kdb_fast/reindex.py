@@ -19,6 +19,7 @@ from .plan import INLINE_ROWS, Plan, inline_shape, make_plan
 from .progress import Progress, Silent
 from .resources import peak_rss_bytes
 from .settings import ReindexOptions
+from .slab import ROW_REASONS, ROW_WORKER_DIED
 from .sources.base import Source
 from .stores import open_store
 from .stores.base import RunSpec, Store
@@ -152,7 +153,7 @@ class _Run:
         options, model = self.options, self.model
         plan = make_plan(workers=options.workers, dimensions=model.dimensions, model_bytes=model.size_bytes)
         spec = EncoderSpec(model, options.batch_size, plan.token_budget)
-        if not more and rows <= INLINE_ROWS and options.workers is None:
+        if not more and rows <= INLINE_ROWS and options.workers is None and not self._has_deadly_text():
             self.engine = InlineEngine(inline_shape(model.dimensions), spec, self.store, self.run)
         else:
             from .supervisor import ProcessEngine
@@ -162,6 +163,11 @@ class _Run:
             self.engine = ProcessEngine(plan.shape, spec, self.address, self.run, workers=plan.workers, cpus=plan.cpus)
         self.start_seconds = time.monotonic() - began
         return self.engine
+
+    def _has_deadly_text(self) -> bool:
+        """Whether a text has ended its process in an earlier run: it must not end this one."""
+        reason, _ = ROW_REASONS[ROW_WORKER_DIED]
+        return any(reject["reason"] == reason for reject in self.store.rejects())
 
     def _beat(self, phase: str) -> None:
         if time.monotonic() - self.last_beat >= HEARTBEAT_SECONDS:

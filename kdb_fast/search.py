@@ -294,7 +294,7 @@ class SessionBatch:
 
     def index_record(self, entity_name: str, record_id: str, content: str) -> None:
         """Queue a record for the session's commit. Raises RecordError for one that cannot be stored."""
-        self._operations.append(check(Put(Record(entity_name, record_id, content))))
+        self._queue(check(Put(Record(entity_name, record_id, content))))
 
     def index_records_batch(self, records: Iterable[tuple[str, str, str]]) -> None:
         """Queue records for the session's commit."""
@@ -303,7 +303,13 @@ class SessionBatch:
 
     def delete_record(self, entity_name: str, record_id: str) -> None:
         """Queue a deletion for the session's commit."""
-        self._operations.append(Delete(entity_name, record_id))
+        self._queue(Delete(entity_name, record_id))
+
+    def _queue(self, operation: Operation) -> None:
+        if not self._session.in_transaction():
+            # A rollback of a session that has not begun is no event, and would leave the queue as it is.
+            self._session.begin()
+        self._operations.append(operation)
 
     def __len__(self) -> int:
         return len(self._operations)

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class Reply:
         body: Sent as it is.
         cut: Close the connection after this many bytes of the body.
         hold: Wait for this before answering.
+        seconds: Take this long to answer.
     """
 
     status: int = 200
@@ -57,6 +59,7 @@ class Reply:
     body: bytes | None = None
     cut: int | None = None
     hold: threading.Event | None = None
+    seconds: float = 0.0
 
 
 def hashed(texts: Sequence[str], dimensions: int = 64) -> Matrix:
@@ -138,6 +141,7 @@ class OpenAIServer:
                 self.barrier.wait(PATIENCE)
             if reply.hold:
                 reply.hold.wait(PATIENCE)
+            time.sleep(reply.seconds)
             body = json.loads(content)
             texts = body["input"]
             status, answer = self._answer(path, headers, body, texts, reply)

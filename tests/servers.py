@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from kdb_fast.database import DatabaseAddress, connect_sqlite
 from kdb_fast.records import Record, Reject
@@ -127,6 +128,16 @@ def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
             return result
         assert time.monotonic() < deadline, f"did not happen within {seconds} s"
         time.sleep(0.02)
+
+
+def engine_processes() -> list[psutil.Process]:
+    """Worker and writer processes that were started by this process and are still there."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "spawn_main" in " ".join(process.cmdline()) or process.status() == psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 class IndexRow(NamedTuple):

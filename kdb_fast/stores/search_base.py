@@ -92,6 +92,7 @@ class SearchReader(ABC):
     """
 
     dialect: ClassVar[str]
+    join: ClassVar[str] = "JOIN"
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
@@ -163,7 +164,7 @@ class SearchReader(ABC):
                 )
                 queries.append(
                     f"SELECT {columns} FROM {quoted(place.table, self.dialect)} r "  # noqa: S608
-                    f"JOIN {TABLE} s ON s.record_id = r.id AND s.entity_name = {params(definition.entity)} "
+                    f"{self.join} {TABLE} s ON s.record_id = r.id AND s.entity_name = {params(definition.entity)} "
                     f"WHERE s.embedding IS NOT NULL AND {self._matching(definition, place, scope, params)}"
                     f"{self._owned(definition, place, params)}{absent}"
                 )

@@ -228,6 +228,7 @@ def test_several_requests_are_in_flight(server: OpenAIServer, build: Build) -> N
 
 
 def test_no_more_requests_are_in_flight_than_allowed_whoever_asks(server: OpenAIServer, build: Build) -> None:
+    server.always = Reply(seconds=0.01)
     provider = build(concurrency=2, max_inputs=1)
     texts = [f"text {i}" for i in range(8)]
     threads = [threading.Thread(target=provider.embed_batch, args=(texts,)) for _ in range(3)]
@@ -243,6 +244,18 @@ def test_first_error_ends_all_requests(server: OpenAIServer, build: Build) -> No
     error = error_of(build(api_key="sk-wrong", max_inputs=1, concurrency=2), [f"text {i}" for i in range(200)])
     assert isinstance(error, ProviderKeyError)
     assert len(server.seen) < 200
+
+
+def test_first_error_wakes_those_that_wait(server: OpenAIServer) -> None:
+    server.barrier = threading.Barrier(2)
+    server.script.extend([rate_limited(retry_after="300"), Reply(401)])
+    with OpenAIProvider(api_key=KEY, base_url=server.url, max_inputs=1) as provider:  # this one really waits
+        assert isinstance(error_of(provider, ["one", "two"]), ProviderKeyError)
+    waiting = [thread for thread in threading.enumerate() if thread.name.startswith("kdb-fast-openai")]
+    for thread in waiting:
+        thread.join(20)
+    assert not [thread for thread in waiting if thread.is_alive()]
+    assert len(server.seen) == 2
 
 
 # --- waiting and trying again ---
@@ -383,8 +396,10 @@ def test_exit_codes_tell_a_refused_key_from_a_server_that_is_down(server: OpenAI
 def test_key_is_nowhere_to_be_seen(server: OpenAIServer, build: Build, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     wrong = "sk-proj-Wrong9876543210zyxwvu"
+    other = "anotherKindOfKey0123"
     shown: list[str] = []
     for key, prepare in [
+        (other, Reply(400, {"message": f"{other} may not do this"})),
         (wrong, None),
         (KEY, Reply(400, {"message": f"{KEY} may not do this"})),
         (KEY, Reply(403, {"message": KEY, "code": KEY + " "})),
@@ -400,7 +415,7 @@ def test_key_is_nowhere_to_be_seen(server: OpenAIServer, build: Build, caplog: p
         shown.append("".join(traceback.format_exception(error)))
     assert caplog.records
     shown += [record.getMessage() for record in caplog.records]
-    assert not [text for text in shown if KEY in text or wrong in text or "Wrong9876" in text]
+    assert not [text for text in shown if KEY in text or other in text or "Wrong9876" in text]
 
 
 # --- refused inputs ---

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from servers import ListSource, Oracle, eventually, execute, index_rows, mixed_texts, records_of
+from servers import ListSource, Oracle, engine_processes, eventually, execute, index_rows, mixed_texts, records_of
 
 from kdb_fast import engine as engine_module
 from kdb_fast import flushing
@@ -71,13 +71,8 @@ def run(
     receipt = reindex(address, lambda: opened, ReindexOptions(**options), progress)
     assert receipt["read"] == sum(receipt[part] for part in PARTS)
     assert receipt["state"] == "done"
-    assert children() == []
+    assert engine_processes() == []
     return receipt
-
-
-def children() -> list[psutil.Process]:
-    """Processes that an engine started in this one."""
-    return [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
 
 
 def numbers(receipt: Receipt) -> dict[str, int]:
@@ -443,7 +438,7 @@ def start_engine(database: DatabaseAddress, minilm: Model) -> Iterator[Callable[
     yield start
     for engine in engines:
         engine.close(kill=True)
-    assert children() == []
+    assert engine_processes() == []
 
 
 SECRETS = {

@@ -1,0 +1,100 @@
+"""The encoder alone: N pinned processes that embed shards as the workers do."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import psutil
+
+from kdb_fast.encoder import TOKEN_BUDGET, Encoder, EncoderSpec
+from kdb_fast.models import Model, resolve
+from kdb_fast.records import Record
+from kdb_fast.resources import cpu_list
+from kdb_fast.settings import DEFAULT_BATCH_SIZE, DEFAULT_MODEL
+from kdb_fast.sharding import WINDOW_ROWS, cut_shards
+from kdb_fast.slab import BLOB_BYTES, Row
+
+from .. import data
+from ..measure import Sampler
+
+
+def encode(params: dict[str, Any]) -> dict[str, Any]:
+    """Embed a data set with one encoder on each CPU; the clock runs while all of them work.
+
+    Shards are cut as the pipeline cuts them and dealt out in turn.
+    """
+    model = resolve(DEFAULT_MODEL)
+    cpus = (cpu_list() or list(range(os.cpu_count() or 1)))[: params.get("workers") or None]
+    spec = EncoderSpec(model, params.get("batch_size", DEFAULT_BATCH_SIZE), params.get("token_budget", TOKEN_BUDGET))
+    shards = _shards(params, model)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    context = multiprocessing.get_context("spawn")
+    children = []
+    for number, cpu in enumerate(cpus):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_child, args=(theirs, spec, cpu, shards[number :: len(cpus)]), daemon=True)
+        process.start()
+        theirs.close()
+        children.append((process, ours))
+    for _, pipe in children:
+        pipe.recv()  # loaded and warm
+    sampler = Sampler(lambda: {str(process.pid): int(process.pid or 0) for process, _ in children}, 0.2)
+    with sampler.running():
+        started = time.perf_counter()
+        for _, pipe in children:
+            pipe.send("go")
+        reports = [pipe.recv() for _, pipe in children]
+        seconds = time.perf_counter() - started
+    sampler.take()
+    for process, pipe in children:
+        pipe.send("end")
+        process.join(10)
+    return {
+        "seconds": seconds,
+        "records": sum(r["records"] for r in reports),
+        "tokens": sum(r["tokens"] for r in reports),
+        "padded_tokens": sum(r["padded_tokens"] for r in reports),
+        "workers": len(cpus),
+        "worker_seconds": [r["seconds"] for r in reports],
+        "worker_pss_bytes": max(sampler.peaks.values()),
+        "worker_rss_bytes": max(r["rss"] for r in reports),
+    }
+
+
+def _shards(params: dict[str, Any], model: Model) -> list[list[str]]:
+    from kdb_fast.encoder import CHARS_PER_TOKEN
+
+    rows = [Row(Record("Bench", str(i), t)) for i, t in enumerate(data.read(params["data"], params["records"]))]
+    return [
+        [row.record.content for row in shard]
+        for start in range(0, len(rows), WINDOW_ROWS)
+        for shard in cut_shards(
+            rows[start : start + WINDOW_ROWS], blob_bytes=BLOB_BYTES, read_chars=model.max_tokens * CHARS_PER_TOKEN
+        )
+    ]
+
+
+def _child(pipe: Connection, spec: EncoderSpec, cpu: int, shards: list[list[str]]) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {cpu})
+    encoder = Encoder(spec)
+    encoder.self_test()
+    out = np.empty((max((len(s) for s in shards), default=1), encoder.dimensions), dtype=np.float32)
+    pipe.send("ready")
+    pipe.recv()
+    started = time.perf_counter()
+    tallies = [encoder.encode(shard, out[: len(shard)]) for shard in shards]
+    report = {
+        "seconds": time.perf_counter() - started,
+        "records": sum(map(len, shards)),
+        "tokens": sum(t.tokens for t in tallies),
+        "padded_tokens": sum(t.padded_tokens for t in tallies),
+        "rss": psutil.Process().memory_info().rss,
+    }
+    pipe.send(report)
+    pipe.recv()  # stay, so that the memory can be read

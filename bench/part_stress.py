@@ -1,0 +1,115 @@
+"""How long do 30,000 records take, with each system that people use and each precision of kdb-fast?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .chart import Bar
+from .measure import spread
+from .options import Options, say
+from .results import Result, Table
+from .runner import BenchError, Contender, Outcome, alternate, ran, raw, run_once
+from .session import DataSet, Session, session
+
+RECORDS = 30_000
+ONE_BY_ONE, BATCHED = 600, 3000
+"""Samples of the slow ones, in records: their rate does not rise with the number, and their index stays smaller."""
+
+PRECISIONS = ("fp32", "bf16", "int8")
+PROBE = 300
+
+
+def run(options: Options) -> Result:
+    """Measure the part."""
+    result = Result(
+        "stress",
+        "How many records a second end up in PostgreSQL, ready to search, for three kinds of record?",
+        caveats=[
+            "Every contender ends with the same table and all its indexes. Those marked as a sample embedded the first "
+            "records of the set (which is in random order); their smaller index favours them.",
+            "kdb-fast's time holds the start of its processes and the loading of the model; the others' does not.",
+            "A lower precision gives other vectors: see the table of precisions for how far they are from fp32.",
+            "`mixed` holds 30 % exact duplicates, which kdb-fast embeds once.",
+        ],
+    )
+    with session(options) as s:
+        precisions, fidelity = _precisions(s, result)
+        bars: list[Bar] = []
+        for name in ("contacts", "tickets", "mixed"):
+            data = s.dataset(name, options.size(RECORDS, 300))
+            result.data.append(data.line)
+            outcomes = alternate(_contenders(s, data, precisions), s.runs, s.reset)
+            result.tables.append(_table(data, outcomes))
+            result.raw[name] = raw(outcomes.values())
+            bars += [
+                Bar(f"{name}: {o.contender.label}", spread(o.rates), o.contender.ours)
+                for o in ran(outcomes)
+            ]
+            result.caveats += [
+                f"Not run: {o.contender.label}: {o.skipped}." for o in outcomes.values() if o.skipped and name == "contacts"
+            ]
+    result.tables.append(fidelity)
+    result.chart = ("Records a second, ready to search", "records/s", bars)
+    return result
+
+
+def _precisions(s: Session, result: Result) -> tuple[list[str], Table]:
+    """The precisions that this version really has, and how near each is to fp32."""
+    probe = s.dataset("tickets", PROBE if not s.options.quick else 210)
+    found: list[str] = []
+    rows: list[list[str]] = []
+    for precision in PRECISIONS:
+        s.reset()
+        params: dict[str, Any] = {**probe.params(), "conninfo": s.conninfo, "precision": precision}
+        try:
+            report = run_once("precision", params)
+        except BenchError as error:
+            report = {"skipped": f"{precision}: {str(error).splitlines()[-1]}"}
+        result.raw[f"precision {precision}"] = report
+        if "skipped" in report:
+            say(f"  skipped: {report['skipped']}")
+            result.caveats.append(f"Not run: {report['skipped']}.")
+            continue
+        found.append(precision)
+        rows.append([precision, f"{report['cosine_mean']:.6f}", f"{report['cosine_least']:.6f}"])
+    return found, Table(
+        f"Cosine with fp32, {probe.records} records", ("precision", "mean", "least"), rows
+    )
+
+
+def _contenders(s: Session, data: DataSet, precisions: list[str]) -> list[Contender]:
+    database = {"conninfo": s.conninfo}
+    one, batch = s.options.size(ONE_BY_ONE, 30), s.options.size(BATCHED, 40)
+    sample = f"sample of {min(batch, data.records):,}"
+    return [
+        *(
+            Contender(f"kdb-fast {p}", "reindex", {**data.params(), **database, "precision": p}, ours=True)
+            for p in precisions
+        ),
+        Contender("one embed() and one upsert a record", "kameleondb_way", {**data.params(one), **database},
+                  f"sample of {min(one, data.records):,}"),
+        Contender("FastEmbed + executemany", "fastembed_executemany", {**data.params(batch), **database}, sample),
+        Contender("FastEmbed parallel + COPY", "fastembed_parallel_copy", {**data.params(batch), **database}, sample),
+        Contender("sentence-transformers + COPY", "sentence_transformers", {**data.params(batch), **database}, sample),
+    ]  # fmt: skip
+
+
+def _table(data: DataSet, outcomes: dict[str, Outcome]) -> Table:
+    done = ran(outcomes)
+    base = next(o for o in done if o.contender.name == "kameleondb_way")
+    tokens = data.stats.read / data.records
+    rows = []
+    for o in done:
+        rate = spread(o.rates)
+        rows.append(
+            [
+                o.contender.label + (f" ({o.contender.note})" if o.contender.note else ""),
+                rate.text(0),
+                f"{rate.median * tokens:,.0f}",
+                f"{data.records / rate.median:,.0f} s",
+                o.ratio(base).text(2, "×"),
+                spread(b / 1e6 for b in o.values("peak_pss_bytes")).text(0),
+            ]
+        )
+    columns = ("contender", "records/s", "tokens/s", f"time of {data.records:,}", "ratio", "memory MB")
+    return Table(f"{data.name}: {tokens:.1f} tokens a record", columns, rows)

@@ -1,0 +1,420 @@
+"""Processes are killed, stopped and starved in the middle of runs; every record must end up stored once, and right."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import poison_worker
+import psutil
+import pytest
+from servers import (
+    ListSource,
+    Oracle,
+    engine_processes,
+    eventually,
+    execute,
+    index_rows,
+    mixed_texts,
+    records_of,
+)
+
+from kdb_fast import engine as engine_module
+from kdb_fast import flushing, plan, supervisor, worker
+from kdb_fast import reindex as reindex_module
+from kdb_fast.database import DatabaseAddress
+from kdb_fast.demo import sqlalchemy_url
+from kdb_fast.errors import ModelError, ResourceError
+from kdb_fast.models import Model
+from kdb_fast.progress import Silent
+from kdb_fast.records import Record, content_from_fields
+from kdb_fast.reindex import Receipt, reindex
+from kdb_fast.settings import ReindexOptions
+from kdb_fast.supervisor import ProcessEngine
+
+PARTS = ("stored", "unchanged", "reused", "superseded", "rejected")
+WORKERS = 2
+RECORDS = records_of(mixed_texts(120, longest=30))
+
+
+class Runs:
+    """Runs on one database, with a stub for the model unless ``real``, in shards of 8 rows and small flushes.
+
+    Attributes:
+        engines: The engines of the runs so far.
+        starts: Processes started so far, by name.
+        notes: What a person was told.
+    """
+
+    def __init__(self, address: DatabaseAddress, patch: pytest.MonkeyPatch, model: Model) -> None:
+        self.address = address
+        self.engines: list[ProcessEngine] = []
+        self.notes: list[str] = []
+        self.target: Callable[..., None] = poison_worker.run
+        self._patch = patch
+        patch.setattr(supervisor, "ProcessEngine", self._engine)
+        patch.setattr(reindex_module, "resolve", lambda name, path, report: model)
+        patch.setattr(engine_module, "Encoder", poison_worker.StubEncoder)
+        patch.setattr(plan, "SHARD_ROWS", 8)
+        patch.setattr(flushing, "FLOOR_BYTES", 40_000)
+        # A stopped process is noticed sooner, so that tests need not wait.
+        patch.setattr(supervisor, "STOPPED_SECONDS", 0.3)
+        patch.setattr(supervisor, "CHECK_SECONDS", 0.1)
+
+    def _engine(self, *args: Any, **options: Any) -> ProcessEngine:
+        engine = ProcessEngine(*args, worker_target=self.target, **options)
+        self.engines.append(engine)
+        return engine
+
+    def fault(self, fault: str, directory: Path | None) -> None:
+        """Children of the next runs have this fault; with a directory, only the first that meets it."""
+        self._patch.setenv("KDB_FAST_FAULT", fault)
+        if directory is not None:
+            self._patch.setenv("KDB_FAST_FAULT_DIR", str(directory))
+
+    def no_fault(self) -> None:
+        self._patch.delenv("KDB_FAST_FAULT", raising=False)
+        self._patch.delenv("KDB_FAST_FAULT_DIR", raising=False)
+
+    def run(
+        self,
+        records: Sequence[Record] = RECORDS,
+        *,
+        act: Callable[[ProcessEngine], bool] | None = None,
+        workers: int | None = WORKERS,
+    ) -> Receipt:
+        """One run; ``act`` is called with the engine again and again until it says that it is done."""
+        progress = Saboteur(self, act)
+        try:
+            receipt = reindex(self.address, lambda: ListSource(records), ReindexOptions(workers=workers), progress)
+        finally:
+            assert engine_processes() == []
+        assert progress.act is None, "nothing was sabotaged"
+        assert receipt["read"] == sum(receipt[part] for part in PARTS)
+        return receipt
+
+    def check(self, records: Sequence[Record] = RECORDS) -> None:
+        """The index holds exactly these records with their vectors, and another run finds nothing to do."""
+        self.no_fault()
+        rows = index_rows(self.address)
+        assert {key[1]: row.content for key, row in rows.items()} == {r.record_id: r.content for r in records}
+        for row in rows.values():
+            assert row.vector is not None
+            np.testing.assert_array_equal(row.vector, poison_worker.vector_of(row.content))
+        again = self.run(records, workers=None)
+        assert (again["unchanged"], again["stored"], again["flushes"]) == (len(records), 0, 0)
+
+
+class Saboteur(Silent):
+    """Does something to the processes of a run while it goes on, in the parent's own thread."""
+
+    def __init__(self, runs: Runs, act: Callable[[ProcessEngine], bool] | None) -> None:
+        self.runs, self.act = runs, act
+        self.before = len(runs.engines)
+
+    def update(self, counts: Any) -> None:
+        if self.act is not None and len(self.runs.engines) > self.before and self.act(self.runs.engines[-1]):
+            self.act = None
+
+    def note(self, text: str) -> None:
+        self.runs.notes.append(text)
+
+
+@pytest.fixture
+def runs(database: DatabaseAddress, monkeypatch: pytest.MonkeyPatch, minilm: Model) -> Iterator[Runs]:
+    yield Runs(database, monkeypatch, minilm)
+    assert engine_processes() == []
+
+
+def send(signum: signal.Signals, *children: Any) -> bool:
+    for child in children:
+        os.kill(child.process.pid, signum)
+    return bool(children)
+
+
+def busy(engine: ProcessEngine) -> list[Any]:
+    return [child for child in engine._workers if child.ready and child.tasks]
+
+
+def idle(engine: ProcessEngine) -> list[Any]:
+    """Workers that have nothing to do while another one is busy."""
+    return [child for child in engine._workers if child.ready and not child.tasks] if busy(engine) else []
+
+
+# -- workers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("runs")
+def test_busy_worker_killed_with_the_real_model(runs: Runs, oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs.target = worker.run
+    receipt = runs.run(act=lambda engine: send(signal.SIGKILL, *busy(engine)[:1]))
+    assert receipt["stored"] == len(RECORDS)
+    assert len(runs.notes) == 1
+    assert "died of SIGKILL; replaced, its shard is given out again" in runs.notes[0]
+    oracle.check(index_rows(runs.address), RECORDS)
+    assert runs.run(workers=None)["unchanged"] == len(RECORDS)
+
+
+def test_busy_worker_killed(runs: Runs) -> None:
+    receipt = runs.run(act=lambda engine: send(signal.SIGKILL, *busy(engine)[:1]))
+    assert receipt["stored"] == len(RECORDS)
+    assert len(receipt["warnings"]) == 1
+    runs.check()
+
+
+def test_idle_worker_killed(runs: Runs) -> None:
+    # The shortest text is embedded last: while one worker is slow the other one has nothing to do.
+    records = [*RECORDS, Record("Note", "last", poison_worker.SLOW)]
+    receipt = runs.run(records, act=lambda engine: send(signal.SIGKILL, *idle(engine)[:1]))
+    assert receipt["stored"] == len(records)
+    assert "died of SIGKILL" in runs.notes[0]
+    runs.check(records)
+
+
+def test_all_workers_killed(runs: Runs) -> None:
+    def all_of_them(engine: ProcessEngine) -> bool:
+        return len(busy(engine)) == WORKERS and send(signal.SIGKILL, *engine._workers)
+
+    receipt = runs.run(act=all_of_them)
+    assert receipt["stored"] == len(RECORDS)
+    assert len(runs.notes) == WORKERS
+    runs.check()
+
+
+def test_all_processes_killed(runs: Runs) -> None:
+    def all_of_them(engine: ProcessEngine) -> bool:
+        return bool(busy(engine)) and send(signal.SIGKILL, *engine._children())
+
+    receipt = runs.run(act=all_of_them)
+    assert receipt["stored"] == len(RECORDS)
+    assert len(runs.notes) == WORKERS + 1
+    runs.check()
+
+
+def test_stopped_worker_is_noticed_and_replaced(runs: Runs) -> None:
+    receipt = runs.run(act=lambda engine: send(signal.SIGSTOP, *busy(engine)[:1]))
+    assert receipt["stored"] == len(RECORDS)
+    assert "hangs; it is replaced" in runs.notes[0]
+    runs.check()
+
+
+def test_stopped_idle_worker_does_not_hold_up_the_end(runs: Runs) -> None:
+    records = [*RECORDS[:40], Record("Note", "last", poison_worker.SLOW)]
+    receipt = runs.run(records, act=lambda engine: send(signal.SIGSTOP, *idle(engine)[:1]))
+    assert receipt["stored"] == len(records)
+    assert runs.notes == []
+    runs.check(records)
+
+
+@pytest.mark.parametrize("action", ["kill", "raise"])
+@pytest.mark.parametrize(
+    "point", ["worker.ready", "worker.received", "worker.encode", "worker.encoded", "worker.answered"]
+)
+def test_worker_lost_at(runs: Runs, tmp_path: Path, point: str, action: str) -> None:
+    runs.fault(f"{point}:1:{action}", tmp_path)
+    receipt = runs.run()
+    assert (tmp_path / "fired").exists()
+    assert receipt["stored"] == len(RECORDS)
+    assert len(runs.notes) == 1
+    runs.check()
+
+
+def test_text_that_kills_its_worker_each_time_is_rejected_alone(runs: Runs) -> None:
+    records = [*RECORDS[:60], Record("Note", "poison", f"a {poison_worker.DEADLY} text"), *RECORDS[60:]]
+    receipt = runs.run(records)
+    assert (receipt["stored"], receipt["rejected"]) == (len(RECORDS), 1)
+    assert execute(runs.address, "SELECT record_id, reason FROM kdb_fast_rejects") == [("poison", "worker_died")]
+    assert "deadly" not in " ".join(runs.notes)
+    # 8, 8, 4, 2 rows, then alone three times.
+    assert len(runs.notes) <= 8
+    # The text is tried again by the next run, in a process of its own: nothing else would survive it.
+    again = runs.run(records, workers=None)
+    assert (again["unchanged"], again["rejected"]) == (len(RECORDS), 1)
+    runs.check()
+
+
+def test_several_deadly_texts_are_all_found(runs: Runs) -> None:
+    deadly = [Record("Note", f"poison{i}", f"{poison_worker.DEADLY} {i} {'x' * 10 * i}") for i in range(3)]
+    mixed = [*RECORDS[:40], *deadly, *RECORDS[40:80]]
+    runs_options = ReindexOptions(workers=WORKERS)
+    assert runs_options.max_rejects.share == 0.01
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdb_fast.settings.RejectLimit.exceeded", lambda self, **counts: False)
+        receipt = runs.run(mixed)
+    assert (receipt["stored"], receipt["rejected"]) == (80, 3)
+    rejects = execute(runs.address, "SELECT record_id FROM kdb_fast_rejects ORDER BY 1")
+    assert rejects == [("poison0",), ("poison1",), ("poison2",)]
+    runs.check(RECORDS[:80])
+
+
+def test_workers_that_all_die_at_start_end_the_run(runs: Runs) -> None:
+    runs.target = worker.run
+    runs.fault("worker.start:1:kill", None)
+    started = []
+    start_worker = ProcessEngine._start_worker
+
+    def count(engine: ProcessEngine, number: int) -> Any:
+        started.append(number)
+        return start_worker(engine, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProcessEngine, "_start_worker", count)
+        with pytest.raises(ResourceError, match="died 6 times in a row without finishing anything") as caught:
+            runs.run()
+    assert "died of SIGKILL" in caught.value.message
+    assert len(started) <= WORKERS + 6
+    assert caught.value.receipt["stored"] == 0  # type: ignore[attr-defined]
+    runs.no_fault()
+    runs.target = poison_worker.run
+    assert runs.run()["stored"] == len(RECORDS)
+    runs.check()
+
+
+def test_error_of_a_dead_worker_tells_what_it_last_wrote(runs: Runs) -> None:
+    runs.target = worker.run
+    runs.fault("worker.start:1:raise", None)
+    with pytest.raises(ResourceError, match=r"RuntimeError: fault at worker\.start"):
+        runs.run()
+
+
+def test_model_that_cannot_be_loaded_is_a_model_error(
+    runs: Runs, minilm: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, _ in minilm.files:
+        (tmp_path / name).symlink_to(minilm.path / name)
+    (tmp_path / minilm.model_file).unlink()
+    (tmp_path / minilm.model_file).write_bytes(b"not a model")
+    monkeypatch.setattr(reindex_module, "resolve", lambda name, path, report: replace(minilm, path=tmp_path))
+    runs.target = worker.run
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        runs.run()
+    assert index_rows(runs.address) == {}
+    assert execute(runs.address, "SELECT state FROM kdb_fast_runs") == [("failed",)]
+
+
+# -- the writer --------------------------------------------------------------------------------------------
+
+WRITER_POINTS = [
+    "writer.ready",
+    "writer.received",
+    "store.before_begin",
+    "store.after_copy",
+    "store.before_commit",
+    "store.after_commit",
+    "writer.answered",
+]
+
+
+@pytest.mark.parametrize("point", WRITER_POINTS)
+@pytest.mark.parametrize("hit", [1, 2])
+def test_writer_killed_at(runs: Runs, tmp_path: Path, point: str, hit: int) -> None:
+    if point == "writer.ready" and hit == 2:
+        pytest.skip("a writer is ready once")
+    runs.fault(f"{point}:{hit}:kill", tmp_path)
+    receipt = runs.run()
+    assert (tmp_path / "fired").exists()
+    assert receipt["stored"] == len(RECORDS)
+    assert receipt["superseded"] == 0
+    assert runs.notes
+    assert all("replaced, its flush is repeated" in note for note in runs.notes)
+    runs.check()
+
+
+@pytest.mark.parametrize("point", ["store.before_commit", "store.after_commit"])
+def test_writer_stopped_at(runs: Runs, tmp_path: Path, point: str) -> None:
+    runs.fault(f"{point}:1:hang", tmp_path)
+    receipt = runs.run()
+    assert receipt["stored"] == len(RECORDS)
+    assert "writer" in runs.notes[0]
+    assert "hangs" in runs.notes[0]
+    runs.check()
+
+
+@pytest.mark.parametrize("point", ["store.index_dropped", "store.index_build"])
+def test_writer_killed_while_it_changes_the_index(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    monkeypatch.setattr("kdb_fast.stores.pg_index.DEFER_FLOOR", 10)
+    runs.fault(f"{point}:1:kill", tmp_path)
+    receipt = runs.run()
+    assert (tmp_path / "fired").exists()
+    assert receipt["index"].startswith("deferred")
+    definitions = execute(runs.address, "SELECT indexname FROM pg_indexes WHERE tablename = 'kdb_search' ORDER BY 1")
+    assert {"ix_kdb_search_vector", "ix_kdb_search_fts"} <= {name for (name,) in definitions}
+    runs.check()
+
+
+def test_writer_that_dies_each_time_ends_the_run_and_the_next_one_finishes_it(runs: Runs) -> None:
+    runs.fault("store.before_commit:2:kill", None)
+    # Each writer commits once more before it dies, so the first flushes are safe; then make it die at once.
+    runs.fault("store.before_commit:1:kill", None)
+    with pytest.raises(ResourceError, match="The writer ended 3 times on the same work; the last one died of SIGKILL"):
+        runs.run()
+    assert index_rows(runs.address) == {}
+    runs.no_fault()
+    assert runs.run()["stored"] == len(RECORDS)
+    runs.check()
+
+
+def test_deaths_leak_no_files(runs: Runs) -> None:
+    def descriptors() -> int:
+        gc.collect()
+        return psutil.Process().num_fds()
+
+    def kill_all(engine: ProcessEngine) -> bool:
+        return len(busy(engine)) == WORKERS and send(signal.SIGKILL, *engine._children())
+
+    counts = []
+    for attempt in range(2):
+        records = [record._replace(content=f"{attempt} {record.content}") for record in RECORDS]
+        assert runs.run(records, act=kill_all)["stored"] == len(RECORDS)
+        runs.engines.clear()
+        counts.append(descriptors())
+    assert counts[1] <= counts[0]
+
+
+# -- the parent --------------------------------------------------------------------------------------------
+
+
+def test_killed_parent_takes_its_children_along_and_the_next_run_does_the_rest(
+    database: DatabaseAddress, oracle: Oracle, tmp_path: Path
+) -> None:
+    # One unknown word of 2,000 characters: two tokens for the model, but flushes fill soon.
+    texts = [f"{text} {'x' * 2000}" for text in mixed_texts(280, longest=30)]
+    lines = [json.dumps({"id": f"r{i}", "text": text}) for i, text in enumerate(texts)]
+    (tmp_path / "notes.jsonl").write_text("\n".join(lines))
+    records = [Record("Note", f"r{i}", content_from_fields([("text", text)])) for i, text in enumerate(texts)]
+    command = [sys.executable, "-m", "kdb_fast", "reindex", "--from", str(tmp_path / "notes.jsonl"), "--entity", "Note",
+               "--db", sqlalchemy_url(database), "--workers", "2", "--json", "--no-progress"]  # fmt: skip
+    environment = {**os.environ, "KDB_FAST_FAULT": "pipeline.flushed:1:kill"}
+    seen: set[psutil.Process] = set()
+    with open(tmp_path / "out", "wb") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+
+    def ended() -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            seen.update(psutil.Process(process.pid).children(recursive=True))
+        return process.poll() is not None
+
+    eventually(ended, 60)
+    assert process.returncode == -signal.SIGKILL, (tmp_path / "out").read_text()
+    assert len(seen) >= 3
+    eventually(lambda: not any(child.is_running() for child in seen), 10)
+    committed = len(index_rows(database))
+    assert 0 < committed < len(texts)
+    receipt = reindex(database, lambda: ListSource(records), ReindexOptions())
+    assert (receipt["unchanged"], receipt["stored"]) == (committed, len(texts) - committed)
+    oracle.check(index_rows(database), records)
+    states = execute(database, "SELECT state FROM kdb_fast_runs ORDER BY run")
+    assert states == [("abandoned",), ("done",)]
+    assert engine_processes() == []
