@@ -18,7 +18,9 @@ PARTS = ("demo", "stress", "embed", "engine", "scale", "store", "search")
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts; returns 1 if a requirement was not met (never with ``--quick``, which measures nothing)."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=f"{', '.join(PARTS)}; default all")
+    parser.add_argument(
+        "parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=f"{', '.join(PARTS)}; default all"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one run: a smoke test, not a measurement")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="runs of each contender (default 3)")
     parser.add_argument("--sweep", action="store_true", help="part embed: also try token budgets")

@@ -45,14 +45,10 @@ def draw(title: str, unit: str, bars: Sequence[Bar]) -> str:
         length = room * bar.value.median / most
         kind = "bar ours" if bar.ours else "bar"
         parts.append(f'<text x="{LABEL_WIDTH - 8}" y="{middle + 5}" text-anchor="end">{escape(bar.label)}</text>')
-        parts.append(
-            f'<rect class="{kind}" x="{LABEL_WIDTH}" y="{y}" width="{length:.1f}" height="{BAR}" rx="2"/>'
-        )
+        parts.append(f'<rect class="{kind}" x="{LABEL_WIDTH}" y="{y}" width="{length:.1f}" height="{BAR}" rx="2"/>')
         if bar.value.high > bar.value.low:
             low, high = (LABEL_WIDTH + room * v / most for v in (bar.value.low, bar.value.high))
-            parts.append(
-                f'<line class="range" x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>'
-            )
+            parts.append(f'<line class="range" x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>')
         end = LABEL_WIDTH + room * bar.value.high / most
         parts.append(f'<text x="{end + 6:.1f}" y="{middle + 5}">{figure(bar.value.median)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -107,7 +107,9 @@ def _role(rng: random.Random) -> str:
 def _address(rng: random.Random) -> str:
     first, last = rng.choice(words.FIRST_NAMES), rng.choice(words.LAST_NAMES)
     host = rng.choice(words.COMPANIES).lower().replace(" ", "")
-    return f"first_name: {first} | last_name: {last} | email: {first}.{last}@{host}.com".lower() + f" | role: {_role(rng)}"
+    return (
+        f"first_name: {first} | last_name: {last} | email: {first}.{last}@{host}.com".lower() + f" | role: {_role(rng)}"
+    )
 
 
 def _product(rng: random.Random) -> str:

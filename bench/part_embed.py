@@ -55,7 +55,9 @@ def run(options: Options) -> Result:
                     name,
                     ceiling.spread("gflops").text(0),
                     spread(encode.rates).text(0),
-                    spread(t / sec for t, sec in zip(encode.values("tokens"), encode.values("seconds"), strict=True)).text(0),
+                    spread(
+                        t / sec for t, sec in zip(encode.values("tokens"), encode.values("seconds"), strict=True)
+                    ).text(0),
                     share.text(1, " %"),
                     with_attention.text(1, " %"),
                     spread(100 * _padding(run) for run in encode.runs).text(2, " %"),

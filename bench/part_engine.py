@@ -29,7 +29,9 @@ def run(options: Options) -> Result:
         )
         replaced = alternate(
             [
-                Contender("kdb-fast, free encoder, all rows replaced", "replace", {**again.params(), **database}, ours=True),
+                Contender(
+                    "kdb-fast, free encoder, all rows replaced", "replace", {**again.params(), **database}, ours=True
+                ),
                 Contender("executemany upserts", "upsert_executemany", {**again.params(), **database}),
             ],
             s.runs,

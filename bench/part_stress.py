@@ -41,12 +41,11 @@ def run(options: Options) -> Result:
             outcomes = alternate(_contenders(s, data, precisions), s.runs, s.reset)
             result.tables.append(_table(data, outcomes))
             result.raw[name] = raw(outcomes.values())
-            bars += [
-                Bar(f"{name}: {o.contender.label}", spread(o.rates), o.contender.ours)
-                for o in ran(outcomes)
-            ]
+            bars += [Bar(f"{name}: {o.contender.label}", spread(o.rates), o.contender.ours) for o in ran(outcomes)]
             result.caveats += [
-                f"Not run: {o.contender.label}: {o.skipped}." for o in outcomes.values() if o.skipped and name == "contacts"
+                f"Not run: {o.contender.label}: {o.skipped}."
+                for o in outcomes.values()
+                if o.skipped and name == "contacts"
             ]
     result.tables.append(fidelity)
     result.chart = ("Records a second, ready to search", "records/s", bars)
@@ -72,9 +71,7 @@ def _precisions(s: Session, result: Result) -> tuple[list[str], Table]:
             continue
         found.append(precision)
         rows.append([precision, f"{report['cosine_mean']:.6f}", f"{report['cosine_least']:.6f}"])
-    return found, Table(
-        f"Cosine with fp32, {probe.records} records", ("precision", "mean", "least"), rows
-    )
+    return found, Table(f"Cosine with fp32, {probe.records} records", ("precision", "mean", "least"), rows)
 
 
 def _contenders(s: Session, data: DataSet, precisions: list[str]) -> list[Contender]:

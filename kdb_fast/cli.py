@@ -152,6 +152,13 @@ def cli() -> None:
 @click.option("--batch-size", default=DEFAULT_BATCH_SIZE, show_default=True, help="Most rows of one model run.")
 @click.option("--workers", type=int, help="Embedding processes. Default: one for each CPU this process may use.")
 @model_options
+@click.option(
+    "--provider",
+    type=click.Choice(["fastembed", "openai"]),
+    default="fastembed",
+    show_default=True,
+    help="What gives the vectors; openai needs OPENAI_API_KEY.",
+)
 @click.option("--force", is_flag=True, help="Embed every record, also the unchanged ones.")
 @click.option("--limit", type=int, help="Read at most so many records.")
 @click.option("--max-rejects", default="1%", show_default=True, metavar="N|P%", help="Stop when more are unfit.")
@@ -169,6 +176,7 @@ def reindex(
     workers: int | None,
     model: str,
     model_path: Path | None,
+    provider: str,
     force: bool,
     limit: int | None,
     max_rejects: str,
@@ -185,6 +193,7 @@ def reindex(
         entities=entities,
         model=model,
         model_path=model_path,
+        provider=provider,
         batch_size=batch_size,
         workers=workers,
         force=force,

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from . import __version__
@@ -13,12 +14,13 @@ from .database import DatabaseAddress
 from .encoder import CHARS_PER_TOKEN, EncoderSpec
 from .engine import Engine, InlineEngine
 from .errors import KdbFastError, StoppedError
-from .models import Model, resolve
+from .models import resolve
 from .pipeline import Counts, Pipeline, Stop
 from .plan import INLINE_ROWS, Plan, inline_shape, make_plan
 from .progress import Progress, Silent
+from .provider_base import EmbeddingProvider
 from .resources import peak_rss_bytes
-from .settings import ReindexOptions
+from .settings import DEFAULT_MODEL, ReindexOptions
 from .slab import ROW_REASONS, ROW_WORKER_DIED
 from .sources.base import Source
 from .stores import open_store
@@ -26,6 +28,9 @@ from .stores.base import RunSpec, Store
 from .stores.pg_runs import HEARTBEAT_SECONDS
 
 Receipt = dict[str, Any]
+
+PROVIDER_THREADS = 8
+"""Slots that are sent to a provider's API at the same time: its answers take tenths of a second, our part nothing."""
 
 
 def reindex(
@@ -59,15 +64,58 @@ def reindex(
         source = open_source()
         stack.callback(source.close)
         progress.step("loading the model")
-        model = resolve(options.model, options.model_path, report=progress.note)
-        store.prepare(model.dimensions)
+        embedding = find_embedding(options, progress)
+        stack.callback(embedding.close)
+        store.prepare(embedding.dimensions)
         run = store.begin_run(
-            fingerprint=model.fingerprint(options.precision),
-            model=model.name,
-            dimensions=model.dimensions,
+            fingerprint=embedding.fingerprint,
+            model=embedding.name,
+            dimensions=embedding.dimensions,
             wait=options.wait,
         )
-        return _Run(address, store, source, model, run, options, progress, stop, started).go()
+        return _Run(address, store, source, embedding, run, options, progress, stop, started).go()
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What gives the vectors of a run: a model on this machine (``spec``) or a provider's API (``provider``).
+
+    ``read_chars`` are the characters of a text beyond which it reads nothing.
+    """
+
+    name: str
+    dimensions: int
+    fingerprint: str
+    read_chars: int
+    spec: EncoderSpec | None = None
+    provider: EmbeddingProvider | None = None
+
+    def close(self) -> None:
+        """Close the provider's connections."""
+        if self.provider is not None:
+            self.provider.close()
+
+
+def find_embedding(options: ReindexOptions, progress: Progress) -> Embedding:
+    """The model or provider that the options name.
+
+    Raises:
+        ModelError: The model is not to be had, or unfit.
+        UsageError: The provider lacks a key or a package.
+    """
+    if options.provider == "fastembed":
+        model = resolve(options.model, options.model_path, report=progress.note)
+        spec = EncoderSpec(model, options.batch_size)
+        fingerprint = model.fingerprint(options.precision)
+        return Embedding(model.name, model.dimensions, fingerprint, model.max_tokens * CHARS_PER_TOKEN, spec)
+    from .providers import ProviderEncoder, get_provider, provider_fingerprint
+
+    given = {"model": options.model} if options.model != DEFAULT_MODEL else {}
+    provider = get_provider(options.provider, **given)
+    read_chars = ProviderEncoder(provider).max_tokens * 8
+    return Embedding(
+        provider.model_name, provider.dimensions, provider_fingerprint(provider), read_chars, provider=provider
+    )
 
 
 class _Run:
@@ -78,14 +126,14 @@ class _Run:
         address: DatabaseAddress,
         store: Store,
         source: Source,
-        model: Model,
+        embedding: Embedding,
         run: RunSpec,
         options: ReindexOptions,
         progress: Progress,
         stop: StopFlag,
         started: float,
     ) -> None:
-        self.address, self.store, self.source, self.model, self.run = address, store, source, model, run
+        self.address, self.store, self.source, self.embedding, self.run = address, store, source, embedding, run
         self.options, self.progress, self.stop, self.started = options, progress, stop, started
         self.plan: Plan | None = None
         self.engine: Engine | None = None
@@ -132,8 +180,8 @@ class _Run:
             store=self.store,
             start_engine=self._start_engine,
             fingerprint=self.run.fingerprint,
-            dimensions=self.model.dimensions,
-            read_chars=self.model.max_tokens * CHARS_PER_TOKEN,
+            dimensions=self.embedding.dimensions,
+            read_chars=self.embedding.read_chars,
             max_rejects=options.max_rejects,
             force=options.force,
             unique_keys=source.unique_keys,
@@ -150,11 +198,21 @@ class _Run:
 
     def _start_engine(self, rows: int, more: bool) -> Engine:
         began = time.monotonic()
-        options, model = self.options, self.model
-        plan = make_plan(workers=options.workers, dimensions=model.dimensions, model_bytes=model.size_bytes)
-        spec = EncoderSpec(model, options.batch_size, plan.token_budget)
-        if not more and rows <= INLINE_ROWS and options.workers is None and not self._has_deadly_text():
-            self.engine = InlineEngine(inline_shape(model.dimensions), spec, self.store, self.run)
+        options, embedding = self.options, self.embedding
+        if embedding.provider is not None:
+            from .provider_engine import ProviderEngine
+
+            threads = options.workers or PROVIDER_THREADS
+            self.plan = make_plan(workers=threads, dimensions=embedding.dimensions, model_bytes=0)
+            self.progress.plan(f"{threads} requests in flight; {self.plan.shape.slots} slots")
+            self.engine = ProviderEngine(self.plan.shape, embedding.provider, self.address, self.run, threads=threads)
+            self.start_seconds = time.monotonic() - began
+            return self.engine
+        spec = embedding.spec
+        assert spec is not None
+        plan = make_plan(workers=options.workers, dimensions=embedding.dimensions, model_bytes=spec.model.size_bytes)
+        if not more and rows <= INLINE_ROWS and options.workers is None:
+            self.engine = InlineEngine(inline_shape(embedding.dimensions), spec, self.store, self.run)
         else:
             from .supervisor import ProcessEngine
 

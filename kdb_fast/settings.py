@@ -10,8 +10,8 @@ from .errors import UsageError
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_BATCH_SIZE = 100
 """Default of ``--batch-size``: the specification's."""
-MAX_BATCH_SIZE = 1000
-"""FastEmbed's upper limit for ``--batch-size`` in the specification's table."""
+MAX_BATCH_SIZES = {"fastembed": 1000, "openai": 2048}
+"""Upper limit of ``--batch-size`` by provider: the specification's table."""
 MAX_WORKERS = 256
 
 
@@ -65,7 +65,8 @@ class ReindexOptions:
         entities: Names of the entities to index; empty means all.
         model: Name of the model.
         model_path: Directory of a model to use instead of looking ``model`` up.
-        batch_size: Most rows in one ONNX run (1 to 1,000). A cap: batches also obey a token budget.
+        batch_size: Most rows in one model run (1 to 1,000) or request (openai: to 2,048). A cap: batches also obey
+            a token budget.
         workers: Number of embedding processes; None means one for each CPU this process may use.
         force: Embed every record, also those whose text and model are unchanged.
         limit: Read at most this many records.
@@ -90,8 +91,9 @@ class ReindexOptions:
     provider: str = "fastembed"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.batch_size <= MAX_BATCH_SIZE:
-            raise UsageError(f"--batch-size is {self.batch_size}; expected 1 to {MAX_BATCH_SIZE}.")
+        most = MAX_BATCH_SIZES[self.provider]
+        if not 1 <= self.batch_size <= most:
+            raise UsageError(f"--batch-size is {self.batch_size}; expected 1 to {most:,} with {self.provider}.")
         if self.workers is not None and not 1 <= self.workers <= MAX_WORKERS:
             raise UsageError(f"--workers is {self.workers}; expected 1 to {MAX_WORKERS}.")
         if self.limit is not None and self.limit < 1:

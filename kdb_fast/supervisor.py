@@ -106,7 +106,7 @@ class ProcessEngine(Engine):
     def __init__(
         self,
         shape: SlabShape,
-        spec: EncoderSpec,
+        spec: EncoderSpec | None,
         address: DatabaseAddress | None,
         run: RunSpec,
         *,

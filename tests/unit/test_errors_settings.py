@@ -14,7 +14,7 @@ from kdb_fast.errors import KdbFastError, StoppedError, UsageError
 from kdb_fast.settings import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_MODEL,
-    MAX_BATCH_SIZE,
+    MAX_BATCH_SIZES,
     MAX_WORKERS,
     ReindexOptions,
     RejectLimit,
@@ -129,7 +129,7 @@ def test_default_options_are_the_specified_ones() -> None:
     ("option", "value"),
     [
         ("batch_size", 1),
-        ("batch_size", MAX_BATCH_SIZE),
+        ("batch_size", MAX_BATCH_SIZES["fastembed"]),
         ("workers", None),
         ("workers", 1),
         ("workers", MAX_WORKERS),
@@ -146,7 +146,7 @@ def test_options_at_their_bounds_are_taken(option: str, value: Any) -> None:
     ("option", "value", "name"),
     [
         ("batch_size", 0, "--batch-size"),
-        ("batch_size", MAX_BATCH_SIZE + 1, "--batch-size"),
+        ("batch_size", MAX_BATCH_SIZES["fastembed"] + 1, "--batch-size"),
         ("workers", 0, "--workers"),
         ("workers", MAX_WORKERS + 1, "--workers"),
         ("limit", 0, "--limit"),

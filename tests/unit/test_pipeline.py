@@ -651,6 +651,7 @@ def test_equals_of_a_text_that_cannot_be_embedded_are_rejected_with_it() -> None
 def test_texts_beyond_the_cache_are_embedded_again_and_rightly() -> None:
     run = Run(unique_keys=True)
     run.pipeline._cache = small_cache(8)
+    run.pipeline._window_goal = 16
     items = [record(n, f"text {n % 300}") for n in range(600)]
     run.go(items, page=10)
     assert set(run.engine.embedded.values()) == {2}
@@ -966,6 +967,7 @@ def test_unchanged_records_do_not_count_as_rows_to_write() -> None:
 def test_a_load_that_turns_out_large_on_the_way_drops_the_index_then(monkeypatch: pytest.MonkeyPatch) -> None:
     with_small_thresholds(monkeypatch, eager=True)
     run = with_vector_index(0, estimate=3000)
+    run.pipeline._window_goal = 16
     for n in range(1000):
         run.index.write(("E", f"r{n}"), f"text {n}" if n % 10 else "old", FINGERPRINT, 1)
     run.go([record(n, f"text {n}") for n in range(3000)], page=100)

@@ -1,0 +1,104 @@
+"""Do more workers help in proportion, and do more records cost more memory or more time each?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdb_fast.resources import usable_cpus
+
+from .chart import Bar
+from .measure import Spread, pairwise, spread
+from .options import Options
+from .results import Result, Table
+from .runner import Contender, Outcome, alternate, raw
+from .session import session
+
+BY_WORKERS = 3000
+FEW, MANY = 30_000, 300_000
+
+
+def worker_counts(cores: int) -> list[int]:
+    """1, 2, 4, … and the number of cores."""
+    return sorted({1, cores, *(2**n for n in range(1, 8) if 2**n < cores)})
+
+
+def run(options: Options) -> Result:
+    """Measure the part."""
+    with session(options) as s:
+        tickets = s.dataset("tickets", options.size(BY_WORKERS, 220))
+        few = s.dataset("contacts", options.size(FEW, 300))
+        many = s.dataset("contacts", options.size(MANY, 3000))
+        database: dict[str, Any] = {"conninfo": s.conninfo}
+        free = {**database, "free_encoder": True, "build_index": False}
+        workers = alternate(
+            [
+                Contender(f"{n} worker{'s' if n > 1 else ''}", "reindex", {**tickets.params(), **database, "workers": n},
+                          ours=True)
+                for n in worker_counts(usable_cpus())
+            ],
+            s.runs,
+            s.reset,
+        )  # fmt: skip
+        sizes = alternate(
+            [Contender(f"{d.records:,} records", "reindex", {**d.params(), **free}, ours=True) for d in (few, many)],
+            s.runs,
+            s.reset,
+        )
+    first = next(iter(workers.values()))
+    return Result(
+        "scale",
+        "Do more workers help in proportion, and do ten times as many records cost more memory, or more time each?",
+        [tickets.line, few.line, many.line],
+        [
+            "By workers: the whole job, index included, with the real encoder. Parent, writer and the database share the "
+            "cores with the workers, so as many workers as cores cannot give the full factor.",
+            "By records: with a free encoder and without the search indexes, so that only the pipeline counts; the "
+            "records are read from a file. Memory is the largest resident set (VmHWM) of each process; shared memory "
+            "counts in every process that has touched it.",
+        ],
+        [
+            Table(
+                "By workers",
+                ("workers", "records/s", "factor", "PSS of the largest worker, MB"),
+                [
+                    [label, spread(o.rates).text(0), o.ratio(first).text(2, "×"), _megabytes(o, "worker_pss_bytes")]
+                    for label, o in workers.items()
+                ],
+            ),
+            _sizes(list(sizes.values())),
+        ],
+        chart=("Whole job by number of workers", "records/s",
+               [Bar(label, spread(o.rates), True) for label, o in workers.items()]),
+        raw={"workers": raw(workers.values()), "sizes": raw(sizes.values())},
+    )  # fmt: skip
+
+
+def _sizes(outcomes: list[Outcome]) -> Table:
+    first = outcomes[0]
+    per_record = [[1e6 * run["seconds"] / run["records"] for run in o.runs] for o in outcomes]
+    return Table(
+        "By records",
+        ("records", "seconds", "µs a record", "against fewer", "parent MB", "writer MB", "one worker MB"),
+        [
+            [
+                o.contender.label,
+                o.spread("seconds").text(2),
+                spread(times).text(1),
+                pairwise(times, per_record[0]).text(2, "×") if o is not first else "",
+                *(_rss(o, name).text(0) for name in ("parent", "writer", "worker")),
+            ]
+            for o, times in zip(outcomes, per_record, strict=True)
+        ],
+    )
+
+
+def _rss(outcome: Outcome, name: str) -> Spread:
+    """Largest resident memory, in MB, of the processes whose name begins so."""
+    return spread(
+        max((size for process, size in run["peak_rss_by_process"].items() if process.startswith(name)), default=0) / 1e6
+        for run in outcome.runs
+    )
+
+
+def _megabytes(outcome: Outcome, key: str) -> str:
+    return spread(value / 1e6 for value in outcome.values(key)).text(0)
