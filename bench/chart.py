@@ -14,7 +14,8 @@ STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1f2328 } .title { font-weight: 600; font-size: 14px }
 .bar { fill: #9aa7b4 } .ours { fill: #2f6fd0 } .range { stroke: #1f2328; stroke-width: 1.5 } .back { fill: #ffffff }
 @media (prefers-color-scheme: dark) {
-  text { fill: #e6edf3 } .bar { fill: #5b6672 } .ours { fill: #5b9bf5 } .range { stroke: #e6edf3 } .back { fill: #0d1117 }
+  text { fill: #e6edf3 } .bar { fill: #5b6672 } .ours { fill: #5b9bf5 } .range { stroke: #e6edf3 }
+  .back { fill: #0d1117 }
 }
 """
 

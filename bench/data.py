@@ -114,8 +114,8 @@ def _address(rng: random.Random) -> str:
 
 def _product(rng: random.Random) -> str:
     return (
-        f"product: {rng.choice(words.PRODUCTS)} | vendor: {rng.choice(words.COMPANIES)} | price: {rng.randint(5, 900)} | "
-        f"contact: {rng.choice(words.FIRST_NAMES)} {rng.choice(words.LAST_NAMES)} | "
+        f"product: {rng.choice(words.PRODUCTS)} | vendor: {rng.choice(words.COMPANIES)} | "
+        f"price: {rng.randint(5, 900)} | contact: {rng.choice(words.FIRST_NAMES)} {rng.choice(words.LAST_NAMES)} | "
         f"note: {rng.choice(words.PROBLEMS)}"
     )
 

@@ -101,7 +101,8 @@ def verify(conninfo: str, rows: int, *, indexed: bool = True) -> None:
         assert found[0] == rows, f"{found[0]} rows were written, expected {rows}"
         if indexed:
             valid = connection.execute(
-                "SELECT count(*) FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam "
+                "SELECT count(*) FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
+                "JOIN pg_am m ON m.oid = c.relam "
                 "WHERE i.indrelid = to_regclass('kdb_search') AND m.amname IN ('hnsw', 'gin') AND i.indisvalid"
             ).fetchone()
             assert valid is not None

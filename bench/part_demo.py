@@ -76,7 +76,7 @@ def run(options: Options) -> Result:
             ),
         ],
         [
-            Requirement("kdb-fast ÷ FastEmbed default (embedding only)", ours.ratio(fastembed), OVER_FASTEMBED, unit="×"),
+            Requirement("kdb-fast ÷ FastEmbed (embedding only)", ours.ratio(fastembed), OVER_FASTEMBED, unit="×"),
             Requirement("kdb-fast ÷ one record at a time", ours.ratio(kameleondb), OVER_KAMELEONDB, unit="×"),
             Requirement("largest worker, these records", spread(pss), WORKER_LIMIT_MB, True, " MB"),
             Requirement("largest worker, texts of 5,000 words", spread([longest["worker_pss_bytes"] / 1e6]),

@@ -33,8 +33,8 @@ def run(options: Options) -> Result:
         "What share of the measured ceiling of this machine does the encoder reach, and what does the rest of the job "
         "cost on top?",
         caveats=[
-            "The ceiling is the fp32 product 512×384 @ 384×1536, one thread on each core, all cores at once, the faster "
-            "of NumPy and ONNX Runtime, measured before each run of the encoder.",
+            "The ceiling is the fp32 product 512×384 @ 384×1536, one thread on each core, all cores at once, the "
+            "faster of NumPy and ONNX Runtime, measured before each run of the encoder.",
             f"Share = real tokens × {FLOP_PER_TOKEN / 1e6:.1f} MFLOP ÷ (ceiling × seconds). Only products with weights "
             "count: attention, softmax, GELU, normalisation, tokenizer and padding are loss. The second figure counts "
             "the products of attention as work too.",
@@ -55,9 +55,7 @@ def run(options: Options) -> Result:
                     name,
                     ceiling.spread("gflops").text(0),
                     spread(encode.rates).text(0),
-                    spread(
-                        t / sec for t, sec in zip(encode.values("tokens"), encode.values("seconds"), strict=True)
-                    ).text(0),
+                    pairwise(encode.values("tokens"), encode.values("seconds")).text(0),
                     share.text(1, " %"),
                     with_attention.text(1, " %"),
                     spread(100 * _padding(run) for run in encode.runs).text(2, " %"),
@@ -67,8 +65,8 @@ def run(options: Options) -> Result:
             )
             bars.append(Bar(f"{name}: products with weights", share, True))
             bars.append(Bar(f"{name}: with attention", with_attention))
-        columns = ("records", "ceiling GFLOP/s", "records/s", "tokens/s", "share of ceiling", "with attention", "padding",
-                   "PSS of a worker, MB", "encoder alone ÷ whole job (time)")  # fmt: skip
+        columns = ("records", "ceiling GFLOP/s", "records/s", "tokens/s", "share of ceiling", "with attention",
+                   "padding", "PSS of a worker, MB", "encoder alone ÷ whole job (time)")  # fmt: skip
         result.tables.append(Table("One pinned process a core", columns, rows))
         if options.sweep:
             result.tables.append(_sweep(s, result))

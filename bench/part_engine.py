@@ -55,14 +55,14 @@ def run(options: Options) -> Result:
             )
     return Result(
         "engine",
-        "How fast are reading, hashing, shared memory, worker and writer processes together, with an encoder that costs "
-        "nothing, against the fastest published ways to write the same rows?",
+        "How fast are reading, hashing, shared memory, worker and writer processes together, with an encoder that "
+        "costs nothing, against the fastest published ways to write the same rows?",
         [load.line, again.line],
         [
             "The table has its plain indexes in all of them and the HNSW and GIN index in none; none is built.",
             "kdb-fast's time is that of the whole call of `reindex`, the start of its processes included; it hashes "
-            "every text, checks every vector and records runs, and its rows have four columns more. The example has rows, "
-            "vectors and ids ready in memory, and one transaction. The last column leaves kdb-fast's start out.",
+            "every text, checks every vector and records runs, and its rows have four columns more. The example has "
+            "rows, vectors and ids ready in memory, and one transaction. The last column leaves kdb-fast's start out.",
             "For the replacement both write the same content again, with `force` in kdb-fast.",
         ],
         [
@@ -73,6 +73,7 @@ def run(options: Options) -> Result:
             )
         ],
         chart=("Rows a second, no search indexes", "rows/s",
-               [Bar(o.contender.label, spread(o.rates), o.contender.ours) for o in (*loads.values(), *replaced.values())]),
+               [Bar(o.contender.label, spread(o.rates), o.contender.ours)
+                for o in (*loads.values(), *replaced.values())]),
         raw={"load": raw([ours, example]), "replace": raw(replaced.values())},
     )  # fmt: skip

@@ -32,8 +32,8 @@ def run(options: Options) -> Result:
         free = {**database, "free_encoder": True, "build_index": False}
         workers = alternate(
             [
-                Contender(f"{n} worker{'s' if n > 1 else ''}", "reindex", {**tickets.params(), **database, "workers": n},
-                          ours=True)
+                Contender(f"{n} worker{'s' if n > 1 else ''}", "reindex",
+                          {**tickets.params(), **database, "workers": n}, ours=True)
                 for n in worker_counts(usable_cpus())
             ],
             s.runs,
@@ -50,8 +50,8 @@ def run(options: Options) -> Result:
         "Do more workers help in proportion, and do ten times as many records cost more memory, or more time each?",
         [tickets.line, few.line, many.line],
         [
-            "By workers: the whole job, index included, with the real encoder. Parent, writer and the database share the "
-            "cores with the workers, so as many workers as cores cannot give the full factor.",
+            "By workers: the whole job, index included, with the real encoder. Parent, writer and the database share "
+            "the cores with the workers, so as many workers as cores cannot give the full factor.",
             "By records: with a free encoder and without the search indexes, so that only the pipeline counts; the "
             "records are read from a file. Memory is the largest resident set (VmHWM) of each process; shared memory "
             "counts in every process that has touched it.",

@@ -47,8 +47,8 @@ def run(options: Options) -> Result:
             "One query after the other, in one process, connection open, model loaded, after a warm-up; each query "
             f"asks for {LIMIT} results and has about ten words. The records were created through KameleonDB, and each "
             "search reads the fields of the records it returns.",
-            "The index holds made vectors (see `store`); the query is really embedded, and a vector of the made kind is "
-            "looked for.",
+            "The index holds made vectors (see `store`); the query is really embedded, and a vector of the made kind "
+            "is looked for.",
         ],
         [
             Table(

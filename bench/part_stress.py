@@ -29,7 +29,7 @@ def run(options: Options) -> Result:
             "records of the set (which is in random order); their smaller index favours them.",
             "kdb-fast's time holds the start of its processes and the loading of the model; the others' does not.",
             "A lower precision gives other vectors: see the table of precisions for how far they are from fp32.",
-            "`mixed` holds 30 % exact duplicates, which kdb-fast embeds once.",
+            "`mixed` holds 30 % exact duplicates, which kdb-fast embeds once; its tokens/s count them too.",
         ],
     )
     with session(options) as s:

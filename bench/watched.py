@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 from kdb_fast import supervisor
-from kdb_fast.engine import Event
+from kdb_fast.engine import Event, SlotFilled
 from kdb_fast.messages import Flushed
 
 from .measure import Sampler
@@ -22,7 +22,7 @@ class Watch:
 
     Attributes:
         pss: Largest proportional set size of each child by name, in bytes.
-        ready_at: When all children had started (monotonic seconds).
+        ready_at: When the writer and a first worker had started, so that work could begin (monotonic seconds).
         flushed_at: When the last flush was committed.
     """
 
@@ -33,7 +33,7 @@ class Watch:
 
     @property
     def seconds_after_start(self) -> float:
-        """From the moment all children were ready to the last COMMIT."""
+        """From ``ready_at`` to the last COMMIT."""
         if self.ready_at is None or self.flushed_at is None:
             return 0.0
         return self.flushed_at - self.ready_at
@@ -52,25 +52,32 @@ def watched(
     Args:
         worker_target: Entry point of the worker processes instead of kdb-fast's own.
         build_index: False leaves out the building of the search indexes at the end.
-        delay: Seconds to wait before each shard is given out: makes the engine slow on purpose.
+        delay: Seconds to wait for each shard that was embedded: makes the engine slow on purpose.
     """
     watch = Watch()
 
     class WatchedEngine(supervisor.ProcessEngine):
+        _owed = 0
+
         def __init__(self, *args: Any, **options: Any) -> None:
             if worker_target is not None:
                 options["worker_target"] = worker_target
             super().__init__(*args, **options)
             watch.engine = self
 
-        def embed(self, slot: int, generation: int, rows: int) -> None:
-            time.sleep(delay)
-            super().embed(slot, generation, rows)
+        def _take(self, child: Any, message: Any) -> None:
+            super()._take(child, message)
+            # Noted as the message comes: poll() returns only when something is done.
+            if watch.ready_at is None and self._writer and self._writer.ready and any(w.ready for w in self._workers):
+                watch.ready_at = time.monotonic()
 
         def poll(self, timeout: float) -> list[Event]:
             events = super().poll(timeout)
-            if watch.ready_at is None and all(child.ready for child in self._children()):
-                watch.ready_at = time.monotonic()
+            if delay:
+                self._owed += sum(isinstance(event, SlotFilled) for event in events)
+                if watch.ready_at is not None:
+                    time.sleep(delay * self._owed)
+                    self._owed = 0
             if any(isinstance(event, Flushed) for event in events):
                 watch.flushed_at = time.monotonic()
             return events

@@ -24,14 +24,15 @@ def start(target: Callable[..., None], connection: Any, arguments: tuple[Any, ..
 def enter_child(stderr: Any) -> None:
     """Set this process up as a child of a kdb-fast parent.
 
-    * Ctrl-C reaches the whole foreground group; only the parent acts on it.
+    * Ctrl-C reaches the whole foreground group, and a service manager's SIGTERM the whole control group; only
+      the parent acts on them, and it ends its children by other means.
     * A thread waits for the parent's end and then ends this process, whatever it is doing.
     * stderr goes to an anonymous file the parent shows if this process dies; faulthandler writes there too.
     * No core dump: it would hold record texts and credentials.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if stderr is not None:
         fd = stderr.detach()
         os.dup2(fd, 2)

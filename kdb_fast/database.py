@@ -254,10 +254,10 @@ def connect_postgresql(
             **options,
         )
     except psycopg.Error as error:
-        detail = " ".join(redact(str(error), address).split())
+        detail = " ".join(redact(str(error), address).split()).rstrip(".?")
         raise DatabaseError(
             f"Cannot connect to {address.display}: {detail}.",
-            remedy="Is the server running, and are host, port, user and password right?",
+            remedy="Check host, port, user and password in --db, and that the server runs.",
         ) from None
 
 

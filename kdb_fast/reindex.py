@@ -29,6 +29,9 @@ from .stores.pg_runs import HEARTBEAT_SECONDS
 
 Receipt = dict[str, Any]
 
+SAME_SIGNAL_SECONDS = 0.5
+"""A signal that comes again so soon is the same one, delivered to the process and to its group."""
+
 PROVIDER_THREADS = 8
 """Slots that are sent to a provider's API at the same time: its answers take tenths of a second, our part nothing."""
 
@@ -211,7 +214,7 @@ class _Run:
         spec = embedding.spec
         assert spec is not None
         plan = make_plan(workers=options.workers, dimensions=embedding.dimensions, model_bytes=spec.model.size_bytes)
-        if not more and rows <= INLINE_ROWS and options.workers is None:
+        if not more and rows <= INLINE_ROWS and options.workers is None and not self._has_deadly_text():
             self.engine = InlineEngine(inline_shape(embedding.dimensions), spec, self.store, self.run)
         else:
             from .supervisor import ProcessEngine
@@ -299,7 +302,14 @@ def stopping_by_signal() -> Iterator[StopFlag]:
     """
     flag = StopFlag()
 
+    last = 0.0
+
     def handler(signum: int, frame: Any) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if flag.count and now - last < SAME_SIGNAL_SECONDS:
+            return
+        last = now
         flag.count += 1
         flag.signum = signum
         if flag.count > 1:

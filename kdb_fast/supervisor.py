@@ -422,7 +422,8 @@ class ProcessEngine(Engine):
         for child in children:
             with contextlib.suppress(OSError, ValueError):
                 self._peaks[child.name] = max(self._peaks.get(child.name, 0), _peak_rss(child.process.pid))
-                if kill:
+                # A stopped child would not hear it.
+                if kill or _is_stopped(child.process.pid):
                     child.process.kill()
                 else:
                     child.connection.send(Stop())

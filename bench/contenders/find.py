@@ -51,8 +51,8 @@ def find(params: dict[str, Any]) -> dict[str, Any]:
     """
     from kdb_fast.encoder import Encoder, EncoderSpec
     from kdb_fast.models import resolve
-    from kdb_fast.query import open_connection
-    from kdb_fast.retrieval import open_reader, search
+    from kdb_fast.query import open_connection, open_reader
+    from kdb_fast.retrieval import search
 
     address = database.address_of(params["conninfo"])
     mode = params["mode"]

@@ -150,10 +150,10 @@ class SearchReader(ABC):
             branches.append(f"WHEN {params(definition.entity)} THEN coalesce({', '.join(found)}, false)")
         return f"CASE s.entity_name {' '.join(branches)} ELSE true END" if branches else "true"
 
-    def _all_living(self, scope: Scope, params: Params, columns: str) -> str:
-        """A query for ``columns`` of every row ``s`` in scope that has a vector, record by record.
+    def _all_living(self, scope: Scope, params: Params, columns: str) -> list[str]:
+        """Queries that together give ``columns`` of every row ``s`` in scope that has a vector.
 
-        The joins find the few rows of a selective ``where`` fast.
+        They begin with the records, so the few rows of a selective ``where`` are found fast.
         """
         queries = []
         for definition in scope.definitions:
@@ -177,7 +177,7 @@ class SearchReader(ABC):
             other = f"s.entity_name IN ({params.list(undefined)})"
         if other:
             queries.append(f"SELECT {columns} FROM {TABLE} s WHERE s.embedding IS NOT NULL AND {other}")  # noqa: S608
-        return " UNION ALL ".join(queries)
+        return queries
 
     def _matching(self, definition: Definition, place: Place, scope: Scope, params: Params) -> str:
         """The condition that a record ``r`` lives and meets ``where``; it may be NULL."""

@@ -2,8 +2,8 @@
 
 Vectors are first ranked through the HNSW index, which stops after a number of rows that do not pass the
 filters; where that leaves the ranking short, it is done again exactly, so a result is never missing because
-a filter was selective. Measured on 100,000 × 384: through the index 4 ms; exactly 40 ms for a filter that one
-record in 5,000 passes, 100 ms without any filter.
+a filter was selective. Measured on 100,000 × 384: 8 ms a search; with a ``where`` that every second record
+passes the same, with one that few pass 80 to 130 ms.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ MAX_EF_SEARCH = 1000
 """pgvector's upper limit of ``hnsw.ef_search``."""
 
 EF_PER_ROW = 4
-"""``hnsw.ef_search`` for each row wanted: 97 of the 100 true first ten are found with 2, 93 with 1."""
+"""``hnsw.ef_search`` for each row of the ranking. Of the true first ten of 100,000 × 384, 97.5 % are found with
+1, 98.7 % with 2, 99.9 % with 4, in nearly the same time."""
 
 SCAN_PER_ROW = 40
-"""Rows the index scan looks at for each row wanted before the exact way is taken, which is faster than looking
-at more: a filter that fewer than one record in forty passes costs 40 ms exactly, 300 ms through the index."""
+"""Rows the index scan looks at for each row of the ranking, before it is done exactly instead. Looking at 2,000
+rows takes 30 ms, at 20,000 (pgvector's default) 300 ms; the exact way takes 50 ms for a selective filter."""
 
 MAX_RANKED = 20_000
 """Matches that are ranked by keyword. Ranking costs 1.5 µs each; words that more texts hold say little."""
@@ -150,9 +151,10 @@ class PostgresqlReader(SearchReader):
     def _exactly(self, text: str, scope: Scope, limit: int) -> list[tuple[Any, ...]]:
         params = Params(self.dialect)
         columns = f"s.entity_name, s.record_id, s.embedding <=> {params(text)}::vector AS distance"
+        living = " UNION ALL ".join(self._all_living(scope, params, columns))
         # Adding 0 keeps the planner from the HNSW index, whose order this is not.
         return self._rows(
-            f"SELECT entity_name, record_id, distance FROM ({self._all_living(scope, params, columns)}) x "  # noqa: S608
+            f"SELECT entity_name, record_id, distance FROM ({living}) x "  # noqa: S608
             f"ORDER BY distance + 0 LIMIT {params(limit)}",
             params.values,
         )
@@ -173,8 +175,10 @@ class PostgresqlReader(SearchReader):
         )
         found = self._rows(statement, params.values | {"cap": MAX_RANKED})
         if len(found) < limit:
-            capped = self._rows(f"SELECT count(*) FROM (SELECT {matches}) m", params.values | {"cap": MAX_RANKED})
-            if capped[0][0] == MAX_RANKED:  # the filters left too few of those that were ranked
+            count = f"SELECT count(*) FROM (SELECT {matches}) m"  # noqa: S608
+            if (
+                self._rows(count, params.values | {"cap": MAX_RANKED})[0][0] == MAX_RANKED
+            ):  # the filters left too few of those that were ranked
                 found = self._rows(statement, params.values | {"cap": None})
         return in_order(Hit(entity, record_id, rank) for entity, record_id, rank in found)
 

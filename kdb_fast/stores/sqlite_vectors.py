@@ -1,7 +1,7 @@
 """SQLite: all vectors of the index in memory, kept up to date between searches.
 
 Before each search SQLite is asked whether anything was written to the file; only then the rows are compared
-(0.3 s for 100,000: the times are stored behind the JSON text of the vectors) and the changed ones read again.
+(0.4 s for 100,000: the times are stored behind the JSON text of the vectors) and the changed ones read again.
 """
 
 from __future__ import annotations
