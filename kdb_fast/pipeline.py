@@ -212,8 +212,8 @@ class Pipeline:
             return
         for slot in self.engine.cancel_embedding():
             self._release(slot)
-        # The shard each worker is in the middle of takes a second or two; after five it is given up.
-        deadline = time.monotonic() + 5.0
+        # The shard each worker is in the middle of takes a second or two; a container has ten to end in.
+        deadline = time.monotonic() + 3.0
         while self._embedding() and time.monotonic() < deadline:
             self._pump(0.2, last=True)
         while self._filled or self._reuse or self._rejects or self._writing:

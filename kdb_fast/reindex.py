@@ -160,7 +160,8 @@ class _Run:
             with contextlib.suppress(Exception):
                 self.store.end_run(self.run.number, "failed", {})
             raise
-        self._close_engine(kill=self.stop.count > 1)
+        # After a stop all that was embedded is written; a worker in the middle of a shard is not waited for.
+        self._close_engine(kill=state != "done")
         receipt = self._receipt(state)
         try:
             self.store.end_run(self.run.number, state, receipt)
