@@ -179,7 +179,7 @@ class SqliteReader(SearchReader):
         self._vectors = VectorCache(connection)
 
     def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
-        unit = vector / np.linalg.norm(vector)
+        unit = (vector / np.linalg.norm(vector.astype(np.float64))).astype(np.float32)
         tried = limit * (CANDIDATES_PER_ROW_WHERE if scope.where else CANDIDATES_PER_ROW)
         best = self._vectors.nearest(unit, scope, tried, None)
         hits = self._passing(best, scope)

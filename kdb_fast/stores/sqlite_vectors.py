@@ -124,17 +124,18 @@ class VectorCache:
                 rows = self._rows(f"SELECT count(*) FROM {TABLE}", {})[0][0]  # noqa: S608
                 if rows * dimensions * 4 > CACHE_BYTES:
                     self._block = None
-                    self._start_reading()
-                    yield from (block for _, block in self._read(dimensions, None))
-                    return
-                self._refresh(rows, dimensions)
+                else:
+                    self._refresh(rows, dimensions)
             finally:
                 if not within:
                     self._connection.execute("COMMIT")
             # What the caller's transaction wrote may still be rolled back, which nothing would tell.
             self._seen = None if within else seen
-        assert self._block is not None
-        yield self._block
+        if self._block is not None:
+            yield self._block
+        else:
+            self._start_reading()
+            yield from (block for _, block in self._read(dimensions, None))
 
     def _refresh(self, rows: int, dimensions: int) -> None:
         old = self._block

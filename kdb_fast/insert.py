@@ -1,0 +1,118 @@
+"""``insert``: new records from JSON into KameleonDB's table and into the index, in one go."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .database import DatabaseAddress
+from .errors import KdbFastError, RejectLimitError, StoppedError
+from .progress import Progress
+from .records import storable_key
+from .reindex import Receipt, reindex
+from .settings import ReindexOptions, RejectLimit
+from .sources.inserting import InsertingSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ShareOfInput(RejectLimit):
+    """The user's limit, as a share of the whole input: the pipeline sees no records without text."""
+
+    limit: RejectLimit
+    source: InsertingSource
+
+    def exceeded(self, *, rejected: int, read: int, finished: bool = False) -> bool:
+        return self.limit.exceeded(rejected=rejected, read=max(read, self.source.read), finished=finished)
+
+    def __str__(self) -> str:
+        return str(self.limit)
+
+
+def insert(
+    address: DatabaseAddress,
+    entity: str,
+    path: Path | str,
+    options: ReindexOptions,
+    progress: Progress | None = None,
+) -> Receipt:
+    """Insert the records of a JSON Lines file or JSON array as new records of an entity, and index them.
+
+    Each page is committed to KameleonDB's table before it is embedded. A run that ends early leaves records that are
+    inserted and not indexed: ``reindex`` of the entity completes them.
+
+    Args:
+        address: The database; an embedded server must be running.
+        entity: Name of an entity that KameleonDB has defined there.
+        path: The file, or ``"-"`` for standard input.
+        options: As for a reindex; ``force``, ``limit`` and ``entities`` have no meaning here.
+        progress: Shows a person what happens meanwhile.
+
+    Returns:
+        The receipt of the run, with ``inserted``, ``pending`` (inserted and not indexed, although it has text) and
+        ``rejects`` (the first 100 of the input: ``line``, ``reason``, ``detail``).
+
+    Raises:
+        KdbFastError: One of its subclasses; its ``receipt`` has the same keys when the run had begun. When records
+            had been inserted by then, ``completed_by_reindex`` is true on it and its remedy says how to go on.
+    """
+    source = InsertingSource(address, entity, path, options.max_rejects)
+    with contextlib.closing(source):
+        limited = replace(options, max_rejects=_ShareOfInput(limit=options.max_rejects, source=source))
+        try:
+            receipt = reindex(address, lambda: source, limited, progress)
+        except KdbFastError as error:
+            found: Receipt | None = getattr(error, "receipt", None)
+            if found is not None:
+                error.receipt = _extended(found, source)  # type: ignore[attr-defined]
+            _explain(error, entity, source, options)
+            raise
+        except KeyboardInterrupt:
+            if not source.inserted:
+                raise
+            stopped = StoppedError("Stopped at once; the transactions in progress were rolled back.")
+            stopped.exit_code = 128 + signal.SIGINT
+            _explain(stopped, entity, source, options)
+            raise stopped from None
+    return _extended(receipt, source)
+
+
+def _extended(receipt: Receipt, source: InsertingSource) -> Receipt:
+    """The receipt with what became of the input."""
+    rejected_later = receipt["rejected"] - source.rejected
+    indexed = receipt["stored"] + receipt["reused"] + receipt["superseded"] + receipt["unchanged"]
+    return {
+        **receipt,
+        "inserted": source.inserted,
+        "pending": max(0, source.inserted - source.empty - indexed - max(0, rejected_later)),
+        "rejects": [{"line": r.position, "reason": r.reason, "detail": r.detail} for r in source.rejects],
+    }
+
+
+def _explain(error: KdbFastError, entity: str, source: InsertingSource, options: ReindexOptions) -> None:
+    """Say what of the input is in the database: the same command again would insert it twice."""
+    if isinstance(error, RejectLimitError):
+        error.message = (
+            f"{source.rejected:,} of the first {source.read:,} records were rejected; "
+            f"--max-rejects allows {options.max_rejects}."
+        )
+        error.remedy = "Nothing was inserted. Correct them, or raise the limit with --max-rejects."
+    if not source.inserted:
+        return
+    name = storable_key(entity)
+    error.completed_by_reindex = True  # type: ignore[attr-defined]
+    error.remedy = (
+        f"{source.inserted:,} records were inserted, all of the input up to line {source.line:,} but those rejected: "
+        f"a reindex of {name} completes their index. Insert only what follows that line, since a record inserted "
+        "again would be there twice."
+    )
+
+
+def shown_rejects(receipt: dict[str, Any], count: int = 10) -> list[str]:
+    """The first rejects of a receipt as lines for a person: ``line 17: unknown_field: …``."""
+    return [
+        f"line {reject['line']}: {reject['reason']}: {storable_key(reject['detail'], 500)}"
+        for reject in receipt["rejects"][:count]
+    ]

@@ -1,0 +1,179 @@
+"""New rows of one entity in PostgreSQL, by COPY."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..database import DatabaseAddress, connect_postgresql, redact
+from ..errors import DatabaseError, KdbFastError, ResourceError, SchemaError
+from ..records import storable_key
+from .insert_rows import Column, Inserter, NewRow, Outcome, Refusal, RowRefusedError
+from .kameleondb import ATTEMPTS, BACKOFF, TRANSIENT
+from .record_queries import Dialect, quote
+
+if TYPE_CHECKING:
+    import psycopg
+
+DATA_FAULTS = ("09", "21", "22", "23", "27", "44", "54", "P0")
+"""SQLSTATE classes that speak about a row, not about the server."""
+
+REFUSALS = {"22001": "too_long", "23502": "not_null", "23503": "foreign_key", "23505": "unique", "23514": "check"}
+
+BITS = {"int2": 15, "int4": 31, "int8": 63}
+"""Bits of PostgreSQL's whole numbers beside the sign."""
+
+
+class PostgreSQLInserter(Inserter):
+    """One transaction a page. A lost connection is opened again, and no page is inserted twice."""
+
+    dialect: ClassVar[Dialect] = "postgresql"
+
+    def __init__(self, address: DatabaseAddress, entity: str) -> None:
+        self._lock_key = secrets.randbits(62)
+        self._unconfirmed: Outcome | None = None
+        super().__init__(address, entity)
+
+    def insert(self, rows: Sequence[NewRow]) -> Outcome:
+        import psycopg
+
+        attempt = 0
+        self._unconfirmed = None
+        while True:
+            attempt += 1
+            try:
+                if self._connection is None:
+                    self._connect()
+                return self._insert_once(rows)
+            except (psycopg.Error, DatabaseError) as error:
+                if attempt == ATTEMPTS or not self._passing(error):
+                    raise self._explain(error) from error
+            self.close()
+            time.sleep(BACKOFF * 2 ** (attempt - 1) * (1 + random.random() / 4))  # noqa: S311 - jitter, not a secret
+
+    def _insert_once(self, rows: Sequence[NewRow]) -> Outcome:
+        with self._transaction():
+            if self._unconfirmed is not None and self._committed(rows, self._unconfirmed):
+                return self._unconfirmed
+            outcome = self._insert_all(rows)
+            # If the answer to the COMMIT is lost, this is what became of the page, or nothing did.
+            self._unconfirmed = outcome
+        return outcome
+
+    def _committed(self, rows: Sequence[NewRow], outcome: Outcome) -> bool:
+        """Whether an attempt whose answer was lost had been committed: its new ids are there."""
+        ids = [row.record_id for row in rows if row.record_id not in outcome.refused]
+        table = quote(self._table, self.dialect)
+        return bool(ids and self._query(f"SELECT 1 FROM {table} WHERE id = ANY(%s) LIMIT 1", ids))  # noqa: S608 - quoted
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._connection.transaction():
+            # The advisory lock makes a repeated attempt wait until the server has ended the lost one. Constraints that
+            # only the COMMIT would check could not be traced to a row.
+            self._connection.execute(
+                f"SET LOCAL lock_timeout = '30s'; SET LOCAL idle_in_transaction_session_timeout = '60s'; "
+                f"SELECT pg_advisory_xact_lock({self._lock_key}); SET CONSTRAINTS ALL IMMEDIATE"
+            )
+            yield
+
+    def _savepoint(self) -> contextlib.AbstractContextManager[Any]:
+        savepoint: contextlib.AbstractContextManager[Any] = self._connection.transaction()
+        return savepoint
+
+    def _write(self, rows: Sequence[NewRow], at: datetime) -> None:
+        import psycopg
+        from psycopg import sql
+
+        columns, constant = self._layout(at)
+        statement = sql.SQL("COPY {} ({}) FROM STDIN").format(
+            sql.Identifier(self._table), sql.SQL(", ").join(map(sql.Identifier, columns))
+        )
+        try:
+            with self._connection.cursor() as cursor:
+                with cursor.copy(statement) as copy:
+                    for row in rows:
+                        copy.write_row((row.record_id, *row.fields, *constant))
+                taken = cursor.rowcount
+        except psycopg.Error as error:
+            if not (error.sqlstate or "").startswith(DATA_FAULTS):
+                raise
+            raise RowRefusedError(_refusal(error)) from None
+        if taken != len(rows):
+            detail = "a trigger or rule of the table dropped the row without an error"
+            raise RowRefusedError(Refusal("database_refused", detail))
+
+    def _connect(self) -> None:
+        self._connection = connect_postgresql(self._address, role="insert")
+
+    def _query(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        return list(self._connection.execute(query.encode(), parameters).fetchall())
+
+    def _declared(self) -> dict[str, Column]:
+        columns = {}
+        for name, kind, size, not_null, has_default in self._query(
+            "SELECT a.attname, t.typname, a.atttypmod, a.attnotnull, a.atthasdef OR a.attidentity <> '' "
+            "FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid "
+            "WHERE a.attrelid = to_regclass(quote_ident(%s)) AND a.attnum > 0 AND NOT a.attisdropped",
+            self._table,
+        ):
+            bits = BITS.get(kind)
+            columns[name] = Column(
+                not_null,
+                has_default,
+                size - 4 if kind in ("varchar", "bpchar") and size > 4 else None,
+                (-(1 << bits), (1 << bits) - 1) if bits else None,
+            )
+        return columns
+
+    def _check_rights(self) -> None:
+        (may, user), *_ = self._query(
+            "SELECT has_any_column_privilege(to_regclass(quote_ident(%s)), 'INSERT'), current_user", self._table
+        )
+        if not may:
+            raise SchemaError(
+                f"The role {user!r} may not insert into {storable_key(self._table)}.",
+                remedy=f"Let the owner run: GRANT INSERT ON {storable_key(self._table)} TO {user};",
+            )
+
+    def _moment(self, text: str) -> datetime:
+        moment = datetime.fromisoformat(text)
+        # A time without a zone is UTC, as KameleonDB's own times are, whatever zone the session has.
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
+
+    def _passing(self, error: Exception) -> bool:
+        if self._connection is None or self._connection.closed:
+            return True
+        return str(getattr(error, "sqlstate", None) or "").startswith(TRANSIENT)
+
+    def _explain(self, error: Exception) -> KdbFastError:
+        if isinstance(error, KdbFastError):
+            return error
+        state = getattr(error, "sqlstate", None) or ""
+        diag = getattr(error, "diag", None)
+        said = (diag and diag.message_primary) or next(iter(str(error).splitlines()), "") or type(error).__name__
+        text = f"while inserting into {storable_key(self._table)}: {redact(said, self._address)}."
+        if state in ("53100", "53200"):
+            return ResourceError(f"PostgreSQL ran out of disk or memory {text}", remedy="Free some on the server.")
+        if state.startswith("42") or state == "25006":
+            return SchemaError(
+                f"PostgreSQL refused {text}", remedy="Was the table changed or a right revoked? INSERT is needed."
+            )
+        return DatabaseError(f"PostgreSQL failed {text}", remedy="The page of records in hand was not inserted.")
+
+
+def _refusal(error: psycopg.Error) -> Refusal:
+    """Without the row's text, which the server's own DETAIL may quote."""
+    state = error.sqlstate or ""
+    about = error.diag.constraint_name or error.diag.column_name
+    detail = f"the database refused the row with SQLSTATE {state}" + (f" ({about})" if about else "")
+    if state == "23505":
+        detail = f"a record with the same value is there already ({about})"
+    elif state == "23503":
+        detail = f"there is no such record to refer to ({about})"
+    return Refusal(REFUSALS.get(state, "database_refused"), detail)
