@@ -53,8 +53,9 @@ def judge(measurements: Mapping[str, float], thresholds: Mapping[str, Mapping[st
         if (low is None) == (high is None):
             raise ValueError(f"threshold {name} has not exactly one of at_least and at_most")
         required = f"≥ {low:g}{unit}" if low is not None else f"≤ {high:g}{unit}"
-        finite = value is not None and math.isfinite(value)
-        passed = finite and (value >= low if low is not None else value <= high)
+        passed = False
+        if value is not None and math.isfinite(value):
+            passed = value >= low if low is not None else value <= threshold["at_most"]
         verdicts.append(Verdict(name, value, required, passed, str(threshold["reason"])))
     return verdicts
 

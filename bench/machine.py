@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,12 @@ def describe() -> dict[str, Any]:
         "memory_limit_gib": round(limit / 2**30, 1) if limit else None,
         "memory_available_gib": round(available_memory() / 2**30, 1),
         "load_before": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {
+            **{name: version for name in PACKAGES if (version := _version(name))},
+            "SQLite": sqlite3.sqlite_version,
+        },
     }
 
 

@@ -52,7 +52,7 @@ def run(options: Options) -> Result:
     return Result(
         "demo",
         "How long does it take to make the demo's records searchable?",
-        [docs.line, long.line],
+        s.lines,
         [
             "kdb-fast: from the call of `reindex` to all indexes built, the start of its processes and the loading of "
             "the model included. The others have their model loaded and their table made beforehand; FastEmbed writes "

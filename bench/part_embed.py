@@ -45,7 +45,6 @@ def run(options: Options) -> Result:
         rows: list[list[str]] = []
         for name in ("tickets", "contacts"):
             dataset = s.dataset(name, options.size(RECORDS, 300))
-            result.data.append(dataset.line)
             outcomes = alternate(_contenders(s, dataset), s.runs, s.reset)
             result.raw[name] = raw(outcomes.values())
             ceiling, encode, whole = outcomes.values()
@@ -70,6 +69,7 @@ def run(options: Options) -> Result:
         result.tables.append(Table("One pinned process a core", columns, rows))
         if options.sweep:
             result.tables.append(_sweep(s, result))
+    result.data = s.lines
     result.chart = ("Share of the measured fp32 ceiling", "%", bars)
     return result
 

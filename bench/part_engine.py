@@ -57,7 +57,7 @@ def run(options: Options) -> Result:
         "engine",
         "How fast are reading, hashing, shared memory, worker and writer processes together, with an encoder that "
         "costs nothing, against the fastest published ways to write the same rows?",
-        [load.line, again.line],
+        s.lines,
         [
             "The table has its plain indexes in all of them and the HNSW and GIN index in none; none is built.",
             "kdb-fast's time is that of the whole call of `reindex`, the start of its processes included; it hashes "

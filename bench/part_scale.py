@@ -48,7 +48,7 @@ def run(options: Options) -> Result:
     return Result(
         "scale",
         "Do more workers help in proportion, and do ten times as many records cost more memory, or more time each?",
-        [tickets.line, few.line, many.line],
+        s.lines,
         [
             "By workers: the whole job, index included, with the real encoder. Parent, writer and the database share "
             "the cores with the workers, so as many workers as cores cannot give the full factor.",

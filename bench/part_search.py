@@ -23,7 +23,7 @@ def run(options: Options) -> Result:
             say(f"  filling {name} …")
             fills[name] = run_once("fill", {**dataset.params(), "conninfo": conninfo})
             if "skipped" in fills[name]:
-                return Result("search", "How long does a search take?", [dataset.line],
+                return Result("search", "How long does a search take?", s.lines,
                               [f"Not run: {fills[name]['skipped']}."])  # fmt: skip
         outcomes = alternate(
             [
@@ -42,7 +42,7 @@ def run(options: Options) -> Result:
     return Result(
         "search",
         f"How long does a search of {dataset.records:,} records take, the embedding of the query included?",
-        [dataset.line],
+        s.lines,
         [
             "One query after the other, in one process, connection open, model loaded, after a warm-up; each query "
             f"asks for {LIMIT} results and has about ten words. The records were created through KameleonDB, and each "

@@ -39,7 +39,7 @@ def run(options: Options) -> Result:
     return Result(
         "store",
         "How fast is each way to write rows of 384 dimensions and to make them searchable?",
-        [dataset.line],
+        s.lines,
         [
             "Rows, vectors and ids are ready in memory; one connection; server settings are the defaults, except that "
             "indexes are built by hand with `maintenance_work_mem` of 512 MB.",

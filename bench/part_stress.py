@@ -37,7 +37,6 @@ def run(options: Options) -> Result:
         bars: list[Bar] = []
         for name in ("contacts", "tickets", "mixed"):
             data = s.dataset(name, options.size(RECORDS, 300))
-            result.data.append(data.line)
             outcomes = alternate(_contenders(s, data, precisions), s.runs, s.reset)
             result.tables.append(_table(data, outcomes))
             result.raw[name] = raw(outcomes.values())
@@ -48,6 +47,7 @@ def run(options: Options) -> Result:
                 if o.skipped and name == "contacts"
             ]
     result.tables.append(fidelity)
+    result.data = s.lines
     result.chart = ("Records a second, ready to search", "records/s", bars)
     return result
 
@@ -85,9 +85,12 @@ def _contenders(s: Session, data: DataSet, precisions: list[str]) -> list[Conten
         ),
         Contender("one embed() and one upsert a record", "kameleondb_way", {**data.params(one), **database},
                   f"sample of {min(one, data.records):,}"),
-        Contender("FastEmbed + executemany", "fastembed_executemany", {**data.params(batch), **database}, sample),
-        Contender("FastEmbed parallel + COPY", "fastembed_parallel_copy", {**data.params(batch), **database}, sample),
-        Contender("sentence-transformers + COPY", "sentence_transformers", {**data.params(batch), **database}, sample),
+        Contender("FastEmbed + executemany", "fastembed_executemany", {**data.params(batch), **database}, sample,
+                  optional=True),
+        Contender("FastEmbed parallel + COPY", "fastembed_parallel_copy", {**data.params(batch), **database}, sample,
+                  optional=True),
+        Contender("sentence-transformers + COPY", "sentence_transformers", {**data.params(batch), **database}, sample,
+                  optional=True),
     ]  # fmt: skip
 
 

@@ -26,13 +26,17 @@ class BenchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Contender:
-    """What is run: a name of :data:`bench.contender.CONTENDERS` with parameters (plain values)."""
+    """What is run: a name of :data:`bench.contender.CONTENDERS` with parameters (plain values).
+
+    The others are still measured if an ``optional`` one fails; the failure is reported.
+    """
 
     label: str
     name: str
     params: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     ours: bool = False
+    optional: bool = False
 
 
 @dataclass
@@ -109,9 +113,14 @@ def alternate(
                 continue
             before()
             contender = outcome.contender
-            report = run_once(contender.name, contender.params)
+            try:
+                report = run_once(contender.name, contender.params)
+            except BenchError as error:
+                if not contender.optional:
+                    raise
+                report = {"skipped": str(error).splitlines()[-1]}
             if "skipped" in report:
-                outcome.skipped = str(report["skipped"])
+                outcome.skipped, outcome.runs = str(report["skipped"]), []
                 say(f"  {contender.label}: skipped: {outcome.skipped}")
                 continue
             outcome.runs.append(report)

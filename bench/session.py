@@ -35,10 +35,15 @@ class DataSet:
 
 
 class Session:
-    """Made by :func:`session`."""
+    """Made by :func:`session`.
+
+    Attributes:
+        lines: What the data sets and the database are, for the result.
+    """
 
     def __init__(self, options: Options, work: Path, stack: contextlib.ExitStack) -> None:
         self.options, self.work, self._stack = options, work, stack
+        self.lines: list[str] = []
         self._conninfo: str | None = None
 
     def dataset(self, name: str, records: int) -> DataSet:
@@ -48,6 +53,7 @@ class Session:
         data.write(path, texts)
         result = DataSet(name, path, tokens.stats(texts))
         say(f"  {result.line}")
+        self.lines.append(result.line)
         return result
 
     @property
@@ -56,6 +62,8 @@ class Session:
         if self._conninfo is None:
             say("  starting PostgreSQL …")
             self._conninfo = self._stack.enter_context(database.server())
+            names = ", ".join(f"{name} {version}" for name, version in database.versions(self._conninfo).items())
+            self.lines.append(f"Database: {names}, embedded, default settings, on the same machine.")
         return self._conninfo
 
     def reset(self) -> None:

@@ -22,15 +22,19 @@ index finds clusters in them as it does in vectors of text. (Wholly random vecto
 @cache
 def _bases() -> Matrix:
     bases = np.random.default_rng(7).standard_normal((BASES, DIMENSIONS)).astype(np.float32)
-    return bases / np.linalg.norm(bases, axis=1, keepdims=True)
+    return _unit(bases)
 
 
 def from_hashes(hashes: npt.NDArray[np.uint32]) -> Matrix:
     """Unit vectors (float32, hashes × 384), nearly all distinct, the same for the same hash."""
     bases = _bases()
     parts = [bases[(hashes >> np.uint32(shift)) % BASES] for shift in (0, 10, 20)]
-    mixed: Matrix = sum(weight * part for weight, part in zip(WEIGHTS, parts, strict=True))  # type: ignore[assignment]
-    return mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
+    return _unit(np.tensordot(WEIGHTS, np.stack(parts), 1))
+
+
+def _unit(matrix: Matrix) -> Matrix:
+    result: Matrix = (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float32, copy=False)
+    return result
 
 
 def of_texts(texts: Sequence[str]) -> Matrix:

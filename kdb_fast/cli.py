@@ -66,7 +66,7 @@ def _fail(error: KdbFastError, as_json: bool, arguments: list[str]) -> int:
     if receipt is not None:
         done = receipt["stored"] + receipt["reused"]
         line += f" Safe in the database: {done:,} new and {receipt['unchanged']:,} unchanged records."
-        line += f" To carry on: {_carry_on(arguments)}"
+        line += f" To carry on: {getattr(error, 'carry_on', None) or _carry_on(arguments)}"
     if as_json:
         problem = {"type": type(error).__name__, "message": error.message, "remedy": error.remedy,
                    "exit_code": error.exit_code}  # fmt: skip
@@ -106,6 +106,17 @@ def model_options(command: F) -> F:
     )(command)
     return click.option(
         "--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME", help="Any FastEmbed model."
+    )(command)
+
+
+def provider_option(command: F) -> F:
+    """``--provider``."""
+    return click.option(
+        "--provider",
+        type=click.Choice(["fastembed", "openai"]),
+        default="fastembed",
+        show_default=True,
+        help="What gives the vectors; openai needs OPENAI_API_KEY.",
     )(command)
 
 
@@ -152,13 +163,7 @@ def cli() -> None:
 @click.option("--batch-size", default=DEFAULT_BATCH_SIZE, show_default=True, help="Most rows of one model run.")
 @click.option("--workers", type=int, help="Embedding processes. Default: one for each CPU this process may use.")
 @model_options
-@click.option(
-    "--provider",
-    type=click.Choice(["fastembed", "openai"]),
-    default="fastembed",
-    show_default=True,
-    help="What gives the vectors; openai needs OPENAI_API_KEY.",
-)
+@provider_option
 @click.option("--force", is_flag=True, help="Embed every record, also the unchanged ones.")
 @click.option("--limit", type=int, help="Read at most so many records.")
 @click.option("--max-rejects", default="1%", show_default=True, metavar="N|P%", help="Stop when more are unfit.")
@@ -212,6 +217,10 @@ def reindex(
     progress = shown.choose(not no_progress)
     try:
         with database(db) as address:
+            if from_file is not None:
+                from .database import create_sqlite
+
+                create_sqlite(address)
             receipt = run_reindex(
                 address,
                 lambda: open_source(address, entities, from_file, entity, id_field, fields, limit),
@@ -233,6 +242,164 @@ def run_reindex(*arguments: Any) -> dict[str, Any]:
     from .reindex import reindex
 
     return reindex(*arguments)
+
+
+@cli.command()
+@click.argument("entity")
+@click.argument("file", required=False, metavar="[FILE|-]")
+@database_option
+@click.option("--batch-size", default=DEFAULT_BATCH_SIZE, show_default=True, help="Most rows of one model run.")
+@click.option("--workers", type=int, help="Embedding processes. Default: one for each CPU this process may use.")
+@model_options
+@provider_option
+@click.option("--max-rejects", default="1%", show_default=True, metavar="N|P%", help="Stop when more are unfit.")
+@json_option
+@click.option("--no-progress", is_flag=True, help="Print no progress.")
+def insert(
+    entity: str,
+    file: str | None,
+    db: str | None,
+    batch_size: int,
+    workers: int | None,
+    model: str,
+    model_path: Path | None,
+    provider: str,
+    max_rejects: str,
+    as_json: bool,
+    no_progress: bool,
+) -> int:
+    """Create records of an ENTITY of KameleonDB from JSON, and index them in the same go.
+
+    FILE is JSON Lines or one JSON array of objects with the entity's fields; without it, or as -, standard input is
+    read. Every record gets a new id.
+
+    A record is created before it is embedded. After an interrupted run do not insert the same records again, or
+    they are there twice: `kdb-fast reindex ENTITY` indexes what was created, and the message says up to which line
+    that is.
+    """
+    if file is None and sys.stdin is not None and sys.stdin.isatty():
+        raise UsageError("There is nothing to insert.", remedy="Name a FILE, or pipe JSON Lines into the command.")
+    options = ReindexOptions(
+        model=model,
+        model_path=model_path,
+        provider=provider,
+        batch_size=batch_size,
+        workers=workers,
+        max_rejects=RejectLimit.parse(max_rejects),
+    )
+    from . import insert as inserting
+    from . import progress as shown
+    from .report import print_inserted, print_rejected_lines
+
+    progress = shown.choose(not no_progress)
+    try:
+        with database(db) as address:
+            receipt = inserting.insert(address, entity, file or "-", options, progress)
+            name = address.display
+    except KdbFastError as error:
+        progress.close()
+        if not as_json:
+            print_rejected_lines(getattr(error, "receipt", {}))
+        if getattr(error, "completed_by_reindex", False):
+            error.carry_on = _reindex_instead(entity, db)  # type: ignore[attr-defined]
+        raise
+    finally:
+        progress.close()
+    if as_json:
+        print(json.dumps(receipt))
+    else:
+        print_rejected_lines(receipt)
+        print_inserted(receipt, entity, name)
+    return EXIT_REJECTS if receipt["rejected"] else EXIT_OK
+
+
+def _reindex_instead(entity: str, db: str | None) -> str:
+    """The reindex that completes an insert, with its options for database and model."""
+    context = click.get_current_context()
+    command = ["reindex", entity]
+    for name, value in [("db", db), *((n, context.params[n]) for n in ("model", "model_path", "provider"))]:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    return _carry_on(command)
+
+
+@cli.group()
+def rejects() -> None:
+    """Show, retry and forget the records that could not be stored."""
+
+
+@rejects.command("list")
+@database_option
+@click.option("--entity", help="Only this entity.")
+@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="Show at most so many.")
+@json_option
+def rejects_list(db: str | None, entity: str | None, limit: int, as_json: bool) -> None:
+    """List rejected records with the reason, those of the newest run first."""
+    from .rejects import list_rejects
+    from .report import print_rejects
+
+    with database(db) as address:
+        rows = list_rejects(address, entity)
+    if as_json:
+        print(json.dumps({"total": len(rows), "rejects": rows[:limit]}, default=str))
+    else:
+        print_rejects(rows, limit)
+
+
+@rejects.command("clear")
+@database_option
+@click.option("--entity", help="Only this entity.")
+@json_option
+def rejects_clear(db: str | None, entity: str | None, as_json: bool) -> None:
+    """Forget rejected records. The records themselves stay as they are; a reindex would reject them again."""
+    from .rejects import clear_rejects
+
+    with database(db) as address:
+        count = clear_rejects(address, entity)
+    print(json.dumps({"cleared": count}) if as_json else f"{count:,} rejects forgotten")
+
+
+@rejects.command("retry")
+@database_option
+@click.option("--batch-size", default=DEFAULT_BATCH_SIZE, show_default=True, help="Most rows of one model run.")
+@click.option("--workers", type=int, help="Embedding processes. Default: one for each CPU this process may use.")
+@click.option("--model", metavar="NAME", help="Any FastEmbed model. Default: that of the newest run.")
+@click.option("--model-path", type=click.Path(path_type=Path, file_okay=False), help="Directory of a model.")
+@provider_option
+@json_option
+@click.option("--no-progress", is_flag=True, help="Print no progress.")
+def rejects_retry(
+    db: str | None,
+    batch_size: int,
+    workers: int | None,
+    model: str | None,
+    model_path: Path | None,
+    provider: str,
+    as_json: bool,
+    no_progress: bool,
+) -> int:
+    """Read the entities with rejected records again, and store what can be stored now.
+
+    This is a reindex of these entities, so unchanged records are skipped. Lines of files that became no record cannot
+    be tried again: they are not in the database.
+    """
+    from . import progress as shown
+    from .rejects import retry_rejects
+    from .report import print_retried
+
+    options = ReindexOptions(model_path=model_path, provider=provider, batch_size=batch_size, workers=workers)
+    progress = shown.choose(not no_progress)
+    try:
+        with database(db) as address:
+            result = retry_rejects(address, options, progress, model=model)
+            name = address.display
+    finally:
+        progress.close()
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_retried(result, name)
+    return EXIT_REJECTS if result["remaining"] or result["not_in_database"] else EXIT_OK
 
 
 @cli.command()

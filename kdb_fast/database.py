@@ -261,6 +261,16 @@ def connect_postgresql(
         ) from None
 
 
+def create_sqlite(address: DatabaseAddress) -> None:
+    """Make an SQLite file that does not exist yet; nothing for other addresses.
+
+    Raises:
+        DatabaseError: Its directory does not exist or may not be written.
+    """
+    if address.dialect == "sqlite" and not Path(address.conninfo).exists():
+        connect_sqlite(address, must_exist=False).close()
+
+
 def connect_sqlite(address: DatabaseAddress, *, must_exist: bool = True) -> sqlite3.Connection:
     """A connection in autocommit mode (transactions are begun explicitly), with a busy time-out.
 

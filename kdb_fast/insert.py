@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from .database import DatabaseAddress
 from .errors import KdbFastError, RejectLimitError, StoppedError
 from .progress import Progress
 from .records import storable_key
 from .reindex import Receipt, reindex
+from .rejects import list_rejects
 from .settings import ReindexOptions, RejectLimit
-from .sources.inserting import InsertingSource
+from .sources.inserting import REJECTS_KEPT, InsertingSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ def insert(
 
     Returns:
         The receipt of the run, with ``inserted``, ``pending`` (inserted and not indexed, although it has text) and
-        ``rejects`` (the first 100 of the input: ``line``, ``reason``, ``detail``).
+        ``rejects`` (the first 100: ``line``; ``record_id``, '' where none was inserted; ``reason``; ``detail``).
 
     Raises:
         KdbFastError: One of its subclasses; its ``receipt`` has the same keys when the run had begun. When records
@@ -66,36 +65,47 @@ def insert(
         except KdbFastError as error:
             found: Receipt | None = getattr(error, "receipt", None)
             if found is not None:
-                error.receipt = _extended(found, source)  # type: ignore[attr-defined]
+                error.receipt = _extended(found, source, address)  # type: ignore[attr-defined]
             _explain(error, entity, source, options)
             raise
         except KeyboardInterrupt:
             if not source.inserted:
                 raise
             stopped = StoppedError("Stopped at once; the transactions in progress were rolled back.")
-            stopped.exit_code = 128 + signal.SIGINT
             _explain(stopped, entity, source, options)
             raise stopped from None
-    return _extended(receipt, source)
+    return _extended(receipt, source, address)
 
 
-def _extended(receipt: Receipt, source: InsertingSource) -> Receipt:
+def _extended(receipt: Receipt, source: InsertingSource, address: DatabaseAddress) -> Receipt:
     """The receipt with what became of the input."""
-    rejected_later = receipt["rejected"] - source.rejected
+    rejects = [
+        {"line": r.position, "record_id": r.record_id, "reason": r.reason, "detail": r.detail} for r in source.rejects
+    ]
+    rejected_later = max(0, receipt["rejected"] - source.rejected)
+    if rejected_later and len(rejects) < REJECTS_KEPT:
+        # Inserted and then refused by the model or the index; a database that is away cannot say which.
+        with contextlib.suppress(KdbFastError):
+            rejects += [
+                {key: row[key] for key in ("line", "record_id", "reason", "detail")}
+                for row in list_rejects(address, source.entities[0])
+                if row["run"] == receipt["run"] and row["record_id"]
+            ][: REJECTS_KEPT - len(rejects)]
     indexed = receipt["stored"] + receipt["reused"] + receipt["superseded"] + receipt["unchanged"]
     return {
         **receipt,
         "inserted": source.inserted,
-        "pending": max(0, source.inserted - source.empty - indexed - max(0, rejected_later)),
-        "rejects": [{"line": r.position, "reason": r.reason, "detail": r.detail} for r in source.rejects],
+        "pending": max(0, source.inserted - source.empty - indexed - rejected_later),
+        "rejects": rejects,
     }
 
 
 def _explain(error: KdbFastError, entity: str, source: InsertingSource, options: ReindexOptions) -> None:
     """Say what of the input is in the database: the same command again would insert it twice."""
     if isinstance(error, RejectLimitError):
+        rejected = max(source.rejected, getattr(error, "receipt", {}).get("rejected", 0))
         error.message = (
-            f"{source.rejected:,} of the first {source.read:,} records were rejected; "
+            f"{rejected:,} of the first {source.read:,} records were rejected; "
             f"--max-rejects allows {options.max_rejects}."
         )
         error.remedy = "Nothing was inserted. Correct them, or raise the limit with --max-rejects."
@@ -108,11 +118,3 @@ def _explain(error: KdbFastError, entity: str, source: InsertingSource, options:
         f"a reindex of {name} completes their index. Insert only what follows that line, since a record inserted "
         "again would be there twice."
     )
-
-
-def shown_rejects(receipt: dict[str, Any], count: int = 10) -> list[str]:
-    """The first rejects of a receipt as lines for a person: ``line 17: unknown_field: …``."""
-    return [
-        f"line {reject['line']}: {reject['reason']}: {storable_key(reject['detail'], 500)}"
-        for reject in receipt["rejects"][:count]
-    ]

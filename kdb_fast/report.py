@@ -12,6 +12,9 @@ from .records import storable_key
 SHOWN_CHARS = 100
 """Characters of a text in a list of results."""
 
+SHOWN_REJECTS = 10
+"""Rejected lines that are printed at the end of an insert."""
+
 
 def print_receipt(receipt: Mapping[str, Any], database: str) -> None:
     """The summary of a run."""
@@ -111,3 +114,58 @@ def print_models(entries: Iterable[Any]) -> None:
         mark = "here" if entry.installed else "    "
         print(f"{mark}  {entry.dimensions:>5}  {entry.size_gb:>6.2f} GB  {entry.name}")
     sys.stdout.flush()
+
+
+def print_inserted(receipt: Mapping[str, Any], entity: str, database: str) -> None:
+    """The summary of an insert."""
+    print(f"{database}: {receipt['inserted']:,} records inserted into {printable(entity, 60)}")
+    if receipt["read"]:
+        print_receipt(receipt, database)
+    elif receipt["empty"]:
+        print(f"  None of the {receipt['empty']:,} has any text, so nothing was indexed.")
+        for warning in receipt["warnings"]:
+            print(f"  note: {warning}")
+
+
+def print_rejected_lines(receipt: Mapping[str, Any]) -> None:
+    """The first rejected lines of an input, to standard error."""
+    rejects = receipt.get("rejects", ())
+    for reject in rejects[:SHOWN_REJECTS]:
+        where = f"line {reject['line']}" if reject["line"] else f"record {printable(reject['record_id'], 60)}"
+        print(f"{where}: {reject['reason']}: {printable(reject['detail'], 500)}", file=sys.stderr)
+    if receipt.get("rejected", 0) > SHOWN_REJECTS:
+        print(f"and {receipt['rejected'] - SHOWN_REJECTS:,} more", file=sys.stderr)
+
+
+def print_rejects(rows: Sequence[Mapping[str, Any]], limit: int) -> None:
+    """Rejected records, one line each."""
+    if not rows:
+        print("There are no rejected records.")
+        return
+    for row in rows[:limit]:
+        where = printable(row["entity"], 60)
+        if row["record_id"]:
+            where += f"/{printable(row['record_id'], 60)}"
+        if row["line"]:
+            where += f" line {row['line']}"
+        reason = printable(f"{row['reason']}: {row['detail']}", 500)
+        print(f"{where}: {reason} (run {row['run']}, {str(row['rejected_at'])[:19]})")
+    if len(rows) > limit:
+        print(f"and {len(rows) - limit:,} more: see --limit")
+
+
+def print_retried(result: Mapping[str, Any], database: str) -> None:
+    """What became of rejected records that were tried again."""
+    if not result["rejects_before"]:
+        print("There are no rejected records.")
+        return
+    if result["receipt"] is not None:
+        print_receipt(result["receipt"], database)
+        print(f"{result['remaining']:,} rejected records remain")
+    for entity, count in result["not_in_database"].items():
+        name = printable(entity, 60)
+        print(
+            f"{count:,} rejected lines of {name} are of files and not in the database: correct them, then run "
+            f"`kdb-fast reindex --from FILE --entity {name}` again (what is stored is skipped), or `kdb-fast insert` "
+            f"with these lines only. To forget them: kdb-fast rejects clear --entity {name}"
+        )

@@ -242,12 +242,11 @@ class Oracle:
 
 
 def mixed_texts(count: int, longest: int = 700) -> list[str]:
-    """Different texts: most of some words, a few of some hundred, the first of ``longest``."""
-    random = np.random.default_rng(count)
+    """Different texts: most of some words, one of 25 of up to 150, the first of ``longest``. Always the same ones."""
     words = ["river", "stone", "lamp", "orbit", "quiet memory", "Grüße", "café", "東京", "naïve", "42", "non-linear"]
     texts = []
     for number in range(count):
+        random = np.random.default_rng(number)
         length = int(random.integers(1, 15)) if number % 25 else int(random.integers(30, 150))
-        chosen = random.choice(words, longest if number == 0 else length)
-        texts.append(f"{number}: {' '.join(chosen)}")
+        texts.append(f"{number}: {' '.join(random.choice(words, length if number else longest))}")
     return texts

@@ -12,7 +12,7 @@ from kdb_fast.records import Record
 from kdb_fast.resources import usable_cpus
 from kdb_fast.settings import DEFAULT_MODEL
 from kdb_fast.sharding import SHARD_ROWS
-from kdb_fast.slab import Row, Slab, SlabShape
+from kdb_fast.slab import NO_STAMP, Row, Slab, SlabShape
 from kdb_fast.stores import open_store, pgcopy, schema
 from kdb_fast.stores.base import FlushSlot, RunSpec, Store
 
@@ -148,7 +148,7 @@ def _filled_slots(rows: Rows) -> Iterator[list[FlushSlot]]:
         slab = Slab.local(SlabShape(-(-len(part) // SHARD_ROWS), SHARD_ROWS, database.DIMENSIONS, BLOB_BYTES))
         for slot, first in zip(slab.slots, range(0, len(part), SHARD_ROWS), strict=True):
             shard = part[first : first + SHARD_ROWS]
-            slot.put(1, [Row(Record(r[1], r[2], r[3])) for r in shard], [pgcopy.NO_STAMP] * len(shard))
+            slot.put(1, [Row(Record(r[1], r[2], r[3])) for r in shard], [NO_STAMP] * len(shard))
             slot.vectors[: len(shard)] = [r[4] for r in shard]
         yield [FlushSlot(slot, frozenset()) for slot in slab.slots]
 

@@ -105,9 +105,7 @@ def _checked(rule: FieldRule, value: Any) -> Any:
     try:
         value = check(value)
     except TypeError:
-        raise UnfitError(
-            "wrong_type", f"the field {shown(rule.name)} is {kind(value)}, expected {expected}"
-        ) from None
+        raise UnfitError("wrong_type", f"the field {shown(rule.name)} is {kind(value)}, expected {expected}") from None
     except OverflowError:
         raise UnfitError("out_of_range", f"the field {shown(rule.name)} is too large for a 64-bit float") from None
     except ValueError:

@@ -250,9 +250,7 @@ def _rules(
             rules[field.name] = FieldRule(field.name, field.column_name, field.type, must, stored=False)
             continue
         must = must or (column.not_null and not column.has_default)
-        rules[field.name] = FieldRule(
-            field.name, field.column_name, field.type, must, column.max_chars, column.bounds
-        )
+        rules[field.name] = FieldRule(field.name, field.column_name, field.type, must, column.max_chars, column.bounds)
     return rules
 
 

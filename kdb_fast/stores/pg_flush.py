@@ -126,13 +126,13 @@ class FlushWriter:
             return
         staged = self._stage(groups)
         done = self._merge_staged(parameters)
-        while self._force and done < staged:
+        if self._force and done < staged:
             # A row that another session inserted between our two statements: it is older than ours.
             done = self._merge_staged(parameters)
+        if done != staged:
+            self._note_unwritten(cursor.execute(UNWRITTEN_ROWS, parameters).fetchall())
         if self._force:
             cursor.execute("DROP TABLE kdb_fast_staging")
-        elif done != staged:
-            self._note_unwritten(cursor.execute(UNWRITTEN_ROWS, parameters).fetchall())
         self.rows += staged - len(self.lost) - len(self.rejected)
 
     def _note_unwritten(self, rows: Iterable[tuple[Any, ...]]) -> None:

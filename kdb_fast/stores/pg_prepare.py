@@ -11,6 +11,7 @@ from .base import TABLE
 
 if TYPE_CHECKING:
     import psycopg
+    from psycopg import sql
 
     from .postgresql import PostgreSQLStore
 
@@ -214,14 +215,29 @@ def owns_table(cursor: psycopg.Cursor[tuple[Any, ...]]) -> bool:
 
 def prune(store: PostgreSQLStore, entity: str) -> int:
     """See :meth:`kdb_fast.stores.base.Store.prune`."""
+    total = 0
+    while True:
+        fault("store.prune")
+        with store.transaction() as cursor:
+            # One snapshot: an entity that moves to a table of its own meanwhile must not look empty.
+            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            statement, parameters = _prune_statement(cursor, entity)
+            deleted = cursor.execute(statement, parameters).rowcount if statement is not None else 0
+        total += deleted
+        if deleted < PRUNE_BATCH:
+            return total
+
+
+def _prune_statement(
+    cursor: psycopg.Cursor[tuple[Any, ...]], entity: str
+) -> tuple[sql.Composed | None, dict[str, Any]]:
     from psycopg import sql
 
-    connection = store.connection()
-    row = connection.execute(
+    row = cursor.execute(
         "SELECT id, storage_mode, dedicated_table_name FROM kdb_entity_definitions WHERE name = %s", (entity,)
     ).fetchone()
     if row is None:
-        return 0
+        return None, {}
     entity_id, mode, dedicated = row
     shared = "EXISTS (SELECT FROM kdb_records r WHERE r.id = t.record_id AND r.entity_id = %(entity_id)s"
     live: sql.Composable = sql.SQL(shared + " AND NOT r.is_deleted)")
@@ -236,13 +252,4 @@ def prune(store: PostgreSQLStore, entity: str) -> int:
         "DELETE FROM kdb_search WHERE ctid = ANY (ARRAY(SELECT t.ctid FROM kdb_search t "
         "WHERE t.entity_name = %(entity)s AND NOT {live} LIMIT %(batch)s))"
     ).format(live=live)
-    total = 0
-    while True:
-        fault("store.prune")
-        with store.transaction() as cursor:
-            deleted = cursor.execute(
-                statement, {"entity": entity, "entity_id": entity_id, "batch": PRUNE_BATCH}
-            ).rowcount
-        total += deleted
-        if deleted < PRUNE_BATCH:
-            return total
+    return statement, {"entity": entity, "entity_id": entity_id, "batch": PRUNE_BATCH}

@@ -83,7 +83,7 @@ def _try_begin(store: PostgreSQLStore, fingerprint: str, model: str, dimensions:
         for run, host, pid, since, age, started in running:
             assert isinstance(since, datetime)
             ours = host == socket.gethostname() and pid == os.getpid()
-            if (age < STALE_SECONDS and not process_is_gone(host, pid, started)) or ours:
+            if (age < STALE_SECONDS or ours) and not process_is_gone(host, pid, started):
                 return Holder(run, host, pid, since, float(age))
             cursor.execute("UPDATE kdb_fast_runs SET state = 'abandoned', ended_at = now() WHERE run = %s", (run,))
         row = cursor.execute(

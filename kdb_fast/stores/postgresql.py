@@ -27,7 +27,7 @@ from ..slab import NO_STAMP
 from . import pg_index, pg_prepare, pg_runs
 from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored
 from .pg_errors import classify, refusal
-from .pg_flush import FlushWriter, delete_keys
+from .pg_flush import DROPPED, FlushWriter, delete_keys
 
 if TYPE_CHECKING:
     import psycopg
@@ -335,6 +335,11 @@ class PostgreSQLStore(Store):
                 raise RecordError(
                     f"A record was refused ({reason}): {detail}.", remedy="Nothing of the batch was stored."
                 ) from None
+            if writer.lost or writer.rejected:
+                reason, detail = DROPPED
+                raise RecordError(
+                    f"A record was refused ({reason}): {detail}.", remedy="Nothing of the batch was stored."
+                )
             delete_keys(cursor, deletes)
 
     def prune(self, entity: str) -> int:

@@ -2,7 +2,7 @@
 
 The vectors stay in memory between searches, see :mod:`.sqlite_vectors`.
 
-Measured on 100,000 × 384: 25 ms a search; the first one reads everything, 1.0 s from the page cache.
+Measured on 100,000 × 384: 17 ms of one core a search; the first one reads everything, 1.0 s from the page cache.
 
 sqlite-vec is not used: many builds of Python cannot load SQLite extensions, and it would save only the 0.02 s of
 arithmetic of a first search and make every later one read the whole table again.

@@ -28,7 +28,7 @@ from servers import (
 )
 
 from kdb_fast.database import DatabaseAddress
-from kdb_fast.errors import DatabaseError, LockedError, SchemaError
+from kdb_fast.errors import DatabaseError, LockedError, RecordError, SchemaError
 from kdb_fast.records import Record, Reject, content_hash
 from kdb_fast.slab import NO_STAMP, Row, Slab, SlabShape
 from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec
@@ -764,6 +764,23 @@ def test_row_that_a_trigger_drops_is_not_counted_as_stored(
         assert result.rows == 1
     assert contents(database) == {"a": "one", "c": "theirs", "d": "two"}
     assert [r["record_id"] for r in store.rejects()] == ["b"]
+
+
+def test_put_of_a_row_that_a_trigger_drops_fails_as_a_whole(database: DatabaseAddress, store: PostgreSQLStore) -> None:
+    run = RunSpec(0, FINGERPRINT, MODEL, DIMENSIONS)
+    execute(
+        database,
+        "CREATE FUNCTION drop_it() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$; "
+        "CREATE TRIGGER drop_it BEFORE INSERT ON kdb_search FOR EACH ROW "
+        f"WHEN (NEW.content = '{SECRET}') EXECUTE FUNCTION drop_it()",
+    )
+    with pytest.raises(RecordError, match="dropped") as caught, store.unit():
+        store.put(run, [slot_of(fresh(("a", "one"), ("b", SECRET)))], [])
+    assert SECRET not in str(caught.value)
+    assert contents(database) == {}
+    with store.unit():
+        store.put(run, [slot_of(fresh(("a", "one"), ("c", "two")))], [])
+    assert contents(database) == {"a": "one", "c": "two"}
 
 
 def test_vector_that_pgvector_refuses_is_rejected_alone(

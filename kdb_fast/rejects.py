@@ -1,0 +1,150 @@
+"""``rejects``: show what could not be stored, try it again, forget it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from .database import DatabaseAddress
+from .progress import Progress
+from .query import last_run, open_connection
+from .records import storable_key
+from .reindex import Receipt, reindex
+from .settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
+from .sources.catalog import TABLES, Catalog
+from .sources.kameleondb import KameleonDBSource
+from .stores import open_store
+from .stores.base import REJECTS, Store
+from .stores.reading import columns_of, rows_of
+
+Rows = list[dict[str, Any]]
+
+
+def list_rejects(address: DatabaseAddress, entity: str | None = None) -> Rows:
+    """The rejected records, those of the newest run first; [] where there has been no run.
+
+    Each has ``entity``, ``record_id`` ('' for a line of an input that became no record), ``reason``, ``detail``,
+    ``line`` (0 for a record of the database), ``run`` and ``rejected_at`` (an aware datetime).
+
+    Raises:
+        DatabaseError: The database cannot be reached.
+    """
+    with _opened(address) as store:
+        rows = list(store.rejects(None if entity is None else storable_key(entity))) if store is not None else []
+    for row in rows:
+        row["line"] = row.pop("position")
+        row.pop("content_hash")
+    return rows
+
+
+def clear_rejects(address: DatabaseAddress, entity: str | None = None) -> int:
+    """Forget the rejected records of an entity or all; returns how many. The records themselves stay as they are."""
+    with _opened(address) as store:
+        if store is None:
+            return 0
+        if entity is None:
+            return store.clear_rejects()
+        rows = list(store.rejects(storable_key(entity)))
+        store.clear_rejects({(row["entity"], row["record_id"]) for row in rows})
+        return len(rows)
+
+
+def retry_rejects(
+    address: DatabaseAddress,
+    options: ReindexOptions,
+    progress: Progress | None = None,
+    *,
+    model: str | None = None,
+) -> dict[str, Any]:
+    """Read the entities that have rejected records again, and store what can be stored now.
+
+    A record that is stored now, is gone, or has no text any more is forgotten in the table of rejects. A line of a
+    file that became no record is not in the database, so it cannot be tried again and stays.
+
+    Args:
+        address: The database; an embedded server must be running.
+        options: As for a reindex; all rejects are allowed.
+        model: Name of the model; None means that of the newest run, so that unchanged records stay as they are.
+
+    Returns:
+        ``rejects_before``, ``remaining`` (rejects of records, after the run), ``not_in_database`` (rejects of lines of
+        files, by entity) and ``receipt`` of the run (None if there was nothing to try).
+
+    Raises:
+        KdbFastError: As for :func:`kdb_fast.reindex.reindex`.
+    """
+    before = list_rejects(address)
+    known = _known_entities(address)
+    names = sorted({known[row["entity"]] for row in before if row["entity"] in known and row["record_id"]})
+    receipt: Receipt | None = None
+    if names:
+        chosen = replace(
+            options,
+            entities=tuple(names),
+            model=model or _model_of_newest_run(address),
+            max_rejects=RejectLimit(count=None, share=1.0),
+        )
+        receipt = reindex(address, lambda: KameleonDBSource(address, names), chosen, progress)
+        forget_older(address, names, receipt["run"])
+    after = list_rejects(address)
+    tried = [row for row in after if row["entity"] in known and row["record_id"]]
+    return {
+        "rejects_before": len(before),
+        "remaining": len(tried),
+        "not_in_database": dict(Counter(row["entity"] for row in after if row not in tried)),
+        "receipt": receipt,
+    }
+
+
+def forget_older(address: DatabaseAddress, entities: list[str], run: int) -> int:
+    """Forget rejected records of entities that a run has read completely without rejecting them.
+
+    They were stored or unchanged, are gone, or have no text any more: what the run rejected has its number.
+
+    Args:
+        run: Number of the run, which must have read every live record of these entities.
+
+    Returns:
+        How many were forgotten. Lines of files that became no record are never among them.
+    """
+    mark = "?" if address.dialect == "sqlite" else "%s"
+    statement = f"DELETE FROM {REJECTS} WHERE entity_name = {mark} AND run < {mark} AND record_id <> ''"  # noqa: S608
+    total = 0
+    with contextlib.closing(open_connection(address)) as connection:
+        for entity in entities:
+            query = statement if address.dialect == "sqlite" else statement.encode()
+            total += connection.execute(query, (storable_key(entity), run)).rowcount
+    return total
+
+
+@contextlib.contextmanager
+def _opened(address: DatabaseAddress) -> Iterator[Store | None]:
+    """The store, or None where no run has made its tables."""
+    with contextlib.closing(open_connection(address)) as connection:
+        there = columns_of(rows_of(connection, address.dialect), address.dialect, [REJECTS])
+    if not there:
+        yield None
+        return
+    store = open_store(address, "rejects")
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _known_entities(address: DatabaseAddress) -> dict[str, str]:
+    """Entities that KameleonDB defines, by name as the table of rejects has it."""
+    with contextlib.closing(open_connection(address)) as connection:
+        if len(columns_of(rows_of(connection, address.dialect), address.dialect, TABLES)) < len(TABLES):
+            return {}
+        catalog = Catalog.load(connection, address.dialect, address.display)
+    return {storable_key(name): name for name in catalog.entities}
+
+
+def _model_of_newest_run(address: DatabaseAddress) -> str:
+    with contextlib.closing(open_connection(address)) as connection:
+        run = last_run(connection, address.dialect)
+    return str(run["model"]) if run else DEFAULT_MODEL
