@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from .jsonl import PAGE_CHARS, JsonlSource
 
 REJECTS_KEPT = 100
 """Rejects of the input that are kept for showing; all of them are counted, and stored with the run."""
+
+_ESCAPES = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
+"""Only JSON text with one of these can give a NUL or half a surrogate pair."""
 
 
 class _New(NamedTuple):
@@ -133,7 +137,7 @@ class InsertingSource(JsonlSource):
     def _checked(self, position: int, data: dict[str, Any], raw: bytes) -> _New | Reject:
         digest = hashlib.sha256(raw).digest()
         try:
-            values = check_record(self._inserter.rules, data, escapes=b"\\u" in raw)
+            values = check_record(self._inserter.rules, data, escapes=_ESCAPES.search(raw) is not None)
             fields = self._inserter.fields(values)
         except UnfitError as fault:
             return Reject(self._entity, "", fault.reason, fault.detail, digest, position)

@@ -872,7 +872,7 @@ def test_a_worker_that_never_answers_is_given_up_when_the_run_stops(monkeypatch:
     assert ("E", "r0") not in run.index.rows
     assert ("E", "r1") in run.index.rows
     assert 0 < first_written < 2, "what is embedded does not wait for the one that hangs"
-    assert 5 < now < 8
+    assert 2 < now < 20
 
 
 def test_a_stop_before_anything_was_read_is_a_stop() -> None:
