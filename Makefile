@@ -1,6 +1,6 @@
 # Needs only Python >= 3.11, make and a package index. Everything is installed into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check unit bench gate soak format clean
+.PHONY: help setup demo test check unit bench gate format clean
 
 help:           ## Show what can be made
 	@grep -hE '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/: *.*##/\t/' | expand -t 12
@@ -28,6 +28,10 @@ unit:           ## Only the tests without processes and servers
 bench:          ## Measure and write bench/results
 	@tools/setup dev
 	@.venv/bin/python -m bench
+
+gate:           ## The performance gate: ratios measured now, against bench/thresholds.json
+	@tools/setup dev
+	@.venv/bin/python -m bench.gate
 
 format:         ## Format the code
 	@tools/setup dev

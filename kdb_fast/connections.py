@@ -1,144 +1,367 @@
-"""Connections for the library: from a database URL, or from an SQLAlchemy engine of the caller's."""
+"""Connections for the library: from a database URL, or from an SQLAlchemy engine of the caller's.
+
+===================  ======================================  ==============================================
+given                to write and to read                    for the caller's own session
+===================  ======================================  ==============================================
+URL, SQLite file     connections of our own                  the session's connection
+engine, PostgreSQL   taken from the engine for good, so that  the session's connection
+                     its ``connect_args`` and ``creator`` hold
+engine, in memory    the engine's one connection             the same one
+===================  ======================================  ==============================================
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from .database import DatabaseAddress, connect_postgresql, connect_sqlite, opened, parse_address
-from .errors import UsageError
-from .stores import open_store
+from .database import DatabaseAddress, connect_postgresql, connect_sqlite, opened, parse_address, redact
+from .errors import DatabaseError, UsageError
+from .query import open_reader
 from .stores.base import Store
+
+if TYPE_CHECKING:
+    import psycopg
+
+    from .retrieval import SearchReader
+    from .stores.postgresql import PostgreSQLStore
+
+T = TypeVar("T")
+
+LIMITS = "SET LOCAL lock_timeout = '30s'; SET LOCAL idle_in_transaction_session_timeout = 0"
+"""Of our own transactions in PostgreSQL: nobody's lock is waited for longer, while an embedding provider may take
+minutes (rate limits) between two statements."""
+
+PLANNER = ("enable_hashjoin", "enable_mergejoin")
+"""Settings that writing changes for the rest of a transaction; in the caller's they are set back."""
+
+MEMORY = DatabaseAddress("sqlite", ":memory:", "sqlite:///:memory:")
+
+
+class _Reading(NamedTuple):
+    connection: Any
+    reader: SearchReader
 
 
 class Connections:
-    """Opens connections to one database: one for each reading thread, one for writing.
+    """Connections to one database: one for writing, as many for reading as there are searches at a time.
 
     Args:
-        address: The database; an embedded server is started on first use.
+        address: The database; an embedded server is started at once.
         shared: The one connection of an SQLite database in memory, which no other can see.
+        connect: Opens a connection to PostgreSQL in autocommit mode, instead of one by the address.
+        keep: Something that must live as long as the connections.
     """
 
-    def __init__(self, address: DatabaseAddress, shared: sqlite3.Connection | None = None) -> None:
+    def __init__(
+        self,
+        address: DatabaseAddress,
+        shared: sqlite3.Connection | None = None,
+        connect: Callable[[], psycopg.Connection[tuple[Any, ...]]] | None = None,
+        keep: object = None,
+    ) -> None:
         self.dialect: Literal["postgresql", "sqlite"] = address.dialect
-        self._shared = shared
+        self._shared, self._connect, self._keep = shared, connect, keep
         self._lock = threading.RLock()
-        self._local = threading.local()
         self._closing = contextlib.ExitStack()
         self._address = address
         if address.embedded_dir is not None:
             self._address = replace(self._closing.enter_context(opened(address)), display=address.display)
         self._store: Store | None = None
-        self._readers: list[Any] = []
+        self._idle: deque[_Reading] = deque()
+
+    # -- writing ---------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def store(self) -> Iterator[Store]:
-        """The store for writing; one user at a time."""
-        with self._lock:
-            if self._store is None:
-                self._store = self._own_store()
-            yield self._store
+    def writing(self) -> Iterator[Store]:
+        """The store within one transaction, which an exception rolls back; one user at a time.
 
-    def _own_store(self) -> Store:
+        Raises:
+            DatabaseError: The database cannot be reached or was lost. A connection that was cut while it was idle
+                is replaced.
+        """
+        with self._lock, contextlib.ExitStack() as stack:
+            if self.dialect == "sqlite":
+                store = self._sqlite_store()
+                stack.enter_context(store.unit())
+            else:
+                store = self._begun(stack)
+            yield store
+
+    def _sqlite_store(self) -> Store:
+        from .stores.sqlite import SQLiteStore
+
         if self._shared is not None:
-            from .stores.sqlite import SQLiteStore
+            _check_usable(self._shared)
+        if self._store is None:
+            own = self._shared is None
+            self._store = SQLiteStore.open(self._address, must_exist=False) if own else SQLiteStore(self._shared)  # type: ignore[arg-type]
+        return self._store
 
-            return SQLiteStore(self._shared)
+    def _begun(self, stack: contextlib.ExitStack) -> Store:
+        """The store with its transaction entered into ``stack``."""
+        import psycopg
+
+        while True:
+            known = self._store is not None
+            store = self._postgresql_store()
+            unit = contextlib.ExitStack()
+            try:
+                with _explained(store):
+                    unit.enter_context(_explained(store))
+                    unit.enter_context(store.unit())
+                    store.connection().execute(LIMITS)
+            except DatabaseError as error:
+                unit.__exit__(type(error), error, None)
+                if not known or not isinstance(error.__cause__, psycopg.OperationalError):
+                    raise
+                # It was idle since the last use, so nothing of this one was sent on it.
+                self._store = None
+                continue
+            stack.push(unit)
+            return store
+
+    def _postgresql_store(self) -> PostgreSQLStore:
+        from .stores.postgresql import PostgreSQLStore
+
+        store = self._store
+        if not isinstance(store, PostgreSQLStore) or store.connection().closed:
+            store = PostgreSQLStore(self._address, "library", borrowed=self._open())
+            self._store = store
+        return store
+
+    def _open(self) -> Any:
         if self.dialect == "sqlite":
-            from .stores.sqlite import SQLiteStore
-
-            return SQLiteStore.open(self._address, must_exist=False)
-        return open_store(self._address, "library")
+            return connect_sqlite(self._address, must_exist=False)
+        return self._connect() if self._connect is not None else connect_postgresql(self._address, role="library")
 
     @contextlib.contextmanager
     def borrowed(self, connection: Any) -> Iterator[Store]:
-        """A store on the caller's connection, within the caller's transaction.
+        """A store on the caller's connection: its rows are kept or undone together, within the caller's transaction.
 
         Raises:
-            UsageError: The driver is neither psycopg 3 nor sqlite3.
+            UsageError: The driver is neither psycopg 3 nor sqlite3, the connection commits by itself, or it is one
+                to another database.
         """
-        if isinstance(connection, sqlite3.Connection):
+        if isinstance(connection, sqlite3.Connection) and self.dialect == "sqlite":
             from .stores.sqlite import SQLiteStore
 
-            yield SQLiteStore(connection)
+            self._check_same(connection)
+            if not connection.in_transaction:
+                # sqlite3 begins one only at the first INSERT; a savepoint before that would commit by itself.
+                connection.execute("BEGIN")
+            store: Store = SQLiteStore(connection)
+            with self._lock if self._shared is not None else contextlib.nullcontext(), store.unit():
+                yield store
             return
         import psycopg
 
-        if not isinstance(connection, psycopg.Connection):
+        if not isinstance(connection, psycopg.Connection) or self.dialect == "sqlite":
             raise UsageError(
-                f"The session's driver is {type(connection).__module__}; expected psycopg 3 or sqlite3.",
+                f"The session's driver is {type(connection).__module__}; expected psycopg 3 for PostgreSQL or "
+                f"sqlite3 for SQLite, and this engine is for {self.dialect}.",
                 remedy="Use postgresql+psycopg:// in the engine's URL.",
             )
+        if connection.autocommit:
+            raise _commits_by_itself()
         from .stores.postgresql import PostgreSQLStore
 
-        yield PostgreSQLStore(self._address, "library", borrowed=connection)
+        postgresql = PostgreSQLStore(self._address, "library", borrowed=connection)
+        with _explained(postgresql):
+            # The first statement begins the caller's transaction: in none, the unit would be one of its own.
+            before = [connection.execute("SELECT current_setting(%s)", (name,)).fetchone() for name in PLANNER]
+            with postgresql.unit():
+                yield postgresql
+            for name, row in zip(PLANNER, before, strict=True):
+                connection.execute("SELECT set_config(%s, %s, true)", (name, row[0] if row else "on"))
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[Any]:
-        """This thread's connection for reading (the shared one, under its lock, for a database in memory)."""
+    def _check_same(self, connection: sqlite3.Connection) -> None:
+        if getattr(connection, "autocommit", False) is True:  # Python 3.12 and later
+            raise _commits_by_itself()
+        if connection is self._shared:
+            return
+        path = _main_file(connection)
+        if self._shared is None and path:
+            if os.path.samefile(path, self._address.conninfo):
+                return
+        elif self._shared is not None and not path:
+            # With a shared cache several connections see one database in memory.
+            if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'kdb_search'").fetchone():
+                return
+        raise UsageError(
+            "The session is bound to another SQLite database than this engine.",
+            remedy="Bind both to the same engine; in memory use poolclass=StaticPool.",
+        )
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    def read(self, work: Callable[[Any, SearchReader], T]) -> T:
+        """``work(connection, reader)`` on a connection of its own; a database in memory has one for all.
+
+        The connection used last is taken first: its reader may hold the vectors of the index in memory. One that
+        was cut while it was idle is replaced.
+
+        Raises:
+            DatabaseError: The database cannot be reached.
+        """
         if self._shared is not None:
             with self._lock:
-                yield self._shared
-            return
-        connection = getattr(self._local, "connection", None)
-        if connection is None or (self.dialect == "postgresql" and connection.closed):
-            connection = self._connect()
-            self._local.connection, self._local.reader = connection, None
-            self._readers.append(connection)
-        yield connection
-
-    def reader(self, connection: Any, make: Callable[[Any, str], Any]) -> Any:
-        """The reader of this thread's connection; it may hold vectors in memory, so it is kept."""
-        owner: Any = self if self._shared is not None else self._local
-        reader = getattr(owner, "reader_", None)
-        if reader is None or getattr(owner, "reader_of", None) is not connection:
-            reader = make(connection, self.dialect)
-            owner.reader_, owner.reader_of = reader, connection
-        return reader
-
-    def _connect(self) -> Any:
-        if self.dialect == "sqlite":
-            return connect_sqlite(self._address)
-        return connect_postgresql(self._address, role="library")
+                _check_usable(self._shared)
+                if not self._idle:
+                    self._idle.append(_Reading(self._shared, open_reader(self._shared, self.dialect)))
+                return work(*self._idle[0])
+        while True:
+            try:
+                reading, known = self._idle.pop(), True
+            except IndexError:
+                connection = self._open()
+                reading, known = _Reading(connection, open_reader(connection, self.dialect)), False
+            try:
+                result = work(*reading)
+            except BaseException as error:
+                if self.dialect == "sqlite" or not reading.connection.closed:
+                    self._idle.append(reading)
+                elif known and isinstance(error, DatabaseError):
+                    continue
+                raise
+            self._idle.append(reading)
+            return result
 
     def close(self) -> None:
-        """Close what was opened here."""
-        for connection in self._readers:
-            with contextlib.suppress(Exception):
-                connection.close()
-        self._readers = []
-        if self._store is not None:
-            self._store.close()
-            self._store = None
-        self._closing.close()
+        """Close what was opened here; the caller's own connections stay open."""
+        with self._lock:
+            for reading in self._idle:
+                if self._shared is None:
+                    _close(reading.connection)
+            self._idle.clear()
+            store, self._store = self._store, None
+            if store is not None:
+                store.close()
+                if store.dialect == "postgresql":
+                    _close(store.connection())  # type: ignore[attr-defined]
+            self._closing.close()
 
 
 def connections_for(engine: Any) -> Connections:
     """Connections to the database of a URL or of an SQLAlchemy engine.
 
     Raises:
-        UsageError: It is neither.
+        UsageError: It is neither, or its dialect is neither PostgreSQL nor SQLite.
+        DatabaseError: The engine cannot connect.
     """
     if isinstance(engine, str):
+        if engine in ("sqlite://", "sqlite:///:memory:"):
+            raise UsageError(
+                "A URL cannot name an SQLite database in memory: each connection would have its own.",
+                remedy="Pass the SQLAlchemy engine that holds it, or use sqlite:///file.db.",
+            )
         return Connections(parse_address(engine))
     if isinstance(engine, DatabaseAddress):
         return Connections(engine)
-    url = getattr(engine, "url", None)
-    if url is None or not hasattr(engine, "raw_connection"):
-        raise UsageError(
-            f"engine is {type(engine).__name__}; expected a database URL or an SQLAlchemy engine.",
-        )
+    if not hasattr(engine, "url") or not hasattr(engine, "raw_connection") or hasattr(engine, "sync_engine"):
+        raise UsageError(f"engine is {type(engine).__name__}; expected a database URL or an SQLAlchemy Engine.")
     if engine.dialect.name == "sqlite":
-        if url.database in (None, "", ":memory:") or "mode=memory" in str(url):
-            raw = engine.raw_connection()
-            # The pool keeps this connection for the engine's life; ours is only a second reference.
-            shared = raw.driver_connection
-            return Connections(DatabaseAddress("sqlite", ":memory:", "sqlite:///:memory:"), shared)
-        return Connections(parse_address(f"sqlite:///{url.database}"))
-    if engine.dialect.name != "postgresql":
-        raise UsageError(f"The engine is for {engine.dialect.name}; expected PostgreSQL or SQLite.")
-    return Connections(parse_address(url.render_as_string(hide_password=False)))
+        return _for_sqlite(engine)
+    if engine.dialect.name == "postgresql":
+        return _for_postgresql(engine)
+    raise UsageError(f"The engine is for {engine.dialect.name}; expected PostgreSQL or SQLite.")
+
+
+def _for_sqlite(engine: Any) -> Connections:
+    name = engine.url.database
+    if name and name != ":memory:" and not name.startswith("file:"):
+        return Connections(DatabaseAddress("sqlite", os.path.abspath(name), f"sqlite:///{name}"))
+    held = _checked_out(engine, MEMORY)
+    connection = held.driver_connection
+    if not isinstance(connection, sqlite3.Connection):
+        raise UsageError(f"The engine's driver is {type(connection).__module__}; expected sqlite3.")
+    if path := _main_file(connection):
+        held.close()
+        return Connections(DatabaseAddress("sqlite", path, f"sqlite:///{path}"))
+    # Held for good: each return to the pool would roll back what a session has open on the same connection.
+    return Connections(MEMORY, shared=connection, keep=held)
+
+
+def _for_postgresql(engine: Any) -> Connections:
+    from sqlalchemy.pool import StaticPool
+
+    if engine.dialect.driver != "psycopg" or isinstance(engine.pool, StaticPool):
+        return Connections(parse_address(engine.url.render_as_string(hide_password=False)))
+    from psycopg.conninfo import make_conninfo
+    from psycopg.rows import tuple_row
+
+    # Only shown, and its password kept out of messages: connections come from the engine.
+    conninfo = make_conninfo(password=engine.url.password) if engine.url.password else ""
+    address = DatabaseAddress("postgresql", conninfo, engine.url.render_as_string(hide_password=True))
+
+    def connect() -> psycopg.Connection[tuple[Any, ...]]:
+        held = _checked_out(engine, address)
+        connection: psycopg.Connection[tuple[Any, ...]] = held.driver_connection
+        held.detach()
+        connection.rollback()
+        connection.autocommit = True
+        connection.prepare_threshold = None  # poolers lose prepared statements
+        connection.row_factory = tuple_row
+        return connection
+
+    return Connections(address, connect=connect)
+
+
+def _checked_out(engine: Any, address: DatabaseAddress) -> Any:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        return engine.raw_connection()
+    except SQLAlchemyError as error:
+        detail = " ".join(redact(str(getattr(error, "orig", None) or error), address).split())
+        raise DatabaseError(
+            f"Cannot connect to {address.display}: {detail}.",
+            remedy="Is the server running, and are host, port, user and password right?",
+        ) from None
+
+
+def _main_file(connection: sqlite3.Connection) -> str:
+    """Path of the main database; '' in memory."""
+    return next((str(row[2] or "") for row in connection.execute("PRAGMA database_list") if row[1] == "main"), "")
+
+
+def _check_usable(shared: sqlite3.Connection) -> None:
+    try:
+        shared.cursor().close()
+    except sqlite3.ProgrammingError as error:
+        raise UsageError(
+            f"The SQLite database in memory cannot be used here: {error}",
+            remedy="For several threads: create_engine('sqlite://', poolclass=StaticPool, "
+            "connect_args={'check_same_thread': False}).",
+        ) from None
+
+
+def _commits_by_itself() -> UsageError:
+    return UsageError(
+        "The session's connection is in autocommit mode: there is no transaction to write in.",
+        remedy="Bind the session to an engine with another isolation level than AUTOCOMMIT.",
+    )
+
+
+@contextlib.contextmanager
+def _explained(store: PostgreSQLStore) -> Iterator[None]:
+    """Errors of psycopg become those of kdb-fast."""
+    import psycopg
+
+    from .stores.pg_errors import classify
+
+    try:
+        yield
+    except psycopg.Error as error:
+        raise store._explain("writing the index", error, classify(error)) from error
+
+
+def _close(connection: Any) -> None:
+    with contextlib.suppress(Exception):
+        connection.close()

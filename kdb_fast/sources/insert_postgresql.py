@@ -147,9 +147,13 @@ class PostgreSQLInserter(Inserter):
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
 
     def _passing(self, error: Exception) -> bool:
-        if self._connection is None or self._connection.closed:
-            return True
-        return str(getattr(error, "sqlstate", None) or "").startswith(TRANSIENT)
+        import psycopg
+
+        state = getattr(error, "sqlstate", None)
+        if state is None:
+            # libpq has lost the connection, or could not open it.
+            return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError, DatabaseError))
+        return str(state).startswith(TRANSIENT) or self._connection is None or bool(self._connection.closed)
 
     def _explain(self, error: Exception) -> KdbFastError:
         if isinstance(error, KdbFastError):

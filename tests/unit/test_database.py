@@ -97,7 +97,7 @@ def test_sqlite_address_becomes_an_absolute_path(url: str, path: Path) -> None:
 
 @pytest.mark.parametrize("url", ["sqlite:", "sqlite://", "sqlite:///", "sqlite://shop.db", "sqlite:///?mode=ro"])
 def test_incomplete_sqlite_address_is_refused(url: str) -> None:
-    with pytest.raises(UsageError, match="expected sqlite:///file.db"):
+    with pytest.raises(UsageError, match=r"expected sqlite:///file\.db"):
         parse_address(url)
 
 
@@ -198,11 +198,10 @@ def test_no_password_as_typed_gets_into_display_or_message(password: str, form: 
     typed = f"{password}SENTINEL"
     try:
         address = parse_address(f"postgresql://ann:{typed}{form}")
+        said = f"{address!r} {address.display}"
     except UsageError as error:
-        assert "SENTINEL" not in everything_said(error)
-        return
-    assert "SENTINEL" not in repr(address)
-    assert "SENTINEL" not in address.display
+        said = everything_said(error)
+    assert "SENTINEL" not in said
 
 
 @given(st.text(min_size=1, max_size=20).filter(lambda s: "\x00" not in s and s.isascii()))

@@ -12,9 +12,7 @@ LENGTHS = hnp.arrays(np.int64, st.integers(0, 150), elements=st.integers(1, 600)
 
 
 @given(LENGTHS, st.integers(1, 2000), st.integers(1, 150))
-def test_batches_hold_every_row_once_within_budget_cap_and_padding(
-    lengths: np.ndarray, budget: int, cap: int
-) -> None:
+def test_batches_hold_every_row_once_within_budget_cap_and_padding(lengths: np.ndarray, budget: int, cap: int) -> None:
     batches = list(plan_batches(lengths, budget, cap))
     assert sorted(int(i) for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:

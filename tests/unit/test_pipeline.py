@@ -29,7 +29,7 @@ from kdb_fast.messages import Finish, Finished, Flush, Flushed, PrepareIndex
 from kdb_fast.pipeline import Counts, Pipeline, Stop, limited
 from kdb_fast.records import MAX_CONTENT_BYTES, Record, Reject, content_hash, unfit
 from kdb_fast.settings import RejectLimit
-from kdb_fast.slab import NO_STAMP, ROW_NOT_ENCODABLE, ROW_NOT_FINITE, Slab, SlabShape
+from kdb_fast.slab import NO_STAMP, ROW_NOT_FINITE, Slab, SlabShape
 from kdb_fast.stores.base import Store, Stored
 from kdb_fast.stores.pg_index import DEFER_FLOOR, should_defer
 from kdb_fast.vectors import VectorCache
@@ -117,6 +117,7 @@ class FakeEngine(Engine):
         self.before_poll: Callable[[], None] = lambda: None
         self.notes: list[str] = []
         self._orders: dict[int, tuple[int, int, list[tuple[bytes, bytes, bytes]]]] = {}
+        self._crcs: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {}
         self._request: Flush | PrepareIndex | Finish | None = None
         self._in_vain = 0
 
@@ -181,8 +182,10 @@ class FakeEngine(Engine):
             else:
                 slot.vectors[i] = vector_of(content)
                 self.delivered.add((entity.decode(), record_id.decode()))
-        crc = crc32(slot.vectors[:rows].data.cast("B"))
-        return SlotFilled(number, generation, 3 * rows, 4 * rows, 0, 0.01, ((0, rows, crc),))
+        middle = rows // 2
+        crcs = tuple((a, b, crc32(slot.vectors[a:b].data.cast("B"))) for a, b in ((0, middle), (middle, rows)) if b > a)
+        self._crcs[number, generation] = crcs
+        return SlotFilled(number, generation, 3 * rows, 4 * rows, 0, 0.01, crcs)
 
     def _answer(self) -> Flushed | Finished:
         message, self._request = self._request, None
@@ -200,6 +203,7 @@ class FakeEngine(Engine):
             slot = self.slab.slots[given_rows.slot]
             assert slot.generation == given_rows.generation
             assert given_rows.slot not in self._orders, "a slot is written while it is embedded"
+            assert given_rows.crcs == self._crcs.get((given_rows.slot, given_rows.generation), ())
             for start, stop, crc in given_rows.crcs:
                 assert crc32(slot.vectors[start:stop].data.cast("B")) == crc
             for i, parts in enumerate(slot.raw_rows()):
@@ -463,7 +467,7 @@ def test_a_run_that_was_stopped_is_completed_by_the_next(
             run.go(items, setup.page)
         except Stop:
             p = run.pipeline
-            assert not (p._filled or p._reuse or p._writing or p._cache._pinned)
+            assert not any((p._filled, p._reuse, p._writing, p._cache._pinned))
             # No process is started to write rejects only; the next run finds them again.
             assert not p._rejects or p.engine is None
             assert run.engine.writer_idle
@@ -491,12 +495,12 @@ def test_a_run_over_its_reject_limit_ends_after_writing_what_is_embedded(
         if len(bad) <= limit:
             run.go(items, setup.page)
             return
-        with pytest.raises(RejectLimitError, match=rf"records were rejected; --max-rejects allows {limit}\. ") as caught:
+        with pytest.raises(RejectLimitError, match=rf"were rejected; --max-rejects allows {limit}\. ") as caught:
             run.go(items, setup.page)
     assert caught.value.remedy
     assert run.counts.rejected > limit
     p = run.pipeline
-    assert not (p._filled or p._reuse or p._writing or p._rejects or p._embedding())
+    assert not any((p._filled, p._reuse, p._writing, p._rejects, p._embedding()))
     assert len(index.rejects) == run.counts.rejected, "every reject can be looked up"
     for key in run.engine.delivered:
         assert index.rows[key].run == index.run, "what was embedded is written"
@@ -624,6 +628,31 @@ def test_a_stop_writes_an_embedded_record_whose_newer_one_is_not_embedded_yet() 
     with pytest.raises(Stop):
         run.go(items, page=20)
     assert run.index.contents()["E", "r1"] == "old and the longest"
+
+
+def test_a_record_whose_key_is_in_flight_is_written_over_what_this_run_writes_only() -> None:
+    run = one_row_shards(lambda possible: possible).go([record(1, "old and longer"), record(1, "new")], page=2)
+    rows = {slot.contents(0, 1)[0]: (int(slot.known[0]), int(slot.stamp[0])) for slot in run.engine.slab.slots[:2]}
+    assert rows == {"old and longer": (0, NO_STAMP), "new": (1, module.IN_FLIGHT_STAMP)}
+
+
+def test_a_row_that_another_program_wrote_meanwhile_stays_and_ours_counts_as_superseded() -> None:
+    index = index_of({("E", "r1"): ("old", FINGERPRINT)})
+    run = Run(index)
+    run.engine.before_poll = lambda: index.write(("E", "r1"), "written by another program", None, None)
+    run.go([record(1, "new"), record(2, "two")])
+    assert index.contents() == {("E", "r1"): "written by another program", ("E", "r2"): "two"}
+    assert run.counts == Counts(
+        read=2, stored=1, superseded=1, tokens=6, padded_tokens=8, flushes=1, bytes_written=10,
+        embed_seconds=0.01, write_seconds=0.01,
+    )  # fmt: skip
+
+
+def test_a_row_that_the_database_refuses_is_rejected_and_all_others_are_written() -> None:
+    run = Run().go([record(1, "one"), record(2, f"two {REFUSED}"), record(3, "three")])
+    assert run.index.contents() == {("E", "r1"): "one", ("E", "r3"): "three"}
+    assert (run.counts.stored, run.counts.rejected) == (2, 1)
+    assert run.index.rejects == [], "the writer itself records what the database refuses"
 
 
 # -- one text, many records --------------------------------------------------------------------------------
@@ -1069,7 +1098,3 @@ def test_limited_gives_the_first_records_and_reads_no_page_too_many(sizes: list[
     assert got == (everything if limit is None else everything[:limit])
     if limit and sum(sizes) >= limit:
         assert opened == next(n for n in range(1, len(sizes) + 1) if sum(sizes[:n]) >= limit)
-
-
-def test_the_codes_of_the_fake_are_those_of_the_worker() -> None:
-    assert ROW_NOT_FINITE != ROW_NOT_ENCODABLE

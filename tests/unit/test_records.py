@@ -54,7 +54,9 @@ def test_hash_of_a_lone_surrogate_does_not_fail() -> None:
     assert content_hash("\ud800") != content_hash("\udfff")
 
 
-@pytest.mark.parametrize("content", ["x", "Überraschung", "日本語", "👩‍👩‍👧", "a\tb\nc", "\u202eabc", "\ufeffx", "\x7f\x01"])
+@pytest.mark.parametrize(
+    "content", ["x", "Überraschung", "日本語", "👩‍👩‍👧", "a\tb\nc", "\u202eabc", "\ufeffx", "\x7f\x01"]
+)
 def test_ordinary_text_in_any_script_is_fit(content: str) -> None:
     assert unfit(Record("Product", "p-1", content)) is None
 

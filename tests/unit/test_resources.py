@@ -163,7 +163,11 @@ def test_page_cache_counts_as_available_in_v2(machine: Machine) -> None:
     machine.process_is_in("0::/job")
     machine.cgroup(
         "/job",
-        {"memory.max": "4000", "memory.current": "3900", "memory.stat": "anon 900\ninactive_file 3000\nactive_file 0\n"},
+        {
+            "memory.max": "4000",
+            "memory.current": "3900",
+            "memory.stat": "anon 900\ninactive_file 3000\nactive_file 0\n",
+        },
     )
     assert available_memory() == 3100
 
