@@ -1,3 +1,93 @@
-"""kdb-fast: re-embed a table of text at the speed of the machine."""
+"""kdb-fast: re-embed a table of text at the speed of the machine.
+
+The library's names are imported when they are first used, so that ``import kdb_fast`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .errors import (
+        DatabaseError,
+        KdbFastError,
+        LockedError,
+        ModelError,
+        RecordError,
+        RefusedError,
+        RejectLimitError,
+        ResourceError,
+        SchemaError,
+        StoppedError,
+        UsageError,
+    )
+    from .provider_base import EmbeddingProvider, EmbeddingResult
+    from .provider_errors import (
+        MissingPackageError,
+        OptionError,
+        ProviderError,
+        ProviderInputError,
+        ProviderKeyError,
+    )
+    from .providers import FastEmbedProvider, OpenAIProvider, get_provider
+    from .retrieval import IndexStatus, SearchResult
+    from .search import SearchEngine
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "DatabaseError",
+    "EmbeddingProvider",
+    "EmbeddingResult",
+    "FastEmbedProvider",
+    "IndexStatus",
+    "KdbFastError",
+    "LockedError",
+    "MissingPackageError",
+    "ModelError",
+    "OpenAIProvider",
+    "OptionError",
+    "ProviderError",
+    "ProviderInputError",
+    "ProviderKeyError",
+    "RecordError",
+    "RefusedError",
+    "RejectLimitError",
+    "ResourceError",
+    "SchemaError",
+    "SearchEngine",
+    "SearchResult",
+    "StoppedError",
+    "UsageError",
+    "get_provider",
+]
+
+_FROM = {
+    "search": ("SearchEngine",),
+    "retrieval": ("IndexStatus", "SearchResult"),
+    "providers": ("FastEmbedProvider", "OpenAIProvider", "get_provider"),
+    "provider_base": ("EmbeddingProvider", "EmbeddingResult"),
+    "provider_errors": (
+        "MissingPackageError",
+        "OptionError",
+        "ProviderError",
+        "ProviderInputError",
+        "ProviderKeyError",
+    ),
+}
+"""Module of each name; all others are in ``errors``."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module = next((module for module, names in _FROM.items() if name in names), "errors")
+    value: object = getattr(import_module(f".{module}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -399,7 +399,8 @@ def rejects_retry(
         print(json.dumps(result))
     else:
         print_retried(result, name)
-    return EXIT_REJECTS if result["remaining"] or result["not_in_database"] else EXIT_OK
+    left = result["remaining"] or result["lines_of_inserts"] or result["lines_of_files"]
+    return EXIT_REJECTS if left else EXIT_OK
 
 
 @cli.command()

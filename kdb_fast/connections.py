@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from .database import DatabaseAddress, connect_postgresql, connect_sqlite, opened, parse_address, redact
-from .errors import DatabaseError, UsageError
+from .errors import DatabaseError, SchemaError, UsageError
 from .query import open_reader
 from .stores.base import Store
 
@@ -94,6 +94,25 @@ class Connections:
                 store = self._begun(stack)
             yield store
 
+    def prepare(self, dimensions: int | None, otherwise: int) -> None:
+        """Create what search tables are missing.
+
+        Args:
+            dimensions: Length of the vectors to come; None if none will.
+            otherwise: Length to declare in a new table then.
+
+        Raises:
+            SchemaError: The tables are not KameleonDB's, or hold vectors of another length.
+        """
+        if self.dialect == "postgresql":
+            with self.writing() as store:
+                store.prepare(dimensions or store.column_dimensions() or otherwise)
+            return
+        with self._lock:
+            self._sqlite_store().prepare(dimensions or otherwise)
+        if dimensions is not None:
+            self.read(lambda connection, reader: _check_dimensions(connection, dimensions))
+
     def _sqlite_store(self) -> Store:
         from .stores.sqlite import SQLiteStore
 
@@ -111,21 +130,18 @@ class Connections:
         while True:
             known = self._store is not None
             store = self._postgresql_store()
-            unit = contextlib.ExitStack()
             try:
-                with _explained(store):
+                with contextlib.ExitStack() as unit:
                     unit.enter_context(_explained(store))
                     unit.enter_context(store.unit())
                     store.connection().execute(LIMITS)
+                    stack.enter_context(unit.pop_all())
+                    return store
             except DatabaseError as error:
-                unit.__exit__(type(error), error, None)
                 if not known or not isinstance(error.__cause__, psycopg.OperationalError):
                     raise
                 # It was idle since the last use, so nothing of this one was sent on it.
                 self._store = None
-                continue
-            stack.push(unit)
-            return store
 
     def _postgresql_store(self) -> PostgreSQLStore:
         from .stores.postgresql import PostgreSQLStore
@@ -170,16 +186,19 @@ class Connections:
             )
         if connection.autocommit:
             raise _commits_by_itself()
+        from psycopg.rows import tuple_row
+
         from .stores.postgresql import PostgreSQLStore
 
         postgresql = PostgreSQLStore(self._address, "library", borrowed=connection)
         with _explained(postgresql):
             # The first statement begins the caller's transaction: in none, the unit would be one of its own.
-            before = [connection.execute("SELECT current_setting(%s)", (name,)).fetchone() for name in PLANNER]
+            cursor = connection.cursor(row_factory=tuple_row)
+            before = [(name, *cursor.execute("SELECT current_setting(%s)", (name,))) for name in PLANNER]
             with postgresql.unit():
                 yield postgresql
-            for name, row in zip(PLANNER, before, strict=True):
-                connection.execute("SELECT set_config(%s, %s, true)", (name, row[0] if row else "on"))
+            for name, (value,) in before:
+                cursor.execute("SELECT set_config(%s, %s, true)", (name, value))
 
     def _check_same(self, connection: sqlite3.Connection) -> None:
         if getattr(connection, "autocommit", False) is True:  # Python 3.12 and later
@@ -187,13 +206,14 @@ class Connections:
         if connection is self._shared:
             return
         path = _main_file(connection)
-        if self._shared is None and path:
-            if os.path.samefile(path, self._address.conninfo):
-                return
-        elif self._shared is not None and not path:
+        if self._shared is None:
+            same = bool(path) and os.path.samefile(path, self._address.conninfo)
+        else:
             # With a shared cache several connections see one database in memory.
-            if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'kdb_search'").fetchone():
-                return
+            exists = "SELECT 1 FROM sqlite_master WHERE name = 'kdb_search'"
+            same = not path and connection.execute(exists).fetchone() is not None
+        if same:
+            return
         raise UsageError(
             "The session is bound to another SQLite database than this engine.",
             remedy="Bind both to the same engine; in memory use poolclass=StaticPool.",
@@ -329,6 +349,20 @@ def _checked_out(engine: Any, address: DatabaseAddress) -> Any:
 def _main_file(connection: sqlite3.Connection) -> str:
     """Path of the main database; '' in memory."""
     return next((str(row[2] or "") for row in connection.execute("PRAGMA database_list") if row[1] == "main"), "")
+
+
+def _check_dimensions(connection: sqlite3.Connection, dimensions: int) -> None:
+    """SQLite declares no length: what is stored tells. While a run replaces the vectors there are both."""
+    stored = "SELECT dimensions FROM kdb_search WHERE embedding IS NOT NULL AND dimensions {} LIMIT 1"
+    first = connection.execute(stored.format("IS NOT NULL")).fetchone()
+    if first in (None, (dimensions,)):
+        return
+    if connection.execute(stored.format("= ?"), (dimensions,)).fetchone() is None:
+        raise SchemaError(
+            f"kdb_search holds vectors of {first[0]} dimensions; the model gives {dimensions}.",
+            remedy="Choose the model that the index was made with, or make it anew: kdb-fast reindex --model …, or "
+            "UPDATE kdb_search SET embedding = NULL; and index every record again.",
+        )
 
 
 def _check_usable(shared: sqlite3.Connection) -> None:

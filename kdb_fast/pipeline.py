@@ -156,6 +156,8 @@ class Pipeline:
         # outdated only by one that can be stored: what the model cannot embed does not erase an earlier text.
         self._in_flight: dict[Key, int] = {}
         self._latest: dict[Key, int] = {}
+        # Keys in the flush that is being written, where the index may already differ from what was looked up.
+        self._sent: set[Key] = set()
         self._seen: dict[int, str] = {}
         self._generation = 0
         self._last_flush = time.monotonic()
@@ -269,11 +271,14 @@ class Pipeline:
             in_flight = key in self._in_flight
             if (
                 found is not None
-                and not in_flight
+                and key not in self._sent
                 and not self._force
                 and found.fingerprint == self._fingerprint
                 and found.content_hash == digest
             ):
+                if in_flight:
+                    # Older records of the key have not been written yet: what is stored outdates them.
+                    self._latest[key] = sequence
                 counts.unchanged += 1
                 self._final(key, "unchanged")
                 continue
@@ -476,6 +481,8 @@ class Pipeline:
             self._skip_unfit_and_outdated(number, load)
             self._writing[number] = load
             slots.append(SlotRows(number, load.generation, tuple(sorted(load.skip)), load.crcs))
+            if not self._unique_keys:
+                self._sent.update((row.record.entity, row.record.record_id) for row in load.rows)
         self.counts.flushes += 1
         self._last_flush = time.monotonic()
         self._sent_rejects = len(self._rejects)
@@ -606,6 +613,7 @@ class Pipeline:
         for number in list(self._writing):
             self._release(number)
         self._writing = {}
+        self._sent = set()
 
     def _has_vector(self, row: Row, sequence: int) -> None:
         """From now on older records of the same key are outdated."""

@@ -70,8 +70,9 @@ def retry_rejects(
         model: Name of the model; None means that of the newest run, so that unchanged records stay as they are.
 
     Returns:
-        ``rejects_before``, ``remaining`` (rejects of records, after the run), ``not_in_database`` (rejects of lines of
-        files, by entity) and ``receipt`` of the run (None if there was nothing to try).
+        ``rejects_before``; ``remaining`` (rejects of records, after the run); by entity, the rejects that are not in the
+        database: ``lines_of_inserts`` and ``lines_of_files`` (of entities that KameleonDB does not define); and the
+        ``receipt`` of the run (None if there was nothing to try).
 
     Raises:
         KdbFastError: As for :func:`kdb_fast.reindex.reindex`.
@@ -90,11 +91,12 @@ def retry_rejects(
         receipt = reindex(address, lambda: KameleonDBSource(address, names), chosen, progress)
         forget_older(address, names, receipt["run"])
     after = list_rejects(address)
-    tried = [row for row in after if row["entity"] in known and row["record_id"]]
+    of_known = [row for row in after if row["entity"] in known]
     return {
         "rejects_before": len(before),
-        "remaining": len(tried),
-        "not_in_database": dict(Counter(row["entity"] for row in after if row not in tried)),
+        "remaining": sum(1 for row in of_known if row["record_id"]),
+        "lines_of_inserts": dict(Counter(row["entity"] for row in of_known if not row["record_id"])),
+        "lines_of_files": dict(Counter(row["entity"] for row in after if row["entity"] not in known)),
         "receipt": receipt,
     }
 

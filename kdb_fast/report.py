@@ -162,10 +162,15 @@ def print_retried(result: Mapping[str, Any], database: str) -> None:
     if result["receipt"] is not None:
         print_receipt(result["receipt"], database)
         print(f"{result['remaining']:,} rejected records remain")
-    for entity, count in result["not_in_database"].items():
+    for entity, count in result["lines_of_inserts"].items():
         name = printable(entity, 60)
         print(
-            f"{count:,} rejected lines of {name} are of files and not in the database: correct them, then run "
-            f"`kdb-fast reindex --from FILE --entity {name}` again (what is stored is skipped), or `kdb-fast insert` "
-            f"with these lines only. To forget them: kdb-fast rejects clear --entity {name}"
+            f"{count:,} rejected lines for {name} became no record: correct them and insert only them "
+            f"(kdb-fast insert {name} FILE), then forget these: kdb-fast rejects clear --entity {name}"
+        )
+    for entity, count in result["lines_of_files"].items():
+        name = printable(entity, 60)
+        print(
+            f"{count:,} rejected lines of {name} are of a file and not in the database: correct them, then run "
+            f"kdb-fast reindex --from FILE --entity {name} again (what is stored is skipped)"
         )

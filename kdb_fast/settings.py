@@ -13,6 +13,7 @@ DEFAULT_BATCH_SIZE = 100
 MAX_BATCH_SIZES = {"fastembed": 1000, "openai": 2048}
 """Upper limit of ``--batch-size`` by provider: the specification's table."""
 MAX_WORKERS = 256
+PRECISIONS = ("fp32", "bf16", "int8", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,10 @@ class ReindexOptions:
     provider: str = "fastembed"
 
     def __post_init__(self) -> None:
+        if self.provider not in MAX_BATCH_SIZES:
+            raise UsageError(f"The provider is {self.provider!r}; expected {' or '.join(MAX_BATCH_SIZES)}.")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"--precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}.")
         most = MAX_BATCH_SIZES[self.provider]
         if not 1 <= self.batch_size <= most:
             raise UsageError(f"--batch-size is {self.batch_size}; expected 1 to {most:,} with {self.provider}.")

@@ -67,7 +67,7 @@ class Kameleon:
 
     def reindex(self, *entities: str) -> dict[str, Any]:
         """The receipt of a reindex that ends well or with rejects."""
-        answer = self.kdb_fast("reindex", *entities, "--json", "--no-progress")
+        answer = self.kdb_fast("reindex", *entities, "--json", "--no-progress", "--max-rejects", "100")
         assert answer.code in (0, 3), answer
         return answer.json
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb_fast.database import (
@@ -192,6 +192,7 @@ def test_malformed_address_is_refused_without_a_piece_of_the_password(url: str) 
 
 
 @pytest.mark.parametrize("form", ["@h/db", "@h:5433/db?sslmode=require", "@[::1]/db", "@"])
+@settings(deadline=None)
 @given(password=st.text(alphabet=st.characters(codec="ascii", min_codepoint=33), min_size=1, max_size=12))
 def test_no_password_as_typed_gets_into_display_or_message(password: str, form: str) -> None:
     # The mark stands at the end, where it would land in host, port or database if the password were cut.
@@ -204,6 +205,7 @@ def test_no_password_as_typed_gets_into_display_or_message(password: str, form: 
     assert "SENTINEL" not in said
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1, max_size=20).filter(lambda s: "\x00" not in s and s.isascii()))
 def test_an_escaped_password_survives_and_stays_secret(password: str) -> None:
     from psycopg.conninfo import conninfo_to_dict

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -11,6 +11,7 @@ from kdb_fast.encoder import MAX_PADDING, TOKEN_BUDGET, mean_pool, plan_batches
 LENGTHS = hnp.arrays(np.int64, st.integers(0, 150), elements=st.integers(1, 600))
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 2000), st.integers(1, 150))
 def test_batches_hold_every_row_once_within_budget_cap_and_padding(lengths: np.ndarray, budget: int, cap: int) -> None:
     batches = list(plan_batches(lengths, budget, cap))
@@ -24,6 +25,7 @@ def test_batches_hold_every_row_once_within_budget_cap_and_padding(lengths: np.n
             assert padded - int(lengths[batch].sum()) <= MAX_PADDING * padded + 1e-9
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 2000), st.integers(1, 150))
 def test_batches_go_from_long_to_short_and_equal_rows_keep_their_order(
     lengths: np.ndarray, budget: int, cap: int
@@ -32,6 +34,7 @@ def test_batches_go_from_long_to_short_and_equal_rows_keep_their_order(
     assert order == sorted(range(len(lengths)), key=lambda i: -int(lengths[i]))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 500), st.integers(1, 400), st.integers(1, 200))
 def test_rows_of_one_length_fill_their_batches(n: int, length: int, cap: int) -> None:
     sizes = [len(b) for b in plan_batches(np.full(n, length, dtype=np.int64), TOKEN_BUDGET, cap)]
@@ -60,6 +63,7 @@ def reference(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return result
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 40), st.integers(1, 48))
 def test_mean_pooling_is_that_of_a_float64_reference(seed: int, rows: int, tokens: int, dimensions: int) -> None:
     random = np.random.default_rng(seed)

@@ -6,7 +6,7 @@ import signal
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb_fast import errors
@@ -82,6 +82,7 @@ def test_reject_limit_refuses_what_is_neither(text: str) -> None:
     assert "expected a number such as 25 or a share such as 1%" in caught.value.message
 
 
+@settings(deadline=None)
 @given(st.text(max_size=8))
 def test_reject_limit_answers_any_text_with_a_limit_or_a_usage_error(text: str) -> None:
     try:
@@ -92,6 +93,7 @@ def test_reject_limit_answers_any_text_with_a_limit_or_a_usage_error(text: str) 
     assert RejectLimit.parse(str(limit)).count == limit.count
 
 
+@settings(deadline=None)
 @given(st.integers(0, 50), st.integers(0, 50))
 def test_a_count_is_exceeded_by_one_more(count: int, rejected: int) -> None:
     limit = RejectLimit(count=count, share=None)

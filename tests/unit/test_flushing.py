@@ -3,7 +3,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb_fast.flushing import CEILING_BYTES, FLOOR_BYTES, MEMORY_SHARE, QUICK_SECONDS, SLOW_SECONDS, FlushSize
@@ -82,6 +82,7 @@ def test_a_flush_that_was_not_full_says_nothing_about_larger_ones() -> None:
     assert size.target == FLOOR_BYTES
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 20 * CEILING_BYTES),
     st.integers(0, 100 * GIGABYTE),

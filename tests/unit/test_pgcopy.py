@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta, timezone
 import numpy as np
 import psycopg
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from psycopg.adapt import PyFormat
@@ -46,21 +46,25 @@ def test_signature_and_trailer_are_those_of_the_binary_format() -> None:
     assert NULL == b"\xff\xff\xff\xff"
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
 def test_text_is_what_psycopg_sends(value: str) -> None:
     assert text_field(value) == text_field(value.encode()) == dumped(value)
 
 
+@settings(deadline=None)
 @given(st.integers(-(2**15), 2**15 - 1))
 def test_int2_is_what_psycopg_sends(value: int) -> None:
     assert int_field(value, 2) == dumped(psycopg.types.numeric.Int2(value))
 
 
+@settings(deadline=None)
 @given(st.integers(-(2**31), 2**31 - 1))
 def test_int4_is_what_psycopg_sends(value: int) -> None:
     assert int_field(value, 4) == dumped(psycopg.types.numeric.Int4(value))
 
 
+@settings(deadline=None)
 @given(INT64)
 def test_int8_is_what_psycopg_sends(value: int) -> None:
     assert int_field(value, 8) == dumped(psycopg.types.numeric.Int8(value))
@@ -72,6 +76,7 @@ def test_an_integer_too_large_for_its_column_is_an_error_and_not_another_number(
         int_field(value, size)
 
 
+@settings(deadline=None)
 @given(MICROSECONDS)
 def test_a_timestamp_of_any_year_is_what_psycopg_sends(value: int) -> None:
     assert timestamp_field(value) == dumped(EPOCH + timedelta(microseconds=value))
@@ -97,11 +102,13 @@ def test_a_missing_timestamp_is_null() -> None:
     assert timestamp_fields(np.array([NO_STAMP, 0, NO_STAMP, NO_STAMP])) == [NULL, timestamp_field(0), NULL, NULL]
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.just(NO_STAMP), st.sampled_from([0, 1]), MICROSECONDS), max_size=20))
 def test_many_timestamps_are_each_packed_as_one(values: list[int]) -> None:
     assert timestamp_fields(np.array(values, dtype=np.int64)) == [timestamp_field(v) for v in values]
 
 
+@settings(deadline=None)
 @given(
     hnp.arrays(
         np.float32,
@@ -173,6 +180,7 @@ def test_a_column_with_too_few_pieces_is_an_error() -> None:
         pack_rows(2, [[text_field("a")], NULL], 2)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.text(max_size=5), INT64, st.one_of(st.just(NO_STAMP), MICROSECONDS)), max_size=6))
 def test_rows_can_be_taken_apart_again(rows: list[tuple[str, int, int]]) -> None:
     raw = pack_rows(

@@ -826,6 +826,7 @@ def test_what_was_known_of_a_row_travels_with_it() -> None:
     assert (slot.known[i], slot.stamp[i], slot.source[i]) == (0, NO_STAMP, NO_STAMP)
 
 
+@settings(deadline=None)
 @given(st.datetimes(timezones=st.one_of(st.none(), st.just(UTC), st.just(timezone(timedelta(hours=-11))))))
 def test_a_moment_becomes_exact_microseconds(moment: datetime) -> None:
     aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
@@ -883,8 +884,12 @@ def test_a_worker_that_never_answers_is_given_up_when_the_run_stops(monkeypatch:
 
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=monotonic))
     polls = 0
-    run = one_row_shards(lambda possible: [p for p in possible if p != ("embed", 0)], should_stop=lambda: polls > 3)
-
+    # So many slots that none of them is written for want of room.
+    run = Run(
+        shape=SlabShape(40, 1, DIMENSIONS, 8192),
+        choose=lambda possible: [p for p in possible if p != ("embed", 0)],
+        should_stop=lambda: polls > 3,
+    )
     first_written = 0.0
 
     def pass_time() -> None:
@@ -1080,6 +1085,7 @@ def test_finish_with_nothing_to_do_starts_nothing() -> None:
 # -- limited -----------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=8), st.one_of(st.none(), st.integers(0, 30)))
 @example([3, 3], 3)
 def test_limited_gives_the_first_records_and_reads_no_page_too_many(sizes: list[int], limit: int | None) -> None:

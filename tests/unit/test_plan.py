@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb_fast import plan
@@ -73,6 +73,7 @@ def test_slots_follow_the_workers_and_the_memory() -> None:
     assert tight.reasons[1].endswith("limited by memory)")
 
 
+@settings(deadline=None)
 @given(
     cpus=st.integers(1, 64),
     memory=st.integers(0, 10**12),

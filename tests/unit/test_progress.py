@@ -5,7 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb_fast import progress
@@ -48,6 +48,7 @@ def test_clock_writes_minutes_and_hours(seconds: float, text: str) -> None:
     assert clock(seconds) == text
 
 
+@settings(deadline=None)
 @given(st.floats(0, 10**7))
 def test_clock_loses_less_than_a_second(seconds: float) -> None:
     total = 0
@@ -125,6 +126,7 @@ COUNTS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.one_of(st.none(), st.integers(0, 2000)), st.lists(st.tuples(COUNTS, st.floats(0, 100))))
 def test_no_counts_make_the_estimate_fail(records: int | None, moments: list[tuple[Counts, float]]) -> None:
     estimate = Estimate(records)

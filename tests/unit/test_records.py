@@ -4,7 +4,7 @@ import hashlib
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb_fast import records
@@ -44,6 +44,7 @@ def test_content_of_a_mapping_follows_the_given_names() -> None:
     assert content_of({"b": "2", "a": "1", "x": "9"}, ["a", "b", "missing"]) == "a: 1 | b: 2"
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_hash_is_sha256_of_the_utf8_form(content: str) -> None:
     assert content_hash(content) == hashlib.sha256(content.encode()).digest()
@@ -100,6 +101,7 @@ def test_reasons_never_repeat_the_text() -> None:
         assert secret not in problem[1]
 
 
+@settings(deadline=None)
 @given(ANY_TEXT, ANY_TEXT, ANY_TEXT)
 def test_a_fit_record_can_be_stored_and_an_unfit_one_has_a_reason(entity: str, record_id: str, content: str) -> None:
     problem = unfit(Record(entity, record_id, content))
@@ -114,6 +116,7 @@ def test_a_fit_record_can_be_stored_and_an_unfit_one_has_a_reason(entity: str, r
     assert len(record_id) <= MAX_RECORD_ID_CHARS
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60), st.integers(1, 100))
 def test_a_cut_keeps_the_longest_beginning_of_whole_characters(content: str, limit: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -135,6 +138,7 @@ def test_a_text_one_byte_too_long_loses_one_character() -> None:
     assert cut_content("a" + "é" * (MAX_CONTENT_BYTES // 2)) == "a" + "é" * (MAX_CONTENT_BYTES // 2 - 1)
 
 
+@settings(deadline=None)
 @given(st.one_of(ANY_TEXT, st.integers(), st.binary(max_size=20), st.none(), st.floats()), st.integers(1, 60))
 def test_a_storable_key_is_printable_and_within_its_limit(value: Any, limit: int) -> None:
     key = storable_key(value, limit)
@@ -143,6 +147,7 @@ def test_a_storable_key_is_printable_and_within_its_limit(value: Any, limit: int
     key.encode()
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=st.characters(categories=["L", "N"]), max_size=30))
 def test_a_key_that_can_be_stored_as_it_is_stays_as_it_is(value: str) -> None:
     if value.isprintable():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb_fast.records import Record
@@ -20,6 +20,7 @@ def same(rows: list[Row], others: list[Row]) -> bool:
     return [id(row) for row in rows] == [id(row) for row in others]
 
 
+@settings(deadline=None)
 @given(
     rows=ROWS, shard_rows=st.integers(1, 8), shard_chars=st.integers(1, 60), blob=st.integers(1, 300),
     read_chars=st.integers(1, 40),
@@ -38,6 +39,7 @@ def test_every_row_is_in_one_shard_within_all_limits(
             assert sum(utf8_bytes(row) for row in shard) <= blob
 
 
+@settings(deadline=None)
 @given(rows=ROWS, shard_rows=st.integers(1, 8))
 def test_rows_come_longest_first_and_equal_lengths_keep_their_order(rows: list[Row], shard_rows: int) -> None:
     shards = cut_shards(rows, shard_rows=shard_rows, blob_bytes=10**6, read_chars=10**6)
@@ -46,6 +48,7 @@ def test_rows_come_longest_first_and_equal_lengths_keep_their_order(rows: list[R
     assert same(in_order, sorted(rows, key=lambda row: len(row.record.content), reverse=True))
 
 
+@settings(deadline=None)
 @given(ROWS)
 def test_a_shard_is_closed_only_when_the_next_row_does_not_fit(rows: list[Row]) -> None:
     limits = {"shard_rows": 3, "shard_chars": 30, "blob_bytes": 60, "read_chars": 20}
@@ -59,6 +62,7 @@ def test_a_shard_is_closed_only_when_the_next_row_does_not_fit(rows: list[Row]) 
         )
 
 
+@settings(deadline=None)
 @given(st.text(max_size=50), st.text(max_size=10), st.text(max_size=10))
 def test_text_bytes_never_says_less_than_utf8_needs(content: str, record_id: str, entity: str) -> None:
     row = Row(Record(entity, record_id, content))

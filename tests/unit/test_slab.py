@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb_fast.errors import ResourceError
@@ -61,6 +61,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slab]:
     slab.close()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 200), st.integers(1, 800), st.integers(1, 5000))
 def test_parts_of_a_slot_are_aligned_and_do_not_overlap(slots: int, rows: int, dimensions: int, blob: int) -> None:
     shape = SlabShape(slots, rows, dimensions, blob)
@@ -94,6 +95,7 @@ def test_text_area_holds_the_longest_record_with_the_longest_key() -> None:
     assert slot.contents(0, 1) == [record.content]
 
 
+@settings(deadline=None)
 @given(ROWS, st.data())
 def test_what_is_put_into_a_slot_comes_out_again(rows: list[Row], data: st.DataObject) -> None:
     sources = data.draw(st.lists(st.integers(NO_STAMP, 2**63 - 1), min_size=len(rows), max_size=len(rows)))
@@ -111,6 +113,7 @@ def test_what_is_put_into_a_slot_comes_out_again(rows: list[Row], data: st.DataO
     assert slot.text_bytes == sum(len(v.encode()) for row in rows for v in row.record[:3])
 
 
+@settings(deadline=None)
 @given(st.lists(ROWS, min_size=2, max_size=5))
 def test_a_slot_used_again_holds_nothing_of_its_former_use(uses: list[list[Row]]) -> None:
     slot = Slab.local(SMALL).slots[0]
