@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from zlib import crc32
 
 import numpy as np
@@ -44,11 +46,23 @@ class ProviderEngine(Engine):
         self.workers = threads
         self._writer = ProcessEngine(shape, None, address, run, workers=0, cpus=[])
         self.slab = self._writer.slab
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="provider")
-        self._futures: dict[Future[SlotFilled], int] = {}
+        self._asked: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[SlotFilled | BaseException] = queue.SimpleQueue()
+        self._in_flight: set[int] = set()
+        for number in range(threads):
+            # Daemons: a request that waits for a rate limit must not hold up the end of the process.
+            threading.Thread(target=self._serve, name=f"provider-{number + 1}", daemon=True).start()
 
     def embed(self, slot: int, generation: int, rows: int) -> None:
-        self._futures[self._pool.submit(self._embed, slot, generation, rows)] = slot
+        self._in_flight.add(slot)
+        self._asked.put((slot, generation, rows))
+
+    def _serve(self) -> None:
+        while (task := self._asked.get()) is not None:
+            try:
+                self._answers.put(self._embed(*task))
+            except BaseException as error:
+                self._answers.put(error)
 
     def _embed(self, number: int, generation: int, rows: int) -> SlotFilled:
         started = time.perf_counter()
@@ -65,7 +79,7 @@ class ProviderEngine(Engine):
         return filled(Embedded(number, generation, 0, rows, *tally, seconds, crc))
 
     def wants_work(self) -> bool:
-        return len(self._futures) < self.workers
+        return len(self._in_flight) < self.workers
 
     def flush(self, message: Flush) -> None:
         self._writer.flush(message)
@@ -81,21 +95,29 @@ class ProviderEngine(Engine):
         deadline = time.monotonic() + timeout
         while True:
             events = self._writer.poll(min(POLL_SECONDS, timeout))
-            for future in [f for f in self._futures if f.done()]:
-                del self._futures[future]
-                events.append(future.result())
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    answer = self._answers.get_nowait()
+                    if isinstance(answer, BaseException):
+                        raise answer
+                    self._in_flight.discard(answer.slot)
+                    events.append(answer)
             if events or time.monotonic() >= deadline:
                 return events
 
     def cancel_embedding(self) -> set[int]:
-        cancelled = {f: slot for f, slot in self._futures.items() if f.cancel()}
-        for future in cancelled:
-            del self._futures[future]
-        return set(cancelled.values())
+        cancelled: set[int] = set()
+        with contextlib.suppress(queue.Empty):
+            while (task := self._asked.get_nowait()) is not None:
+                cancelled.add(task[0])
+        self._in_flight -= cancelled
+        return cancelled
 
     def close(self, *, kill: bool = False) -> None:
         # A request in flight cannot be cut off; its answer is thrown away when it comes.
-        self._pool.shutdown(wait=not kill, cancel_futures=True)
+        self.cancel_embedding()
+        for _ in range(self.workers):
+            self._asked.put(None)
         self._writer.close(kill=kill)
 
     def peak_rss_bytes(self) -> dict[str, int]:

@@ -70,8 +70,8 @@ def retry_rejects(
         model: Name of the model; None means that of the newest run, so that unchanged records stay as they are.
 
     Returns:
-        ``rejects_before``; ``remaining`` (rejects of records, after the run); by entity, the rejects that are not in the
-        database: ``lines_of_inserts`` and ``lines_of_files`` (of entities that KameleonDB does not define); and the
+        ``rejects_before``; ``remaining`` (rejects of records, after the run); by entity, the rejects that are not in
+        the database: ``lines_of_inserts`` and ``lines_of_files`` (of entities that KameleonDB does not define); and the
         ``receipt`` of the run (None if there was nothing to try).
 
     Raises:

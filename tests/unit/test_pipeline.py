@@ -610,6 +610,16 @@ def test_a_record_is_embedded_again_where_its_key_is_in_flight_with_another_text
     run.assert_all_is_accounted_for([record(1, ""), record(1, "")])
 
 
+def test_a_file_with_a_key_twice_stores_nothing_the_second_time() -> None:
+    items = [record(1, "first"), record(2, "other"), record(1, "last")]
+    index = Run().go(items).index
+    again = Run(index).go(items)
+    assert (again.counts.stored, again.counts.reused) == (0, 0)
+    assert (again.counts.unchanged, again.counts.superseded) == (2, 1)
+    assert index.contents() == {("E", "r1"): "last", ("E", "r2"): "other"}
+    again.assert_all_is_given_back()
+
+
 def test_a_stop_writes_an_embedded_record_whose_newer_one_is_not_embedded_yet() -> None:
     stopping = False
     run = one_row_shards(
