@@ -77,7 +77,7 @@ def _fail(error: KdbFastError, as_json: bool, arguments: list[str]) -> int:
 
 def _carry_on(arguments: list[str]) -> str:
     """The same command, with a database address only if it holds no password."""
-    shown = [a if "://" not in a or "@" not in a else "$KDB_FAST_DB" for a in arguments]
+    shown = ["$KDB_FAST_DB" if "://" in a and ("@" in a or "password" in a) else a for a in arguments]
     return "kdb-fast " + " ".join(a if a == "$KDB_FAST_DB" else shlex.quote(a) for a in shown)
 
 

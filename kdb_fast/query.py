@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy.typing as npt
 
 from .database import DatabaseAddress, connect_postgresql, connect_sqlite
 from .errors import SchemaError
+from .records import storable_key
+from .stores.base import REJECTS
 
 if TYPE_CHECKING:
     from .retrieval import SearchReader
@@ -158,3 +161,24 @@ def run_status(address: DatabaseAddress) -> dict[str, Any]:
         "entities": [row._asdict() for row in rows],
         "run": run,
     }
+
+
+def forget_older(address: DatabaseAddress, entities: list[str], run: int) -> int:
+    """Forget rejected records of entities that a run has read completely without rejecting them.
+
+    They were stored or unchanged, are gone, or have no text any more: what the run rejected has its number.
+
+    Args:
+        run: Number of the run, which must have read every live record of these entities.
+
+    Returns:
+        How many were forgotten. Lines of files that became no record are never among them.
+    """
+    mark = "?" if address.dialect == "sqlite" else "%s"
+    statement = f"DELETE FROM {REJECTS} WHERE entity_name = {mark} AND run < {mark} AND record_id <> ''"  # noqa: S608
+    total = 0
+    with contextlib.closing(open_connection(address)) as connection:
+        for entity in entities:
+            query = statement if address.dialect == "sqlite" else statement.encode()
+            total += connection.execute(query, (storable_key(entity), run)).rowcount
+    return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .pipeline import Counts, Pipeline, Stop
 from .plan import INLINE_ROWS, Plan, inline_shape, make_plan
 from .progress import Progress, Silent
 from .provider_base import EmbeddingProvider
+from .query import forget_older
 from .resources import peak_rss_bytes
 from .settings import DEFAULT_MODEL, ReindexOptions
 from .slab import ROW_REASONS, ROW_WORKER_DIED
@@ -141,14 +143,15 @@ class _Run:
         self.plan: Plan | None = None
         self.engine: Engine | None = None
         self.start_seconds = 0.0
-        self.last_beat = 0.0
+        self.phase = "start"
         self.pipeline: Pipeline | None = None
 
     def go(self) -> Receipt:
         state = "failed"
         error: KdbFastError | None = None
         try:
-            self._work()
+            with self._beating():
+                self._work()
             state = "done"
         except Stop:
             state = "stopped"
@@ -199,6 +202,9 @@ class _Run:
         self.pipeline.counts.empty = source.empty
         self.progress.step("finishing the index")
         self.pipeline.finish(source.entities if source.complete else ())
+        if source.complete:
+            # What this run has read and not rejected is no longer rejected: changed, gone, or without text.
+            forget_older(self.address, list(source.entities), self.run.number)
 
     def _start_engine(self, rows: int, more: bool) -> Engine:
         began = time.monotonic()
@@ -232,9 +238,32 @@ class _Run:
         return any(reject["reason"] == reason for reject in self.store.rejects())
 
     def _beat(self, phase: str) -> None:
-        if time.monotonic() - self.last_beat >= HEARTBEAT_SECONDS:
-            self.last_beat = time.monotonic()
-            self.store.heartbeat(self.run.number, phase)
+        self.phase = phase
+
+    @contextlib.contextmanager
+    def _beating(self) -> Iterator[None]:
+        """Renew the lease of the run from a thread with a connection of its own: this one may wait for long, for
+        standard input or for an index."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            store: Store | None = None
+            while not ended.wait(HEARTBEAT_SECONDS):
+                try:
+                    store = store or open_store(self.address, "heartbeat")
+                    store.heartbeat(self.run.number, self.phase)
+                except Exception:  # whatever is wrong with the database, the writer will say
+                    store = None
+            if store is not None:
+                store.close()
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(5)
 
     def _close_engine(self, *, kill: bool) -> None:
         if self.engine is not None:

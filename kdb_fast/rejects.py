@@ -10,7 +10,7 @@ from typing import Any
 
 from .database import DatabaseAddress
 from .progress import Progress
-from .query import last_run, open_connection
+from .query import forget_older, last_run, open_connection
 from .records import storable_key
 from .reindex import Receipt, reindex
 from .settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
@@ -99,27 +99,6 @@ def retry_rejects(
         "lines_of_files": dict(Counter(row["entity"] for row in after if row["entity"] not in known)),
         "receipt": receipt,
     }
-
-
-def forget_older(address: DatabaseAddress, entities: list[str], run: int) -> int:
-    """Forget rejected records of entities that a run has read completely without rejecting them.
-
-    They were stored or unchanged, are gone, or have no text any more: what the run rejected has its number.
-
-    Args:
-        run: Number of the run, which must have read every live record of these entities.
-
-    Returns:
-        How many were forgotten. Lines of files that became no record are never among them.
-    """
-    mark = "?" if address.dialect == "sqlite" else "%s"
-    statement = f"DELETE FROM {REJECTS} WHERE entity_name = {mark} AND run < {mark} AND record_id <> ''"  # noqa: S608
-    total = 0
-    with contextlib.closing(open_connection(address)) as connection:
-        for entity in entities:
-            query = statement if address.dialect == "sqlite" else statement.encode()
-            total += connection.execute(query, (storable_key(entity), run)).rowcount
-    return total
 
 
 @contextlib.contextmanager
