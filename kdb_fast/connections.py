@@ -313,6 +313,7 @@ def _for_postgresql(engine: Any) -> Connections:
 
     if engine.dialect.driver != "psycopg" or isinstance(engine.pool, StaticPool):
         return Connections(parse_address(engine.url.render_as_string(hide_password=False)))
+    import psycopg
     from psycopg.conninfo import make_conninfo
     from psycopg.rows import tuple_row
 
@@ -321,24 +322,29 @@ def _for_postgresql(engine: Any) -> Connections:
     address = DatabaseAddress("postgresql", conninfo, engine.url.render_as_string(hide_password=True))
 
     def connect() -> psycopg.Connection[tuple[Any, ...]]:
-        held = _checked_out(engine, address)
-        connection: psycopg.Connection[tuple[Any, ...]] = held.driver_connection
-        held.detach()
-        connection.rollback()
-        connection.autocommit = True
-        connection.prepare_threshold = None  # poolers lose prepared statements
-        connection.row_factory = tuple_row
-        return connection
+        while True:
+            held = _checked_out(engine, address)
+            connection: psycopg.Connection[tuple[Any, ...]] = held.driver_connection
+            try:
+                connection.rollback()
+                connection.autocommit = True
+                connection.execute("SELECT 1")
+            except psycopg.OperationalError:
+                # It was cut while it lay in the pool. One after the other is thrown away, until a new one is made.
+                held.invalidate()
+                continue
+            held.detach()
+            connection.prepare_threshold = None  # poolers lose prepared statements
+            connection.row_factory = tuple_row
+            return connection
 
     return Connections(address, connect=connect)
 
 
 def _checked_out(engine: Any, address: DatabaseAddress) -> Any:
-    from sqlalchemy.exc import SQLAlchemyError
-
     try:
         return engine.raw_connection()
-    except SQLAlchemyError as error:
+    except Exception as error:  # the driver's, the pool's, or that of the caller's own `creator`
         detail = " ".join(redact(str(getattr(error, "orig", None) or error), address).split())
         raise DatabaseError(
             f"Cannot connect to {address.display}: {detail}.",

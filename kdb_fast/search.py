@@ -300,7 +300,7 @@ class SessionBatch:
         event.listen(session, "after_transaction_create", self._begun)
         event.listen(session, "before_commit", self._before_commit)
         event.listen(session, "after_flush_postexec", self._flushed)
-        event.listen(session, "after_soft_rollback", self._rolled_back)
+        event.listen(session, "after_rollback", self._rolled_back)
         event.listen(session, "after_transaction_end", self._ended)
 
     def index_record(self, entity_name: str, record_id: str, content: str) -> None:
@@ -360,12 +360,11 @@ class SessionBatch:
         if self._committing:  # another listener of before_commit has changed something after ours
             self._write()
 
-    def _rolled_back(self, session: Any, transaction: Any) -> None:
-        if transaction.nested:
-            del self._operations[self._savepoints.get(transaction, 0) :]
-        elif transaction.parent is None:
-            self._operations.clear()
-        # Else it was a flush that failed: the savepoint or transaction around it will be rolled back, and say so.
+    def _rolled_back(self, session: Any) -> None:
+        # By a failed flush as well, which rolls back the savepoint around it and says so only here.
+        savepoint = session.get_nested_transaction()
+        kept = 0 if savepoint is None else self._savepoints.get(savepoint, 0)
+        del self._operations[kept:]
 
     def _ended(self, session: Any, transaction: Any) -> None:
         self._savepoints.pop(transaction, None)
