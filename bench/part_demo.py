@@ -10,8 +10,8 @@ from .runner import Contender, alternate, ran, raw, run_once
 from .session import session
 
 RECORDS, SAMPLE, LONG = 5000, 600, 1000
-FASTEMBED_SAMPLE = 512
-"""Two of FastEmbed's batches of 256. All 5,000 took more than ten minutes and 15 GB of memory, where kdb-fast took 78 s."""
+FASTEMBED_SAMPLE = 256
+"""One of FastEmbed's batches. All 5,000 took more than ten minutes and 15 GB of memory, where kdb-fast took 78 s."""
 WORKER_LIMIT_MB = 400.0
 OVER_FASTEMBED, OVER_KAMELEONDB = 1.8, 2.0
 """Required ratios of records a second: kdb-fast's whole job to the embedding alone, and to one record at a time."""
