@@ -28,8 +28,7 @@ class ProviderEngine(Engine):
     Args:
         threads: Slots that are embedded at the same time.
 
-    Raises:
-        KdbFastError: What the provider cannot go on for: a refused key, an exhausted quota.
+    :meth:`embed` and :meth:`poll` raise what the provider cannot go on for: a refused key, an exhausted quota.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class ProviderEngine(Engine):
         threads: int,
     ) -> None:
         self._encoder = ProviderEncoder(provider)
-        self._encoder.self_test()
+        self._tested = False
         self.workers = threads
         self._writer = ProcessEngine(shape, None, address, run, workers=0, cpus=[])
         self.slab = self._writer.slab
@@ -54,6 +53,10 @@ class ProviderEngine(Engine):
             threading.Thread(target=self._serve, name=f"provider-{number + 1}", daemon=True).start()
 
     def embed(self, slot: int, generation: int, rows: int) -> None:
+        if not self._tested:
+            # Before the first request that is paid for; a run in which nothing changed sends none at all.
+            self._encoder.self_test()
+            self._tested = True
         self._in_flight.add(slot)
         self._asked.put((slot, generation, rows))
 

@@ -352,7 +352,7 @@ class SessionBatch:
         # The commit of a savepoint also comes here; only the outermost commit makes anything durable.
         if session.in_nested_transaction():
             return
-        session.flush()  # its listeners may queue something, too
+        session.flush()  # what fails there costs no embedding, and its listeners may queue something
         self._write()
         self._committing = True
 

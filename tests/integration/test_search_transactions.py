@@ -221,11 +221,12 @@ def test_deletions_count_for_the_bound_too(search: SearchEngine, address: Databa
 def test_batch_that_fails_after_it_was_written_in_part_takes_the_block_with_it(
     search: SearchEngine, address: DatabaseAddress, small_queue: int
 ) -> None:
-    records: list[Any] = [("Note", f"r{number}", f"text {number}") for number in range(20)]
+    records = [("Note", f"r{number}", f"text {number}") for number in range(20)]
+    bad: list[Any] = [("Note", "bad", None)]
     with pytest.raises(UsageError, match="failed after a part of it had been written"), search.transaction():
         search.index_record("Note", "first", "fine")
         with pytest.raises(RecordError):
-            search.index_records_batch([*records, ("Note", "bad", None)])
+            search.index_records_batch([*records, *bad])
         search.index_record("Note", "last", "fine")
     assert indexed(address) == {}
     search.index_records_batch(records)
@@ -350,7 +351,9 @@ def test_failure_after_the_rows_were_written_leaves_nothing(
     assert indexed(address) == {}
 
 
-def test_failing_flush_leaves_nothing(search: SearchEngine, session: Session, address: DatabaseAddress) -> None:
+def test_failing_flush_leaves_nothing_and_costs_no_embedding(
+    search: SearchEngine, session: Session, address: DatabaseAddress, provider: Hashes
+) -> None:
     session.add(Article(id="0", title="taken"))
     session.commit()
     batch = search.for_session(session)
@@ -358,6 +361,7 @@ def test_failing_flush_leaves_nothing(search: SearchEngine, session: Session, ad
     session.add(Article(id="1", title="taken"))
     with pytest.raises(IntegrityError):
         session.commit()
+    assert provider.batches == []
     with pytest.raises(UsageError, match="has failed or is at its end"):
         batch.index_record("Article", "2", "text")
     session.rollback()
@@ -436,7 +440,9 @@ def test_batch_made_within_a_savepoint_goes_with_it(
     assert set(indexed(address)) == {"2"}
 
 
-def test_listeners_of_the_flush_may_queue(search: SearchEngine, session: Session, address: DatabaseAddress) -> None:
+def test_listeners_of_the_flush_may_queue(
+    search: SearchEngine, session: Session, address: DatabaseAddress, provider: Hashes
+) -> None:
     batch = search.for_session(session)
 
     @event.listens_for(session, "after_flush")
@@ -456,6 +462,7 @@ def test_listeners_of_the_flush_may_queue(search: SearchEngine, session: Session
     session.add(Article(id="2", title="second"))
     session.commit()
     assert indexed(address) == {"1": "first", "2": "second", "3": "late"}
+    assert provider.batches == [["first"], ["second"], ["late"]]
 
 
 def test_queueing_after_the_commit_is_refused(search: SearchEngine, session: Session, address: DatabaseAddress) -> None:
