@@ -42,8 +42,10 @@ def code_blocks() -> list[str]:
 # -- a stand-in for KameleonDB's development branch --------------------------------------------------------
 
 
-class IndexedEntity(Entity):  # type: ignore[misc]
+class IndexedEntity(Entity):
     """Keeps the index in step with the records."""
+
+    _db: Any
 
     def insert(self, data: dict[str, Any], created_by: str | None = None) -> str:
         record_id: str = super().insert(data, created_by)
@@ -219,11 +221,12 @@ def test_filters_and_data_in_both_ways_of_storage(db: IndexedKameleonDB, materia
     notes.insert({"text": "a parcel came"})
     if materialized:
         db.materialize_entity("Ticket")
-    for where, expected in [
+    cases: list[tuple[dict[str, Any], set[int]]] = [
         ({"status": "open"}, {i for i in range(24) if i % 3 == 0}),
         ({"status": "open", "votes": 2}, {i for i in range(24) if i % 3 == 0 and i % 4 == 2}),
         ({"votes": 99}, set()),
-    ]:
+    ]
+    for where, expected in cases:
         results = db.search("parcel", where=where, limit=50)
         assert {numbered.index(result["id"]) for result in results} == expected
         assert all(result["data"][name] == value for result in results for name, value in where.items())

@@ -346,6 +346,12 @@ def test_longest_text_is_indexed_and_a_longer_one_cut(search: SearchEngine, addr
     assert ids(search.search("short", limit=1)) == ["2"]
 
 
+@pytest.fixture
+def hashing(engine: sqlalchemy.Engine, build: Build) -> SearchEngine:
+    """With a provider that gives every text a direction."""
+    return build(engine, Hashes())
+
+
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=30)
 keys = st.sampled_from(["1", "2", "3", "zwölf", "'; --", "x" * 36])
 
@@ -353,36 +359,33 @@ keys = st.sampled_from(["1", "2", "3", "zwölf", "'; --", "x" * 36])
 @EACH_EXAMPLE
 @given(records=st.lists(st.tuples(st.sampled_from(["Note", "Mail"]), keys, texts | st.just("same")), max_size=12))
 def test_batch_equals_its_records_one_by_one(
-    search: SearchEngine, engine: sqlalchemy.Engine, address: DatabaseAddress, records: list[tuple[str, str, str]]
+    hashing: SearchEngine, address: DatabaseAddress, records: list[tuple[str, str, str]]
 ) -> None:
-    search = hashing(search)
-    found = []
-    for size in (len(records), 1):
-        for start in range(0, len(records), size or 1):
-            search.index_records_batch(records[start : start + size])
+    search = hashing
+    expected = {record[:2]: record[2] for record in records}
+    found: list[dict[Key, IndexRow]] = []
+
+    def one_by_one() -> None:
+        for record in records:
+            search.index_record(*record)
+
+    def at_once() -> None:
+        search.index_records_batch(records)
+
+    for index in (at_once, one_by_one):
+        index()
         check_in_step(address)
-        rows = index_rows(address)
-        assert {key: row.content for key, row in rows.items()} == {
-            (entity, key): text for entity, key, text in records if not text.isspace()
-            and (entity, key, text) == [r for r in records if r[:2] == (entity, key)][-1]
-        }  # fmt: skip
-        found.append(rows)
-        for entity, key, _ in records:
-            search.delete_record(entity, key)
+        assert contents(address) == {key: text for key, text in expected.items() if not text.isspace()}
+        found.append(index_rows(address))
+        for key in expected:
+            search.delete_record(*key)
         assert index_rows(address) == {}
-    batch, single = found
-    for key, row in batch.items():
+    for key, row in found[0].items():
+        single = found[1][key]
         assert row.vector is not None
-        other = single[key].vector
-        assert other is not None
-        assert cosine(row.vector, other) >= EXACT
-        assert row._replace(vector=None) == single[key]._replace(vector=None)
-
-
-def hashing(search: SearchEngine) -> SearchEngine:
-    """The engine with a provider that gives every text a direction."""
-    search._provider = Hashes()
-    return search
+        assert single.vector is not None
+        assert cosine(row.vector, single.vector) >= EXACT
+        assert row._replace(vector=None) == single._replace(vector=None)
 
 
 # -- worker processes --------------------------------------------------------------------------------------
@@ -638,8 +641,10 @@ def test_unusable_provider_is_refused_before_anything_is_done(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_provider_is_given_back_and_left_open(search: SearchEngine, words: Words) -> None:
-    assert search.embedding_provider is words
+def test_provider_is_given_back(search: SearchEngine, engine: sqlalchemy.Engine, build: Build, words: Words) -> None:
+    given: object = words
+    assert search.embedding_provider is given
+    assert build(engine).embedding_provider is None
 
 
 # -- both directions: rows of KameleonDB and rows for it ---------------------------------------------------
