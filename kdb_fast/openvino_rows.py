@@ -1,0 +1,161 @@
+"""Let dense layers see few different numbers of rows.
+
+OpenVINO compiles kernels for every number of rows (texts × tokens) that a dense layer meets: 30 ms and 8 MB each for
+MiniLM in int8. Batches of texts of all lengths have hundreds of such numbers; a worker grew to 740 MB, and a third of
+its time went into compiling. Here the rows of all texts of a batch are laid one after the other and filled up to one of
+SIZES as soon as a dense layer needs them; attention gets them back as texts × tokens. All that works row by row stays
+in the filled form. The values do not change by a bit; a kernel that was compiled already takes 8 % longer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+SIZES = (32, 64, 128, 192, 256, 320, 384, 448, 480, 512)
+"""Numbers of rows that are filled up to; TOKEN_BUDGET is the last. Most batches have 449 to 512 rows."""
+
+STEP = 256
+"""Beyond SIZES (one long text), a multiple of this."""
+
+TOKEN_BUDGET = SIZES[-1]
+"""Tokens of a batch for OpenVINO."""
+
+ROW_BY_ROW = frozenset(
+    ("Add", "Subtract", "Multiply", "Divide", "Erf", "Gelu", "Tanh", "Relu", "Sigmoid", "Swish", "Power", "Convert",
+     "FakeQuantize", "MVN")
+)  # fmt: skip
+
+FILL, CUT = "kdb_fast_fill", "kdb_fast_cut"
+"""Inputs that :func:`pad_rows` adds: row numbers, int64 [filled rows] and [texts, tokens].
+
+Computed in the graph from the shape of the texts, OpenVINO 2026.4 went on with those of an earlier batch.
+"""
+
+
+def row_numbers(texts: int, tokens: int) -> dict[str, npt.NDArray[np.int64]]:
+    """The inputs FILL and CUT for a batch. What is filled up with is the first row again, so it is as harmless."""
+    count = texts * tokens
+    filled = next((size for size in SIZES if size >= count), -(-count // STEP) * STEP)
+    fill = np.zeros(filled, np.int64)
+    fill[:count] = np.arange(count)
+    return {FILL: fill, CUT: fill[:count].reshape(texts, tokens)}
+
+
+def pad_rows(model: Any) -> Any:
+    """A form of ``model`` that takes :func:`row_numbers` as well; ``model`` itself if it has no dense layers.
+
+    Dense layers are products with a constant matrix whose input is [texts, tokens, channels].
+    """
+    import openvino
+    from openvino import opset13 as op
+
+    fill_rows, cut_rows = op.parameter([-1], np.int64), op.parameter([-1, -1], np.int64)
+    flat: set[tuple[str, int]] = set()
+    filled_up: dict[tuple[str, int], Any] = {}
+    cut: dict[tuple[str, int], Any] = {}
+
+    def fill(output: Any) -> Any:
+        if _key(output) not in filled_up:
+            rows = op.reshape(output, np.array([1, -1, _channels(output)], np.int64), False)
+            filled_up[_key(output)] = op.gather(rows, fill_rows, np.int64(1)).output(0)
+        return filled_up[_key(output)]
+
+    def restore(output: Any) -> Any:
+        if _key(output) not in cut:
+            rows = op.gather(output, cut_rows, np.int64(1))
+            cut[_key(output)] = op.squeeze(rows, np.array([0], np.int64)).output(0)
+        return cut[_key(output)]
+
+    for node in model.get_ordered_ops():
+        if _is_dense(node):
+            if _key(node.input_value(0)) not in flat and not _enter(node, flat, fill):
+                continue
+            flat.add(_key(node.output(0)))
+            continue
+        inputs = node.inputs()
+        known = [_key(place.get_source_output()) in flat for place in inputs]
+        if not any(known):
+            continue
+        others = [place for place, is_flat in zip(inputs, known, strict=True) if not is_flat]
+        if node.get_type_name() in ROW_BY_ROW and all(_fits(place) or _has_rows(place) for place in others):
+            for place in others:
+                if not _fits(place):
+                    place.replace_source_output(fill(place.get_source_output()))
+            flat.add(_key(node.output(0)))
+            continue
+        for place, is_flat in zip(inputs, known, strict=True):
+            if is_flat:
+                place.replace_source_output(restore(place.get_source_output()))
+    if not flat:
+        return model
+    changed = openvino.Model(model.get_results(), [*model.get_parameters(), fill_rows, cut_rows])
+    for place, name in zip(changed.inputs[-2:], (FILL, CUT), strict=True):
+        place.get_tensor().set_names({name})
+    return changed
+
+
+def _enter(dense: Any, flat: set[tuple[str, int]], fill: Any) -> bool:
+    """Fill up the rows before ``dense``, and before what prepares its input value by value."""
+    place, chain = dense.input(0), []
+    while True:
+        node = place.get_source_output().get_node()
+        if node.get_type_name() not in ("FakeQuantize", "Multiply") or not all(_fits(p) for p in node.inputs()[1:]):
+            break
+        chain.append(node)
+        place = node.input(0)
+    if not _has_rows(place):
+        return False
+    source = place.get_source_output()
+    place.replace_source_output(fill(source))
+    flat.update(_key(node.output(0)) for node in chain)
+    return True
+
+
+def _has_rows(place: Any) -> bool:
+    shape = place.get_source_output().get_partial_shape()
+    return (
+        shape.rank.get_length() == 3 and shape[-1].is_static and not _is_constant(place.get_source_output().get_node())
+    )
+
+
+def _key(output: Any) -> tuple[str, int]:
+    return output.get_node().get_name(), output.get_index()
+
+
+def _channels(output: Any) -> int:
+    return int(output.get_partial_shape()[-1].get_length())
+
+
+def _is_dense(node: Any) -> bool:
+    if node.get_type_name() != "MatMul" or node.get_attributes()["transpose_a"]:
+        return False
+    weight = node.input_value(1)
+    return weight.get_partial_shape().rank.get_length() == 2 and _is_constant(weight.get_node())
+
+
+def _is_constant(node: Any) -> bool:
+    if node.get_type_name() == "Constant":
+        return True
+    inputs = node.inputs()
+    return bool(inputs) and all(_is_constant(place.get_source_output().get_node()) for place in inputs)
+
+
+def _fits(place: Any) -> bool:
+    """Whether an input is a constant that goes with [rows, channels] as it did with [texts, tokens, channels]."""
+    source = place.get_source_output()
+    node = source.get_node()
+    if node.get_type_name() != "Constant":
+        rank = source.get_partial_shape().rank
+        return _is_constant(node) and rank.is_static and rank.get_length() <= 1
+    shape = list(node.shape)
+    if len(shape) <= 2:
+        return True
+    if np.prod(shape[:-1]) != 1:
+        return False
+    from openvino import opset13
+
+    place.replace_source_output(opset13.constant(np.asarray(node.data).reshape(shape[-1:])).output(0))
+    return True

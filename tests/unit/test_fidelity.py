@@ -1,0 +1,89 @@
+"""The numbers behind a lower precision: batches of one width class, overlap, quantisation grids."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kdb_fast.encoder import plan_batches
+from kdb_fast.errors import UsageError
+from kdb_fast.fidelity import overlap, unit
+from kdb_fast.model_files import same_model
+from kdb_fast.openvino_rows import SIZES, STEP, row_numbers
+from kdb_fast.preparation import prepared_fingerprint
+from kdb_fast.quantise import activation_grid, round_weights, smoothing, weight_scale
+from kdb_fast.settings import ReindexOptions
+
+RNG = np.random.default_rng(7)
+
+
+def test_rows_of_a_batch_have_one_width_class() -> None:
+    lengths = RNG.integers(1, 300, size=500)
+    batches = list(plan_batches(lengths, 512, 100, 16))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(500))
+    for rows in batches:
+        assert len(set((lengths[rows] // 16).tolist())) == 1
+        assert len(rows) == 1 or len(rows) * lengths[rows].max() <= 512
+
+
+@pytest.mark.parametrize(("texts", "tokens"), [(1, 1), (8, 64), (7, 70), (1, 513), (3, 700)])
+def test_row_numbers_fill_up_and_cut_again(texts: int, tokens: int) -> None:
+    numbers = row_numbers(texts, tokens)
+    fill, cut = numbers.values()
+    assert len(fill) >= texts * tokens
+    assert len(fill) in SIZES or len(fill) % STEP == 0
+    rows = RNG.standard_normal((texts * tokens, 3))
+    assert np.array_equal(rows[fill][cut], rows.reshape(texts, tokens, 3))
+
+
+def test_overlap_leaves_the_query_out_and_counts_shared_neighbours() -> None:
+    first = unit(RNG.standard_normal((60, 16)).astype(np.float32))
+    assert overlap(first[:20], first, first) == 1.0
+    # The nearest of each are exchanged for the farthest.
+    assert overlap(first[:20], first, -first) < 0.05
+    noisy = unit(first + 0.05 * RNG.standard_normal(first.shape).astype(np.float32))
+    assert 0.6 < overlap(first[:20], first, noisy) < 1.0
+
+
+def test_activation_grid_holds_zero_exactly_and_covers_the_range() -> None:
+    low, high = np.float32([-0.3, -1.7]), np.float32([2.5, 0.4])
+    step, zero = activation_grid(low, high)
+    assert 0 <= zero <= 255
+    assert (0 - zero) * step <= low.min() + step
+    assert (255 - zero) * step >= high.max() - step
+
+
+def test_rounding_makes_good_for_its_errors() -> None:
+    inputs = RNG.standard_normal((400, 64)).astype(np.float32) @ RNG.standard_normal((64, 64)).astype(np.float32)
+    weight = RNG.standard_normal((64, 32)).astype(np.float32)
+    scale = weight_scale(weight) * 8  # a coarse grid, so that the difference is plain
+    rounded = round_weights(weight, inputs.T @ inputs, scale)
+    assert rounded.dtype == np.int8
+    nearest = np.clip(np.round(weight / scale), -127, 127)
+    exact = inputs @ weight
+    error = np.square(inputs @ (rounded * scale) - exact).sum()
+    assert error < 0.7 * np.square(inputs @ (nearest * scale) - exact).sum()
+
+
+def test_smoothing_keeps_the_geometric_mean() -> None:
+    low, high = -np.abs(RNG.standard_normal(32)).astype(np.float32), np.full(32, 3.0, np.float32)
+    divisor = smoothing(low, high, RNG.standard_normal((32, 8)).astype(np.float32), 0.8)
+    assert divisor.dtype == np.float32
+    assert np.exp(np.log(divisor).mean()) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_fingerprints_of_precisions_belong_to_one_model() -> None:
+    files = {"model.xml": "a" * 64, "model.bin": "b" * 64}
+    quantised = prepared_fingerprint("0123456789abcdef", "int8", files)
+    assert same_model(quantised, "0123456789abcdef")
+    assert same_model(quantised, "0123456789abcdef-bf16")
+    assert not same_model(quantised, "fedcba9876543210")
+    assert quantised != prepared_fingerprint("0123456789abcdef", "int8", {**files, "model.bin": "c" * 64})
+    assert len(quantised) <= 64  # the column of the index
+
+
+@pytest.mark.parametrize("options", [{"precision": "fp8"}, {"min_fidelity": 0.0}, {"min_fidelity": 1.5},
+                                     {"precision": "int8", "provider": "openai"}])  # fmt: skip
+def test_wrong_precision_options_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=r"precision|fidelity"):
+        ReindexOptions(**options)  # type: ignore[arg-type]
