@@ -1,6 +1,6 @@
 # Needs only Python >= 3.11, make and a package index. Everything is installed into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check unit bench gate format clean
+.PHONY: help setup demo test check unit soak bench gate format clean
 
 help:           ## Show what can be made
 	@grep -hE '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/: *.*##/\t/' | expand -t 12
@@ -24,6 +24,10 @@ check:          ## Lint, format and types
 unit:           ## Only the tests without processes and servers
 	@tools/setup dev
 	@.venv/bin/pytest tests/unit
+
+soak:           ## Ten minutes of reindexing while processes and the database are killed
+	@tools/setup dev
+	@.venv/bin/python tests/faults/soak.py --seconds 600
 
 bench:          ## Measure and write bench/results
 	@tools/setup dev

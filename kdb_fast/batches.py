@@ -6,11 +6,9 @@ records as they change is not a run.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -19,12 +17,12 @@ import numpy.typing as npt
 
 from .encoder import CHARS_PER_TOKEN, EncoderSpec, Tally
 from .engine import Engine, SlotFilled
-from .errors import RecordError, UsageError
+from .errors import RecordError
 from .plan import make_plan
 from .provider_errors import ProviderInputError
 from .records import Record, content_hash, cut_content, storable_key, unfit
-from .sharding import SHARD_ROWS, cut_shards
-from .slab import NO_STAMP, ROW_NOT_FINITE, ROW_REASONS, ROW_ZERO, Row, Slab, SlabShape, Slot
+from .sharding import cut_shards
+from .slab import BLOB_BYTES, NO_STAMP, ROW_NOT_FINITE, ROW_REASONS, ROW_ZERO, Row, Slab, SlabShape, Slot
 from .stores.base import FlushSlot, RunSpec, Store
 from .vectors import VectorCache
 
@@ -34,12 +32,8 @@ CHUNK_ROWS = 4096
 WORKERS_FROM = 1000
 """From so many records worker processes pay: starting two takes about 3 s, the time for 500 records of 30 tokens."""
 
-
-QUEUE_BYTES = 32 * 1024 * 1024
-"""Memory for what a transaction queues, about; beyond it the queue is written within the same database transaction."""
-
-OPERATION_BYTES = 300
-"""Memory of a queued operation beside its text: two tuples, the key's strings and a place in a dictionary."""
+SLOT_BYTES = 4 * BLOB_BYTES
+"""Room for keys and texts that are embedded in this process and written with one statement."""
 
 
 class Put(NamedTuple):
@@ -118,6 +112,11 @@ def as_delete(entity: str, record_id: str) -> Operation | None:
     return None
 
 
+def as_list(operation: Operation | None) -> list[Operation]:
+    """The operation alone, or nothing."""
+    return [] if operation is None else [operation]
+
+
 class BatchWriter:
     """Embeds and writes operations within a transaction of ``store``.
 
@@ -127,6 +126,10 @@ class BatchWriter:
         encoder: Gives the encoder for this process; None writes rows without vectors.
         spec: How worker processes embed; None keeps large batches in this process, too.
         workers_from: Batches of at least so many records use worker processes; None means WORKERS_FROM.
+
+    Attributes:
+        vectors: Those last embedded, by hash of their text. A writer that is given those of another one embeds none
+            of them again.
     """
 
     def __init__(
@@ -142,9 +145,9 @@ class BatchWriter:
         self._workers_from = WORKERS_FROM if workers_from is None else workers_from
         if multiprocessing.current_process().daemon:
             self._spec = None  # Python lets no child of a daemonic process, as of multiprocessing.Pool, have children
-        dimensions = run.dimensions if encoder is not None else 1
-        self._shape = SlabShape(1, SHARD_ROWS, dimensions)
-        self._dimensions = dimensions
+        self._dimensions = run.dimensions if encoder is not None else 1
+        # Room for every vector that a later equal text of a chunk needs.
+        self.vectors = VectorCache(self._dimensions, 4 * self._dimensions * CHUNK_ROWS)
 
     def write(self, operations: Iterable[Operation]) -> int:
         """Write all operations, within the transaction that the caller has begun; returns the records written.
@@ -159,9 +162,9 @@ class BatchWriter:
         engine: Engine | None = None
         try:
             while chunk := list(islice(stream, CHUNK_ROWS)):
-                last = {_key(op): op for op in chunk}
+                last = {key_of(op): op for op in chunk}
                 puts = [op.record for op in last.values() if isinstance(op, Put)]
-                deletes = [_key(op) for op in last.values() if isinstance(op, Delete)]
+                deletes = sorted(key_of(op) for op in last.values() if isinstance(op, Delete))
                 if self._encoder is None:
                     self._write_plain(puts)
                 else:
@@ -177,47 +180,51 @@ class BatchWriter:
         return total
 
     def _write_plain(self, records: list[Record]) -> None:
-        slot = Slab.local(self._shape).slots[0]
-        for shard in self._shards([Row(record) for record in records]):
+        for slot, shard in self._slots([Row(record) for record in records]):
             slot.put(1, shard, [NO_STAMP] * len(shard))
             self._store.put(self._run, [FlushSlot(slot, frozenset())], [], vectors=False)
 
-    def _shards(self, rows: list[Row]) -> Iterator[list[Row]]:
-        read = self._spec.model.max_tokens * CHARS_PER_TOKEN if self._spec is not None else 8192
-        return cut_shards(rows, blob_bytes=self._shape.blob_bytes, read_chars=read)
+    def _slots(self, rows: list[Row]) -> Iterator[tuple[Slot, list[Row]]]:
+        """Rows as they are written with one statement, and a slot of this process that has room for them."""
+        if not rows:
+            return
+        shape = SlabShape(1, min(CHUNK_ROWS, len(rows)), self._dimensions, SLOT_BYTES)
+        slot = Slab.local(shape).slots[0]
+        for shard in cut_shards(
+            rows, shard_rows=shape.rows, shard_chars=SLOT_BYTES, blob_bytes=SLOT_BYTES, read_chars=SLOT_BYTES
+        ):
+            yield slot, _in_order(shard)
 
     def _write_embedded(self, records: list[Record], engine: Engine | None) -> None:
         """Embed each distinct text once, then write all records, those with equal texts from the same vector."""
+        cache = self.vectors
         first: dict[bytes, Record] = {}
-        others: list[tuple[Record, bytes]] = []
+        others: dict[tuple[str, str], bytes] = {}
+        rows: list[Row] = []
         for record in records:
             digest = content_hash(record.content)
-            if digest in first:
-                others.append((record, digest))
-            else:
+            if digest in cache:
+                cache.pin(digest)  # it must outlast the vectors of this chunk
+            elif digest not in first:
                 first[digest] = record
-        # Room for every vector that a later equal text needs: one chunk.
-        cache = VectorCache(self._dimensions, 4 * self._dimensions * CHUNK_ROWS)
-        rows = [Row(record) for record in first.values()]
-        for slot, shard in self._embedded(rows, engine):
+                continue
+            others[record.entity, record.record_id] = digest
+            rows.append(Row(record))
+        for slot, shard in self._embedded([Row(record) for record in first.values()], engine):
             codes = slot.code[: len(shard)]
             if codes.any():
                 bad = int(codes.nonzero()[0][0])
                 record = shard[bad].record
                 reason, detail = ROW_REASONS[int(codes[bad])]
                 raise _not_embedded(record, f"{detail} ({reason})")
+            cache.put([content_hash(row.record.content) for row in shard], slot.vectors[: len(shard)])
             self._store.put(self._run, [FlushSlot(slot, frozenset())], [])
-            if others:
-                cache.put([content_hash(row.record.content) for row in shard], slot.vectors[: len(shard)])
-        if not others:
-            return
-        digest_of = {(record.entity, record.record_id): digest for record, digest in others}
-        slot = Slab.local(self._shape).slots[0]
-        for shard in self._shards([Row(record) for record, _ in others]):
+        for slot, shard in self._slots(rows):
             slot.put(1, shard, [NO_STAMP] * len(shard))
             for i, row in enumerate(shard):
-                digest = digest_of[row.record.entity, row.record.record_id]
-                cache.pin(digest)
+                digest = others[row.record.entity, row.record.record_id]
+                if digest in first:
+                    cache.pin(digest)
                 slot.vectors[i] = cache.take(digest)
             self._store.put(self._run, [FlushSlot(slot, frozenset())], [])
 
@@ -226,8 +233,12 @@ class BatchWriter:
         if engine is None:
             yield from self._embedded_here(rows)
             return
-        free = deque(range(engine.slab.shape.slots))
-        waiting = deque(self._shards(rows))
+        assert self._spec is not None
+        shape = engine.slab.shape
+        read_chars = self._spec.model.max_tokens * CHARS_PER_TOKEN
+        shards = cut_shards(rows, shard_rows=shape.rows, blob_bytes=shape.blob_bytes, read_chars=read_chars)
+        waiting = deque(map(_in_order, shards))
+        free = deque(range(shape.slots))
         given: dict[int, list[Row]] = {}
         generation = 0
         while waiting or given:
@@ -243,20 +254,23 @@ class BatchWriter:
                     free.append(event.slot)
 
     def _embedded_here(self, rows: list[Row]) -> Iterator[tuple[Slot, list[Row]]]:
-        assert self._encoder is not None
-        encoder = self._encoder()
-        slot = Slab.local(self._shape).slots[0]
-        for shard in self._shards(rows):
+        for slot, shard in self._slots(rows):
+            assert self._encoder is not None
             slot.put(1, shard, [NO_STAMP] * len(shard))
             vectors = slot.vectors[: len(shard)]
             try:
-                encoder.encode(slot.contents(0, len(shard)), vectors)
+                self._encoder().encode(slot.contents(0, len(shard)), vectors)
             except ProviderInputError as error:
                 raise _not_embedded(shard[error.index].record, error.reason) from error
             codes = slot.code[: len(shard)]
             codes[~vectors.any(axis=1)] = ROW_ZERO
             codes[~np.isfinite(vectors).all(axis=1)] = ROW_NOT_FINITE
             yield slot, shard
+
+
+def _in_order(shard: list[Row]) -> list[Row]:
+    """Rows by key, so that two batches with the same keys do not lock each other's rows crosswise."""
+    return sorted(shard, key=lambda row: row.record[:2])
 
 
 def _not_embedded(record: Record, why: str) -> RecordError:
@@ -268,82 +282,11 @@ def _shown(record: Record) -> str:
     return f"{storable_key(record.entity, 60)!r}/{storable_key(record.record_id, 60)!r}"
 
 
-def _key(operation: Operation) -> tuple[str, str]:
+def key_of(operation: Operation) -> tuple[str, str]:
+    """(entity, record id) of an operation."""
     if isinstance(operation, Put):
         return operation.record.entity, operation.record.record_id
     return operation.entity, operation.record_id
-
-
-class Queue:
-    """Operations of one ``with search.transaction()`` block, the last one of each key.
-
-    Args:
-        begin: Begins the database transaction and gives what writes in it; leaving it commits, an exception rolls
-            back. Called when there is something to write.
-    """
-
-    def __init__(self, begin: Callable[[], AbstractContextManager[BatchWriter]]) -> None:
-        self._begin = begin
-        self._operations: dict[tuple[str, str], Operation] = {}
-        self._bytes = 0
-        self._open = contextlib.ExitStack()
-        self._writer: BatchWriter | None = None
-        self._incomplete = False
-
-    def add(self, operations: Iterable[Operation]) -> None:
-        """Queue all operations, or none if one cannot be made.
-
-        Raises:
-            RecordError: A record cannot be stored.
-        """
-        added: dict[tuple[str, str], Operation] = {}
-        size, early = 0, False
-        try:
-            for operation in operations:
-                added[_key(operation)] = operation
-                size += OPERATION_BYTES + (len(operation.record.content) if isinstance(operation, Put) else 0)
-                if self._bytes + size > QUEUE_BYTES:
-                    early = True
-                    self._operations.update(added)
-                    added, size = {}, 0
-                    self._write()
-        except BaseException:
-            # What was written early can only be taken back with the whole block.
-            self._incomplete = self._incomplete or early
-            raise
-        self._operations.update(added)
-        self._bytes += size
-
-    def _write(self) -> None:
-        if self._writer is None:
-            self._writer = self._open.enter_context(self._begin())
-        self._writer.write(self._operations.values())
-        self._operations, self._bytes = {}, 0
-
-    def commit(self) -> None:
-        """Write what is queued and commit.
-
-        Raises:
-            UsageError: A batch had failed after a part of it was written.
-        """
-        if self._incomplete:
-            raise UsageError(
-                "A batch of this transaction failed after a part of it had been written.",
-                remedy="Nothing of the transaction was stored; let the error of the batch leave the block.",
-            )
-        if self._operations:
-            self._write()
-        self._open.close()
-
-    def discard(self) -> None:
-        """Forget what is queued, and roll back what was written."""
-        self._operations = {}
-        with contextlib.suppress(Exception):  # the caller's own exception is under way
-            self._open.__exit__(_Discarded, _Discarded(), None)
-
-
-class _Discarded(Exception):
-    """Makes the database transaction of a block roll back."""
 
 
 def _start_workers(spec: EncoderSpec, dimensions: int) -> Engine:

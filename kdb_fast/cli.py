@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from . import __version__
+from .console import command_line, complain, flush_or_discard, open_standard_streams, unexpected
 from .errors import EXIT_OK, EXIT_REJECTS, KdbFastError, UsageError
-from .settings import DEFAULT_BATCH_SIZE, DEFAULT_MODEL, ReindexOptions, RejectLimit
+from .settings import DEFAULT_BATCH_SIZE, DEFAULT_MODEL, PRECISIONS, ExpectedCount, ReindexOptions, RejectLimit
 
 if TYPE_CHECKING:
     from .database import DatabaseAddress
@@ -27,11 +26,20 @@ HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 def main() -> None:
     """Entry point of ``kdb-fast``: runs the command and ends the process with its exit code."""
+    open_standard_streams()
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; every error becomes one line on standard error."""
+    try:
+        return _run(arguments)
+    finally:
+        flush_or_discard(sys.stdout)
+        flush_or_discard(sys.stderr)
+
+
+def _run(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     try:
         result = cli.main(args=arguments, prog_name="kdb-fast", standalone_mode=False)
@@ -49,10 +57,16 @@ def run(arguments: list[str]) -> int:
 
         stopped = StoppedError("Stopped at once; the transaction in progress was rolled back.")
         return _fail(stopped, as_json, arguments)
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`): nothing more to say, and what was committed stays.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, SystemExit):
+        # The reader of our output has gone (`| head`), of which click makes an exit: nothing more to say, and what was
+        # committed stays.
         return 141
+    except Exception as error:
+        known = unexpected(error, arguments)
+        known.receipt = getattr(error, "receipt", None)  # type: ignore[attr-defined]
+        known.carry_on = getattr(error, "carry_on", None)  # type: ignore[attr-defined]
+        known.remedy = f"{known.remedy} {getattr(error, 'remedy', '')}".rstrip()
+        return _fail(known, as_json, arguments)
 
 
 def _usage_hint(error: click.ClickException) -> str:
@@ -66,19 +80,14 @@ def _fail(error: KdbFastError, as_json: bool, arguments: list[str]) -> int:
     if receipt is not None:
         done = receipt["stored"] + receipt["reused"]
         line += f" Safe in the database: {done:,} new and {receipt['unchanged']:,} unchanged records."
-        line += f" To carry on: {getattr(error, 'carry_on', None) or _carry_on(arguments)}"
+        line += f" To carry on: {getattr(error, 'carry_on', None) or command_line(arguments)}"
+    complain(f"kdb-fast: {line}")
     if as_json:
         problem = {"type": type(error).__name__, "message": error.message, "remedy": error.remedy,
                    "exit_code": error.exit_code}  # fmt: skip
-        print(json.dumps({**(receipt or {}), "error": problem}))
-    print(f"kdb-fast: {line}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the exit code and standard error say it as well
+            print(json.dumps({**(receipt or {}), "error": problem}), flush=True)
     return error.exit_code
-
-
-def _carry_on(arguments: list[str]) -> str:
-    """The same command, with a database address only if it holds no password."""
-    shown = ["$KDB_FAST_DB" if "://" in a and ("@" in a or "password" in a) else a for a in arguments]
-    return "kdb-fast " + " ".join(a if a == "$KDB_FAST_DB" else shlex.quote(a) for a in shown)
 
 
 def database_option(command: F) -> F:
@@ -123,13 +132,19 @@ def provider_option(command: F) -> F:
 @contextlib.contextmanager
 def database(url: str | None) -> Iterator[DatabaseAddress]:
     """The opened database of ``--db``; warns when a password stands on the command line."""
-    from .database import opened, parse_address
+    from .database import opened, parse_address, secrets_of, unverified_server
 
     address = parse_address(url)
-    if url and url in sys.argv and address.dialect == "postgresql" and "password=" in address.conninfo:
+    if url and any(url in argument for argument in sys.argv) and secrets_of(address):
         print(
             "warning: the password on the command line can be read by other users of this machine; "
             "set KDB_FAST_DB or PGPASSWORD instead.",
+            file=sys.stderr,
+        )
+    if exposed := unverified_server(address):
+        print(
+            f"warning: nothing proves that {exposed} is the server that is meant, or hides what is sent to it; "
+            "add ?sslmode=verify-full to the address.",
             file=sys.stderr,
         )
     with opened(address) as ready:
@@ -164,9 +179,23 @@ def cli() -> None:
 @click.option("--workers", type=int, help="Embedding processes. Default: one for each CPU this process may use.")
 @model_options
 @provider_option
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="int8 and bf16 are faster and nearly as exact; auto takes the fastest that is close enough to fp32.",
+)
+@click.option(
+    "--min-fidelity",
+    type=float,
+    metavar="COSINE",
+    help="Least mean cosine with fp32. [default: int8 0.997, bf16 0.9999]",
+)
 @click.option("--force", is_flag=True, help="Embed every record, also the unchanged ones.")
 @click.option("--limit", type=int, help="Read at most so many records.")
 @click.option("--max-rejects", default="1%", show_default=True, metavar="N|P%", help="Stop when more are unfit.")
+@click.option("--expect-count", metavar="N[+]", help="Exit with 3 unless exactly N (N+: at least N) records were read.")
 @click.option("--wait", default=0.0, metavar="SECONDS", help="Wait for another run to end instead of stopping.")
 @json_option
 @click.option("--no-progress", is_flag=True, help="Print no progress.")
@@ -182,9 +211,12 @@ def reindex(
     model: str,
     model_path: Path | None,
     provider: str,
+    precision: str,
+    min_fidelity: float | None,
     force: bool,
     limit: int | None,
     max_rejects: str,
+    expect_count: str | None,
     wait: float,
     as_json: bool,
     no_progress: bool,
@@ -199,6 +231,8 @@ def reindex(
         model=model,
         model_path=model_path,
         provider=provider,
+        precision=precision,
+        min_fidelity=min_fidelity,
         batch_size=batch_size,
         workers=workers,
         force=force,
@@ -206,6 +240,7 @@ def reindex(
         wait=wait,
         max_rejects=RejectLimit.parse(max_rejects),
     )
+    expected = ExpectedCount.parse(expect_count) if expect_count is not None else None
     if from_file is None and (entity or fields):
         raise UsageError("--entity and --field belong to --from.", remedy="Name entities of KameleonDB as arguments.")
     if from_file is not None and (entities or not entity):
@@ -230,11 +265,19 @@ def reindex(
             name = address.display
     finally:
         progress.close()
+    missed = expected.missed(receipt["read"]) if expected else ""
+    if missed:
+        receipt["warnings"].append(missed)
     if as_json:
         print(json.dumps(receipt))
     else:
         print_receipt(receipt, name)
-    return EXIT_REJECTS if receipt["rejected"] else EXIT_OK
+    return EXIT_REJECTS if missed else _exit_code(receipt)
+
+
+def _exit_code(receipt: dict[str, Any]) -> int:
+    """Of a run that came to its end."""
+    return EXIT_REJECTS if receipt["rejected"] or receipt["input_changed"] else EXIT_OK
 
 
 def run_reindex(*arguments: Any) -> dict[str, Any]:
@@ -296,7 +339,7 @@ def insert(
         with database(db) as address:
             receipt = inserting.insert(address, entity, file or "-", options, progress)
             name = address.display
-    except KdbFastError as error:
+    except Exception as error:
         progress.close()
         if not as_json:
             print_rejected_lines(getattr(error, "receipt", {}))
@@ -310,7 +353,7 @@ def insert(
     else:
         print_rejected_lines(receipt)
         print_inserted(receipt, entity, name)
-    return EXIT_REJECTS if receipt["rejected"] else EXIT_OK
+    return _exit_code(receipt)
 
 
 def _reindex_instead(entity: str, db: str | None) -> str:
@@ -320,7 +363,7 @@ def _reindex_instead(entity: str, db: str | None) -> str:
     for name, value in [("db", db), *((n, context.params[n]) for n in ("model", "model_path", "provider"))]:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             command += [f"--{name.replace('_', '-')}", str(value)]
-    return _carry_on(command)
+    return command_line(command)
 
 
 @cli.group()
@@ -411,7 +454,9 @@ def rejects_retry(
 @click.option("--limit", default=10, show_default=True)
 @click.option("--where", metavar="JSON", help='Exact values of fields, such as {"city": "Oslo"}.')
 @click.option("--min-score", default=0.0, show_default=True, help="Leave out results below this score.")
-@model_options
+@click.option("--model", metavar="NAME", help="Model that embeds the query. Default: that of the index.")
+@click.option("--model-path", type=click.Path(path_type=Path, file_okay=False), help="Directory of a model.")
+@click.option("--provider", type=click.Choice(["fastembed", "openai"]), help="Default: the one of the index's model.")
 @json_option
 def search(
     query: str,
@@ -421,8 +466,9 @@ def search(
     limit: int,
     where: str | None,
     min_score: float,
-    model: str,
+    model: str | None,
     model_path: Path | None,
+    provider: str | None,
     as_json: bool,
 ) -> None:
     """Search the index by meaning, by keyword, or both (reciprocal rank fusion)."""
@@ -440,9 +486,11 @@ def search(
             min_score=min_score,
             model_name=model,
             model_path=model_path,
+            provider=provider,
+            warn=lambda text: complain(f"warning: {text}"),
         )
     if as_json:
-        print(json.dumps({"query": query, "mode": mode, "results": results}, default=str, ensure_ascii=False))
+        print(json.dumps({"query": query, "mode": mode, "results": results}, default=str))
     else:
         print_results(query, results)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote
 
-from .errors import DatabaseError, RefusedError, UsageError
+from .errors import DatabaseError, KdbFastError, RefusedError, ResourceError, UsageError
+from .records import storable_key
 
 if TYPE_CHECKING:
     import psycopg
@@ -35,6 +36,9 @@ KEEPALIVE: dict[str, Any] = {
     "tcp_user_timeout": 30_000,
 }
 """A dead network is noticed in about 30 s instead of the kernel's two hours (psycopg issue 777)."""
+
+LOCAL_HOSTS = ("localhost", "::1")
+"""Beside socket directories and 127.0.0.0/8."""
 
 SQLITE_BUSY_TIMEOUT = 30.0
 """Seconds to wait for another process that is writing the same SQLite file."""
@@ -58,10 +62,30 @@ class DatabaseAddress:
 
 
 def default_data_dir() -> Path:
-    """The user's data directory of kdb-fast: ``KDB_FAST_HOME``, else ``$XDG_DATA_HOME/kdb-fast``."""
+    """The user's data directory of kdb-fast: ``KDB_FAST_HOME``, else ``$XDG_DATA_HOME/kdb-fast``.
+
+    Raises:
+        RefusedError: Neither these variables nor the system say where it is.
+    """
     if home := os.environ.get("KDB_FAST_HOME"):
         return Path(home)
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "kdb-fast"
+    if data := os.environ.get("XDG_DATA_HOME"):
+        return Path(data) / "kdb-fast"
+    try:
+        return Path.home() / ".local" / "share" / "kdb-fast"
+    except RuntimeError:  # a container that runs as a user without an entry in /etc/passwd
+        raise RefusedError(
+            "This user has no home directory: HOME is not set, and the system knows none.",
+            remedy="Set KDB_FAST_HOME to a directory that this user may write: models and the embedded PostgreSQL are "
+            "kept there.",
+        ) from None
+
+
+def absolute_path(path: str | Path) -> Path:
+    """The path from the root; ``~`` is the user's home directory where there is one."""
+    with contextlib.suppress(RuntimeError):
+        return Path(path).expanduser().absolute()
+    return Path(path).absolute()
 
 
 def parse_address(url: str | None) -> DatabaseAddress:
@@ -77,19 +101,21 @@ def parse_address(url: str | None) -> DatabaseAddress:
         directory = url.removeprefix("embedded:").removeprefix("//")
         if not directory:
             raise UsageError("--db is 'embedded:' without a directory; expected embedded:DIR.")
-        path = Path(directory).expanduser().absolute()
-        return DatabaseAddress("postgresql", "", f"embedded:{path}", path)
+        path = absolute_path(directory)
+        return DatabaseAddress("postgresql", "", _shown(f"embedded:{path}"), path)
     if re.match(r"sqlite(\+\w+)?:", url):
         match = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", url)
         if not match:
             raise UsageError("--db is not a complete SQLite address; expected sqlite:///file.db.")
         path_text = unquote(match[1])
+        if "\x00" in path_text:
+            raise UsageError("--db has a NUL character in the path of the file, which no file system allows.")
         if path_text == ":memory:":
             raise UsageError(
                 "--db is sqlite:///:memory:, which no other process can open; expected a file.",
                 remedy="Use sqlite:///file.db.",
             )
-        return DatabaseAddress("sqlite", str(Path(path_text).expanduser().absolute()), f"sqlite:///{path_text}")
+        return DatabaseAddress("sqlite", str(absolute_path(path_text)), _shown(f"sqlite:///{path_text}"))
     if re.match(r"(postgresql|postgres)(\+\w+)?://", url):
         return _parse_postgresql(re.sub(r"^(postgresql|postgres)(\+\w+)?://", "postgresql://", url))
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]{0,20}:", url)
@@ -131,7 +157,35 @@ def _parse_postgresql(url: str) -> DatabaseAddress:
     hosts = host.split(",")
     ports = ports if len(ports) == len(hosts) else ports[:1] * len(hosts)
     where = ",".join(f"{h}:{p or 5432}" for h, p in zip(hosts, ports, strict=True))
-    return DatabaseAddress("postgresql", make_conninfo(url), f"postgresql://{where}/{name}")
+    return DatabaseAddress("postgresql", make_conninfo(url), _shown(f"postgresql://{where}/{name}"))
+
+
+def _shown(display: str) -> str:
+    """An address without what could move a terminal's cursor."""
+    return storable_key(display, 1000)
+
+
+def unverified_server(address: DatabaseAddress) -> str:
+    """Host of a server on another machine whose certificate is not checked; '' if there is none."""
+    if address.dialect != "postgresql" or not address.conninfo:
+        return ""
+    from psycopg.conninfo import conninfo_to_dict
+
+    given = conninfo_to_dict(address.conninfo)
+    mode = given.get("sslmode") or os.environ.get("PGSSLMODE") or "prefer"
+    hosts = str(given.get("host") or given.get("hostaddr") or os.environ.get("PGHOST") or "").split(",")
+    remote = [host for host in hosts if host and not host.startswith(("/", "@", "127.")) and host not in LOCAL_HOSTS]
+    return storable_key(remote[0], 60) if remote and mode != "verify-full" else ""
+
+
+def secrets_of(address: DatabaseAddress) -> set[str]:
+    """The passwords in an address, decoded."""
+    if address.dialect != "postgresql" or not address.conninfo:
+        return set()
+    from psycopg.conninfo import conninfo_to_dict
+
+    given = conninfo_to_dict(address.conninfo)
+    return {str(given[key]) for key in ("password", "sslpassword") if given.get(key)}
 
 
 def redact(text: str, address: DatabaseAddress) -> str:
@@ -140,11 +194,8 @@ def redact(text: str, address: DatabaseAddress) -> str:
         return text
     from urllib.parse import quote
 
-    from psycopg.conninfo import conninfo_to_dict
-
-    given = conninfo_to_dict(address.conninfo)
-    secrets = {str(given.get(key) or "") for key in ("password", "sslpassword")} | {os.environ.get("PGPASSWORD", "")}
-    for secret in sorted((s for s in secrets if s), key=len, reverse=True):
+    secrets = secrets_of(address) | ({os.environ["PGPASSWORD"]} if os.environ.get("PGPASSWORD") else set())
+    for secret in sorted(secrets, key=len, reverse=True):
         for form in {secret, quote(secret, safe=""), quote(secret)}:
             text = text.replace(form, "********")
     return text
@@ -240,13 +291,15 @@ def connect_postgresql(
     """
     import psycopg
 
+    from . import pg_connection
+
     options: dict[str, Any] = dict(KEEPALIVE)
     given = psycopg.conninfo.conninfo_to_dict(address.conninfo)
     options = {k: v for k, v in options.items() if k not in given}
     if "connect_timeout" not in given and not os.environ.get("PGCONNECT_TIMEOUT"):
         options["connect_timeout"] = CONNECT_TIMEOUT
     try:
-        return psycopg.connect(
+        return pg_connection.connect(
             address.conninfo,
             autocommit=autocommit,
             prepare_threshold=None,
@@ -267,7 +320,7 @@ def create_sqlite(address: DatabaseAddress) -> None:
     Raises:
         DatabaseError: Its directory does not exist or may not be written.
     """
-    if address.dialect == "sqlite" and not Path(address.conninfo).exists():
+    if address.dialect == "sqlite" and not os.path.exists(address.conninfo):
         connect_sqlite(address, must_exist=False).close()
 
 
@@ -276,10 +329,12 @@ def connect_sqlite(address: DatabaseAddress, *, must_exist: bool = True) -> sqli
 
     Raises:
         DatabaseError: The file does not exist, is not a database, or cannot be opened.
+        RefusedError: Its directory cannot be written.
+        ResourceError: The disk is full or fails.
     """
-    if must_exist and not Path(address.conninfo).exists():
+    if must_exist and not os.path.exists(address.conninfo):
         raise DatabaseError(
-            f"There is no SQLite file {address.conninfo}.",
+            f"There is no SQLite file {_shown(address.conninfo)}, or it is in a directory that may not be read.",
             remedy="Check the path after sqlite:/// (four / for absolute).",
         )
     connection = None
@@ -291,5 +346,18 @@ def connect_sqlite(address: DatabaseAddress, *, must_exist: bool = True) -> sqli
     except sqlite3.Error as error:
         if connection is not None:
             connection.close()
-        raise DatabaseError(f"Cannot open {address.display}: {error}.", remedy="Is it a SQLite database?") from None
+        raise _cannot_open(address, error) from None
     return connection
+
+
+def _cannot_open(address: DatabaseAddress, error: sqlite3.Error) -> KdbFastError:
+    text = f"Cannot open {address.display}: {error}."
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+        return ResourceError(text, remedy="Is the disk full, or a limit reached (ulimit -f)? Then run it again.")
+    if code == sqlite3.SQLITE_CANTOPEN:
+        directory = os.path.dirname(address.conninfo)
+        if os.path.isdir(directory) and not os.access(directory, os.W_OK):
+            return RefusedError(text, remedy="Make its directory writable: SQLite keeps its log beside the file.")
+        return DatabaseError(text, remedy="Is its directory there, and may more files be opened?")
+    return DatabaseError(text, remedy="Is it a SQLite database?")

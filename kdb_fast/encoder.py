@@ -1,4 +1,4 @@
-"""Texts → float32 matrix. The only module that imports fastembed and onnxruntime.
+"""Texts → float32 matrix. The only module that imports fastembed and onnxruntime (OpenVINO: openvino_backend.py).
 
 What makes it fast on a CPU (all measured, see ARCHITECTURE.md): one thread a process; every text tokenised
 once; rows of near-equal token counts in small batches, so that next to nothing is padding and the
@@ -12,13 +12,15 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ModelError
+from .errors import KdbFastError, ModelError, ResourceError
 from .models import Model
+from .records import was_cut
 
 TOKEN_BUDGET = 1024
 """Rows × longest of one ONNX run. Budgets of 256 to 1,024 tokens were fastest, 4,096 was 12 % slower."""
@@ -31,6 +33,10 @@ CHARS_PER_TOKEN = 24
 left the window unfilled is repeated longer, so the result never depends on it. English has 4 to 5."""
 
 
+UNBOUNDED = 1 << 40
+"""A token budget that never ends a batch."""
+
+
 class Tally(NamedTuple):
     """What an encode call computed, in tokens with the special ones."""
 
@@ -41,12 +47,17 @@ class Tally(NamedTuple):
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """All a process needs to build an encoder. Small and picklable."""
+    """All a process needs to build an encoder. Small and picklable.
+
+    ``precision`` other than fp32 runs on OpenVINO: the model's own file, or the quantised ``prepared`` in its place.
+    """
 
     model: Model
     batch_size: int
     token_budget: int = TOKEN_BUDGET
     threads: int = 1
+    precision: str = "fp32"
+    prepared: Path | None = None
 
 
 Matrix = npt.NDArray[np.float32]
@@ -58,6 +69,7 @@ class Encoder:
 
     Raises:
         ModelError: The model cannot be loaded, or does not give the vectors it promises.
+        ResourceError: There is not enough memory for it.
     """
 
     def __init__(self, spec: EncoderSpec) -> None:
@@ -65,12 +77,18 @@ class Encoder:
         self.dimensions = spec.model.dimensions
         self.max_tokens = spec.model.max_tokens
         self._inner = _load_fastembed(spec)
-        self._backend: _Backend = _OnnxBackend(self._inner) if _is_plain(self._inner) else _WholeModel(self._inner)
+        self._backend: _Backend
+        if spec.precision != "fp32":
+            self._backend = _openvino(self._inner, spec)
+        elif _is_plain(self._inner):
+            self._backend = _OnnxBackend(self._inner, self._inner.model)
+        else:
+            self._backend = _WholeModel(self._inner)
 
     def encode(self, texts: Sequence[str], out: Matrix) -> Tally:
         """Embed ``texts`` into ``out`` (float32, len(texts) × dimensions), row for row.
 
-        Order and batching do not change a row by more than 1e-6.
+        Order and batching do not change a row by more than 1e-6; in a lower precision not at all.
         """
         return self._backend.encode(texts, out, self.spec)
 
@@ -81,22 +99,44 @@ class Encoder:
             self.encode(texts, out)
         return out
 
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text, cut at the model's window, special ones included.
+
+        Raises:
+            ModelError: The model is no plain transformer.
+        """
+        return self._plain()._tokenise(texts, self.max_tokens)[0]
+
+    def feed(self, ids: Sequence[int]) -> dict[str, Tokens]:
+        """The inputs of the graph for one text without padding, int64 [1, tokens] each."""
+        return self._plain().feed(np.array([ids], dtype=np.int64), np.ones((1, len(ids)), dtype=np.int64))
+
+    def _plain(self) -> _OnnxBackend:
+        if not isinstance(self._backend, _OnnxBackend):
+            raise ModelError(
+                f"{self.spec.model.name} is no plain transformer, so it has no lower precision.",
+                remedy="Use --precision fp32.",
+            )
+        return self._backend
+
     def self_test(self) -> None:
         """Embed a probe alone and within a ragged batch; refuse a model for which that makes a difference.
 
         Dynamic int8 models fail here: their vectors depend on the batch, so that a repeated, resumed or
         deduplicated run would store different ones (onnxruntime issue 10111).
         """
+        with _explained(self.spec.model, "fails on a probe"):
+            self._probe()
+
+    def _probe(self) -> None:
         probe = "The quick brown fox jumps over the lazy dog."
-        others = ["short", probe * 6, "Überraschung: naïve café", "1 2 3 4 5 6 7 8 9"]
+        others = ["short", probe * 6, "Überraschung: naïve café", "1 2 3 4 5 6 7 8 9", probe + " Again."]
         alone = self.embed([probe])[0]
-        out = np.empty((5, self.dimensions), dtype=np.float32)
+        out = np.empty((6, self.dimensions), dtype=np.float32)
         self._backend.encode([*others[:2], probe, *others[2:]], out, self.spec, ragged=True)
-        if alone.shape != (self.dimensions,) or not np.isfinite(out).all():
-            raise ModelError(
-                f"{self.spec.model.name} gives vectors of shape {alone.shape} with finite values "
-                f"{bool(np.isfinite(out).all())}; expected {self.dimensions} finite numbers."
-            )
+        if not np.isfinite(out).all() or not out.any(axis=1).all():
+            fault = "zeros" if np.isfinite(out).all() else "NaN or infinity"
+            raise ModelError(f"{self.spec.model.name} gives a vector of {fault} for a plain sentence.")
         norm = float(np.linalg.norm(alone) * np.linalg.norm(out[2])) or 1.0
         cosine = float(alone @ out[2]) / norm
         if cosine < BATCH_INVARIANCE:
@@ -111,11 +151,14 @@ BATCH_INVARIANCE = 0.9998
 """Least cosine between any two batchings of a text: the worst that static int8 gave was 0.99989."""
 
 
-def plan_batches(lengths: npt.NDArray[np.int64], budget: int, cap: int) -> Iterator[npt.NDArray[np.intp]]:
+def plan_batches(
+    lengths: npt.NDArray[np.int64], budget: int, cap: int, width_class: int = 0, max_padding: float = MAX_PADDING
+) -> Iterator[npt.NDArray[np.intp]]:
     """Row numbers of each batch: rows of near-equal length, longest first.
 
     A batch holds at most ``cap`` rows and ``budget`` tokens (rows × longest) — one row may be longer — and
-    ends where the padding would exceed MAX_PADDING of it.
+    ends where padding would exceed ``max_padding`` of it. With ``width_class``, all rows of a batch have the same
+    length // width_class.
     """
     order = np.argsort(-lengths, kind="stable")
     ordered = lengths[order].tolist()
@@ -123,10 +166,11 @@ def plan_batches(lengths: npt.NDArray[np.int64], budget: int, cap: int) -> Itera
     while start < n:
         longest = ordered[start]
         most = min(cap, max(1, budget // max(1, longest)), n - start)
+        least = longest - longest % width_class if width_class else 0
         stop, real = start + 1, longest
-        while stop < start + most:
+        while stop < start + most and ordered[stop] >= least:
             real += ordered[stop]
-            if 1 - real / (longest * (stop + 1 - start)) > MAX_PADDING:
+            if 1 - real / (longest * (stop + 1 - start)) > max_padding:
                 break
             stop += 1
         yield order[start:stop]
@@ -141,13 +185,14 @@ class _Backend:
 class _OnnxBackend(_Backend):
     """The usual case: tokenizer → ONNX session → FastEmbed's own pooling for this model."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, session: Any, width_class: int = 0) -> None:
         self._tokenizer = inner.tokenizer
         padding = self._tokenizer.padding or {}
         self._pad_id = int(padding.get("pad_id", 0))
         self._pad_left = padding.get("direction") == "left"
         self._tokenizer.no_padding()
-        self._session = inner.model
+        self._session = session
+        self._width_class = width_class
         self._inputs = {node.name for node in self._session.get_inputs()}
         self._inner = inner
         self._mean = type(inner).__name__ == "PooledNormalizedEmbedding"
@@ -156,29 +201,41 @@ class _OnnxBackend(_Backend):
         ids, truncated = self._tokenise(texts, spec.model.max_tokens)
         lengths = np.fromiter((len(row) for row in ids), dtype=np.int64, count=len(ids))
         if ragged:
-            batches: list[npt.NDArray[np.intp]] = [np.arange(len(ids))]
+            batches = list(plan_batches(lengths, UNBOUNDED, len(ids), self._width_class, max_padding=1.0))
         else:
-            batches = list(plan_batches(lengths, spec.token_budget, spec.batch_size))
+            batches = list(plan_batches(lengths, spec.token_budget, spec.batch_size, self._width_class))
         padded = 0
         for rows in batches:
             width = int(lengths[rows].max())
             padded += width * len(rows)
-            out[rows] = self._run(ids, lengths, rows, width)
+            _put(out, rows, self._run(ids, lengths, rows, width), spec.model)
         return Tally(int(lengths.sum()), padded, truncated)
 
     def _tokenise(self, texts: Sequence[str], window: int) -> tuple[list[list[int]], int]:
         limit = window * CHARS_PER_TOKEN
         encodings = self._tokenizer.encode_batch_fast([text[:limit] for text in texts])
         ids = [e.ids for e in encodings]
-        truncated = sum(1 for e in encodings if e.overflowing)
+        truncated = [bool(e.overflowing) for e in encodings]
         for i, text in enumerate(texts):
             cut = limit
             while len(text) > cut and len(ids[i]) < window:
                 cut *= 8
                 encoding = self._tokenizer.encode_batch_fast([text[:cut]])[0]
                 ids[i] = encoding.ids
-                truncated += bool(encoding.overflowing)
-        return ids, truncated
+                truncated[i] = bool(encoding.overflowing)
+            truncated[i] |= len(text) > cut
+        # What was cut before it came here was counted there.
+        return ids, sum(more and not was_cut(text) for text, more in zip(texts, truncated, strict=True))
+
+    def feed(self, input_ids: Tokens, mask: Tokens) -> dict[str, Tokens]:
+        """The inputs that this graph has."""
+        feed = {"input_ids": input_ids}
+        if "attention_mask" in self._inputs:
+            feed["attention_mask"] = mask
+        if "token_type_ids" in self._inputs:
+            feed["token_type_ids"] = np.zeros_like(input_ids)
+        result: dict[str, Tokens] = self._inner._preprocess_onnx_input(feed)
+        return result
 
     def _run(self, ids: list[list[int]], lengths: Tokens, rows: npt.NDArray[np.intp], width: int) -> Matrix:
         n = len(rows)
@@ -194,12 +251,7 @@ class _OnnxBackend(_Backend):
                 at = slice(width - k, width) if self._pad_left else slice(0, k)
                 input_ids[row, at] = ids[i]
                 mask[row, at] = 1
-        feed = {"input_ids": input_ids}
-        if "attention_mask" in self._inputs:
-            feed["attention_mask"] = mask
-        if "token_type_ids" in self._inputs:
-            feed["token_type_ids"] = np.zeros_like(input_ids)
-        hidden = self._session.run(None, self._inner._preprocess_onnx_input(feed))[0]
+        hidden = self._session.run(None, self.feed(input_ids, mask))[0]
         if self._mean:
             return mean_pool(hidden, mask)
         from fastembed.common.onnx_model import OnnxOutputContext
@@ -220,13 +272,57 @@ class _WholeModel(_Backend):
         batches = [np.arange(len(texts))] if ragged else list(plan_batches(lengths, chars, spec.batch_size))
         for rows in batches:
             vectors = list(self._inner.embed([texts[i] for i in rows], batch_size=len(rows)))
-            if len(vectors) != len(rows):
-                raise ModelError(f"The model gave {len(vectors)} vectors for {len(rows)} texts.")
-            out[rows] = np.asarray(vectors, dtype=np.float32)
+            _put(out, rows, np.asarray(vectors, dtype=np.float32), spec.model)
         counted = (
             int(self._inner.token_count(list(texts))) if hasattr(self._inner, "token_count") else int(lengths.sum())
         )
         return Tally(counted, counted, 0)
+
+
+def _put(out: Matrix, rows: npt.NDArray[np.intp], vectors: Matrix, model: Model) -> None:
+    """Write the vectors of ``rows``. NumPy alone would repeat a single vector for all rows.
+
+    Raises:
+        ModelError: There are more or fewer than rows, or they are not of the model's length.
+    """
+    if vectors.shape != (len(rows), model.dimensions):
+        raise ModelError(
+            f"{model.name} gives a matrix of {vectors.shape} for {len(rows)} texts; "
+            f"expected {(len(rows), model.dimensions)}.",
+            remedy="Is it the model of this name?",
+        )
+    out[rows] = vectors
+
+
+def is_memory_error(error: Exception) -> bool:
+    """Whether an exception of Python or of ONNX Runtime, which has no class for it, says that memory ran out."""
+    said = ("bad_alloc", "Failed to allocate memory", "failed to map segment", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in said)
+
+
+@contextlib.contextmanager
+def _explained(model: Model, fault: str) -> Iterator[None]:
+    """Any error of the libraries is the model's, unless memory ran out."""
+    try:
+        yield
+    except KdbFastError:
+        raise
+    except Exception as error:
+        if is_memory_error(error):
+            raise memory_ran_out() from error
+        raise ModelError(
+            f"The model {model.name} {fault}: {type(error).__name__}: {' '.join(str(error).split())}",
+            remedy=f"Fetch it again: kdb-fast models pull {model.name}",
+        ) from error
+
+
+def memory_ran_out() -> ResourceError:
+    """The error that says that this process may not use the memory that a model needs."""
+    return ResourceError(
+        "Memory ran out while texts were embedded.",
+        remedy="Raise the limit (ulimit -v, or the container's), or use fewer --workers or a smaller model; then run "
+        "the same command again: what was committed is safe.",
+    )
 
 
 def mean_pool(hidden: npt.NDArray[np.float32], mask: Tokens) -> Matrix:
@@ -235,9 +331,10 @@ def mean_pool(hidden: npt.NDArray[np.float32], mask: Tokens) -> Matrix:
     Same as FastEmbed's pooling to 1e-7; one matrix product instead of a masked sum in float64.
     """
     weights = mask.astype(np.float32)
-    pooled = np.matmul(weights[:, None, :], hidden)[:, 0, :]
-    norms = np.linalg.norm(pooled, axis=1, keepdims=True)
-    result: Matrix = pooled / np.maximum(norms, 1e-12)
+    with np.errstate(all="ignore"):  # NaN and infinity are found in the result, row by row
+        pooled = np.matmul(weights[:, None, :], hidden)[:, 0, :]
+        norms = np.linalg.norm(pooled, axis=1, keepdims=True)
+        result: Matrix = pooled / np.maximum(norms, 1e-12)
     return result
 
 
@@ -252,25 +349,34 @@ def _is_plain(inner: Any) -> bool:
     )
 
 
+def _openvino(inner: Any, spec: EncoderSpec) -> _OnnxBackend:
+    from fastembed.common.preprocessor_utils import load_tokenizer
+
+    from .openvino_backend import WIDTH_CLASS, OpenVinoSession
+
+    if not _is_plain(inner):
+        raise ModelError(
+            f"{spec.model.name} is no plain transformer, so it has no lower precision.", remedy="Use --precision fp32."
+        )
+    inner.tokenizer, inner.special_token_to_id = load_tokenizer(model_dir=spec.model.path)
+    path = spec.prepared or spec.model.path / spec.model.model_file
+    session = OpenVinoSession(path, precision=spec.precision, threads=spec.threads)
+    return _OnnxBackend(inner, session, WIDTH_CLASS)
+
+
 def _load_fastembed(spec: EncoderSpec) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        # FastEmbed's imports may write to stderr; a person running `reindex` has no use for it.
-        with contextlib.redirect_stderr(io.StringIO()):
-            from fastembed import TextEmbedding
+    # FastEmbed's imports may write to stderr; a person running `reindex` has no use for it.
+    with _explained(spec.model, "cannot be loaded"), contextlib.redirect_stderr(io.StringIO()):
+        from fastembed import TextEmbedding
 
-            model = TextEmbedding(
-                model_name=spec.model.name,
-                specific_model_path=str(spec.model.path),
-                local_files_only=True,
-                threads=spec.threads,
-                providers=["CPUExecutionProvider"],
-                lazy_load=False,
-            )
-    except Exception as error:
-        raise ModelError(
-            f"The model {spec.model.name} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}",
-            remedy=f"Fetch it again: kdb-fast models pull {spec.model.name}",
-        ) from error
+        model = TextEmbedding(
+            model_name=spec.model.name,
+            specific_model_path=str(spec.model.path),
+            local_files_only=True,
+            threads=spec.threads,
+            providers=["CPUExecutionProvider"],
+            lazy_load=False,
+        )
     return model.model

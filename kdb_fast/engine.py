@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from .encoder import Encoder, EncoderSpec
 from .messages import Embed, Embedded, Finish, Finished, Flush, Flushed, PrepareIndex
+from .sharding import SHARD_CHARS
 from .slab import Slab, SlabShape
 from .stores.base import RunSpec, Store
 
@@ -43,10 +44,14 @@ class Engine(ABC):
     Attributes:
         slab: The slots. Which of them are free is the pipeline's business alone.
         workers: Embedding processes (0 for the engine in this process).
+        shard_chars: Most characters of a shard that are read.
+        full_shards: Whether a shard that is not full waits for more rows, because a small one costs as much.
     """
 
     slab: Slab
     workers: int
+    shard_chars = SHARD_CHARS
+    full_shards = False
 
     @abstractmethod
     def embed(self, slot: int, generation: int, rows: int) -> None:
@@ -74,7 +79,7 @@ class Engine(ABC):
 
     @abstractmethod
     def cancel_embedding(self) -> set[int]:
-        """Forget shards no worker has begun; returns the slots that will not be filled."""
+        """Forget shards that no worker was given; returns the slots that will not be filled, nor written to."""
 
     @abstractmethod
     def close(self, *, kill: bool = False) -> None:

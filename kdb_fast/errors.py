@@ -19,6 +19,8 @@ from __future__ import annotations
 
 EXIT_OK = 0
 EXIT_REJECTS = 3
+"""A run came to its end, but the index may not hold all: records were rejected, or the input changed while it was
+read or has not as many records as it must (``--expect-count``)."""
 
 
 class KdbFastError(Exception):

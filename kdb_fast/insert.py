@@ -55,14 +55,15 @@ def insert(
 
     Raises:
         KdbFastError: One of its subclasses; its ``receipt`` has the same keys when the run had begun. When records
-            had been inserted by then, ``completed_by_reindex`` is true on it and its remedy says how to go on.
+            had been inserted by then, ``completed_by_reindex`` is true on it and its remedy says how to go on; so
+            on any other exception.
     """
     source = InsertingSource(address, entity, path, options.max_rejects)
     with contextlib.closing(source):
         limited = replace(options, max_rejects=_ShareOfInput(limit=options.max_rejects, source=source))
         try:
             receipt = reindex(address, lambda: source, limited, progress)
-        except KdbFastError as error:
+        except Exception as error:
             found: Receipt | None = getattr(error, "receipt", None)
             if found is not None:
                 error.receipt = _extended(found, source, address)  # type: ignore[attr-defined]
@@ -100,7 +101,7 @@ def _extended(receipt: Receipt, source: InsertingSource, address: DatabaseAddres
     }
 
 
-def _explain(error: KdbFastError, entity: str, source: InsertingSource, options: ReindexOptions) -> None:
+def _explain(error: Exception, entity: str, source: InsertingSource, options: ReindexOptions) -> None:
     """Say what of the input is in the database: the same command again would insert it twice."""
     if isinstance(error, RejectLimitError):
         rejected = max(source.rejected, getattr(error, "receipt", {}).get("rejected", 0))
@@ -113,7 +114,7 @@ def _explain(error: KdbFastError, entity: str, source: InsertingSource, options:
         return
     name = storable_key(entity)
     error.completed_by_reindex = True  # type: ignore[attr-defined]
-    error.remedy = (
+    error.remedy = (  # type: ignore[attr-defined]
         f"{source.inserted:,} records were inserted, all of the input up to line {source.line:,} but those rejected: "
         f"a reindex of {name} completes their index. Insert only what follows that line, since a record inserted "
         "again would be there twice."

@@ -1,14 +1,19 @@
 """Everything that crosses a process boundary, and nothing else.
 
-All are small: texts, keys and vectors stay in the slab. A message names a slot with its generation, so
-that an answer about an earlier use of the slot is recognised.
+All are small, so that none blocks its sender or arrives in pieces: texts, keys and vectors stay in the slab. A
+message names a slot with its generation, so that an answer about an earlier use of the slot is recognised.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+from .errors import KdbFastError
 from .records import Reject
+
+FAILED_CHARS = 2000
+"""Of a message to the parent about an error."""
 
 
 class Embed(NamedTuple):
@@ -47,10 +52,16 @@ class Ready(NamedTuple):
 class Failed(NamedTuple):
     """Child → parent: cannot go on. ``kind`` names the exception class of kdb_fast.errors that fits."""
 
+    @classmethod
+    def of(cls, error: BaseException) -> Failed:
+        """For an exception; its text is cut, since it may quote a record."""
+        if isinstance(error, KdbFastError):
+            return cls(type(error).__name__, error.message[:FAILED_CHARS], error.remedy[:FAILED_CHARS])
+        return cls(type(error).__name__, f"{type(error).__name__}: {error}"[:FAILED_CHARS])
+
     kind: str
     message: str
     remedy: str = ""
-    traceback: str = ""
 
 
 class SlotRows(NamedTuple):
@@ -77,8 +88,8 @@ class Flush(NamedTuple):
 class Flushed(NamedTuple):
     """Writer → parent: flush ``number`` is committed.
 
-    ``lost`` are (slot, row) whose row in the index had been changed by another program since it was
-    read: the newer one stays. ``rejected`` are (slot, row, reason, detail) that the database refused.
+    ``lost`` are the rows whose row in the index had been changed by another program since it was read: the newer one
+    stays. ``rejected`` are those that the database refused. Both as given by :func:`row_bits`.
     """
 
     number: int
@@ -87,7 +98,20 @@ class Flushed(NamedTuple):
     deleted: int
     seconds: float
     lost: tuple[tuple[int, int], ...] = ()
-    rejected: tuple[tuple[int, int, str, str], ...] = ()
+    rejected: tuple[tuple[int, int], ...] = ()
+
+
+def row_bits(rows: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """(slot, row) pairs as one pair a slot, with its rows as the bits of a number: thousands fit a small message."""
+    bits: dict[int, int] = {}
+    for slot, row in rows:
+        bits[slot] = bits.get(slot, 0) | 1 << row
+    return tuple(bits.items())
+
+
+def rows_of_bits(bits: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
+    """The (slot, row) pairs that were given to :func:`row_bits`."""
+    return {(slot, row) for slot, number in bits for row in range(number.bit_length()) if number >> row & 1}
 
 
 class PrepareIndex(NamedTuple):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import minilm
-from .database import default_data_dir
+from .database import absolute_path, default_data_dir
 from .errors import ModelError
 from .hub import CatalogueEntry, HubError, catalogue, download, find_entry
 from .model_files import (
@@ -70,7 +70,7 @@ def resolve(name: str, model_path: Path | None = None, *, report: Report = lambd
     """
     with _os_errors_named(name):
         if model_path is not None:
-            return _from_directory(name, model_path.expanduser().absolute())
+            return _from_directory(name, absolute_path(model_path))
         directory = _find(name)
         return _load(directory) if directory else _fetch(name, report)
 

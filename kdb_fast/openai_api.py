@@ -32,6 +32,7 @@ from .errors import ModelError, UsageError
 from .openai_answers import OddAnswerError, Problem, decode, read_problem, server_wait
 from .openai_inputs import MAX_INPUT_TOKENS, MAX_INPUTS, Input, pack, shorter, typical_tokens, unfit_for_api
 from .provider_errors import MissingPackageError, OptionError, ProviderError, ProviderKeyError
+from .records import was_cut
 
 if TYPE_CHECKING:
     import httpx
@@ -123,7 +124,7 @@ class EmbeddingsAPI:
         _check_whole("dimensions", dimensions, 1)
         _check_whole("max_retries", max_retries, 0)
         _check_whole("concurrency", concurrency, 1)
-        _check_whole("max_inputs", max_inputs, 1)
+        _check_whole("max_inputs", max_inputs, 1, MAX_INPUTS)
         _check_whole("max_input_tokens", max_input_tokens, 1)
         if not timeout > 0:
             raise OptionError(f"timeout is {timeout!r}; expected seconds, more than 0.")
@@ -210,7 +211,9 @@ class EmbeddingsAPI:
             tokens, truncated = tokens + part.tokens, truncated + part.truncated
             refused.update(part.refused)
         out[list(refused)] = 0
-        return Tally(tokens, tokens, truncated), dict(sorted(refused.items()))
+        # What was cut before it came here was counted there; these are far beyond the window.
+        truncated -= sum(was_cut(text) for row, text in enumerate(texts) if row not in refused)
+        return Tally(tokens, tokens, max(0, truncated)), dict(sorted(refused.items()))
 
     def probe(self) -> None:
         """Embed one sentence of our own. Raises as :meth:`embed_into`, and quotes what the server says."""
@@ -362,9 +365,10 @@ def _unknown_option(said: Problem, sent: Mapping[str, object]) -> str | None:
     return None
 
 
-def _check_whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise OptionError(f"{name} is {value!r}; expected a whole number of at least {least}.")
+def _check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most and value > most):
+        expected = f"of at least {least}" if most is None else f"from {least} to {most:,}"
+        raise OptionError(f"{name} is {value!r}; expected a whole number {expected}.")
 
 
 def _checked_url(url: str) -> str:

@@ -13,18 +13,20 @@ Every record ends as exactly one of stored, unchanged, reused, superseded or rej
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 from .engine import Engine, Event, Note, SlotFilled
 from .errors import KdbFastError, RejectLimitError
 from .faults import fault
 from .flushing import MAX_WAIT_SECONDS, FlushSize
-from .messages import Finish, Finished, Flush, Flushed, PrepareIndex, SlotRows
-from .records import MAX_RECORD_ID_CHARS, Record, Reject, content_hash, cut_content, unfit
+from .messages import Finish, Finished, Flush, Flushed, PrepareIndex, SlotRows, rows_of_bits
+from .records import MAX_ENTITY_CHARS, MAX_RECORD_ID_CHARS, Record, Reject, content_hash, cut_content, unfit, was_cut
 from .settings import RejectLimit
 from .sharding import SHARD_ROWS, WINDOW_ROWS, cut_shards, text_bytes
 from .slab import NO_STAMP, ROW_REASONS, Row
@@ -41,6 +43,20 @@ the last record of a key still wins; only the split between stored and supersede
 
 NOTICE_ROWS = 20_000
 """Rejects and deletions that are kept before they are written without waiting for vectors: about 5 MB."""
+
+MESSAGE_BYTES = 32 * 1024
+"""Rejects, deletions and numbers of left-out rows in one message to the writer, about. A pipe holds twice as much
+at least, so that a writer which does not read, because it is stopped, never blocks the parent."""
+
+LEFT_OUT_ROWS = 4_000
+"""Rows of a flush that were rejected or outdated since they were embedded, about: their numbers are in the message."""
+
+REJECT_DETAIL_CHARS = 600
+"""Characters of a reason that are passed on; the table of rejects keeps less."""
+
+DRAIN_SECONDS = 6.0
+"""A run that is being stopped waits so long for its last flushes: a container is killed ten seconds after SIGTERM.
+What is not written by then is embedded again by the next run."""
 
 IN_FLIGHT_STAMP = 1
 """Version of a row that an earlier record of this run is about to write: no other program's row has it."""
@@ -198,7 +214,7 @@ class Pipeline:
             while self._unfinished():
                 self._pump(1.0, last=True)
         except Stop:
-            self.drain()
+            self.drain(DRAIN_SECONDS)
             raise
         except RejectLimitError:
             # Its remedy names the list of rejects, so they must be there.
@@ -206,8 +222,9 @@ class Pipeline:
             self.drain()
             raise
 
-    def drain(self) -> None:
-        """Write what is embedded, forget what is not."""
+    def drain(self, seconds: float = math.inf) -> None:
+        """Write what is embedded, within ``seconds``; forget what is not."""
+        end = time.monotonic() + seconds
         self._stopping = True
         self._window, self._shards, self._waiters, self._waiting_rows = [], deque(), {}, 0
         if self.engine is None:
@@ -218,7 +235,7 @@ class Pipeline:
         deadline = time.monotonic() + 3.0
         while self._embedding() and time.monotonic() < deadline:
             self._pump(0.2, last=True)
-        while self._filled or self._reuse or self._rejects or self._writing:
+        while (self._filled or self._reuse or self._rejects or self._writing) and time.monotonic() < end:
             self._pump(1.0, last=True)
 
     def finish(self, prune: tuple[str, ...], build_index: bool = True) -> None:
@@ -228,19 +245,27 @@ class Pipeline:
             if prune == () and not build_index:
                 return
             self._ensure_engine(0, False)
+        while (part := _first_of(prune, MESSAGE_BYTES)) < len(prune):
+            self._ask(Finish(prune[:part], False))
+            prune = prune[part:]
+        done = self._ask(Finish(prune, build_index))
+        if self._deferred and "kept" not in done.outcome:
+            self.index_text = f"{self.index_text}; {done.outcome}"
+        elif not self.index_text or done.outcome != "kept":
+            self.index_text = done.outcome
+
+    def _ask(self, message: Finish) -> Finished:
+        """Have the writer do something after the last flush."""
         assert self.engine is not None
         self._finished = None
-        self.engine.request(Finish(prune, build_index))
+        self.engine.request(message)
         while self._finished is None:
             self._pump(1.0, last=True, phase="index")
         done: Finished = self._finished
         self.counts.deleted += done.deleted
         self.counts.index_seconds += done.seconds
         self.warnings += done.warnings
-        if self._deferred and "kept" not in done.outcome:
-            self.index_text = f"{self.index_text}; {done.outcome}"
-        elif not self.index_text or done.outcome != "kept":
-            self.index_text = done.outcome
+        return done
 
     # -- intake ----------------------------------------------------------------------------------------
 
@@ -262,7 +287,6 @@ class Pipeline:
             content = cut_content(item.content)
             if content is not item.content:
                 item = item._replace(content=content)
-                counts.truncated += 1
             fit.append((item, content_hash(content), self._sequence))
         stored = self._look_up(fit)
         for record, digest, sequence in fit:
@@ -282,6 +306,8 @@ class Pipeline:
                 counts.unchanged += 1
                 self._final(key, "unchanged")
                 continue
+            # Here and not where it is embedded, so that it counts once, also where the model reads all that is left.
+            counts.truncated += was_cut(record.content)
             if not self._unique_keys:
                 self._in_flight[key] = self._in_flight.get(key, 0) + 1
             if found is not None:
@@ -325,7 +351,13 @@ class Pipeline:
 
     def _reject(self, reject: Reject) -> None:
         self.counts.rejected += 1
-        self._rejects.append(reject._replace(record_id=str(reject.record_id)[: 4 * MAX_RECORD_ID_CHARS]))
+        self._rejects.append(
+            reject._replace(
+                entity=str(reject.entity)[: MAX_ENTITY_CHARS + 1],
+                record_id=str(reject.record_id)[: 4 * MAX_RECORD_ID_CHARS],
+                detail=reject.detail[:REJECT_DETAIL_CHARS],
+            )
+        )
 
     def _final(self, key: Key, kind: str) -> None:
         """Count an earlier record of the same key, in this run, as superseded."""
@@ -363,10 +395,14 @@ class Pipeline:
         for shard in cut_shards(
             [row for row, _, _ in window],
             shard_rows=shape.rows,
+            shard_chars=self.engine.shard_chars,
             blob_bytes=shape.blob_bytes,
             read_chars=self._read_chars,
         ):
             self._shards.append([(row, *extra[id(row)]) for row in shard])
+        # Rows that wait for an equal text must not pile up behind one that is not embedded.
+        if self.engine.full_shards and not last and self._waiting_rows < len(self._shards[-1]) < shape.rows:
+            self._window = self._shards.pop()
 
     def _ensure_engine(self, rows: int, more: bool) -> None:
         if self.engine is None:
@@ -374,7 +410,7 @@ class Pipeline:
             shape = self.engine.slab.shape
             self._free = deque(range(shape.slots))
             reserve = min(shape.slots - 1, 2 * max(1, self.engine.workers))
-            per_slot = SHARD_ROWS * (4 * shape.dimensions + 200)
+            per_slot = shape.rows * (4 * shape.dimensions + 200)
             self.flush_size = FlushSize((shape.slots - reserve) * per_slot // 2)
 
     def _backlog(self) -> bool:
@@ -473,21 +509,24 @@ class Pipeline:
             return
         fault("pipeline.flush")
         slots: list[SlotRows] = []
-        sent = 0
-        while self._filled and (sent < size.target or not slots):
+        sent = left_out = 0
+        while self._filled and ((sent < size.target and left_out < LEFT_OUT_ROWS) or not slots):
             number = self._filled.popleft()
             load = self._loads[number]
             sent += load.size
             self._skip_unfit_and_outdated(number, load)
             self._writing[number] = load
+            left_out += len(load.skip)
             slots.append(SlotRows(number, load.generation, tuple(sorted(load.skip)), load.crcs))
             if not self._unique_keys:
                 self._sent.update((row.record.entity, row.record.record_id) for row in load.rows)
         self.counts.flushes += 1
         self._last_flush = time.monotonic()
-        self._sent_rejects = len(self._rejects)
-        engine.flush(Flush(self.counts.flushes, tuple(slots), tuple(self._rejects), tuple(self._deletes)))
-        self._deletes = []
+        rejects = self._rejects[: _first_of(self._rejects, MESSAGE_BYTES // 2)]
+        deletes = self._deletes[: _first_of(self._deletes, MESSAGE_BYTES // 2)]
+        self._sent_rejects = len(rejects)
+        self._deletes = self._deletes[len(deletes) :]
+        engine.flush(Flush(self.counts.flushes, tuple(slots), tuple(rejects), tuple(deletes)))
 
     def _skip_unfit_and_outdated(self, number: int, load: _Load) -> None:
         """Leave out rows the worker gave a code, and rows of which a newer one was read."""
@@ -591,8 +630,7 @@ class Pipeline:
         counts.deleted += event.deleted
         self._rejects = self._rejects[self._sent_rejects :]
         self._sent_rejects = 0
-        lost = set(event.lost)
-        refused = {(slot, row) for slot, row, _, _ in event.rejected}
+        lost, refused = rows_of_bits(event.lost), rows_of_bits(event.rejected)
         for number, load in self._writing.items():
             kind = "stored" if load.kind == EMBEDDED else "reused"
             written = 0
@@ -633,6 +671,18 @@ class Pipeline:
     def _release(self, number: int) -> None:
         self._loads.pop(number, None)
         self._free.append(number)
+
+
+def _first_of(items: Sequence[str | tuple[Any, ...]], size: int) -> int:
+    """How many of the items, in order, a message of about ``size`` bytes can hold; at least 1 where there is one."""
+    count = 0
+    for item in items:
+        values = (item,) if isinstance(item, str) else item
+        size -= 64 + sum(len(v) * (1 if v.isascii() else 4) for v in values if isinstance(v, str))
+        if size < 0 and count:
+            break
+        count += 1
+    return count
 
 
 def _microseconds(moment: datetime | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .encoder import TOKEN_BUDGET
 from .resources import available_memory, cpu_list, cpu_quota, usable_cpus
@@ -30,18 +30,31 @@ class Plan:
     token_budget: int
     reasons: tuple[str, ...]
 
+    def because(self, reason: str) -> Plan:
+        """The same with one more reason."""
+        return replace(self, reasons=(*self.reasons, reason))
+
     def describe(self) -> str:
         """One line for people."""
         return "; ".join(self.reasons)
 
 
-def make_plan(*, workers: int | None, dimensions: int, model_bytes: int) -> Plan:
+def make_plan(
+    *,
+    workers: int | None,
+    dimensions: int,
+    model_bytes: int,
+    shard_rows: int | None = None,
+    token_budget: int = TOKEN_BUDGET,
+) -> Plan:
     """Choose workers and slots for this machine.
 
     Args:
         workers: What the user asked for, or None.
         dimensions: Length of a vector.
         model_bytes: Size of the model's files, which every worker holds in memory.
+        token_budget: Of the encoder's batches.
+        shard_rows: Rows of a slot; None for SHARD_ROWS. Of larger ones there are fewer.
     """
     reasons: list[str] = []
     cpus, memory = cpu_list(), available_memory()
@@ -60,13 +73,14 @@ def make_plan(*, workers: int | None, dimensions: int, model_bytes: int) -> Plan
         reasons.append(f"{workers} worker{'s' if workers > 1 else ''} × 1 thread ({why})")
     else:
         reasons.append(f"{workers} worker{'s' if workers > 1 else ''} × 1 thread (--workers)")
-    wanted = 3 * workers + 32
-    one = SlabShape(1, SHARD_ROWS, dimensions).slot_bytes
+    rows = shard_rows or SHARD_ROWS
+    wanted = max(2 * workers + 2, (3 * workers + 32) * SHARD_ROWS // max(rows, SHARD_ROWS))
+    one = SlabShape(1, rows, dimensions).slot_bytes
     slots = max(2 * workers + 2, min(wanted, memory // MEMORY_FOR_SLAB // one))
     limited = "" if slots == wanted else ", limited by memory"
-    reasons.append(f"{slots} slots of {SHARD_ROWS} rows ({slots * one / 1e6:.0f} MB shared{limited})")
-    reasons.append(f"batches of up to {TOKEN_BUDGET} tokens")
-    return Plan(workers, cpus, SlabShape(slots, SHARD_ROWS, dimensions), TOKEN_BUDGET, tuple(reasons))
+    reasons.append(f"{slots} slots of {rows} rows ({slots * one / 1e6:.0f} MB shared{limited})")
+    reasons.append(f"batches of up to {token_budget:,} tokens (the cache)")
+    return Plan(workers, cpus, SlabShape(slots, rows, dimensions), token_budget, tuple(reasons))
 
 
 def inline_shape(dimensions: int) -> SlabShape:

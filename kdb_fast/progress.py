@@ -10,11 +10,16 @@ import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, TextIO
 
+from .records import storable_key
+
 if TYPE_CHECKING:
     from .pipeline import Counts
 
 LINE_SECONDS = 5.0
 """Without a terminal a line is printed this often."""
+
+SHOWN_CHARS = 2000
+"""Characters of a note: an error of a library may be long."""
 
 RATE_WINDOW = 15.0
 """Seconds over which the rate is taken: long enough to be calm, short enough to follow a change."""
@@ -113,7 +118,7 @@ class Lines(Progress):
         self._sampled = 0.0
 
     def _print(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(storable_key(text, SHOWN_CHARS), file=self._stream, flush=True)
 
     def step(self, text: str) -> None:
         self._print(f"{text} …")
@@ -171,13 +176,13 @@ class Bar(Progress):
         self._rich.start()
 
     def step(self, text: str) -> None:
-        self._rich.update(self._task, description=text)
+        self._rich.update(self._task, description=storable_key(text, SHOWN_CHARS))
 
     def note(self, text: str) -> None:
-        self._rich.console.print(f"note: {text}", style="yellow", markup=False)
+        self._rich.console.print(f"note: {storable_key(text, SHOWN_CHARS)}", style="yellow", markup=False)
 
     def plan(self, text: str) -> None:
-        self._rich.console.print(f"plan: {text}", style="dim", markup=False)
+        self._rich.console.print(f"plan: {storable_key(text, SHOWN_CHARS)}", style="dim", markup=False)
 
     def begin(self, records: int | None) -> None:
         self._estimate = Estimate(records)

@@ -20,7 +20,14 @@ OTHER_BATCH = 64
 
 @dataclass(frozen=True)
 class EmbeddingResult:
-    """A text with its vector, and what made it."""
+    """A text with its vector, and what made it.
+
+    Attributes:
+        text: The text as it was given.
+        embedding: Its vector.
+        model: Name of the model.
+        dimensions: Length of the vector.
+    """
 
     text: str
     embedding: list[float]
@@ -55,7 +62,7 @@ class EmbeddingProvider(ABC):
         """Name of the model, as it is stored beside a vector."""
 
     def embed_with_metadata(self, text: str) -> EmbeddingResult:
-        """:meth:`embed` with what made the vector."""
+        """:meth:`embed` with what made the vector. Raises as :meth:`embed`."""
         return EmbeddingResult(text, self.embed(text), self.model_name, self.dimensions)
 
     def embed_into(self, texts: Sequence[str], out: Matrix) -> tuple[Tally, dict[int, str]]:
@@ -63,6 +70,9 @@ class EmbeddingProvider(ABC):
 
         Returns:
             What was computed; and the rows that were refused, with the reason. Those rows of ``out`` are zero.
+
+        Raises:
+            KdbFastError: The model or the API cannot be used; ``out`` may be filled in part.
         """
         return embed_batches(self, texts, out)
 

@@ -13,6 +13,7 @@ import numpy as np
 from .database import DatabaseAddress
 from .engine import Engine, Event, SlotFilled, filled
 from .messages import Embedded, Finish, Flush, PrepareIndex
+from .openai_inputs import MAX_REQUEST_TOKENS, PACKED_BYTES_PER_TOKEN
 from .providers import EmbeddingProvider, ProviderEncoder
 from .slab import ROW_NOT_ENCODABLE, ROW_NOT_FINITE, ROW_ZERO, SlabShape
 from .stores.base import RunSpec
@@ -25,11 +26,17 @@ POLL_SECONDS = 0.02
 class ProviderEngine(Engine):
     """Embeds through a provider with several requests in flight.
 
+    A slot is one request of OpenAI's API, if its texts are not mostly beyond ASCII: it has as many rows and about as
+    many bytes.
+
     Args:
         threads: Slots that are embedded at the same time.
 
     :meth:`embed` and :meth:`poll` raise what the provider cannot go on for: a refused key, an exhausted quota.
     """
+
+    shard_chars = MAX_REQUEST_TOKENS * PACKED_BYTES_PER_TOKEN
+    full_shards = True
 
     def __init__(
         self,

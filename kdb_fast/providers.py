@@ -28,18 +28,16 @@ from .provider_base import (
     EmbeddingResult,
     embed_batches,
     listed,
-    own_batch_limit,
     raise_unfit,
     unfit_rows,
 )
 from .provider_errors import MissingPackageError, OptionError, ProviderError, ProviderInputError, ProviderKeyError
-from .settings import DEFAULT_BATCH_SIZE
+from .settings import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZES
 
 if TYPE_CHECKING:
     import httpx
 
 __all__ = [
-    "MAX_BATCH",
     "EmbeddingProvider",
     "EmbeddingResult",
     "FastEmbedProvider",
@@ -51,7 +49,6 @@ __all__ = [
     "ProviderInputError",
     "ProviderKeyError",
     "as_provider",
-    "batch_limit",
     "get_provider",
     "provider_fingerprint",
 ]
@@ -62,9 +59,6 @@ OPENAI_DIMENSIONS = 384
 """KameleonDB's defaults; OpenAI's model is asked for as many dimensions as FastEmbed's has."""
 
 OPENAI_URL = "https://api.openai.com/v1"
-
-MAX_BATCH = {"fastembed": 1000, "openai": MAX_INPUTS}
-"""Most texts of one batch: for FastEmbed the specification's, for OpenAI what its API takes in a request."""
 
 UNKNOWN_WINDOW = 1_000_000
 """Tokens that a user's own provider is taken to read: more than any record holds, so none of its text is cut."""
@@ -79,7 +73,7 @@ class FastEmbedProvider(EmbeddingProvider):
             own. Nothing is fetched into it.
         model: Another name for ``model_name``, KameleonDB's.
         model_path: Directory of this one model.
-        batch_size: Most texts of one run of the model.
+        batch_size: Most texts of one run of the model, 1 to 1,000.
         threads: CPU threads; one is fastest where several processes embed.
 
     Raises:
@@ -107,8 +101,11 @@ class FastEmbedProvider(EmbeddingProvider):
             raise MissingPackageError(
                 "The fastembed provider needs the package fastembed.", remedy="Run: pip install kdb-fast"
             )
-        if batch_size < 1 or threads < 1:
-            raise OptionError(f"batch_size is {batch_size}, threads {threads}; expected at least 1.")
+        most = MAX_BATCH_SIZES["fastembed"]
+        if not 1 <= batch_size <= most:
+            raise OptionError(f"batch_size is {batch_size}; expected 1 to {most:,}.")
+        if threads < 1:
+            raise OptionError(f"threads is {threads}; expected at least 1.")
         self._model_name = model or model_name
         self._path = Path(model_path) if model_path else None
         if self._path is None and cache_dir is not None:
@@ -184,7 +181,7 @@ class OpenAIProvider(EmbeddingProvider):
         max_retries: Attempts after the first.
         concurrency: Requests in flight.
         organization: Which of the key's organisations to bill.
-        max_inputs: Most texts of a request.
+        max_inputs: Most texts of a request, 1 to 2,048.
         max_input_tokens: Window of the model in tokens. Longer texts are cut, and counted as truncated.
         transport, sleep, clock: For tests; see :class:`~kdb_fast.openai_api.EmbeddingsAPI`.
 
@@ -333,15 +330,6 @@ def as_provider(obj: object) -> EmbeddingProvider:
     return cast(EmbeddingProvider, obj)
 
 
-def batch_limit(provider: object) -> int:
-    """Most texts to give the provider at once; a user's own may say so in an attribute ``max_batch``."""
-    if isinstance(provider, FastEmbedProvider):
-        return MAX_BATCH["fastembed"]
-    if isinstance(provider, OpenAIProvider):
-        return MAX_BATCH["openai"]
-    return own_batch_limit(provider)
-
-
 def provider_fingerprint(provider: EmbeddingProvider) -> str:
     """16 hex digits that differ as soon as anything differs that has a part in the vectors, as far as is known.
 
@@ -349,14 +337,25 @@ def provider_fingerprint(provider: EmbeddingProvider) -> str:
     """
     if isinstance(provider, FastEmbedProvider):
         return provider.spec.model.fingerprint()
-    ingredients: dict[str, object] = {
-        "class": f"{type(provider).__module__}.{type(provider).__qualname__}",
-        "model": provider.model_name,
-        "dimensions": int(provider.dimensions),
-    }
     if isinstance(provider, OpenAIProvider):
-        # By the API's name, so that moving the class within the package makes no index stale.
-        ingredients |= {"class": "openai", "base_url": provider.base_url, "max_tokens": provider.max_tokens}
+        return openai_fingerprint(provider.model_name, provider.dimensions, provider.base_url, provider.max_tokens)
+    return _digest(
+        {
+            "class": f"{type(provider).__module__}.{type(provider).__qualname__}",
+            "model": provider.model_name,
+            "dimensions": int(provider.dimensions),
+        }
+    )
+
+
+def openai_fingerprint(model: str, dimensions: int, base_url: str, max_tokens: int = MAX_INPUT_TOKENS) -> str:
+    """:func:`provider_fingerprint` of an :class:`OpenAIProvider` with these options."""
+    # By the API's name, so that moving the class within the package makes no index stale.
+    ingredients = {"class": "openai", "model": model, "dimensions": int(dimensions)}
+    return _digest({**ingredients, "base_url": base_url.strip().rstrip("/"), "max_tokens": max_tokens})
+
+
+def _digest(ingredients: dict[str, object]) -> str:
     canonical = json.dumps(ingredients, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .database import DatabaseAddress, connect_postgresql, connect_sqlite
-from .errors import SchemaError
 from .records import storable_key
-from .stores.base import REJECTS
+from .stores import open_store
 
 if TYPE_CHECKING:
     from .retrieval import SearchReader
+
+RECENT_RUNS = 50
+"""Runs of which :func:`recent_fingerprints` reads the fingerprint."""
 
 Vector = npt.NDArray[np.float32]
 Vectors = npt.NDArray[np.float32]
@@ -48,15 +50,29 @@ def run_search(
     limit: int,
     where: Mapping[str, Any] | None,
     min_score: float,
-    model_name: str,
-    model_path: Path | None,
+    model_name: str | None = None,
+    model_path: Path | None = None,
+    provider: str | None = None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Results as plain dictionaries with the fields of SearchResult."""
-    vector = None if mode == "keyword" or not query.strip() else embed_queries([query], model_name, model_path)[0]
+    """Results as plain dictionaries with the fields of SearchResult.
+
+    Without a model and a provider the query is embedded by the model that made the index.
+
+    Raises:
+        SchemaError: There is no index, or its vectors are another model's.
+        KdbFastError: As :func:`kdb_fast.query_model.embed_query`.
+    """
+    from .query_model import embed_query, index_model
+
+    vector = None
+    if mode != "keyword" and query.strip():
+        with contextlib.closing(open_connection(address)) as connection:
+            made = index_model(connection, address.dialect)
+        vector = embed_query(query, made, provider=provider, model=model_name, model_path=model_path, warn=warn)
     return search_open(
-        address, query, vector, mode=mode, entities=entities, limit=limit, where=where, min_score=min_score,
-        model_name=model_name,
-    )  # fmt: skip
+        address, query, vector, mode=mode, entities=entities, limit=limit, where=where, min_score=min_score
+    )
 
 
 def search_open(
@@ -69,7 +85,6 @@ def search_open(
     limit: int = 10,
     where: Mapping[str, Any] | None = None,
     min_score: float = 0.0,
-    model_name: str = "",
 ) -> list[dict[str, Any]]:
     """:func:`run_search` with the query's vector at hand (float32, dimensions; None for keywords only)."""
     from .retrieval import search
@@ -77,13 +92,6 @@ def search_open(
     connection = open_connection(address)
     try:
         reader = open_reader(connection, address.dialect)
-        if vector is not None:
-            found = stored_dimensions(connection, address.dialect)
-            if found is not None and found != len(vector):
-                raise SchemaError(
-                    f"The index holds vectors of {found} dimensions; {model_name} gives {len(vector)}.",
-                    remedy="Name the model that the index was built with: --model NAME (see kdb-fast status --json).",
-                )
         results = search(
             reader,
             query,
@@ -110,22 +118,6 @@ def open_reader(connection: Any, dialect: str) -> SearchReader:
     return PostgresqlReader(connection)
 
 
-def stored_dimensions(connection: Any, dialect: str) -> int | None:
-    """Length of the vectors in the index; None if there are none.
-
-    Raises:
-        SchemaError: There is no index.
-    """
-    exists = "SELECT name FROM sqlite_master WHERE name = 'kdb_search'"
-    if dialect == "postgresql":
-        exists = "SELECT to_regclass('kdb_search')::text"
-    row = connection.execute(exists).fetchone()
-    if row is None or row[0] is None:
-        raise SchemaError("There is no search index in this database.", remedy="Build it: kdb-fast reindex --db …")
-    row = connection.execute("SELECT dimensions FROM kdb_search WHERE embedding IS NOT NULL LIMIT 1").fetchone()
-    return int(row[0]) if row and row[0] is not None else None
-
-
 def last_run(connection: Any, dialect: str) -> dict[str, Any] | None:
     """The newest run: number, state, phase, model, fingerprint, times; None if there was none."""
     present = "SELECT name FROM sqlite_master WHERE name = 'kdb_fast_runs'"
@@ -140,6 +132,18 @@ def last_run(connection: Any, dialect: str) -> dict[str, Any] | None:
         "FROM kdb_fast_runs ORDER BY run DESC LIMIT 1"
     ).fetchone()
     return dict(zip(names, row, strict=True)) if row else None
+
+
+def recent_fingerprints(address: DatabaseAddress) -> list[str]:
+    """Fingerprints of the last RECENT_RUNS runs on an index, the newest first, each once; [] without an index."""
+    connection = open_connection(address)
+    try:
+        if last_run(connection, address.dialect) is None:
+            return []
+        query = f"SELECT fingerprint FROM kdb_fast_runs ORDER BY run DESC LIMIT {RECENT_RUNS}"  # noqa: S608
+        return list(dict.fromkeys(row[0] for row in connection.execute(query).fetchall()))
+    finally:
+        connection.close()
 
 
 def run_status(address: DatabaseAddress) -> dict[str, Any]:
@@ -174,11 +178,5 @@ def forget_older(address: DatabaseAddress, entities: list[str], run: int) -> int
     Returns:
         How many were forgotten. Lines of files that became no record are never among them.
     """
-    mark = "?" if address.dialect == "sqlite" else "%s"
-    statement = f"DELETE FROM {REJECTS} WHERE entity_name = {mark} AND run < {mark} AND record_id <> ''"  # noqa: S608
-    total = 0
-    with contextlib.closing(open_connection(address)) as connection:
-        for entity in entities:
-            query = statement if address.dialect == "sqlite" else statement.encode()
-            total += connection.execute(query, (storable_key(entity), run)).rowcount
-    return total
+    with contextlib.closing(open_store(address, "rejects", patient=True)) as store:
+        return store.forget_older_rejects([storable_key(entity) for entity in entities], run)

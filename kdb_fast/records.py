@@ -118,6 +118,16 @@ def cut_content(content: str) -> str:
     return raw[:MAX_CONTENT_BYTES].decode("utf-8", "ignore")
 
 
+def was_cut(content: str) -> bool:
+    """Whether the content has the length that :func:`cut_content` leaves: some of the text is missing then.
+
+    One that just has this length by itself is taken for a cut one, too.
+    """
+    if len(content) * 4 <= MAX_CONTENT_BYTES - 4:
+        return False
+    return MAX_CONTENT_BYTES - 4 < len(content.encode("utf-8", "surrogatepass")) <= MAX_CONTENT_BYTES
+
+
 def storable_key(value: object, limit: int = 200) -> str:
     """A key that could not be stored as it is, in a form that can: printable, at most ``limit`` characters.
 

@@ -7,8 +7,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import __version__
 from .database import DatabaseAddress
@@ -16,11 +16,12 @@ from .encoder import CHARS_PER_TOKEN, EncoderSpec
 from .engine import Engine, InlineEngine
 from .errors import KdbFastError, StoppedError
 from .models import resolve
+from .openai_inputs import PACKED_BYTES_PER_TOKEN
 from .pipeline import Counts, Pipeline, Stop
 from .plan import INLINE_ROWS, Plan, inline_shape, make_plan
 from .progress import Progress, Silent
 from .provider_base import EmbeddingProvider
-from .query import forget_older
+from .query import forget_older, recent_fingerprints
 from .resources import peak_rss_bytes
 from .settings import DEFAULT_MODEL, ReindexOptions
 from .slab import ROW_REASONS, ROW_WORKER_DIED
@@ -29,10 +30,21 @@ from .stores import open_store
 from .stores.base import RunSpec, Store
 from .stores.pg_runs import HEARTBEAT_SECONDS
 
+if TYPE_CHECKING:
+    from .fidelity import Fidelity
+    from .precision import Choice
+
 Receipt = dict[str, Any]
 
 SAME_SIGNAL_SECONDS = 0.5
 """A signal that comes again so soon is the same one, delivered to the process and to its group."""
+
+GRACE_SECONDS = 8.0
+"""A run that has not ended so long after a signal is stopped at once: a container is killed after ten seconds.
+What has been embedded is written in less, unless the database makes us wait; see ``pipeline.DRAIN_SECONDS``."""
+
+INSIST_SECONDS = 1.0
+"""From then on every wait that is left, in the clearing up too, ends after so long."""
 
 PROVIDER_THREADS = 8
 """Slots that are sent to a provider's API at the same time: its answers take tenths of a second, our part nothing."""
@@ -65,11 +77,17 @@ def reindex(
         progress.step("opening the database")
         store = open_store(address, "parent")
         stack.callback(store.close)
-        store.on_wait = progress.note
+
+        def wait_note(text: str) -> None:
+            if stop.count:
+                raise StoppedError("Stopped on request, before anything was done.", signum=stop.signum)
+            progress.note(text)
+
+        store.on_wait = wait_note
         source = open_source()
         stack.callback(source.close)
         progress.step("loading the model")
-        embedding = find_embedding(options, progress)
+        embedding = find_embedding(options, progress, _Records(address, source, lambda: stop.count > 0))
         stack.callback(embedding.close)
         store.prepare(embedding.dimensions)
         run = store.begin_run(
@@ -78,6 +96,7 @@ def reindex(
             dimensions=embedding.dimensions,
             wait=options.wait,
         )
+        store.on_wait = progress.note
         return _Run(address, store, source, embedding, run, options, progress, stop, started).go()
 
 
@@ -85,7 +104,7 @@ def reindex(
 class Embedding:
     """What gives the vectors of a run: a model on this machine (``spec``) or a provider's API (``provider``).
 
-    ``read_chars`` are the characters of a text beyond which it reads nothing.
+    ``read_chars`` are the characters of a text that count for the size of its shard.
     """
 
     name: str
@@ -94,6 +113,9 @@ class Embedding:
     read_chars: int
     spec: EncoderSpec | None = None
     provider: EmbeddingProvider | None = None
+    fidelity: Fidelity | None = None
+    why: str = ""
+    """Why this precision, for the plan; '' for what was asked for without a comparison."""
 
     def close(self) -> None:
         """Close the provider's connections."""
@@ -101,8 +123,21 @@ class Embedding:
             self.provider.close()
 
 
-def find_embedding(options: ReindexOptions, progress: Progress) -> Embedding:
+class _Records(NamedTuple):
+    """What a precision is chosen for."""
+
+    address: DatabaseAddress
+    source: Source
+    should_stop: Callable[[], bool]
+
+
+def find_embedding(options: ReindexOptions, progress: Progress, records: _Records | None = None) -> Embedding:
     """The model or provider that the options name.
+
+    Args:
+        options: What was asked for.
+        progress: Told of steps that take time.
+        records: What a lower precision is calibrated on and compared with fp32 on; needed for one.
 
     Raises:
         ModelError: The model is not to be had, or unfit.
@@ -111,16 +146,38 @@ def find_embedding(options: ReindexOptions, progress: Progress) -> Embedding:
     if options.provider == "fastembed":
         model = resolve(options.model, options.model_path, report=progress.note)
         spec = EncoderSpec(model, options.batch_size)
-        fingerprint = model.fingerprint(options.precision)
-        return Embedding(model.name, model.dimensions, fingerprint, model.max_tokens * CHARS_PER_TOKEN, spec)
+        read_chars = model.max_tokens * CHARS_PER_TOKEN
+        if options.precision == "fp32":
+            return Embedding(model.name, model.dimensions, model.fingerprint(), read_chars, spec)
+        assert records is not None
+        choice = _choose_precision(options, spec, progress, records)
+        return Embedding(
+            model.name, model.dimensions, choice.fingerprint, read_chars, choice.spec, None, choice.fidelity, choice.why
+        )
     from .providers import ProviderEncoder, get_provider, provider_fingerprint
 
     given = {"model": options.model} if options.model != DEFAULT_MODEL else {}
-    provider = get_provider(options.provider, **given)
-    read_chars = ProviderEncoder(provider).max_tokens * 8
+    threads = options.workers or PROVIDER_THREADS
+    provider = get_provider(options.provider, max_inputs=options.batch_size, concurrency=threads, **given)
+    read_chars = ProviderEncoder(provider).max_tokens * PACKED_BYTES_PER_TOKEN
     return Embedding(
         provider.model_name, provider.dimensions, provider_fingerprint(provider), read_chars, provider=provider
     )
+
+
+def _choose_precision(options: ReindexOptions, spec: EncoderSpec, progress: Progress, records: _Records) -> Choice:
+    from .precision import Chooser
+
+    progress.step("choosing the precision")
+    chooser = Chooser(
+        spec,
+        index=records.address.display,
+        history=recent_fingerprints(records.address),
+        sample=records.source.sample,
+        report=progress.note,
+        should_stop=records.should_stop,
+    )
+    return chooser.choose(options.precision, options.min_fidelity)
 
 
 class _Run:
@@ -158,10 +215,13 @@ class _Run:
             error = StoppedError("Stopped on request.", signum=self.stop.signum or signal.SIGINT)
         except KdbFastError as caught:
             error = caught
-        except BaseException:
+        except BaseException as caught:
             self._close_engine(kill=True)
+            state = "stopped" if isinstance(caught, KeyboardInterrupt) else "failed"
+            receipt = self._receipt(state)
             with contextlib.suppress(Exception):
-                self.store.end_run(self.run.number, "failed", {})
+                self.store.end_run(self.run.number, state, receipt)
+            caught.receipt = receipt  # type: ignore[attr-defined]
             raise
         # After a stop all that was embedded is written; a worker in the middle of a shard is not waited for.
         self._close_engine(kill=state != "done")
@@ -213,27 +273,40 @@ class _Run:
             from .provider_engine import ProviderEngine
 
             threads = options.workers or PROVIDER_THREADS
-            self.plan = make_plan(workers=threads, dimensions=embedding.dimensions, model_bytes=0)
+            # A slot is a request.
+            self.plan = make_plan(
+                workers=threads, dimensions=embedding.dimensions, model_bytes=0, shard_rows=options.batch_size
+            )
             self.progress.plan(f"{threads} requests in flight; {self.plan.shape.slots} slots")
             self.engine = ProviderEngine(self.plan.shape, embedding.provider, self.address, self.run, threads=threads)
             self.start_seconds = time.monotonic() - began
             return self.engine
         spec = embedding.spec
         assert spec is not None
-        plan = make_plan(workers=options.workers, dimensions=embedding.dimensions, model_bytes=spec.model.size_bytes)
-        if not more and rows <= INLINE_ROWS and options.workers is None and not self._has_deadly_text():
+        plan = make_plan(
+            workers=options.workers,
+            dimensions=embedding.dimensions,
+            model_bytes=spec.model.size_bytes,
+            token_budget=spec.token_budget,
+        )
+        small = rows <= INLINE_ROWS and options.workers is None
+        if not more and (not rows or (small and not self._may_be_deadly())):
             self.engine = InlineEngine(inline_shape(embedding.dimensions), spec, self.store, self.run)
         else:
             from .supervisor import ProcessEngine
 
+            if embedding.why:
+                plan = plan.because(embedding.why)
             self.plan = plan
             self.progress.plan(plan.describe())
             self.engine = ProcessEngine(plan.shape, spec, self.address, self.run, workers=plan.workers, cpus=plan.cpus)
         self.start_seconds = time.monotonic() - began
         return self.engine
 
-    def _has_deadly_text(self) -> bool:
-        """Whether a text has ended its process in an earlier run: it must not end this one."""
+    def _may_be_deadly(self) -> bool:
+        """Whether a text has ended its process in an earlier run, or may have: it must not end this one."""
+        if self.store.after_a_crash(self.run.number):
+            return True
         reason, _ = ROW_REASONS[ROW_WORKER_DIED]
         return any(reject["reason"] == reason for reject in self.store.rejects())
 
@@ -295,7 +368,8 @@ class _Run:
             "tokens_per_second": round(counts.tokens / seconds, 1) if seconds else 0.0,
             "model": run.model,
             "dimensions": run.dimensions,
-            "precision": self.options.precision,
+            "precision": self.embedding.spec.precision if self.embedding.spec else None,
+            "fidelity": asdict(self.embedding.fidelity) if self.embedding.fidelity else None,
             "fingerprint": run.fingerprint,
             "workers": self.engine.workers if self.engine else 0,
             "plan": self.plan.describe() if self.plan else "in this process",
@@ -312,6 +386,7 @@ class _Run:
             "peak_rss_bytes": peak_rss_bytes() + sum(peaks.values()),
             "peak_rss_by_process": {"parent": peak_rss_bytes(), **peaks},
             "warnings": [*(pipeline.warnings if pipeline else []), *self.source.warnings()],
+            "input_changed": self.source.changed(),
             "version": __version__,
         }
 
@@ -326,9 +401,12 @@ class StopFlag:
 
 @contextlib.contextmanager
 def stopping_by_signal() -> Iterator[StopFlag]:
-    """Turn SIGINT, SIGTERM and SIGHUP into a flag; the second one raises KeyboardInterrupt at once.
+    """Turn SIGINT, SIGTERM and SIGHUP into a flag; the second one, or GRACE_SECONDS, ends the block at once.
 
     Outside the main thread (a library caller) signals are left alone.
+
+    Raises:
+        StoppedError: The block was ended at once.
     """
     flag = StopFlag()
 
@@ -341,20 +419,36 @@ def stopping_by_signal() -> Iterator[StopFlag]:
             return
         last = now
         flag.count += 1
-        flag.signum = signum
-        if flag.count > 1:
+        if flag.count == 1:
+            flag.signum = signum
+            signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS, INSIST_SECONDS)
+        else:
+            signal.setitimer(signal.ITIMER_REAL, INSIST_SECONDS, INSIST_SECONDS)
             raise KeyboardInterrupt
+
+    def insist(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
 
     previous: dict[int, Any] = {}
     try:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                number = getattr(signal, name)
+            number = getattr(signal, name)
+            # Under nohup it is ignored, and must be.
+            if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
                 previous[number] = signal.signal(number, handler)
+        previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, insist)
     except ValueError:
         previous = {}
     try:
         yield flag
+    except KeyboardInterrupt as caught:
+        stopped = StoppedError(
+            "Stopped at once; the transaction in progress was rolled back.", signum=flag.signum or signal.SIGINT
+        )
+        stopped.receipt = getattr(caught, "receipt", None)  # type: ignore[attr-defined]
+        raise stopped from None
     finally:
+        if previous:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, old in previous.items():
             signal.signal(number, old)

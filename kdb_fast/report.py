@@ -6,11 +6,15 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .console import shell_word
 from .progress import clock
 from .records import storable_key
 
 SHOWN_CHARS = 100
 """Characters of a text in a list of results."""
+
+NOTE_CHARS = 1000
+"""Characters of a note: a server's notice may quote anything."""
 
 SHOWN_REJECTS = 10
 """Rejected lines that are printed at the end of an insert."""
@@ -61,9 +65,9 @@ def print_receipt(receipt: Mapping[str, Any], database: str) -> None:
         rows.append(("memory", f"{receipt['peak_rss_bytes'] / 1e6:,.0f} MB at most, all processes together"))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        print(f"  {name:<{width}}  {text}")
+        print(f"  {name:<{width}}  {printable(text, NOTE_CHARS)}")
     for warning in receipt["warnings"]:
-        print(f"  note: {warning}")
+        print(f"  note: {printable(warning, NOTE_CHARS)}")
     if receipt["rejected"]:
         print("  See the rejected records: kdb-fast rejects list")
 
@@ -124,7 +128,7 @@ def print_inserted(receipt: Mapping[str, Any], entity: str, database: str) -> No
     elif receipt["empty"]:
         print(f"  None of the {receipt['empty']:,} has any text, so nothing was indexed.")
         for warning in receipt["warnings"]:
-            print(f"  note: {warning}")
+            print(f"  note: {printable(warning, NOTE_CHARS)}")
 
 
 def print_rejected_lines(receipt: Mapping[str, Any]) -> None:
@@ -164,13 +168,14 @@ def print_retried(result: Mapping[str, Any], database: str) -> None:
         print(f"{result['remaining']:,} rejected records remain")
     for entity, count in result["lines_of_inserts"].items():
         name = printable(entity, 60)
+        word = shell_word(entity)
         print(
             f"{count:,} rejected lines for {name} became no record: correct them and insert only them "
-            f"(kdb-fast insert {name} FILE), then forget these: kdb-fast rejects clear --entity {name}"
+            f"(kdb-fast insert {word} FILE), then forget these: kdb-fast rejects clear --entity {word}"
         )
     for entity, count in result["lines_of_files"].items():
         name = printable(entity, 60)
         print(
             f"{count:,} rejected lines of {name} are of a file and not in the database: correct them, then run "
-            f"kdb-fast reindex --from FILE --entity {name} again (what is stored is skipped)"
+            f"kdb-fast reindex --from FILE --entity {shell_word(entity)} again (what is stored is skipped)"
         )

@@ -65,6 +65,7 @@ class IndexStatus:
     """State of one entity's index. The first four are KameleonDB's.
 
     Attributes:
+        entity: Its name.
         indexed: Rows with a vector.
         pending: Live records without a vector, or changed since theirs was made.
         last_updated: When the index last changed, as an aware datetime.

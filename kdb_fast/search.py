@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from .batches import BatchWriter, Operation, Queue, SlotEncoder, as_delete, as_put, as_puts
-from .connections import connections_for
+from .batches import BatchWriter, Operation, SlotEncoder, as_delete, as_list, as_put, as_puts
 from .encoder import EncoderSpec
 from .errors import UsageError
 from .providers import (
@@ -30,9 +28,11 @@ from .providers import (
 )
 from .retrieval import IndexStatus, SearchReader, SearchResult, parse_query
 from .retrieval import search as ranked_search
-from .stores.base import TABLE, RunSpec, Store
-from .stores.reading import Params, columns_of, load_definitions, quoted, rows_of
-from .stores.status import _has_text, _newer, statuses
+from .session_batch import SessionBatch, sqlalchemy_session
+from .sqlalchemy_engines import connections_for
+from .stores.base import RunSpec, Store
+from .stores.status import statuses
+from .transactions import Queue, write_at_once
 
 __all__ = ["IndexStatus", "SearchEngine", "SearchResult", "SessionBatch"]
 
@@ -95,7 +95,7 @@ class SearchEngine:
             DatabaseError: The database was lost, or its lock not granted within 30 s.
             ProviderError: The embedding provider failed.
         """
-        self._do(_present(as_put((entity_name, record_id, content))))
+        self._do(as_list(as_put((entity_name, record_id, content))))
 
     def index_records_batch(self, records: Iterable[tuple[str, str, str]]) -> None:
         """Index any number of records in one transaction: all of them or none.
@@ -118,7 +118,7 @@ class SearchEngine:
             RecordError: The key is not text.
             DatabaseError: As :meth:`index_record`.
         """
-        self._do(_present(as_delete(entity_name, record_id)))
+        self._do(as_list(as_delete(entity_name, record_id)))
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[SearchEngine]:
@@ -154,7 +154,7 @@ class SearchEngine:
         Raises:
             UsageError: ``session`` is something else, or SQLAlchemy is not installed.
         """
-        real = _sqlalchemy_session(session)
+        real = sqlalchemy_session(session)
         key = ("kdb_fast", id(self))
         batch = real.info.get(key)
         if not isinstance(batch, SessionBatch):
@@ -217,13 +217,9 @@ class SearchEngine:
         fingerprint = provider_fingerprint(provider) if provider is not None else None
 
         def work(connection: Any, reader: SearchReader) -> list[IndexStatus]:
-            found = statuses(connection, dialect, fingerprint)
-            if provider is None:
-                counts = keyword_counts(connection, dialect)
-                found = [row._replace(indexed=counts[row.entity][0], pending=counts[row.entity][1]) for row in found]
             return [
                 IndexStatus(row.entity, row.indexed, row.pending or 0, row.last_updated, row.stale, row.rejected)
-                for row in found
+                for row in statuses(connection, dialect, fingerprint, vectors=provider is not None)
                 if entity is None or row.entity == entity
             ]
 
@@ -248,13 +244,8 @@ class SearchEngine:
         queue = self._queue()
         if queue is not None:
             queue.add(operations)
-            return
-        stream = iter(operations)
-        first = next(stream, None)
-        if first is None:
-            return
-        with self._begin() as writer:
-            writer.write(_chain(first, stream))
+        else:
+            write_at_once(self._begin, operations)
 
     @contextlib.contextmanager
     def _begin(self) -> Iterator[BatchWriter]:
@@ -267,6 +258,11 @@ class SearchEngine:
             return BatchWriter(store, RunSpec(0, "", "", DEFAULT_DIMENSIONS), None)
         run = RunSpec(0, provider_fingerprint(provider), provider.model_name, int(provider.dimensions))
         return BatchWriter(store, run, lambda: _encoder_of(provider), _spec_of(provider))
+
+    def _write_on(self, connection: Any, operations: Sequence[Operation]) -> None:
+        """Write within the transaction of the caller's own connection."""
+        with self._connections.borrowed(connection) as store:
+            self._writer(store).write(operations)
 
     def _query_vector(self, text: str) -> npt.NDArray[np.float32] | None:
         """The embedding of a query; None where there is nothing to rank by: no provider, no text, no direction."""
@@ -283,124 +279,6 @@ class SearchEngine:
         return vector if vector.any() else None
 
 
-class SessionBatch:
-    """Records that an SQLAlchemy session's commit will carry; made by :meth:`SearchEngine.for_session`.
-
-    They stay in memory until then. A savepoint that is rolled back takes with it what was queued since it began.
-    ``len()`` is the number of operations queued.
-    """
-
-    def __init__(self, search: SearchEngine, session: Any) -> None:
-        from sqlalchemy import event
-
-        self._search, self._session = search, session
-        self._operations: list[Operation] = []
-        self._savepoints: dict[Any, int] = {}
-        self._committing = False
-        event.listen(session, "after_transaction_create", self._begun)
-        event.listen(session, "before_commit", self._before_commit)
-        event.listen(session, "after_flush_postexec", self._flushed)
-        event.listen(session, "after_rollback", self._rolled_back)
-        event.listen(session, "after_transaction_end", self._ended)
-
-    def index_record(self, entity_name: str, record_id: str, content: str) -> None:
-        """Queue a record for the session's commit; see :meth:`SearchEngine.index_record`.
-
-        Raises:
-            RecordError: It cannot be stored.
-            UsageError: The session's transaction has failed or is at its end.
-        """
-        self._queue(_present(as_put((entity_name, record_id, content))))
-
-    def index_records_batch(self, records: Iterable[tuple[str, str, str]]) -> None:
-        """Queue records for the session's commit, all or none. Raises as :meth:`index_record`."""
-        self._queue(list(as_puts(records)))
-
-    def delete_record(self, entity_name: str, record_id: str) -> None:
-        """Queue a deletion for the session's commit. Raises as :meth:`index_record`."""
-        self._queue(_present(as_delete(entity_name, record_id)))
-
-    def __len__(self) -> int:
-        return len(self._operations)
-
-    def _queue(self, operations: Sequence[Operation]) -> None:
-        if not self._session.in_transaction():
-            # A rollback of a session that has not begun is no event, and would leave the queue as it is.
-            self._session.begin()
-        elif not self._session.is_active:
-            raise UsageError(
-                "The session's transaction has failed or is at its end; nothing can be added to it.",
-                remedy="Roll the session back first; index before its commit, not in after_commit.",
-            )
-        self._operations.extend(operations)
-
-    def _write(self) -> None:
-        if not self._operations:
-            return
-        search = self._search
-        connection = self._session.connection().connection.driver_connection
-        with search._connections.borrowed(connection) as store:
-            search._writer(store).write(self._operations)
-        # Only now: after an error the caller may mend the cause and commit again.
-        self._operations.clear()
-
-    def _begun(self, session: Any, transaction: Any) -> None:
-        if transaction.nested:
-            self._savepoints[transaction] = len(self._operations)
-
-    def _before_commit(self, session: Any) -> None:
-        # The commit of a savepoint also comes here; only the outermost commit makes anything durable.
-        if session.in_nested_transaction():
-            return
-        session.flush()  # what fails there costs no embedding, and its listeners may queue something
-        self._write()
-        self._committing = True
-
-    def _flushed(self, session: Any, flush_context: Any) -> None:
-        if self._committing:  # another listener of before_commit has changed something after ours
-            self._write()
-
-    def _rolled_back(self, session: Any) -> None:
-        # By a failed flush as well, which rolls back the savepoint around it and says so only here.
-        savepoint = session.get_nested_transaction()
-        kept = 0 if savepoint is None else self._savepoints.get(savepoint, 0)
-        del self._operations[kept:]
-
-    def _ended(self, session: Any, transaction: Any) -> None:
-        self._savepoints.pop(transaction, None)
-        if transaction.parent is None:
-            # Also the end of a session that was closed without commit or rollback.
-            self._operations.clear()
-            self._committing = False
-
-
-def keyword_counts(connection: Any, dialect: str) -> Mapping[str, tuple[int, int]]:
-    """For each entity the rows of its keyword index, and the live records with text that have none or a newer text."""
-    rows = rows_of(connection, dialect)
-    indexed: dict[str, int] = dict(rows(f"SELECT entity_name, count(*) FROM {TABLE} GROUP BY entity_name", {}))  # noqa: S608
-    newer = _newer(columns_of(rows, dialect, [TABLE])[TABLE], dialect)
-    pending: dict[str, int] = {}
-    for definition in load_definitions(rows, dialect):
-        for number, place in enumerate(definition.places if definition.live else ()):
-            params = Params(dialect)
-            if not (text := _has_text(definition, place, dialect, params)):
-                continue
-            conditions = [f"NOT r.is_deleted AND ({text}) AND (s.id IS NULL OR {newer})"]
-            if place.columns is None:
-                conditions.append(f"r.entity_id = {params(definition.id)}")
-            conditions += [
-                f"NOT EXISTS (SELECT 1 FROM {quoted(first.table, dialect)} f WHERE f.id = r.id)"  # noqa: S608
-                for first in definition.places[:number]
-            ]
-            statement = (
-                f"SELECT count(*) FROM {quoted(place.table, dialect)} r "  # noqa: S608
-                f"LEFT JOIN {TABLE} s ON s.entity_name = {params(definition.entity)} AND s.record_id = r.id "
-                f"WHERE {' AND '.join(conditions)}"
-            )
-            pending[definition.entity] = pending.get(definition.entity, 0) + int(rows(statement, params.values)[0][0])
-    return defaultdict(lambda: (0, 0), {n: (indexed.get(n, 0), pending.get(n, 0)) for n in indexed | pending})
-
-
 def _encoder_of(provider: EmbeddingProvider) -> SlotEncoder:
     return provider.encoder if isinstance(provider, FastEmbedProvider) else ProviderEncoder(provider)
 
@@ -408,23 +286,3 @@ def _encoder_of(provider: EmbeddingProvider) -> SlotEncoder:
 def _spec_of(provider: EmbeddingProvider) -> EncoderSpec | None:
     """How worker processes embed; None for a provider that is called from this process only."""
     return provider.spec if isinstance(provider, FastEmbedProvider) else None
-
-
-def _sqlalchemy_session(session: Any) -> Any:
-    try:
-        from sqlalchemy.orm import Session, scoped_session
-    except ImportError:
-        raise UsageError("for_session needs SQLAlchemy, which is not installed.") from None
-    real = session() if isinstance(session, scoped_session) else session
-    if not isinstance(real, Session):
-        raise UsageError(f"session is {type(session).__name__}; expected an SQLAlchemy Session.")
-    return real
-
-
-def _present(operation: Operation | None) -> list[Operation]:
-    return [] if operation is None else [operation]
-
-
-def _chain(first: Operation, rest: Iterator[Operation]) -> Iterator[Operation]:
-    yield first
-    yield from rest

@@ -58,6 +58,28 @@ class RejectLimit:
         return str(self.count) if self.count is not None else f"{100 * (self.share or 0):g}%"
 
 
+@dataclass(frozen=True)
+class ExpectedCount:
+    """How many records an input must have. A pipe whose other end failed looks like one that has ended."""
+
+    count: int
+    or_more: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> ExpectedCount:
+        """``"500"`` is exactly so many, ``"1+"`` at least. Raises UsageError for anything else."""
+        digits = text.removesuffix("+")
+        if not (digits.isascii() and digits.isdigit()):
+            raise UsageError(f"--expect-count is {text!r}; expected a number such as 500, or 1+ for at least one.")
+        return cls(int(digits), text.endswith("+"))
+
+    def missed(self, read: int) -> str:
+        """What to say where ``read`` records are not what was expected; '' where they are."""
+        if read == self.count or (self.or_more and read > self.count):
+            return ""
+        return f"{read:,} records were read, expected {'at least ' if self.or_more else ''}{self.count:,}."
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReindexOptions:
     """What ``kdb-fast reindex`` was asked to do.
@@ -96,6 +118,10 @@ class ReindexOptions:
             raise UsageError(f"The provider is {self.provider!r}; expected {' or '.join(MAX_BATCH_SIZES)}.")
         if self.precision not in PRECISIONS:
             raise UsageError(f"--precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}.")
+        if self.provider != "fastembed" and self.precision != "fp32":
+            raise UsageError(f"--precision {self.precision} belongs to models on this machine, not to {self.provider}.")
+        if self.min_fidelity is not None and not 0 < self.min_fidelity <= 1:
+            raise UsageError(f"--min-fidelity is {self.min_fidelity}; expected a cosine above 0, at most 1.")
         most = MAX_BATCH_SIZES[self.provider]
         if not 1 <= self.batch_size <= most:
             raise UsageError(f"--batch-size is {self.batch_size}; expected 1 to {most:,} with {self.provider}.")

@@ -25,6 +25,7 @@ of the vectors, so a late or wrong write is seen (faults A8 and D5 in docs/relia
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import sys
@@ -221,9 +222,13 @@ class Slab:
             segment = shared_memory.SharedMemory(create=True, size=size)
             return cls(shape, segment.buf, segment, None, segment.name)
         except OSError as error:
+            limits = {errno.EMFILE: "of open files (ulimit -n)", errno.EFBIG: "of the size of a file (ulimit -f)"}
+            limit = limits.get(error.errno or 0)
             raise ResourceError(
                 f"Shared memory of {size / 1e6:.0f} MB cannot be allocated: {error.strerror or error}.",
-                remedy="Use fewer --workers, or give the container more memory.",
+                remedy=f"Raise the limit {limit}."
+                if limit
+                else "Use fewer --workers, or give the container more memory.",
             ) from None
 
     def handle(self) -> SlabHandle:

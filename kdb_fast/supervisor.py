@@ -8,17 +8,16 @@ database whether it had been committed.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 import time
-import types
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
 from typing import Any
 from zlib import crc32
@@ -26,7 +25,6 @@ from zlib import crc32
 import psutil
 
 from . import errors, messages, worker, writer
-from .child import start as child_start
 from .database import DatabaseAddress
 from .encoder import EncoderSpec
 from .engine import Engine, Event, Note, filled
@@ -35,6 +33,7 @@ from .faults import fault
 from .messages import Embed, Embedded, Failed, Finish, Finished, Flush, Flushed, PrepareIndex, Ready, Stop
 from .resources import oom_kills
 from .slab import ROW_WORKER_DIED, Slab, SlabShape
+from .spawning import describe_exit, spawn, tail
 from .stores.base import RunSpec
 
 QUEUE_DEPTH = 2
@@ -56,14 +55,6 @@ POISON_TRIES = 3
 """A text that was alone when its worker died so often is rejected: chance kills do not hit it each time."""
 
 CHECK_SECONDS = 1.0
-
-WORKER_ENVIRONMENT = ("PATH", "HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "VIRTUAL_ENV",
-                      "LD_LIBRARY_PATH", "LD_PRELOAD", "SYSTEMROOT", "KDB_FAST_HOME", "KDB_FAST_FAULT",
-                      "KDB_FAST_FAULT_DIR", "COVERAGE_PROCESS_START")  # fmt: skip
-"""What a worker sees of the environment, beside PYTHON… and LC_…: no credential of any kind."""
-
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-              "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}  # fmt: skip
 
 
 @dataclass
@@ -134,6 +125,7 @@ class ProcessEngine(Engine):
         self._oom_kills = oom_kills()
         self._workers: list[_Child] = []
         self._writer: _Child | None = None
+        _OPEN.add(self)
         # Pinning helps only where each worker can have a CPU of its own.
         self._cpus: list[int | None] = list(cpus[:workers]) if len(cpus) >= workers else [None] * workers
         try:
@@ -166,27 +158,7 @@ class ProcessEngine(Engine):
     def _start(
         self, name: str, target: Callable[..., None], arguments: Callable[[], tuple[Any, ...]], *, credentials: bool
     ) -> _Child:
-        ours, theirs = self._context.Pipe(duplex=True)
-        stderr = _anonymous_file(name)
-        process = self._context.Process(
-            target=child_start,
-            args=(target, theirs, _Lazy(arguments), _Lazy(lambda: reduction.DupFd(stderr))),
-            name=f"kdb-fast-{name}",
-            daemon=True,
-        )
-        try:
-            with _spawning(credentials=credentials):
-                process.start()
-        except OSError as error:
-            ours.close()
-            raise ResourceError(
-                f"The process {name} could not be started: {error.strerror or error}.",
-                remedy="Raise the limit of processes or open files (ulimit -u, ulimit -n), or use fewer --workers.",
-            ) from None
-        finally:
-            # Our copy of the child's end must go: while it is open the child's death is no end of file.
-            theirs.close()
-        return _Child(name, process, ours, stderr)
+        return _Child(name, *spawn(name, target, arguments, credentials=credentials))
 
     # -- the engine's face -----------------------------------------------------------------------------
 
@@ -215,12 +187,11 @@ class ProcessEngine(Engine):
         return self._request is None
 
     def cancel_embedding(self) -> set[int]:
-        cancelled = {task.slot for task in self._waiting}
-        begun = {task.slot for child in self._workers for task in list(child.tasks)[:1]}
-        for child in self._workers:
-            cancelled |= {task.slot for task in list(child.tasks)[1:]}
-        self._waiting.clear()
-        return cancelled - begun
+        # What a worker was sent cannot be called back: it will write to these slots.
+        sent = {task.slot for child in self._workers for task in child.tasks}
+        cancelled = {task.slot for task in self._waiting} - sent
+        self._waiting = deque(task for task in self._waiting if task.slot in sent)
+        return cancelled
 
     def poll(self, timeout: float) -> list[Event]:
         deadline = time.monotonic() + timeout
@@ -335,8 +306,8 @@ class ProcessEngine(Engine):
         child.process.kill()
         child.process.join(10)
         exit_code = child.process.exitcode
-        how = _describe_exit(exit_code)
-        stderr = _tail(child.stderr)
+        how = describe_exit(exit_code)
+        stderr = tail(child.stderr)
         child.connection.close()
         os.close(child.stderr)
         failed = child.failed
@@ -356,7 +327,8 @@ class ProcessEngine(Engine):
             self._worker_lost(child, how, stderr, out_of_memory)
 
     def _writer_lost(self, child: _Child, how: str, stderr: str) -> None:
-        self._request_deaths += 1
+        if self._request is not None or not child.ready:
+            self._request_deaths += 1
         if self._request_deaths >= POISON_TRIES:
             raise ResourceError(
                 f"The writer ended {self._request_deaths} times on the same work; the last one {how}.{stderr}",
@@ -369,7 +341,8 @@ class ProcessEngine(Engine):
 
     def _worker_lost(self, child: _Child, how: str, stderr: str, out_of_memory: bool) -> None:
         number = self._workers.index(child)
-        self._deaths_in_a_row += 1
+        if child.tasks or not child.ready:
+            self._deaths_in_a_row += 1
         if self._deaths_in_a_row >= max(5, 3 * len(self._workers)) and not self._halving():
             raise ResourceError(
                 f"Embedding processes died {self._deaths_in_a_row} times in a row without finishing anything; "
@@ -440,6 +413,8 @@ class ProcessEngine(Engine):
         self._workers, self._writer = [], None
         self.slab.close()
 
+        _OPEN.discard(self)
+
     def peak_rss_bytes(self) -> dict[str, int]:
         return dict(self._peaks)
 
@@ -448,73 +423,14 @@ class ProcessEngine(Engine):
         return {child.name: int(child.process.pid) for child in self._children()}
 
 
-class _Lazy:
-    """A value that is made while the process is being spawned: only then does DupFd know where to pass a
-    descriptor to. Unpickles as the value itself."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make = make
-
-    def __reduce__(self) -> Any:
-        return _identity, (self._make(),)
+_OPEN: weakref.WeakSet[ProcessEngine] = weakref.WeakSet()
 
 
-def _identity(value: Any) -> Any:
-    return value
-
-
-@contextlib.contextmanager
-def _spawning(*, credentials: bool) -> Iterator[None]:
-    """The environment in which a child is started.
-
-    * SIGINT and SIGHUP are blocked, and the child inherits that: a Ctrl-C while it imports prints no trace.
-    * Workers get a short list of environment variables, none of which can hold a database credential.
-    * ``__main__`` is hidden: our entry points need nothing from it, and importing a caller's script
-      again in each child would run it again.
-    """
-    saved_environment = dict(os.environ)
-    saved_main = sys.modules["__main__"]
-    blocked = {signal.SIGINT, signal.SIGHUP} if hasattr(signal, "SIGHUP") else {signal.SIGINT}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-    try:
-        if not credentials:
-            for name in saved_environment:
-                if name not in WORKER_ENVIRONMENT and not name.startswith(("PYTHON", "LC_")):
-                    del os.environ[name]
-            os.environ.update(ONE_THREAD)
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        yield
-    finally:
-        sys.modules["__main__"] = saved_main
-        os.environ.clear()
-        os.environ.update(saved_environment)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _anonymous_file(name: str) -> int:
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create(f"kdb-fast-{name}-stderr", os.MFD_CLOEXEC)
-    import tempfile
-
-    fd, path = tempfile.mkstemp()
-    os.unlink(path)
-    return fd
-
-
-def _tail(fd: int, limit: int = 2000) -> str:
-    """The last of what a child wrote to stderr, for an error message."""
-    size = os.fstat(fd).st_size
-    raw = os.pread(fd, limit, max(0, size - limit)).decode("utf-8", "replace").strip()
-    return f" It last wrote: {raw}" if raw else ""
-
-
-def _describe_exit(code: int | None) -> str:
-    if code is not None and code < 0:
-        with contextlib.suppress(ValueError):
-            name = signal.Signals(-code).name
-            hint = " (shared memory ran out)" if name == "SIGBUS" else ""
-            return f"died of {name}{hint}"
-    return f"ended with exit code {code}"
+@atexit.register
+def _close_all() -> None:
+    """Before multiprocessing sends SIGTERM to what is left and waits for its end: our children do not heed that."""
+    for engine in list(_OPEN):
+        engine.close(kill=True)
 
 
 def _is_stopped(pid: int) -> bool:

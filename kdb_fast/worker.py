@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 from zlib import crc32
@@ -17,8 +16,8 @@ from zlib import crc32
 import numpy as np
 
 from .child import enter_child
-from .encoder import Encoder, EncoderSpec, Tally
-from .errors import KdbFastError
+from .encoder import Encoder, EncoderSpec, Tally, is_memory_error, memory_ran_out
+from .errors import ModelError
 from .faults import fault
 from .messages import Embed, Embedded, Failed, Ready, Stop
 from .slab import ROW_NOT_ENCODABLE, ROW_NOT_FINITE, ROW_ZERO, Slab, SlabHandle, Slot
@@ -51,9 +50,7 @@ def run(connection: Connection, slab: SlabHandle, spec: EncoderSpec, cpu: int | 
         os._exit(0)  # the parent closed the pipe: it has no more use for us
     except BaseException as error:
         with contextlib.suppress(OSError):
-            remedy = error.remedy if isinstance(error, KdbFastError) else ""
-            message = error.message if isinstance(error, KdbFastError) else f"{type(error).__name__}: {error}"
-            connection.send(Failed(type(error).__name__, message, remedy, traceback.format_exc()))
+            connection.send(Failed.of(error))
         os._exit(1)
     # Skip the destructors of ONNX Runtime and the mapping: they have nothing to save and can only fail.
     os._exit(0)
@@ -102,9 +99,11 @@ def embed_rows(slot: Slot, order: Embed, encoder: Encoder) -> Embedded:
 def _encode(slot: Slot, start: int, stop: int, encoder: Encoder) -> Tally:
     try:
         return encoder.encode(slot.contents(start, stop), slot.vectors[start:stop])
-    except MemoryError:
+    except ModelError:
         raise
-    except Exception:
+    except Exception as error:
+        if is_memory_error(error):
+            raise memory_ran_out() from error
         # One text makes the tokenizer or the model refuse the whole list: halve until it stands alone.
         if stop - start == 1:
             slot.vectors[start] = 0

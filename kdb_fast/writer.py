@@ -6,16 +6,14 @@ import contextlib
 import os
 import threading
 import time
-import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 from zlib import crc32
 
 from .child import enter_child
 from .database import DatabaseAddress
-from .errors import KdbFastError
 from .faults import fault
-from .messages import Busy, Failed, Finish, Finished, Flush, Flushed, PrepareIndex, Ready, Stop
+from .messages import Busy, Failed, Finish, Finished, Flush, Flushed, PrepareIndex, Ready, Stop, row_bits
 from .slab import Slab, SlabHandle
 from .stores import open_store
 from .stores.base import FlushSlot, RunSpec, Store
@@ -32,7 +30,7 @@ def run(connection: Connection, slab: SlabHandle, address: DatabaseAddress, spec
     try:
         fault("writer.start")
         attached = slab.attach()
-        store = open_store(address, "writer")
+        store = open_store(address, "writer", patient=True)
         store.on_wait = sender.say
         fault("writer.ready")
         sender.send(Ready(time.monotonic() - started))
@@ -42,9 +40,7 @@ def run(connection: Connection, slab: SlabHandle, address: DatabaseAddress, spec
         os._exit(0)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            remedy = error.remedy if isinstance(error, KdbFastError) else ""
-            message = error.message if isinstance(error, KdbFastError) else f"{type(error).__name__}: {error}"
-            sender.send(Failed(type(error).__name__, message, remedy, traceback.format_exc()))
+            sender.send(Failed.of(error))
         os._exit(1)
     os._exit(0)
 
@@ -123,8 +119,8 @@ def flush(slab: Slab, store: Store, spec: RunSpec, message: Flush) -> Flushed:
         result.bytes,
         result.deleted,
         time.perf_counter() - started,
-        result.lost,
-        result.rejected,
+        row_bits(result.lost),
+        row_bits((slot, row) for slot, row, _, _ in result.rejected),
     )
 
 

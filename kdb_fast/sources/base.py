@@ -41,6 +41,10 @@ class Source(ABC):
         What cannot be a record (a broken line, an unusable key) is in its place as a Reject.
         """
 
+    def sample(self, rows: int) -> list[str]:
+        """Contents of up to ``rows`` records, of every entity; call it before :meth:`pages`, which leaves none out."""
+        return []
+
     @abstractmethod
     def close(self) -> None:
         """Close files and connections."""
@@ -55,3 +59,7 @@ class Source(ABC):
     def warnings(self) -> list[str]:
         """What the user should know after all was read, such as a file that changed meanwhile."""
         return []
+
+    def changed(self) -> bool:
+        """After all was read: whether the input was changed meanwhile, so that records may have been missed."""
+        return False

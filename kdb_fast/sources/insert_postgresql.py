@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import secrets
-import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..database import DatabaseAddress, connect_postgresql, redact
 from ..errors import DatabaseError, KdbFastError, ResourceError, SchemaError
+from ..pg_connection import Patience
 from ..records import storable_key
 from .insert_rows import Column, Inserter, NewRow, Outcome, Refusal, RowRefusedError
-from .kameleondb import ATTEMPTS, BACKOFF, TRANSIENT
+from .kameleondb import TRANSIENT
 from .record_queries import Dialect, quote
 
 if TYPE_CHECKING:
@@ -42,19 +41,18 @@ class PostgreSQLInserter(Inserter):
     def insert(self, rows: Sequence[NewRow]) -> Outcome:
         import psycopg
 
-        attempt = 0
+        patience = Patience()
         self._unconfirmed = None
         while True:
-            attempt += 1
             try:
                 if self._connection is None:
                     self._connect()
                 return self._insert_once(rows)
             except (psycopg.Error, DatabaseError) as error:
-                if attempt == ATTEMPTS or not self._passing(error):
+                if patience.is_over or not self._passing(error):
                     raise self._explain(error) from error
             self.close()
-            time.sleep(BACKOFF * 2 ** (attempt - 1) * (1 + random.random() / 4))  # noqa: S311 - jitter, not a secret
+            patience.pause()
 
     def _insert_once(self, rows: Sequence[NewRow]) -> Outcome:
         with self._transaction():

@@ -7,12 +7,13 @@ import io
 import os
 import stat
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import ResourceError, UsageError
-from ..records import MAX_ENTITY_CHARS, Record, Reject, content_from_fields, storable_key
+from ..records import MAX_ENTITY_CHARS, Record, Reject, content_from_fields, storable_key, unfit
 from .base import PAGE_ROWS, Source
 from .json_records import check_head, iter_json_items, iter_json_records, kind
 
@@ -20,6 +21,9 @@ __all__ = ["JsonlSource", "iter_json_records"]
 
 PAGE_CHARS = 8 << 20
 """Characters of one page, about: long texts make smaller pages."""
+
+HELD_PAGES = 16
+"""Most pages that a sample keeps in memory: each holds at most PAGE_CHARS characters."""
 
 SAMPLE_BYTES = 1 << 16
 """Start of a file that is read to estimate its number of records."""
@@ -59,6 +63,8 @@ class JsonlSource(Source):
                 f"The entity name has {len(entity)} characters; expected 1 to {MAX_ENTITY_CHARS}.",
                 remedy="Name the entity that the records of the file belong to.",
             )
+        if fault := unfit(Record(entity, "id", "text")):
+            raise UsageError(f"The entity name {storable_key(entity, 60)!r} cannot be stored: {fault[1]}.")
         self._entity = entity
         self._id_field = id_field
         self._fields = tuple(dict.fromkeys(fields))
@@ -66,6 +72,8 @@ class JsonlSource(Source):
         self._path: Path | None = None if str(path) == "-" else Path(path)
         self._display = "standard input" if self._path is None else storable_key(str(self._path))
         self._stream, self._opened = self._open()
+        self._held: deque[list[Record | Reject]] = deque()
+        self._rest: Iterator[list[Record | Reject]] | None = None
 
     @property
     def entities(self) -> tuple[str, ...]:
@@ -81,6 +89,16 @@ class JsonlSource(Source):
             count = max(1, round(count * self._opened.st_size / len(head)))
         return count if self._limit is None else min(count, self._limit)
 
+    def sample(self, rows: int) -> list[str]:
+        """The first of the input, which may be a pipe: what was read is kept for :meth:`pages`."""
+        if self._rest is None:
+            self._rest = self._read()
+        texts: list[str] = []
+        while len(texts) < rows and len(self._held) < HELD_PAGES and (page := next(self._rest, None)):
+            self._held.append(page)
+            texts += [record.content for record in page if isinstance(record, Record)]
+        return texts[:rows]
+
     def pages(self) -> Iterator[list[Record | Reject]]:
         """The records in the order of the input, bad ones as Rejects in their place.
 
@@ -88,6 +106,11 @@ class JsonlSource(Source):
             UsageError: Standard input is compressed or not UTF-8.
             ResourceError: Reading failed.
         """
+        while self._held:
+            yield self._held.popleft()
+        yield from self._rest or self._read()
+
+    def _read(self) -> Iterator[list[Record | Reject]]:
         page: list[Record | Reject] = []
         read = size = 0
         try:
@@ -114,22 +137,28 @@ class JsonlSource(Source):
 
     def warnings(self) -> list[str]:
         """Says if the file was changed or replaced since it was opened."""
-        if self._path is None or self._opened is None or not stat.S_ISREG(self._opened.st_mode):
+        change = self._change()
+        if not change:
             return []
+        return [f"{self._display} {change} while it was read; run the command again to be sure of every record."]
+
+    def changed(self) -> bool:
+        return bool(self._change())
+
+    def _change(self) -> str:
+        """What happened to the file since it was opened; '' for nothing."""
+        if self._path is None or self._opened is None or not stat.S_ISREG(self._opened.st_mode):
+            return ""
         before = self._opened
         try:
             after = os.stat(self._path)
         except OSError:
-            return [f"{self._display} was removed while it was read."]
+            return "was removed"
         if (after.st_dev, after.st_ino) != (before.st_dev, before.st_ino):
-            what = "was replaced by another file"
-        elif after.st_size != before.st_size:
-            what = f"changed its size from {before.st_size:,} to {after.st_size:,} bytes"
-        elif after.st_mtime_ns != before.st_mtime_ns:
-            what = "was written to"
-        else:
-            return []
-        return [f"{self._display} {what} while it was read; run the command again to be sure of every record."]
+            return "was replaced by another file"
+        if after.st_size != before.st_size:
+            return f"changed its size from {before.st_size:,} to {after.st_size:,} bytes"
+        return "was written to" if after.st_mtime_ns != before.st_mtime_ns else ""
 
     def close(self) -> None:
         if self._path is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import random
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from ..database import DatabaseAddress, connect_postgresql, connect_sqlite, redact
 from ..errors import DatabaseError, KdbFastError
+from ..pg_connection import Patience
 from ..records import Record, Reject, content_from_fields, storable_key
 from .base import PAGE_ROWS, Source
 from .catalog import Catalog, EntityDefinition, translated
@@ -32,10 +32,6 @@ PAGE_BYTES = 8 << 20
 
 FIRST_PAGE_ROWS = 100
 """Rows of the first page, before the size of a record is known."""
-
-ATTEMPTS = 6
-BACKOFF = 0.2
-"""Seconds before the second attempt of a page; doubled each time, so a restart of about 6 s is survived."""
 
 COUNT_SECONDS = 2.0
 """Longest time spent on an exact count; the planner's estimate must do for a larger table."""
@@ -98,7 +94,7 @@ class KameleonDBSource(Source):
         A page may be empty, when none of its records has text: call :meth:`take_empty` after each.
 
         Raises:
-            DatabaseError: The connection was lost and did not come back in several attempts.
+            DatabaseError: The connection was lost and did not come back in time.
         """
         left = self._limit
         for entity in self._entities:
@@ -113,12 +109,31 @@ class KameleonDBSource(Source):
                         return
         self._check_definitions()
 
+    def sample(self, rows: int) -> list[str]:
+        """The first of each entity in the order of ids, which are random."""
+        places = [(entity, place) for entity in self._entities for place in entity.places]
+        texts: list[str] = []
+        empty = self.empty
+        for entity, place in places:
+            each = max(1, rows // len(places))
+            for record_ids in self._id_pages(place):
+                page = self._page(entity, place, record_ids[:each])
+                texts += [record.content for record in page if isinstance(record, Record)]
+                each -= len(record_ids)
+                if each <= 0:
+                    break
+        self.empty, self._emptied = empty, []
+        return texts[:rows]
+
     def take_empty(self) -> list[tuple[str, str]]:
         taken, self._emptied = self._emptied, []
         return taken
 
     def warnings(self) -> list[str]:
         return list(self._warnings)
+
+    def changed(self) -> bool:
+        return bool(self._warnings)
 
     def close(self) -> None:
         if self._connection is not None:
@@ -195,9 +210,8 @@ class KameleonDBSource(Source):
         Args:
             raw: On SQLite, text comes as bytes: one value that is not UTF-8 would fail the whole page.
         """
-        attempt = 0
+        patience = Patience()
         while True:
-            attempt += 1
             try:
                 if self._connection is None:
                     self._connect()
@@ -211,14 +225,14 @@ class KameleonDBSource(Source):
                 error.message = redact(error.message, self._address)
                 if not self._transient(error):
                     raise
-                if attempt == ATTEMPTS:
+                if patience.is_over:
                     raise DatabaseError(
-                        f"The connection to {self._address.display} was lost while reading records, and {ATTEMPTS} "
-                        f"attempts failed; the last one: {error.message}",
+                        f"The connection to {self._address.display} was lost while reading records, and did not come "
+                        f"back for {patience.seconds:g} s: {error.message}",
                         remedy="What was committed is safe; the same command carries on.",
                     ) from error
             self.close()
-            time.sleep(BACKOFF * 2 ** (attempt - 1) * (1 + random.random() / 4))  # noqa: S311
+            patience.pause()
 
     def _transient(self, error: KdbFastError) -> bool:
         if self._dialect == "sqlite":

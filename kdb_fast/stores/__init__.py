@@ -6,11 +6,12 @@ from ..database import DatabaseAddress
 from .base import Store
 
 
-def open_store(address: DatabaseAddress, role: str) -> Store:
+def open_store(address: DatabaseAddress, role: str, *, patient: bool = False) -> Store:
     """A store for this address with a connection of its own.
 
     Args:
         role: What the connection is for (``parent``, ``writer``); shown in the server's list of sessions.
+        patient: Wait for a PostgreSQL server that is away: it was there a moment ago.
 
     Raises:
         DatabaseError: The database cannot be reached.
@@ -21,4 +22,4 @@ def open_store(address: DatabaseAddress, role: str) -> Store:
         return SQLiteStore.open(address)
     from .postgresql import PostgreSQLStore
 
-    return PostgreSQLStore(address, role)
+    return PostgreSQLStore(address, role, patient=patient)

@@ -120,6 +120,10 @@ class Store(ABC):
         """Take the lock and record the run. Raises LockedError if another run holds it after ``wait`` seconds."""
 
     @abstractmethod
+    def after_a_crash(self, run: int) -> bool:
+        """Whether a run before this one died, and none has been done since: a text may have killed it."""
+
+    @abstractmethod
     def heartbeat(self, run: int, phase: str) -> None:
         """Say that the run is alive; never blocks for long and never raises for a busy database."""
 
@@ -191,16 +195,16 @@ class Store(ABC):
         """Remove rows of an entity whose record is gone or soft-deleted in KameleonDB's tables; returns how many."""
 
     @abstractmethod
-    def interrupt(self) -> None:
-        """From another thread: make a running statement end with an error."""
-
-    @abstractmethod
     def close(self) -> None:
         """Close the connection; what was not committed is rolled back by the database."""
 
     @abstractmethod
     def rejects(self, entity: str | None = None) -> Iterable[dict[str, Any]]:
         """Rows of the rejects table, newest run first."""
+
+    @abstractmethod
+    def forget_older_rejects(self, entities: Sequence[str], run: int) -> int:
+        """Delete rejects of records of these entities (as the table names them) by runs before ``run``; how many."""
 
     @abstractmethod
     def clear_rejects(self, keys: Iterable[tuple[str, str]] | None = None) -> int:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import psycopg
 
+STATEMENT_ROWS = 1000
+"""Most rows of a statement that names them in its parameters; all others go through COPY."""
+
 STAGING_COLUMNS = 10
 TABLE_COLUMNS = 12
 
@@ -33,7 +36,7 @@ UPDATE kdb_search t SET content = s.content, embedding = s.embedding, model = %(
   kdb_fast_run = %(run)s, kdb_fast_at = now(), kdb_fast_source_at = s.source_at
 FROM kdb_fast_staging s
 WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id
-  AND (%(force)s OR (s.known AND t.updated_at IS NOT DISTINCT FROM s.stamp)
+  AND ((s.known AND t.updated_at IS NOT DISTINCT FROM s.stamp)
        OR (t.kdb_fast_run = %(run)s AND t.kdb_fast_at = t.updated_at))
 """
 MERGE_MISSING = """
@@ -45,6 +48,17 @@ FROM kdb_fast_staging s
 WHERE NOT EXISTS (SELECT FROM kdb_search t WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id)
 ON CONFLICT (entity_name, record_id) DO NOTHING
 """
+MERGE_FORCED = """
+INSERT INTO kdb_search (id, entity_name, record_id, content, embedding, model, dimensions, updated_at,
+  kdb_fast_fingerprint, kdb_fast_run, kdb_fast_at, kdb_fast_source_at)
+SELECT s.id, s.entity_name, s.record_id, s.content, s.embedding, %(model)s, %(dimensions)s, now(),
+  %(fingerprint)s, %(run)s, now(), s.source_at
+FROM kdb_fast_staging s ORDER BY s.entity_name, s.record_id
+ON CONFLICT (entity_name, record_id) DO UPDATE SET content = EXCLUDED.content, embedding = EXCLUDED.embedding,
+  model = EXCLUDED.model, dimensions = EXCLUDED.dimensions, updated_at = EXCLUDED.updated_at,
+  kdb_fast_fingerprint = EXCLUDED.kdb_fast_fingerprint, kdb_fast_run = EXCLUDED.kdb_fast_run,
+  kdb_fast_at = EXCLUDED.kdb_fast_at, kdb_fast_source_at = EXCLUDED.kdb_fast_source_at
+"""
 UNWRITTEN_ROWS = """
 SELECT s.slot, s.row, EXISTS (SELECT FROM kdb_search t WHERE t.entity_name = s.entity_name
                               AND t.record_id = s.record_id)
@@ -54,6 +68,9 @@ WHERE NOT EXISTS (SELECT FROM kdb_search t WHERE t.entity_name = s.entity_name A
 ORDER BY s.slot, s.row
 """
 DROPPED = ("database_refused", "a trigger or rule of kdb_search dropped the row without an error")
+
+Group = tuple[FlushSlot, list[int]]
+"""Rows of one slot, by number."""
 
 
 class RowsDroppedError(Exception):
@@ -72,16 +89,25 @@ class FlushWriter:
         merge_all: bool,
         force: bool = False,
         vectors: bool = True,
+        pieces: int = 1,
     ) -> None:
+        """
+        Args:
+            now: Time of the transaction, in microseconds since 1970 UTC.
+            merge_all: Do not try to copy fresh rows straight into the table.
+            force: Overwrite a row whoever wrote it.
+            vectors: False leaves embedding, model and dimensions empty.
+            pieces: Statements among which the rows are divided.
+        """
         self.cursor, self.run, self.now = cursor, run, now
-        self._force, self._vectors = force, vectors
+        self._force, self._vectors, self._pieces = force, vectors, pieces
         self.met_conflict = False
         self.rows = self.bytes = 0
         self.lost: list[tuple[int, int]] = []
         self.rejected: list[tuple[int, int, str, str]] = []
         self._merge_all = merge_all
-        self._fresh: list[tuple[FlushSlot, list[int]]] = []
-        self._known: list[tuple[FlushSlot, list[int]]] = []
+        self._fresh: list[Group] = []
+        self._known: list[Group] = []
         stamp = pgcopy.timestamp_field(now)
         origin = pgcopy.text_field(run.model[:100]) + pgcopy.int_field(run.dimensions, 4)
         self._constant = (
@@ -104,12 +130,14 @@ class FlushWriter:
 
         fresh, known = self._fresh, self._known
         if fresh and not careful and not self._merge_all:
-            wanted = sum(len(rows) for _, rows in fresh)
+            wanted = total = _count(fresh)
             try:
                 with self.cursor.connection.transaction():
-                    if self._copy(COPY_TABLE, (self._table_rows(s, rows) for s, rows in fresh)) != wanted:
+                    for part in _parts(fresh, self._pieces):
+                        wanted -= self._copy(COPY_TABLE, (self._table_rows(s, rows) for s, rows in part))
+                    if wanted:
                         raise RowsDroppedError
-                self.rows += wanted
+                self.rows += total
                 fresh = []
             except (psycopg.errors.UniqueViolation, RowsDroppedError):
                 # Somebody else indexed one of these since the parent looked: merge decides whose is newer.
@@ -118,22 +146,25 @@ class FlushWriter:
         if fresh or known:
             self._merge([*fresh, *known], careful)
 
-    def _merge(self, groups: list[tuple[FlushSlot, list[int]]], careful: bool) -> None:
-        cursor, parameters = self.cursor, self._parameters()
+    def _merge(self, groups: list[Group], careful: bool) -> None:
         if careful:
             for flush_slot, rows in groups:
                 self._merge_halving(flush_slot, rows)
             return
+        for part in _parts(groups, self._pieces):
+            self._merge_part(part)
+
+    def _merge_part(self, groups: list[Group]) -> None:
+        cursor, parameters = self.cursor, self._parameters()
         staged = self._stage(groups)
         done = self._merge_staged(parameters)
-        if self._force and done < staged:
-            # A row that another session inserted between our two statements: it is older than ours.
-            done = self._merge_staged(parameters)
+        unwritten: list[tuple[Any, ...]] = []
         if done != staged:
-            self._note_unwritten(cursor.execute(UNWRITTEN_ROWS, parameters).fetchall())
-        if self._force:
+            unwritten = cursor.execute(UNWRITTEN_ROWS, parameters).fetchall()
+            self._note_unwritten(unwritten)
+        if self._force or self._pieces > 1:
             cursor.execute("DROP TABLE kdb_fast_staging")
-        self.rows += staged - len(self.lost) - len(self.rejected)
+        self.rows += staged - len(unwritten)
 
     def _note_unwritten(self, rows: Iterable[tuple[Any, ...]]) -> None:
         for slot, row, is_there in rows:
@@ -142,7 +173,7 @@ class FlushWriter:
             else:
                 self.rejected.append((slot, row, *DROPPED))
 
-    def _stage(self, groups: list[tuple[FlushSlot, list[int]]]) -> int:
+    def _stage(self, groups: list[Group]) -> int:
         self.cursor.execute(CREATE_STAGING)
         self._copy(COPY_STAGING, (self._staging_rows(s, rows) for s, rows in groups))
         # Without this a flush of some thousand rows may be joined by reading the whole index (2 KB a row).
@@ -150,9 +181,12 @@ class FlushWriter:
             "SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; "
             "ANALYZE kdb_fast_staging (entity_name, record_id)"
         )
-        return sum(len(rows) for _, rows in groups)
+        return _count(groups)
 
     def _merge_staged(self, parameters: dict[str, Any]) -> int:
+        if self._force:
+            # One statement, so that it does not matter what other sessions insert and delete meanwhile.
+            return self.cursor.execute(MERGE_FORCED, parameters).rowcount
         return (
             self.cursor.execute(MERGE_KNOWN, parameters).rowcount
             + self.cursor.execute(MERGE_MISSING, parameters).rowcount
@@ -189,7 +223,6 @@ class FlushWriter:
             "model": run.model[:100] if self._vectors else None,
             "dimensions": run.dimensions if self._vectors else None,
             "fingerprint": run.fingerprint,
-            "force": self._force,
         }
 
     def _copy(self, statement: str, chunks: Iterable[bytes]) -> int:
@@ -245,11 +278,28 @@ class FlushWriter:
         )
 
 
+def _count(groups: Iterable[Group]) -> int:
+    return sum(len(rows) for _, rows in groups)
+
+
+def _parts(groups: list[Group], pieces: int) -> list[list[Group]]:
+    """All rows, in about so many parts of about the same size; at least one row each."""
+    if pieces == 1:
+        return [groups]
+    size = -(-_count(groups) // pieces)
+    return [
+        [(flush_slot, rows[start : start + size])] for flush_slot, rows in groups for start in range(0, len(rows), size)
+    ]
+
+
 def delete_keys(cursor: psycopg.Cursor[tuple[Any, ...]], keys: Sequence[tuple[str, str]]) -> int:
-    if not keys:
-        return 0
-    return cursor.execute(
-        "DELETE FROM kdb_search t USING unnest(%s::text[], %s::text[]) AS k(entity, id) "
-        "WHERE t.entity_name = k.entity AND t.record_id = k.id",
-        ([k[0] for k in keys], [k[1] for k in keys]),
-    ).rowcount
+    """Delete these rows, STATEMENT_ROWS at a time; returns how many there were."""
+    parts = (keys[start : start + STATEMENT_ROWS] for start in range(0, len(keys), STATEMENT_ROWS))
+    return sum(
+        cursor.execute(
+            "DELETE FROM kdb_search t USING unnest(%s::text[], %s::text[]) AS k(entity, id) "
+            "WHERE t.entity_name = k.entity AND t.record_id = k.id",
+            ([k[0] for k in part], [k[1] for k in part]),
+        ).rowcount
+        for part in parts
+    )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..faults import fault
+from ..pg_connection import name_session
 from ..resources import available_memory, usable_cpus
 from . import schema
 from .base import TABLE, IndexOutcome
@@ -32,6 +33,9 @@ DEFER_FLOOR = 200
 
 ROW_BYTES_IN_BUILD = 1.3
 """pgvector keeps elements and neighbour lists in memory while building: about 1.3 × the vectors at m = 16."""
+
+DROP_PATIENCE_MS = 2000
+"""How long the dropping of the index waits for other sessions' transactions."""
 
 STATE_KEY = "dropped_indexes"
 
@@ -99,9 +103,20 @@ def missing(store: PostgreSQLStore) -> bool:
 
 def defer(store: PostgreSQLStore) -> str:
     """Drop the vector and full-text indexes; their definitions are remembered in the same transaction."""
+    import psycopg
+
+    try:
+        return _drop(store)
+    except psycopg.errors.LockNotAvailable:
+        return "kept: another session is using kdb_search, so the index could not be dropped"
+
+
+def _drop(store: PostgreSQLStore) -> str:
     with store.transaction() as cursor:
         if not owns_table(cursor):
             return "kept: this role does not own kdb_search, so it cannot drop and rebuild the index"
+        # While this waits for the table, everybody else waits behind it.
+        cursor.execute(f"SET LOCAL lock_timeout = {DROP_PATIENCE_MS}")
         present = {n: d for n, (d, _) in _present(cursor).items()}
         remembered = {**_remembered(cursor), **present}
         cursor.execute(
@@ -125,8 +140,9 @@ def finish(store: PostgreSQLStore, beat: Callable[[str], None]) -> IndexOutcome:
         wanted = _wanted(cursor)
         present = _present(cursor)
         owner = owns_table(cursor)
-    if not wanted:
-        return IndexOutcome("kept")
+        if not wanted:
+            cursor.execute("DELETE FROM kdb_fast_state WHERE key = %s", (STATE_KEY,))
+            return IndexOutcome("kept")
     if not owner:
         return IndexOutcome(
             "not built: this role does not own kdb_search",
@@ -139,6 +155,7 @@ def finish(store: PostgreSQLStore, beat: Callable[[str], None]) -> IndexOutcome:
             beat(f"building {name}")
             try:
                 with store.transaction() as cursor, _notices(store, warnings):
+                    _name_session(cursor)
                     settings(cursor, serial=attempt == "serial")
                     if name in present:
                         cursor.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(name)))
@@ -155,8 +172,17 @@ def finish(store: PostgreSQLStore, beat: Callable[[str], None]) -> IndexOutcome:
                 )
     with store.transaction() as cursor:
         cursor.execute("DELETE FROM kdb_fast_state WHERE key = %s", (STATE_KEY,))
-    store.connection().execute("ANALYZE kdb_search")
+    with store.transaction() as cursor:
+        cursor.execute("SET LOCAL statement_timeout = 0")
+        cursor.execute("ANALYZE kdb_search")
     return IndexOutcome(f"built {', '.join(wanted)}", tuple(warnings))
+
+
+def _name_session(cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
+    """A build may be silent for an hour; behind a pooler only the server can tell which of its processes does it."""
+    row = cursor.execute("SELECT pg_backend_pid()").fetchone()
+    assert row is not None
+    name_session(cursor.connection, row[0])
 
 
 def settings(cursor: psycopg.Cursor[tuple[Any, ...]], *, serial: bool = False) -> None:
@@ -167,7 +193,7 @@ def settings(cursor: psycopg.Cursor[tuple[Any, ...]], *, serial: bool = False) -
     pgvector before 0.8.2 can read other tables' memory (CVE-2026-3172).
     """
     row = cursor.execute(
-        "SELECT c.reltuples, greatest(a.atttypmod, 1), pg_size_bytes(current_setting('maintenance_work_mem')) "
+        "SELECT greatest(a.atttypmod, 1), pg_size_bytes(current_setting('maintenance_work_mem')) "
         "FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'embedding' "
         "WHERE c.oid = to_regclass(%s)",
         (TABLE,),
@@ -176,10 +202,10 @@ def settings(cursor: psycopg.Cursor[tuple[Any, ...]], *, serial: bool = False) -
     counted = cursor.execute(f"SELECT count(*) FROM {TABLE}").fetchone()  # noqa: S608 - constant
     rows = int(counted[0]) if counted else 0
     # Vector, element and neighbour lists: 4 bytes a dimension and about 700 bytes of graph at m = 16.
-    needed = int(rows * (4 * row[1] * ROW_BYTES_IN_BUILD + 700)) + (16 << 20)
+    needed = int(rows * (4 * row[0] * ROW_BYTES_IN_BUILD + 700)) + (16 << 20)
     local = cursor.connection.info.host.startswith("/") or cursor.connection.info.host in ("localhost", "127.0.0.1")
-    allowed = available_memory() // 4 if local else row[2]
-    memory = max(row[2], min(needed, allowed))
+    allowed = available_memory() // 4 if local else row[1]
+    memory = max(row[1], min(needed, allowed))
     cursor.execute("SELECT set_config('maintenance_work_mem', %s, true)", (f"{memory // 1024}kB",))
     workers = 0 if serial or vector_version(cursor) < (0, 8, 2) else max(1, usable_cpus() - 1) if local else 2
     cursor.execute("SELECT set_config('max_parallel_maintenance_workers', %s, true)", (str(workers),))

@@ -65,6 +65,12 @@ def prepare(store: PostgreSQLStore, dimensions: int) -> None:
         ) from None
 
 
+def check(store: PostgreSQLStore, dimensions: int) -> None:
+    """Raise SchemaError if the search table is not, or no longer, what rows of this length can be written to."""
+    with store.transaction() as cursor:
+        _check_table(cursor, dimensions)
+
+
 def _read_only() -> SchemaError:
     return SchemaError(
         "The server is read-only (a standby, or default_transaction_read_only is on).",
@@ -247,7 +253,7 @@ def _prune_statement(
             "(EXISTS (SELECT FROM {table} r WHERE r.id = t.record_id AND NOT r.is_deleted) OR ("  # noqa: S608 - constant
             + shared
             + " AND NOT r.is_deleted) AND NOT EXISTS (SELECT FROM {table} r WHERE r.id = t.record_id)))"
-        ).format(table=sql.Identifier(dedicated))
+        ).format(table=sql.Identifier(dedicated.replace("%", "%%")))  # not the start of a placeholder
     statement = sql.SQL(
         "DELETE FROM kdb_search WHERE ctid = ANY (ARRAY(SELECT t.ctid FROM kdb_search t "
         "WHERE t.entity_name = %(entity)s AND NOT {live} LIMIT %(batch)s))"

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import time
+import uuid
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from .base import Holder, RunSpec
 from .pg_prepare import DDL_LOCK
 
 if TYPE_CHECKING:
+    import psycopg
+
     from .postgresql import PostgreSQLStore
 
 STALE_SECONDS = 30.0
@@ -27,12 +30,22 @@ STALE_SECONDS = 30.0
 
 HEARTBEAT_SECONDS = 5.0
 
+END_SECONDS = 2.0
+"""How long the end of a failed or stopped run is tried to be recorded."""
+
+
+AFTER_A_CRASH = (
+    "SELECT EXISTS (SELECT 1 FROM kdb_fast_runs WHERE state = 'abandoned' AND run < %(run)s "
+    "AND run > coalesce((SELECT max(run) FROM kdb_fast_runs WHERE state = 'done'), 0))"
+)
+
 
 def begin(store: PostgreSQLStore, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
     """See :meth:`kdb_fast.stores.base.Store.begin_run`."""
     deadline = time.monotonic() + wait
+    token = uuid.uuid4().hex
     while True:
-        result = store.retrying("taking the lock", lambda: _try_begin(store, fingerprint, model, dimensions))
+        result = store.retrying("taking the lock", lambda: _try_begin(store, fingerprint, model, dimensions, token))
         if isinstance(result, RunSpec):
             return result
         if time.monotonic() >= deadline:
@@ -59,8 +72,10 @@ def process_is_gone(host: str, pid: int, started: float) -> bool:
     if host != socket.gethostname():
         return False
     try:
-        # Two seconds: the creation time is derived from the boot time, which may be rounded differently.
-        return bool(abs(psutil.Process(pid).create_time() - started) > 2.0)
+        process = psutil.Process(pid)
+        # Two seconds: the creation time is derived from the boot time, which may be rounded differently. A zombie
+        # has ended; whoever started it has not asked for its exit code yet, and in a container may never do so.
+        return bool(abs(process.create_time() - started) > 2.0 or process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
     except psutil.Error:
@@ -73,26 +88,70 @@ def own_process_started() -> float:
     return float(psutil.Process().create_time())
 
 
-def _try_begin(store: PostgreSQLStore, fingerprint: str, model: str, dimensions: int) -> RunSpec | Holder:
+def _try_begin(store: PostgreSQLStore, fingerprint: str, model: str, dimensions: int, token: str) -> RunSpec | Holder:
+    """Take the lock, or tell who holds it.
+
+    Args:
+        token: In the row of the run until its first flush: a repetition after a lost connection finds its own row.
+    """
     with store.transaction() as cursor:
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
         running = cursor.execute(
             "SELECT run, host, pid, started_at, extract(epoch FROM clock_timestamp() - heartbeat_at)::float8, "
-            "process_started FROM kdb_fast_runs WHERE state = 'running' FOR UPDATE"
+            "process_started, heartbeat_at, last_result FROM kdb_fast_runs WHERE state = 'running'"
         ).fetchall()
-        for run, host, pid, since, age, started in running:
+        for run, host, pid, since, age, started, heartbeat_at, result in running:
             assert isinstance(since, datetime)
+            if result == token:
+                return RunSpec(int(run), fingerprint, model, dimensions)
             ours = host == socket.gethostname() and pid == os.getpid()
-            if (age < STALE_SECONDS or ours) and not process_is_gone(host, pid, started):
+            alive = (age < STALE_SECONDS or ours) and not process_is_gone(host, pid, started)
+            if alive or not _abandon(cursor, run, heartbeat_at):
                 return Holder(run, host, pid, since, float(age))
-            cursor.execute("UPDATE kdb_fast_runs SET state = 'abandoned', ended_at = now() WHERE run = %s", (run,))
         row = cursor.execute(
-            "INSERT INTO kdb_fast_runs (state, fingerprint, model, dimensions, host, pid, process_started) "
-            "VALUES ('running', %s, %s, %s, %s, %s, %s) RETURNING run",
-            (fingerprint, model, dimensions, socket.gethostname(), os.getpid(), own_process_started()),
+            "INSERT INTO kdb_fast_runs (state, fingerprint, model, dimensions, host, pid, process_started, "
+            "last_result) VALUES ('running', %s, %s, %s, %s, %s, %s, %s) RETURNING run",
+            (fingerprint, model, dimensions, socket.gethostname(), os.getpid(), own_process_started(), token),
         ).fetchone()
         assert row is not None
         return RunSpec(int(row[0]), fingerprint, model, dimensions)
+
+
+def _abandon(cursor: psycopg.Cursor[tuple[Any, ...]], run: int, heartbeat_at: datetime) -> bool:
+    """Mark a dead run as abandoned; False if it has just given a sign of life after all.
+
+    Raises:
+        LockedError: Its row is locked by a session whose client is gone without the server knowing.
+    """
+    import psycopg
+
+    try:
+        with cursor.connection.transaction():
+            cursor.execute(
+                "UPDATE kdb_fast_runs SET state = 'abandoned', ended_at = now() "
+                "WHERE run = %s AND state = 'running' AND heartbeat_at = %s",
+                (run, heartbeat_at),
+            )
+            return cursor.rowcount == 1
+    except psycopg.errors.LockNotAvailable:
+        row = cursor.execute(
+            "SELECT pid, date_trunc('second', xact_start)::text FROM pg_stat_activity "
+            "WHERE datname = current_database() AND application_name LIKE 'kdb-fast/%%' AND pid <> pg_backend_pid() "
+            "AND xact_start IS NOT NULL ORDER BY xact_start LIMIT 1"
+        ).fetchone()
+        who = f"the server's process {row[0]} (in a transaction since {row[1]})" if row else "a session"
+        raise LockedError(
+            f"Run {run} gives no sign of life, but {who} still holds its row: the server has not noticed that the "
+            "client is gone.",
+            remedy=(f"End it in the database: SELECT pg_terminate_backend({row[0]}); t" if row else "T")
+            + "hen run the same command again.",
+        ) from None
+
+
+def after_a_crash(store: PostgreSQLStore, run: int) -> bool:
+    """See :meth:`kdb_fast.stores.base.Store.after_a_crash`."""
+    row = store.connection().execute(AFTER_A_CRASH, {"run": run}).fetchone()
+    return bool(row and row[0])
 
 
 def heartbeat(store: PostgreSQLStore, run: int, phase: str) -> None:
@@ -120,4 +179,5 @@ def end(store: PostgreSQLStore, run: int, state: str, receipt: dict[str, Any]) -
             (state, json.dumps(receipt), run),
         )
 
-    store.retrying("recording the end of the run", work)
+    # After a failure the database may be what is gone; then the next run finds out by itself that this one ended.
+    store.retrying("recording the end of the run", work, seconds=None if state == "done" else END_SECONDS)

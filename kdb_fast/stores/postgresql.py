@@ -14,19 +14,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import random
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..database import DatabaseAddress, connect_postgresql, redact
-from ..errors import DatabaseError, LockedError, RecordError, ResourceError, SchemaError
+from ..database import DatabaseAddress, connect_postgresql
+from ..errors import DatabaseError, LockedError, RecordError
 from ..faults import fault
+from ..pg_connection import Patience
 from ..records import Reject, storable_key
 from ..slab import NO_STAMP
 from . import pg_index, pg_prepare, pg_runs
 from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored
-from .pg_errors import classify, refusal
+from .pg_errors import classify, explain, refusal
 from .pg_flush import DROPPED, FlushWriter, delete_keys
 
 if TYPE_CHECKING:
@@ -34,8 +33,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-RETRY_SECONDS = 60.0
-"""How long a flush tries to reach a database that went away: longer than a restart, shorter than patience."""
+LIMITS = (
+    # Nobody's lock is waited for longer, and nobody waits longer for ours.
+    "SET LOCAL lock_timeout = '30s'; SET LOCAL idle_in_transaction_session_timeout = '60s'; "
+    # The server notices within 25 s that our machine is gone, instead of two hours.
+    "SET LOCAL tcp_keepalives_idle = 10; SET LOCAL tcp_keepalives_interval = 5; SET LOCAL tcp_keepalives_count = 3"
+)
+"""Of each transaction. Behind a transaction-mode pooler a setting of the session would leak to others."""
+
+MOST_PIECES = 64
+"""Statements that the rows of a flush are divided among where a short ``statement_timeout`` asks for it."""
+
+CHECK_CLIENT = "; SET LOCAL client_connection_check_interval = '2s'"
+"""A statement ends soon after its client was killed, and its locks with it (PostgreSQL 14 or newer on a Unix)."""
 
 
 class PostgreSQLStore(Store):
@@ -49,14 +59,16 @@ class PostgreSQLStore(Store):
         address: DatabaseAddress,
         role: str,
         *,
-        retry_seconds: float = RETRY_SECONDS,
+        retry_seconds: float | None = None,
+        patient: bool = False,
         borrowed: psycopg.Connection[tuple[Any, ...]] | None = None,
     ) -> None:
         """
         Args:
             address: The database.
             role: What the connection is for; shown in the server's list of sessions.
-            retry_seconds: How long a lost database is waited for.
+            retry_seconds: How long a lost database is waited for; None for ``KDB_FAST_PATIENCE``.
+            patient: Wait so long for the first connection too: the database was there a moment ago.
             borrowed: A connection of the caller's to use instead of an own one, within the caller's transaction.
         """
         self.address = address
@@ -66,17 +78,27 @@ class PostgreSQLStore(Store):
         self._connection: psycopg.Connection[tuple[Any, ...]] | None = None
         self._has_rejects = True
         self._merge_all = False
+        self._pieces = 1
+        self._limits = LIMITS
+        self._session = 0
         self.on_wait: Callable[[str], None] = lambda what: None
-        self.connection()
+        self.retrying("connecting", self.connection, seconds=None if patient else 0.0)
 
     def connection(self) -> psycopg.Connection[tuple[Any, ...]]:
         """The connection, opened again if it was lost."""
         if self._borrowed is not None:
             return self._borrowed
         if self._connection is None or self._connection.closed:
-            connection = connect_postgresql(self.address, role=self._role)
-            # Behind a transaction-mode pooler a session setting would leak to others, so all are SET LOCAL.
-            self._connection = connection
+            self._connection = connect_postgresql(self.address, role=self._role)
+            # The server may not know that our last connection is lost, and keep its locks, which we would wait for.
+            row = self._connection.execute(
+                "SELECT version(), (SELECT bool_and(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid = %s "
+                "AND application_name = %s AND datname = current_database() AND usename = current_user)",
+                (self._session, f"kdb-fast/{self._role}"),
+            ).fetchone()
+            self._session = self._connection.info.backend_pid
+            modern = self._connection.info.server_version >= 140_000 and "windows" not in str(row).lower()
+            self._limits = LIMITS + CHECK_CLIENT if modern else LIMITS
         return self._connection
 
     @contextlib.contextmanager
@@ -88,87 +110,63 @@ class PostgreSQLStore(Store):
                 # The caller's transaction keeps the caller's settings.
                 yield cursor
                 return
-            cursor.execute("SET LOCAL lock_timeout = '30s'; SET LOCAL idle_in_transaction_session_timeout = '60s'")
+            cursor.execute(self._limits.encode())
             yield cursor
 
-    def retrying(self, what: str, work: Callable[[], T]) -> T:
+    def retrying(self, what: str, work: Callable[[], T], *, rows: bool = False, seconds: float | None = None) -> T:
         """``work()``, again after a passing failure (lost connection, restart, deadlock) for a bounded time.
+
+        Args:
+            what: What is being done, for messages: "writing", "taking the lock".
+            rows: Errors that a row is at fault for are psycopg's own: the caller deals with them.
+            seconds: How long from the first failure on, where not as long as usual. An index may be built for
+                an hour before the connection is lost.
 
         Raises:
             DatabaseError, ResourceError, SchemaError, LockedError: what the last failure means for the user.
         """
         import psycopg
 
-        deadline = time.monotonic() + self._retry_seconds
-        delay, timeouts = 0.1, 0
+        # In a transaction of the caller's nothing can be repeated.
+        patience = Patience(0.0 if self._borrowed is not None else self._retry_seconds if seconds is None else seconds)
+        timeouts = 0
         while True:
             try:
                 return work()
             except (psycopg.Error, DatabaseError) as error:
                 kind = classify(error)
-                state = getattr(error, "sqlstate", None) or ""
-                if isinstance(error, psycopg.Error) and kind == "data":
+                if rows and kind == "data":
                     raise
-                if kind == "passing" and state in ("57014", "55P03"):
-                    timeouts += 1
-                if kind != "passing" or time.monotonic() + delay > deadline or timeouts > 3:
-                    raise self._explain(what, error, kind) from error
-                if self._connection is not None and (self._connection.broken or self._connection.closed):
-                    self._connection = None
+                state = getattr(error, "sqlstate", None) or ""
+                timeouts += state in ("57014", "55P03")
+                if patience.is_over or kind != "passing" or timeouts > 3:
+                    raise explain(what, error, self.address) from error
+                if state == "25006":
+                    self.close()  # after a failover another host of the address may be the one that can be written
                 self.on_wait(f"waiting for the database ({what})")
-                time.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
-                delay = min(2 * delay, 3.0)
-
-    def _explain(self, what: str, error: Exception, kind: str) -> Exception:
-        if isinstance(error, (DatabaseError, LockedError)):
-            return error
-        state = getattr(error, "sqlstate", None) or "no SQLSTATE"
-        diag = getattr(error, "diag", None)
-        text = redact(" ".join(((diag and diag.message_primary) or str(error)).split()), self.address)
-        if kind == "resource":
-            return ResourceError(
-                f"PostgreSQL ran out of a resource while {what}: {text} ({state}).",
-                remedy="Free disk space or memory on the server, then run the same command again; a failed COPY "
-                "leaves dead rows, so VACUUM kdb_search.",
-            )
-        if kind == "schema":
-            return SchemaError(
-                f"PostgreSQL refused {what}: {text} ({state}).",
-                remedy="Was the table changed or a right revoked during the run? What was committed is kept.",
-            )
-        if state == "57014":
-            return DatabaseError(
-                f"A statement was cancelled each time while {what}: {text} ({state}).",
-                remedy="Raise statement_timeout for this role, then run the same command again.",
-            )
-        if state == "55P03":
-            return DatabaseError(
-                f"A lock was not granted while {what}: {text} ({state}).",
-                remedy="Another session holds a lock on kdb_search (see pg_locks); run the same command again later.",
-            )
-        return DatabaseError(
-            f"The database was lost while {what}: {text} ({state}).",
-            remedy="What was committed is safe; run the same command again.",
-        )
+                patience.pause()
 
     # -- before and after a run ------------------------------------------------------------------------
 
     def prepare(self, dimensions: int) -> None:
-        pg_prepare.prepare(self, dimensions)
+        self.retrying("preparing the tables", lambda: pg_prepare.prepare(self, dimensions))
 
     def column_dimensions(self) -> int | None:
-        row = (
-            self.connection()
-            .execute(
+        def work() -> int | None:
+            statement = (
                 "SELECT a.atttypmod FROM pg_attribute a WHERE a.attrelid = to_regclass('kdb_search') "
                 "AND a.attname = 'embedding' AND a.atttypmod > 0"
             )
-            .fetchone()
-        )
-        return int(row[0]) if row else None
+            row = self.connection().execute(statement).fetchone()
+            return int(row[0]) if row else None
+
+        return self.retrying("reading the table's definition", work)
 
     def begin_run(self, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
         return pg_runs.begin(self, fingerprint=fingerprint, model=model, dimensions=dimensions, wait=wait)
+
+    def after_a_crash(self, run: int) -> bool:
+        return self.retrying("looking at earlier runs", lambda: pg_runs.after_a_crash(self, run))
 
     def heartbeat(self, run: int, phase: str) -> None:
         pg_runs.heartbeat(self, run, phase)
@@ -183,12 +181,13 @@ class PostgreSQLStore(Store):
         return self.retrying("building the vector index", lambda: pg_index.finish(self, beat))
 
     def index_missing(self) -> bool:
-        return pg_index.missing(self)
+        return self.retrying("looking at the indexes", lambda: pg_index.missing(self))
 
     def count(self, entity: str | None = None) -> int:
         def work() -> int:
             statement = "SELECT count(*) FROM kdb_search WHERE %s::text IS NULL OR entity_name = %s"
-            row = self.connection().execute(statement, (entity, entity)).fetchone()
+            with self.transaction() as cursor:
+                row = cursor.execute(statement, (entity, entity)).fetchone()
             return int(row[0]) if row else 0
 
         return self.retrying("counting rows", work)
@@ -220,11 +219,21 @@ class PostgreSQLStore(Store):
     ) -> FlushResult:
         import psycopg
 
+        def attempt(careful: bool) -> FlushResult:
+            try:
+                return self._flush_once(run, number, slots, rejects, deletes, careful)
+            except psycopg.errors.QueryCanceled:
+                # statement_timeout holds for one statement: smaller ones may pass.
+                self._pieces = min(2 * self._pieces, MOST_PIECES)
+                raise
+
         try:
-            return self.retrying("writing", lambda: self._flush_once(run, number, slots, rejects, deletes, False))
+            return self.retrying("writing", lambda: attempt(False), rows=True)
         except psycopg.Error:
+            # A column of another type would refuse every row.
+            self.retrying("checking the table", lambda: pg_prepare.check(self, run.dimensions))
             # A row that the database refuses: find it by halving; all others are written.
-            return self.retrying("writing", lambda: self._flush_once(run, number, slots, rejects, deletes, True))
+            return self.retrying("writing", lambda: attempt(True), rows=True)
 
     def _flush_once(
         self,
@@ -253,7 +262,7 @@ class PostgreSQLStore(Store):
             if careful:
                 # A row that only the COMMIT would refuse could not be found by halving.
                 cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
-            writer = FlushWriter(cursor, run, state[2], merge_all=self._merge_all)
+            writer = FlushWriter(cursor, run, state[2], merge_all=self._merge_all, pieces=self._pieces)
             for flush_slot in slots:
                 writer.add(flush_slot)
             fault("store.before_copy")
@@ -330,7 +339,7 @@ class PostgreSQLStore(Store):
                 writer.write(False)
             except psycopg.Error as error:
                 if classify(error) != "data":
-                    raise self._explain("writing", error, classify(error)) from error
+                    raise explain("writing", error, self.address) from error
                 reason, detail = refusal(error)
                 raise RecordError(
                     f"A record was refused ({reason}): {detail}.", remedy="Nothing of the batch was stored."
@@ -345,11 +354,6 @@ class PostgreSQLStore(Store):
     def prune(self, entity: str) -> int:
         return self.retrying("removing deleted records", lambda: pg_prepare.prune(self, entity))
 
-    def interrupt(self) -> None:
-        if self._connection is not None:
-            with contextlib.suppress(Exception):
-                self._connection.cancel_safe(timeout=2.0)
-
     def close(self) -> None:
         if self._connection is not None:
             with contextlib.suppress(Exception):
@@ -358,23 +362,42 @@ class PostgreSQLStore(Store):
 
     def rejects(self, entity: str | None = None) -> Iterable[dict[str, Any]]:
         names = ("entity", "record_id", "reason", "detail", "position", "run", "rejected_at", "content_hash")
-        rows = self.connection().execute(
-            "SELECT entity_name, record_id, reason, detail, position, run, rejected_at, encode(content_hash, 'hex') "
-            "FROM kdb_fast_rejects WHERE %s::text IS NULL OR entity_name = %s ORDER BY run DESC, position, record_id",
-            (entity, entity),
-        )
-        return [dict(zip(names, row, strict=True)) for row in rows]
+
+        def work() -> list[dict[str, Any]]:
+            rows = self.connection().execute(
+                "SELECT entity_name, record_id, reason, detail, position, run, rejected_at, "
+                "encode(content_hash, 'hex') FROM kdb_fast_rejects WHERE %s::text IS NULL OR entity_name = %s "
+                "ORDER BY run DESC, position, record_id",
+                (entity, entity),
+            )
+            return [dict(zip(names, row, strict=True)) for row in rows]
+
+        return self.retrying("reading the rejects", work)
+
+    def forget_older_rejects(self, entities: Sequence[str], run: int) -> int:
+        def work() -> int:
+            return (
+                self.connection()
+                .execute(
+                    "DELETE FROM kdb_fast_rejects WHERE entity_name = ANY(%s) AND run < %s AND record_id <> ''",
+                    (list(entities), run),
+                )
+                .rowcount
+            )
+
+        return self.retrying("forgetting older rejects", work)
 
     def clear_rejects(self, keys: Iterable[tuple[str, str]] | None = None) -> int:
-        connection = self.connection()
-        if keys is None:
-            return connection.execute("DELETE FROM kdb_fast_rejects").rowcount
-        total = 0
-        for entity, record_id in keys:
-            total += connection.execute(
-                "DELETE FROM kdb_fast_rejects WHERE entity_name = %s AND record_id = %s", (entity, record_id)
-            ).rowcount
-        return total
+        wanted = None if keys is None else list(keys)
+
+        def work() -> int:
+            with self.transaction() as cursor:
+                if wanted is None:
+                    return cursor.execute("DELETE FROM kdb_fast_rejects").rowcount
+                statement = "DELETE FROM kdb_fast_rejects WHERE entity_name = %s AND record_id = %s"
+                return sum(cursor.execute(statement, key).rowcount for key in wanted)
+
+        return self.retrying("clearing the rejects", work)
 
 
 def _result_from_json(text: str | None) -> FlushResult:

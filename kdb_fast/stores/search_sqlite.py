@@ -1,11 +1,7 @@
-"""Search in SQLite: exact over all vectors with NumPy, FTS5 for keywords.
+"""Search in SQLite: exact over all vectors, FTS5 for keywords.
 
-The vectors stay in memory between searches, see :mod:`.sqlite_vectors`.
-
-Measured on 100,000 × 384: 17 ms of one core a search; the first one reads everything, 1.0 s from the page cache.
-
-sqlite-vec is not used: many builds of Python cannot load SQLite extensions, and it would save only the 0.02 s of
-arithmetic of a first search and make every later one read the whole table again.
+The vectors stay in memory between searches; the first one goes through sqlite-vec where there is one. See
+:mod:`.sqlite_vectors`, with what was measured.
 """
 
 from __future__ import annotations
@@ -189,6 +185,7 @@ class SqliteReader(SearchReader):
             queries = self._all_living(scope, params, "s.rowid")
             rowids = np.array([row[0] for query in queries for row in self._rows(query, params.values)], np.int64)
             hits = self._passing(self._vectors.nearest(unit, scope, limit, rowids), scope)
+        self._vectors.keeps = True
         return in_order(hits)[:limit]
 
     def _passing(self, best: dict[int, float], scope: Scope) -> list[Hit]:

@@ -46,7 +46,6 @@ class SQLiteStore(Store):
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self._owned = False
-        self._writer: FlushWriter | None = None
         self._full_text = FullText(connection, shared=True)
         self.on_wait: Callable[[str], None] = lambda what: None
 
@@ -82,6 +81,10 @@ class SQLiteStore(Store):
                 wait=wait,
                 on_wait=self.on_wait,
             )
+
+    def after_a_crash(self, run: int) -> bool:
+        with translated("looking at earlier runs"):
+            return sqlite_runs.after_a_crash(self._connection, run)
 
     def heartbeat(self, run: int, phase: str) -> None:
         with translated("giving a sign of life"):
@@ -145,10 +148,7 @@ class SQLiteStore(Store):
         deletes: Sequence[tuple[str, str]],
     ) -> FlushResult:
         fault("store.before_begin")
-        try:
-            result = self._flush(run, number, slots, rejects, deletes)
-        finally:
-            self._writer = None
+        result = self._flush(run, number, slots, rejects, deletes)
         fault("store.after_commit")
         return result
 
@@ -164,7 +164,7 @@ class SQLiteStore(Store):
             before = sqlite_runs.fence(self._connection, run.number, number)
             if before is not None:
                 return before
-            writer = self._writer = FlushWriter(self._connection, self._full_text, run)
+            writer = FlushWriter(self._connection, self._full_text, run)
             fault("store.before_copy")
             for flush_slot in slots:
                 writer.write(flush_slot)
@@ -219,15 +219,16 @@ class SQLiteStore(Store):
         with translated("reading the rejects"):
             return sqlite_runs.rejects(self._connection, entity)
 
+    def forget_older_rejects(self, entities: Sequence[str], run: int) -> int:
+        with translated("forgetting older rejects"):
+            return self._connection.executemany(
+                "DELETE FROM kdb_fast_rejects WHERE entity_name = ? AND run < ? AND record_id <> ''",
+                [(entity, run) for entity in entities],
+            ).rowcount
+
     def clear_rejects(self, keys: Iterable[tuple[str, str]] | None = None) -> int:
         with translated("clearing the rejects"):
             return sqlite_runs.clear_rejects(self._connection, None if keys is None else list(keys))
-
-    def interrupt(self) -> None:
-        writer = self._writer
-        if writer is not None:
-            writer.stopped = True
-        self._connection.interrupt()
 
     def close(self) -> None:
         if self._owned:

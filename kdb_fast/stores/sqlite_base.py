@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -14,6 +15,9 @@ T = TypeVar("T")
 
 KEYS_PER_QUERY = 500
 """Keys of one ``IN (…)``: SQLite before 3.32 takes at most 999 parameters."""
+
+BUSY_STEP_MS = 200
+"""Milliseconds of one wait for another program's transaction."""
 
 NOT_THIS_ROW = {sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH}
 """Primary result codes that speak about the data of a statement, not about the database."""
@@ -97,7 +101,10 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     if connection.in_transaction:
         begin, commit = "SAVEPOINT kdb_fast_unit", "RELEASE kdb_fast_unit"
         rollback = ["ROLLBACK TO kdb_fast_unit", "RELEASE kdb_fast_unit"]
-    connection.execute(begin)
+    if connection.in_transaction:
+        connection.execute(begin)
+    else:
+        _begin(connection, begin)
     try:
         yield
         connection.execute(commit)
@@ -108,6 +115,26 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
                 for statement in rollback:
                     connection.execute(statement)
         raise
+
+
+def _begin(connection: sqlite3.Connection, statement: str) -> None:
+    """Begin a write transaction, waiting for another program's to end as long as the connection's time-out says.
+
+    In short steps, between which Python handles signals: within SQLite a Ctrl-C would wait as long as we do.
+    """
+    (patience,) = connection.execute("PRAGMA busy_timeout").fetchone()
+    deadline = time.monotonic() + patience / 1000
+    connection.execute(f"PRAGMA busy_timeout = {min(int(patience), BUSY_STEP_MS)}")
+    try:
+        while True:
+            try:
+                connection.execute(statement)
+                return
+            except sqlite3.OperationalError as error:
+                if primary_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+                    raise
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {int(patience)}")
 
 
 def batches(values: Sequence[T], size: int = KEYS_PER_QUERY) -> Iterator[Sequence[T]]:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import DatabaseError
 from ..records import Reject
 from ..slab import NO_STAMP, Slot
 from .base import FlushSlot, RunSpec
@@ -95,7 +94,6 @@ class FlushWriter:
         lost: (slot, row) that another program has changed meanwhile.
         rejected: (slot, row, reason, detail) that the database refused.
         rejects: The same, for the rejects table.
-        stopped: Set by another thread to end the flush: each statement is too short for SQLite's own interrupt.
     """
 
     def __init__(
@@ -116,7 +114,6 @@ class FlushWriter:
         self.rejected: list[tuple[int, int, str, str]] = []
         self.rejects: list[Reject] = []
         self._texts: dict[int, _Text] = {}
-        self.stopped = False
         (last,) = connection.execute("SELECT max(rowid) FROM kdb_search").fetchone()
         # Free in both tables, so that a record has the same rowid in both.
         self._next_rowid = max(last or 0, full_text.last_rowid()) + 1
@@ -130,8 +127,6 @@ class FlushWriter:
         for i in sorted(infinite - flush_slot.skip):
             self._reject(slot, raw[i], i, "not_finite", "the vector has NaN or infinity")
         for numbers in _chunks(raw, flush_slot.skip | infinite):
-            if self.stopped:
-                raise DatabaseError("The flush was interrupted.", remedy="Nothing of it was stored.")
             rows = self._plan(slot, raw, numbers)
             if rows:
                 self._store_or_halve(slot, raw, rows)

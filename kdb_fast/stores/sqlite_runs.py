@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import LockedError
 from ..records import Reject, storable_key
 from .base import FlushResult, Holder, RunSpec
-from .pg_runs import STALE_SECONDS, locked, own_process_started, process_is_gone
+from .pg_runs import AFTER_A_CRASH, STALE_SECONDS, locked, own_process_started, process_is_gone
 from .sqlite_base import moment, now, transaction
 
 POLL_SECONDS = 0.5
@@ -76,6 +76,12 @@ def _start(connection: sqlite3.Connection, fingerprint: str, model: str, dimensi
     ).lastrowid
     assert number is not None
     return number
+
+
+def after_a_crash(connection: sqlite3.Connection, run: int) -> bool:
+    """See :meth:`kdb_fast.stores.base.Store.after_a_crash`."""
+    row = connection.execute(AFTER_A_CRASH.replace("%(run)s", ":run"), {"run": run}).fetchone()
+    return bool(row[0])
 
 
 def heartbeat(connection: sqlite3.Connection, run: int, phase: str) -> None:

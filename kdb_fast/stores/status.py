@@ -17,13 +17,14 @@ TEXT_TYPES = frozenset({"string", "text"})
 """Field types that KameleonDB puts into the text of a record."""
 
 
-def statuses(connection: Any, dialect: str, fingerprint: str | None) -> list[EntityStatus]:
+def statuses(connection: Any, dialect: str, fingerprint: str | None, *, vectors: bool = True) -> list[EntityStatus]:
     """The state of every active entity of KameleonDB and of every other entity in the index, by name.
 
     Args:
         connection: Open psycopg or sqlite3 connection; it is only read.
         dialect: ``postgresql`` or ``sqlite``.
-        fingerprint: Fingerprint of the current model; None means that of the newest run.
+        fingerprint: Fingerprint of the current model, in whatever precision; None means exactly that of the newest run.
+        vectors: False for an index by keyword alone: a row without a vector is indexed as well.
 
     Returns:
         For each entity: ``indexed`` rows with a vector; ``stale`` ones among them, made by another model or
@@ -37,10 +38,11 @@ def statuses(connection: Any, dialect: str, fingerprint: str | None) -> list[Ent
     """
     rows = rows_of(connection, dialect)
     present = columns_of(rows, dialect, (TABLE, RUNS, REJECTS))
+    any_precision = fingerprint is not None
     if fingerprint is None and RUNS in present:
         newest = rows(f"SELECT fingerprint FROM {RUNS} ORDER BY run DESC LIMIT 1", {})  # noqa: S608
         fingerprint = newest[0][0] if newest else None
-    index = _index_counts(rows, dialect, present.get(TABLE), fingerprint)
+    index = _index_counts(rows, dialect, present.get(TABLE), fingerprint, vectors, any_precision)
     rejected: dict[str, int] = {}
     if REJECTS in present:
         rejected = dict(rows(f"SELECT entity_name, count(*) FROM {REJECTS} GROUP BY entity_name", {}))  # noqa: S608
@@ -49,13 +51,18 @@ def statuses(connection: Any, dialect: str, fingerprint: str | None) -> list[Ent
     for entity in sorted(definitions.keys() | index.keys()):
         indexed, stale, last_updated = index.get(entity, (0, 0, None))
         definition = definitions.get(entity)
-        pending = _pending(rows, dialect, present, definition) if definition else None
+        pending = _pending(rows, dialect, present, definition, vectors) if definition else None
         result.append(EntityStatus(entity, indexed, pending, stale, rejected.get(entity, 0), last_updated))
     return result
 
 
 def _index_counts(
-    rows: Rows, dialect: str, columns: frozenset[str] | None, fingerprint: str | None
+    rows: Rows,
+    dialect: str,
+    columns: frozenset[str] | None,
+    fingerprint: str | None,
+    vectors: bool,
+    any_precision: bool,
 ) -> dict[str, tuple[int, int, datetime | None]]:
     if columns is None:
         return {}
@@ -63,13 +70,16 @@ def _index_counts(
     stale = "true"
     if fingerprint is not None and {"kdb_fast_fingerprint", "kdb_fast_at"} <= columns:
         differs = "IS DISTINCT FROM" if dialect == "postgresql" else "IS NOT"
-        stale = f"(kdb_fast_fingerprint {differs} {params(fingerprint)} OR kdb_fast_at {differs} updated_at)"
+        other = f"kdb_fast_fingerprint {differs} {params(fingerprint)}"
+        if any_precision:
+            other += f" AND coalesce(kdb_fast_fingerprint, '') NOT LIKE {params(fingerprint + '-%')}"
+        stale = f"({other} OR kdb_fast_at {differs} updated_at)"
     changed = "coalesce(updated_at, created_at)"
     # SQLite returns the bare column of the row that has the maximum; julianday() reads every form of timestamp.
     last = f"max({changed})" if dialect == "postgresql" else f"{changed}, max(julianday({changed}))"
     counts = {}
     for entity, indexed, stale_rows, moment, *_ in rows(
-        f"SELECT entity_name, count(embedding), "  # noqa: S608
+        f"SELECT entity_name, count({'embedding' if vectors else '*'}), "  # noqa: S608
         f"sum(CASE WHEN embedding IS NOT NULL AND {stale} THEN 1 ELSE 0 END), {last} "
         f"FROM {TABLE} GROUP BY entity_name",
         params.values,
@@ -90,7 +100,9 @@ def _aware(moment: object) -> datetime | None:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def _pending(rows: Rows, dialect: str, present: Mapping[str, frozenset[str]], definition: Definition) -> int:
+def _pending(
+    rows: Rows, dialect: str, present: Mapping[str, frozenset[str]], definition: Definition, vectors: bool
+) -> int:
     total = 0
     for number, place in enumerate(definition.places):
         params = Params(dialect)
@@ -107,8 +119,9 @@ def _pending(rows: Rows, dialect: str, present: Mapping[str, frozenset[str]], de
         join = ""
         if TABLE in present:
             join = f"LEFT JOIN {TABLE} s ON s.entity_name = {params(definition.entity)} AND s.record_id = r.id"
-            conditions.append(f"(s.embedding IS NULL OR {_newer(present[TABLE], dialect)})")
-        if REJECTS in present:
+            missing = "s.embedding" if vectors else "s.id"
+            conditions.append(f"({missing} IS NULL OR {_newer(present[TABLE], dialect)})")
+        if REJECTS in present and vectors:
             conditions.append(
                 f"NOT EXISTS (SELECT 1 FROM {REJECTS} x "  # noqa: S608
                 f"WHERE x.entity_name = {params(definition.entity)} AND x.record_id = r.id)"

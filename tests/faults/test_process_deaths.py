@@ -37,7 +37,7 @@ from kdb_fast.demo import sqlalchemy_url
 from kdb_fast.errors import ModelError, ResourceError
 from kdb_fast.models import Model
 from kdb_fast.progress import Silent
-from kdb_fast.records import Record, content_from_fields
+from kdb_fast.records import Record, Reject, content_from_fields
 from kdb_fast.reindex import Receipt, reindex
 from kdb_fast.settings import ReindexOptions
 from kdb_fast.supervisor import ProcessEngine
@@ -106,7 +106,7 @@ class Runs:
         self._patch.delenv("KDB_FAST_FAULT_DIR", raising=False)
 
     def run(
-        self, records: Sequence[Record] = RECORDS, *, act: Act | None = None, workers: int | None = WORKERS
+        self, records: Sequence[Record | Reject] = RECORDS, *, act: Act | None = None, workers: int | None = WORKERS
     ) -> Receipt:
         """One run. ``act`` is called with its engine again and again, until it says that it has done something."""
         self.act = act
@@ -318,6 +318,25 @@ def test_model_that_cannot_be_loaded_is_a_model_error(
     assert execute(runs.address, "SELECT state FROM kdb_fast_runs") == [("failed",)]
 
 
+def test_engine_that_nobody_closed_ends_with_the_process(tmp_path: Path) -> None:
+    script = """
+import sys, poison_worker, stub_command
+from kdb_fast.encoder import EncoderSpec
+from kdb_fast.slab import SlabShape
+from kdb_fast.stores.base import RunSpec
+from kdb_fast.supervisor import ProcessEngine
+spec = EncoderSpec(stub_command.MODEL, 100)
+engine = ProcessEngine(SlabShape(2, 8, 384), spec, None, RunSpec(1, "f", "m", 384), workers=1, cpus=[],
+                       worker_target=poison_worker.run)
+while not engine._workers[0].ready:
+    engine._step(0.1)
+sys.exit(5)
+"""
+    path = os.pathsep.join(sys.path)
+    process = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, timeout=60)
+    assert process.returncode == 5
+
+
 # -- the writer --------------------------------------------------------------------------------------------
 
 
@@ -355,6 +374,19 @@ def test_writer_stopped_at(runs: Runs, tmp_path: Path, point: str) -> None:
     runs.check()
 
 
+def test_stopped_writer_does_not_block_the_parent_that_has_thousands_of_rejects_for_it(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdb_fast.settings.RejectLimit.exceeded", lambda self, **counts: False)
+    rejects = [Reject("Note", "", "invalid_json", f"{line} is no use " * 20, bytes(32), line) for line in range(3000)]
+    runs.fault("writer.ready:1:hang", tmp_path)
+    receipt = runs.run([*rejects, *RECORDS])
+    assert (receipt["stored"], receipt["rejected"]) == (len(RECORDS), 3000)
+    assert "hangs; it is replaced" in runs.notes[0]
+    assert execute(runs.address, "SELECT count(DISTINCT position) FROM kdb_fast_rejects") == [(3000,)]
+    runs.check()
+
+
 @pytest.mark.parametrize("point", ["store.index_dropped", "store.index_build"])
 def test_writer_killed_while_it_changes_the_index(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
@@ -367,6 +399,29 @@ def test_writer_killed_while_it_changes_the_index(
     definitions = execute(runs.address, "SELECT indexname FROM pg_indexes WHERE tablename = 'kdb_search' ORDER BY 1")
     assert {"ix_kdb_search_vector", "ix_kdb_search_fts"} <= {name for (name,) in definitions}
     runs.check()
+
+
+def test_writer_killed_often_while_it_had_nothing_to_do(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDB_FAST_FAULT_DIR", str(tmp_path))
+    killed: set[int] = set()
+
+    def kill_idle_writer(engine: ProcessEngine) -> bool:
+        writer = engine._writer
+        assert writer is not None
+        if writer.ready and engine.writer_idle and writer.process.pid not in killed:
+            killed.add(writer.process.pid)
+            send(signal.SIGKILL, writer)
+        if len(killed) <= supervisor.POISON_TRIES:
+            return False
+        (tmp_path / "go").touch()
+        return True
+
+    records = [Record("Note", "waits", poison_worker.GATED)]
+    receipt = runs.run(records, act=kill_idle_writer)
+    assert receipt["stored"] == len(records)
+    runs.check(records)
 
 
 def test_writer_that_dies_each_time_ends_the_run_and_the_next_one_finishes_it(runs: Runs) -> None:

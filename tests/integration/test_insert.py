@@ -532,10 +532,13 @@ def numbered(count: int, first: int = 0) -> list[dict[str, Any]]:
 def test_after_a_crash_a_reindex_completes_what_was_inserted(notes: Kameleon) -> None:
     faults.load_plan("source.page:3:raise")
     try:
-        with pytest.raises(RuntimeError, match="fault at"):
-            notes.insert("Note", numbered(50))
+        answer = notes.insert("Note", numbered(50))
     finally:
         faults.load_plan(None)
+    assert answer.code == 70
+    assert "Unexpected RuntimeError: fault at source.page" in answer.err
+    assert "30 records were inserted, all of the input up to line 30" in answer.err
+    assert "To carry on: kdb-fast reindex Note" in answer.err
     assert len(note_texts(notes)) == 30
     (entity,) = notes.kdb_fast("status", "--json").json["entities"]
     assert entity["pending"] == 30
@@ -614,7 +617,6 @@ def test_a_lost_connection_inserts_no_page_twice_and_none_never(
 
     from kdb_fast.sources import insert_postgresql
 
-    monkeypatch.setattr(insert_postgresql, "BACKOFF", 0.0)
     once = insert_postgresql.PostgreSQLInserter._insert_once
     calls = 0
 

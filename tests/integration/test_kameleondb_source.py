@@ -488,10 +488,7 @@ class TestPostgreSQL:
         )
         assert rows == [(True,)]
 
-    def test_a_lost_connection_is_replaced_and_nothing_is_read_twice(
-        self, notes: Database, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(module, "BACKOFF", 0.0)
+    def test_a_lost_connection_is_replaced_and_nothing_is_read_twice(self, notes: Database) -> None:
         found: list[str] = []
         with closing(KameleonDBSource(notes.address)) as source:
             self.terminate(notes)
@@ -504,14 +501,14 @@ class TestPostgreSQL:
     def test_a_connection_that_does_not_come_back_is_a_database_error(
         self, notes: Database, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "BACKOFF", 0.0)
+        monkeypatch.setenv("KDB_FAST_PATIENCE", "0.5")
         with closing(KameleonDBSource(notes.address)) as source:
             pages = source.pages()
             next(pages)
             self.terminate(notes)
             stranger = make_conninfo(notes.address.conninfo, user="nobody")
             monkeypatch.setattr(source, "_address", replace(notes.address, conninfo=stranger))
-            with pytest.raises(DatabaseError, match="6 attempts failed") as lost:
+            with pytest.raises(DatabaseError, match=r"did not come back for 0\.5 s") as lost:
                 next(pages)
         assert "carries on" in lost.value.remedy
 

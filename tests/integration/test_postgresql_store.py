@@ -1042,20 +1042,6 @@ def test_index_build_is_not_bound_by_the_statement_timeout(
     assert hurried.finish_index(no_beat).text == "built ix_kdb_search_fts, ix_kdb_search_vector"
 
 
-def test_interrupt_ends_a_flush_that_waits(database: DatabaseAddress, store: PostgreSQLStore, run: RunSpec) -> None:
-    add_gate(database)
-    with psycopg.connect(database.conninfo, autocommit=True) as gate:
-        gate.execute("SELECT pg_advisory_lock(%s)", (GATE,))
-        with flushing_in_background(lambda: flush(store, run, slot_of(fresh(("a", "one"))))) as outcome:
-            for _ in range(4):  # a cancelled statement is tried four times
-                pids = eventually(lambda: waiting_backends(database))
-                store.interrupt()
-                eventually(lambda gone=pids: waiting_backends(database) != gone or outcome)
-    assert isinstance(outcome[0], DatabaseError)
-    assert "cancelled" in outcome[0].message
-    assert contents(database) == {}
-
-
 def test_dropped_table_is_named(database: DatabaseAddress, store: PostgreSQLStore, run: RunSpec) -> None:
     execute(database, "DROP TABLE kdb_search")
     with pytest.raises(SchemaError, match="kdb_search"):

@@ -18,8 +18,9 @@ from servers import ListSource, cosine, engine_processes, eventually, execute, i
 from kdb_fast import cli
 from kdb_fast.database import DatabaseAddress
 from kdb_fast.errors import SchemaError
+from kdb_fast.models import Model
 from kdb_fast.openai_api import PROBE
-from kdb_fast.providers import OpenAIProvider, ProviderKeyError
+from kdb_fast.providers import FastEmbedProvider, OpenAIProvider, ProviderKeyError
 from kdb_fast.reindex import reindex
 from kdb_fast.search import SearchEngine
 from kdb_fast.settings import ReindexOptions
@@ -66,6 +67,18 @@ class Answer:
 
 
 Run = Callable[..., Answer]
+
+
+@pytest.fixture
+def find(address: DatabaseAddress, capsys: pytest.CaptureFixture[str]) -> Run:
+    """``kdb-fast search --json``."""
+
+    def find(query: str, *options: str) -> Answer:
+        capsys.readouterr()
+        url = sqlalchemy_url(address).replace("+psycopg", "")
+        return Answer(cli.run(["search", query, "--db", url, "--json", *options]), *capsys.readouterr())
+
+    return find
 
 
 @pytest.fixture
@@ -233,21 +246,65 @@ def test_key_that_is_revoked_ends_the_run_without_waiting_for_other_requests(
         assert cosine(row.vector, server_vectors([row.content])[0][:DIMENSIONS]) >= EXACT
 
 
-def test_several_requests_are_in_flight(server: OpenAIServer, address: DatabaseAddress) -> None:
+def test_as_many_requests_are_in_flight_as_was_asked_for(server: OpenAIServer, address: DatabaseAddress) -> None:
     waiting = threading.Event()
     server.script.append(Reply())
-    server.script.extend([Reply(hold=waiting)] * 3)
+    server.script.extend([Reply(hold=waiting)] * 6)
     most = []
 
     def look() -> None:
-        most.append(eventually(lambda: server.most_in_flight if server.most_in_flight >= 3 else 0))
+        most.append(eventually(lambda: server.most_in_flight if server.most_in_flight >= 6 else 0))
         waiting.set()
 
     thread = threading.Thread(target=look)
     thread.start()
-    receipt = reindex(address, lambda: ListSource(records_of(TEXTS)), ReindexOptions(provider="openai", workers=3))
+    options = ReindexOptions(provider="openai", workers=6, batch_size=25)
+    receipt = reindex(address, lambda: ListSource(records_of(TEXTS)), options)
     thread.join()
-    assert (most, receipt["stored"], receipt["workers"]) == ([3], 300, 3)
+    assert (most, receipt["stored"], receipt["workers"]) == ([6], 300, 6)
+
+
+def sizes_of_requests(server: OpenAIServer) -> list[int]:
+    """Inputs of each request that was answered, the largest first, without the probe's."""
+    assert {seen.status for seen in server.seen} == {200}
+    return sorted((len(seen.texts) for seen in server.seen if seen.texts != [PROBE]), reverse=True)
+
+
+def test_batch_size_is_the_most_inputs_of_a_request(server: OpenAIServer, address: DatabaseAddress, run: Run) -> None:
+    assert run(TEXTS, "--batch-size", "40").code == 0
+    assert sizes_of_requests(server) == [40] * 7 + [20]
+    check(address, numbered(TEXTS))
+    del server.seen[:]
+    assert run([f"{text}!" for text in TEXTS]).code == 0
+    assert sizes_of_requests(server) == [100] * 3, "the default"
+
+
+def test_requests_of_the_most_inputs_that_the_api_takes(server: OpenAIServer, tmp_path: Path) -> None:
+    address = DatabaseAddress("sqlite", str(tmp_path / "index.db"), "")
+    Path(address.conninfo).touch()
+    texts = [f"text number {i}" for i in range(2 * 2048 + 904)]
+    source = ListSource(records_of(texts), page_rows=1000)
+    receipt = reindex(address, lambda: source, ReindexOptions(provider="openai", batch_size=2048))
+    assert (receipt["read"], receipt["stored"], receipt["rejected"]) == (5000, 5000, 0)
+    assert sizes_of_requests(server) == [2048, 2048, 904]
+    rows = index_rows(address)
+    for number in range(0, 5000, 97):
+        vector = rows["Note", f"r{number}"].vector
+        assert vector is not None
+        np.testing.assert_allclose(vector, shortened(server_vectors([texts[number]]), DIMENSIONS)[0], atol=1e-6)
+
+
+def test_requests_of_long_texts_keep_to_the_limit_of_tokens(server: OpenAIServer, tmp_path: Path) -> None:
+    address = DatabaseAddress("sqlite", str(tmp_path / "index.db"), "")
+    Path(address.conninfo).touch()
+    server.tokens = lambda text: -(-len(text) // 2)  # as many as are allowed for
+    texts = [f"{i} " + "word " * 600 for i in range(500)]
+    options = ReindexOptions(provider="openai", batch_size=2048)
+    receipt = reindex(address, lambda: ListSource(records_of(texts)), options)
+    assert receipt["stored"] == 500
+    sizes = sizes_of_requests(server)
+    assert (sum(sizes), len(sizes)) == (500, 3)
+    assert sizes[0] > 190
 
 
 def test_index_of_another_dimension_is_refused(server: OpenAIServer, database: DatabaseAddress) -> None:
@@ -257,6 +314,125 @@ def test_index_of_another_dimension_is_refused(server: OpenAIServer, database: D
     with pytest.raises(SchemaError, match="holds vectors of 12 dimensions; the model gives 384"):
         reindex(database, lambda: ListSource(records_of(["text"])), ReindexOptions(provider="openai"))
     assert server.seen == []
+
+
+# -- kdb-fast search ---------------------------------------------------------------------------------------
+
+
+def found_ids(answer: Answer) -> list[str]:
+    assert answer.code == 0, answer.err
+    return [result["id"] for result in answer.receipt["results"]]
+
+
+def nearest(query: str, texts: Sequence[str]) -> list[str]:
+    """Ids of the texts by the similarity of the server's vectors with the query's."""
+    matrix = shortened(server_vectors([f"text: {text}" for text in texts]), DIMENSIONS)
+    return [f"r{row}" for row in np.argsort(-(matrix @ shortened(server_vectors([query]), DIMENSIONS)[0]))]
+
+
+@pytest.mark.parametrize("options", [[], ["--provider", "openai"], ["--model", MODEL]])
+def test_query_is_embedded_by_the_model_of_the_index(
+    server: OpenAIServer, run: Run, find: Run, options: list[str]
+) -> None:
+    run(TEXTS[:40])
+    del server.seen[:]
+    answer = find("nothing alike", "--mode", "vector", "--limit", "12", *options)
+    assert found_ids(answer) == nearest("nothing alike", TEXTS[:40])[:12]
+    assert answer.err == ""
+    (request,) = server.seen
+    assert (request.texts, request.body["model"], request.body["dimensions"]) == (["nothing alike"], MODEL, DIMENSIONS)
+    assert found_ids(find(f"text: {TEXTS[7]}", "--limit", "1", *options)) == ["r7"]
+
+
+def test_length_of_a_querys_vector_is_that_of_the_index(
+    server: OpenAIServer, address: DatabaseAddress, find: Run
+) -> None:
+    with OpenAIProvider(dimensions=64) as provider, SearchEngine(address, provider) as search:
+        search.index_records_batch([("Note", f"r{i}", text) for i, text in enumerate(TEXTS[:10])])
+    assert found_ids(find(TEXTS[4], "--mode", "vector", "--limit", "1")) == ["r4"]
+    assert server.seen[-1].body["dimensions"] == 64
+
+
+def test_models_whose_vectors_cannot_be_compared_are_refused(
+    server: OpenAIServer, address: DatabaseAddress, run: Run, find: Run, minilm: Model
+) -> None:
+    run(TEXTS[:5])
+    del server.seen[:]
+    for options in (["--provider", "fastembed"], ["--model", minilm.name], ["--model-path", str(minilm.path)]):
+        answer = find("text", *options)
+        assert answer.code in (2, 4), answer
+        if "--model-path" not in options:
+            assert f"holds vectors of the model {MODEL}, not of {minilm.name}; they cannot be compared" in answer.err
+            assert f"kdb-fast reindex --model {minilm.name}" in answer.err
+    assert server.seen == []
+    execute(address, "DELETE FROM kdb_search")
+    execute(address, "DELETE FROM kdb_fast_runs")
+    with SearchEngine(address, FastEmbedProvider(minilm.name)) as search:
+        search.index_record("Note", "1", "a whale")
+    answer = find("text", "--provider", "openai")
+    assert answer.code == 4
+    assert f"holds vectors of the model {minilm.name}, not of {MODEL}" in answer.err
+    assert f"kdb-fast reindex --provider openai --model {MODEL}" in answer.err
+    assert server.seen == []
+    assert found_ids(find("marine mammal")) == ["1"]
+
+
+def test_another_address_of_the_model_is_a_warning(
+    server: OpenAIServer, run: Run, find: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(TEXTS[:5])
+    with OpenAIServer(server_vectors) as other:
+        monkeypatch.setenv("OPENAI_BASE_URL", other.url)
+        answer = find(f"text: {TEXTS[3]}", "--limit", "1")
+    assert found_ids(answer) == ["r3"]
+    assert answer.err.startswith(f"warning: the index was made with other files or another address of {MODEL}")
+
+
+def test_search_without_a_key_says_so_and_by_keyword_needs_none(
+    server: OpenAIServer, run: Run, find: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(TEXTS[:5])
+    del server.seen[:]
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    answer = find("number 3")
+    assert answer.code == 2
+    assert "There is no OpenAI API key. Set OPENAI_API_KEY" in answer.err
+    assert found_ids(find("number 3", "--mode", "keyword"))[0] == "r3"
+    assert server.seen == []
+
+
+def test_search_of_a_server_that_is_down_ends_soon(
+    server: OpenAIServer, run: Run, find: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(TEXTS[:5])
+    server.always = Reply(503, headers={"retry-after-ms": "5"})
+    del server.seen[:]
+    answer = find("number 3")
+    assert (answer.code, len(server.seen)) == (7, 3)
+    assert "gave no proper answer in 3 attempts; the last was HTTP 503" in answer.err
+
+
+# -- SearchEngine ------------------------------------------------------------------------------------------
+
+
+def test_batch_of_a_search_engine_is_requests_of_the_most_inputs(server: OpenAIServer, tmp_path: Path) -> None:
+    with OpenAIProvider() as provider, SearchEngine(f"sqlite:///{tmp_path}/index.db", provider) as search:
+        search.index_records_batch(("Note", f"r{i}", f"text number {i}") for i in range(2500))
+        assert sizes_of_requests(server) == [2048, 452]
+        del server.seen[:]
+        search.index_records_batch(("Note", f"r{i}", f"text number {i} " + "word " * 2000) for i in range(60))
+        assert sizes_of_requests(server) == [59, 1], "at most 300,000 tokens, two bytes each, in a request"
+
+
+def test_requests_of_a_search_engines_batch_are_in_flight_together(
+    server: OpenAIServer, address: DatabaseAddress
+) -> None:
+    server.barrier = threading.Barrier(4)  # nobody is answered before four are there
+    with OpenAIProvider(max_inputs=25) as provider, SearchEngine(address, provider) as search:
+        search.index_records_batch([("Note", f"r{i}", f"text: {text}") for i, text in enumerate(TEXTS[:200])])
+    assert sizes_of_requests(server) == [25] * 8
+    check(address, numbered(TEXTS[:200]))
 
 
 def test_search_engine_with_the_same_provider_carries_on(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -613,8 +615,24 @@ class TestAnyQuery:
         hits = reader.keyword(parse_query(text), resolve_scope([], (), None), 10)
         assert [hit.key for hit in hits] in ([], [("E", "1")])
 
+    @pytest.fixture
+    def postgresql_reader(self, postgresql: Database) -> PostgresqlReader:
+        postgresql.create_index()
+        postgresql.index("E", "1", 'some words, a (few) of "them": AND OR NOT 1 2 x y é', None)
+        return PostgresqlReader(postgresql.connection)
+
+    @given(st.text(max_size=60) | st.lists(st.sampled_from(PIECES)).map("".join))
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
+    def test_postgresql_answers_every_string(self, postgresql_reader: PostgresqlReader, text: str) -> None:
+        hits = postgresql_reader.keyword(parse_query(text), resolve_scope([], (), None), 10)
+        assert [hit.key for hit in hits] in ([], [("E", "1")])
+
 
 class TestSqliteCache:
+    @pytest.fixture(autouse=True)
+    def _matrix_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sqlite_vectors, "load_sqlite_vec", lambda connection: False)
+
     @pytest.fixture
     def indexed(self, sqlite: Database) -> Database:
         sqlite.create_index()
@@ -722,6 +740,162 @@ class TestSqliteCache:
         assert sqlite.search(vector=query, mode="vector", limit=20) == whole
         assert sqlite.search(vector=query, mode="vector", entities=["F"], limit=20) == some
         assert [int(r.id) for r in whole] == nearest(vectors, query, range(100))[:20]
+
+
+def why_no_sqlite_vec() -> str:
+    """Why sqlite-vec cannot be loaded here; empty where it can."""
+    try:
+        import sqlite_vec  # noqa: F401
+    except ImportError:
+        return "sqlite-vec is not installed"
+    if not hasattr(sqlite3.Connection, "enable_load_extension"):
+        return "this Python's sqlite3 is built without loading of extensions"
+    return ""
+
+
+class TestSqliteVec:
+    """The same rankings through sqlite-vec, through the matrix, and by brute force."""
+
+    pytestmark = pytest.mark.skipif(bool(why_no_sqlite_vec()), reason=why_no_sqlite_vec() or "it is there")
+
+    @pytest.fixture(params=["float32 copies", "JSON text", "some of both"])
+    def vectors(self, request: pytest.FixtureRequest, sqlite: Database) -> npt.NDArray[np.float32]:
+        sqlite.create_index()
+        sqlite.create_kameleon()
+        vectors = fill(sqlite)
+        for row, vector in enumerate(vectors):
+            if request.param == "float32 copies" or (request.param == "some of both" and row % 3):
+                at = AT if row % 7 else EARLIER  # one that is older than its row does not count
+                copy = vector if row % 7 else -vector
+                sqlite.run(
+                    "INSERT INTO kdb_fast_vectors SELECT rowid, id, ?, ? FROM kdb_search WHERE record_id = ?",
+                    at, copy.tobytes(), f"{row:03}",
+                )  # fmt: skip
+        return vectors
+
+    @staticmethod
+    def by_matrix(db: Database, **options: Any) -> list[SearchResult]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sqlite_vectors, "load_sqlite_vec", lambda connection: False)
+            return db.search(mode="vector", **options)
+
+    @staticmethod
+    def by_sqlite_vec(db: Database, **options: Any) -> list[SearchResult]:
+        """The first search of a reader, which must not have read all rows."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sqlite_vectors.VectorCache, "_blocks", None)
+            return db.search(mode="vector", **options)
+
+    @pytest.mark.parametrize(
+        ("options", "among"),
+        [
+            ({}, range(ROWS)),
+            ({"limit": 60}, range(ROWS)),
+            ({"entities": ["Odd"]}, range(1, ROWS, 2)),
+            ({"entities": ["Even", "Odd"]}, range(ROWS)),
+            ({"where": {"group": 7}}, range(7, ROWS, 40)),
+            ({"where": {"group": 6}, "entities": ["Even"], "limit": 3}, range(6, ROWS, 40)),
+        ],
+    )
+    def test_both_ways_give_the_ranking_of_brute_force(
+        self, sqlite: Database, vectors: npt.NDArray[np.float32], options: dict[str, Any], among: range
+    ) -> None:
+        for query in random_vectors(5, seed=11):
+            found = self.by_sqlite_vec(sqlite, vector=query, **options)
+            assert [int(r.id) for r in found] == nearest(vectors, query, among)[: options.get("limit", 10)]
+            assert found == self.by_matrix(sqlite, vector=query, **options)
+
+    def test_deleted_records_and_dropped_entities_leave_their_places_to_others(
+        self, sqlite: Database, vectors: npt.NDArray[np.float32]
+    ) -> None:
+        query = random_vectors(1, seed=12)[0]
+        order = nearest(vectors, query, range(0, ROWS, 2))
+        sqlite.run("UPDATE kdb_entity_definitions SET is_active = 0 WHERE name = 'Odd'")
+        for row in order[:150]:
+            sqlite.run("UPDATE kdb_records SET is_deleted = 1 WHERE id = ?", f"{row:03}")
+        found = self.by_sqlite_vec(sqlite, vector=query, limit=40)
+        assert [int(r.id) for r in found] == order[150:190]
+        assert found == self.by_matrix(sqlite, vector=query, limit=40)
+
+    def test_equal_vectors_come_in_the_order_of_their_keys(
+        self, sqlite: Database, vectors: npt.NDArray[np.float32]
+    ) -> None:
+        query = random_vectors(1, seed=13)[0]
+        twin = json.dumps((query + np.float32(0.01)).tolist())
+        sqlite.run("UPDATE kdb_search SET embedding = ?, updated_at = ? WHERE rowid % 9 = 0", twin, LATER)
+        twins = [row for row in range(ROWS) if (row + 1) % 9 == 0]
+        found = self.by_sqlite_vec(sqlite, vector=query, limit=len(twins) + 5)
+        assert [r.id for r in found[: len(twins)]] == [f"{r:03}" for r in sorted(twins, key=lambda r: (r % 2, r))]
+        assert found == self.by_matrix(sqlite, vector=query, limit=len(twins) + 5)
+
+    def test_from_the_second_search_on_the_matrix_is_used_if_it_is_not_too_large(
+        self, sqlite: Database, vectors: npt.NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reader = SqliteReader(sqlite.connection)
+        query = random_vectors(1, seed=14)[0]
+        matrices = []
+        for size in (sqlite_vectors.CACHE_BYTES, sqlite_vectors.CACHE_BYTES, 0, sqlite_vectors.CACHE_BYTES):
+            monkeypatch.setattr(sqlite_vectors, "CACHE_BYTES", size)
+            sqlite.run("UPDATE kdb_search SET updated_at = ? WHERE record_id = '000'", LATER)
+            found = search(reader, "q", query_vector=query, mode="vector")
+            assert [int(r.id) for r in found] == nearest(vectors, query, range(ROWS))[:10]
+            matrices.append(reader._vectors._block is not None)
+        assert matrices == [False, True, False, True]
+        assert not sqlite.connection.in_transaction
+
+    @pytest.mark.parametrize("broken", ["", "no json", "[1, 2]", "[1e999, 0, 0, 0, 0, 0, 0, 0]", b"\xff\x00" * 16])
+    def test_a_broken_embedding_hides_only_its_own_row(
+        self, sqlite: Database, vectors: npt.NDArray[np.float32], broken: str | bytes
+    ) -> None:
+        sqlite.run("UPDATE kdb_search SET embedding = ?, updated_at = ? WHERE record_id = '005'", broken, LATER)
+        found = [int(r.id) for r in sqlite.search(mode="vector", limit=ROWS)]
+        assert found == nearest(vectors, unit(0), [row for row in range(ROWS) if row != 5])
+
+    def test_a_query_of_another_length_is_refused(self, sqlite: Database, vectors: npt.NDArray[np.float32]) -> None:
+        with pytest.raises(UsageError, match="The query vector has 3 numbers, the vectors of the index have 8"):
+            sqlite.search(mode="vector", vector=np.ones(3, np.float32))
+
+    def test_no_extension_can_be_loaded_by_sql_afterwards(
+        self, sqlite: Database, vectors: npt.NDArray[np.float32]
+    ) -> None:
+        sqlite.search(mode="vector")
+        with pytest.raises(sqlite3.OperationalError, match="not authorized"):
+            sqlite.run("SELECT load_extension('vec0')")
+
+
+class TestWithoutSqliteVec:
+    @pytest.mark.parametrize("missing", ["package", "right", "library"])
+    def test_numpy_takes_over_without_a_word(
+        self, sqlite: Database, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, missing: str
+    ) -> None:
+        class Refusing(sqlite3.Connection):
+            def enable_load_extension(self, enabled: bool, /) -> None:
+                if missing == "right":
+                    raise sqlite3.NotSupportedError("not compiled in")
+
+        def load(connection: sqlite3.Connection) -> None:
+            raise sqlite3.OperationalError("no such file")
+
+        monkeypatch.setitem(sys.modules, "sqlite_vec", None if missing == "package" else SimpleNamespace(load=load))  # type: ignore[arg-type]
+        sqlite.create_index()
+        for axis in range(4):
+            sqlite.index("E", str(axis), "words", unit(axis))
+        (path,) = [row[2] for row in sqlite.run("PRAGMA database_list")]
+        connection = sqlite3.connect(path, isolation_level=None, factory=Refusing)
+        assert not sqlite_vectors.load_sqlite_vec(connection)
+        reader = SqliteReader(connection)
+        assert search(reader, "q", query_vector=unit(2), mode="vector")[0].id == "2"
+        assert reader._vectors._block is not None
+        assert len(recwarn) == 0
+        connection.close()
+
+    def test_the_callers_connection_in_memory_is_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        loaded: list[Any] = []
+        monkeypatch.setitem(sys.modules, "sqlite_vec", SimpleNamespace(load=loaded.append))  # type: ignore[arg-type]
+        connection = sqlite3.connect(":memory:")
+        assert not sqlite_vectors.load_sqlite_vec(connection)
+        assert loaded == []
+        connection.close()
 
 
 class TestStatus:

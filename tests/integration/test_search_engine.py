@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import random
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +39,7 @@ from servers import (
 from sqlalchemy.pool import StaticPool
 
 import kdb_fast
-from kdb_fast import batches, connections
+from kdb_fast import batches, connections, transactions
 from kdb_fast.batches import BatchWriter
 from kdb_fast.database import DatabaseAddress
 from kdb_fast.errors import DatabaseError, RecordError, SchemaError, UsageError
@@ -227,6 +229,16 @@ def test_deleting_a_record_and_one_that_is_not_there(search: SearchEngine, addre
     assert contents(address) == {("Mail", "1"): "one bird"}
     check_in_step(address)
     assert [(r.entity, r.id) for r in search.search("bird")] == [("Mail", "1")]
+
+
+def test_thousands_of_deletions_in_one_batch(search: SearchEngine, address: DatabaseAddress) -> None:
+    records = [("Note", f"r{i}", "same text") for i in range(2500)]
+    search.index_records_batch(records)
+    with search.transaction():
+        for entity, record_id, _ in records[:2300]:
+            search.delete_record(entity, record_id)
+    assert sorted(contents(address)) == sorted(record[:2] for record in records[2300:])
+    check_in_step(address)
 
 
 BAD = [
@@ -887,6 +899,35 @@ def test_table_of_another_program_is_refused(address: DatabaseAddress, engine: s
         SearchEngine(engine)
 
 
+def test_sqlalchemy_is_not_needed_for_a_url(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['sqlalchemy'] = None\n"
+        "from kdb_fast import SearchEngine, UsageError\n"
+        "with SearchEngine(sys.argv[1]) as search:\n"
+        "    search.index_records_batch([('Note', '1', 'about whales'), ('Note', '2', 'about ships')])\n"
+        "    print(search.search('whales')[0].id)\n"
+        "    try: search.for_session(None)\n"
+        "    except UsageError as error: print(error)\n"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code, f"sqlite:///{tmp_path}/index.db"],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert answer.stdout.splitlines() == ["1", "for_session needs SQLAlchemy, which is not installed."]
+
+
+def test_embedded_server_runs_as_long_as_the_engine(words: Words) -> None:
+    with tempfile.TemporaryDirectory(prefix="kdb-fast-tests-") as folder:
+        Path(folder).chmod(0o755)
+        data = Path(folder) / "data"
+        for number in (1, 2):
+            with SearchEngine(f"embedded:{data}", words) as search:
+                search.index_record("Note", str(number), "about whales")
+                assert len(search.search("whales")) == number
+                assert (data / "postmaster.pid").exists()
+            assert not (data / "postmaster.pid").exists()
+
+
 # -- SQLite in memory --------------------------------------------------------------------------------------
 
 
@@ -978,6 +1019,125 @@ def test_searching_and_writing_threads(search: SearchEngine, address: DatabaseAd
     assert len(rows) == 6 * 5 * 3 + 1
     check_vectors(rows, words)
     check_in_step(address)
+
+
+class Meeting(Words):
+    """Two of these wait for each other once, when both have embedded their second text."""
+
+    def __init__(self, barrier: threading.Barrier) -> None:
+        super().__init__()
+        self.barrier = barrier
+
+    def embed_batch(self, texts: list[str]) -> list[list[float]]:
+        vectors = super().embed_batch(texts)
+        if len(self.batches) == 2:
+            self.barrier.wait(20)
+        return vectors
+
+
+class Crosswise:
+    """Two engines write the same two records in opposite orders, each holding its first when it wants the other's.
+
+    Attributes:
+        errors: What came of each engine's batch.
+        begun: Transactions that each began.
+    """
+
+    def __init__(self, address: DatabaseAddress, build: Build, write: Callable[[SearchEngine, Any], None]) -> None:
+        execute(address, f"ALTER DATABASE {database_name(address)} SET deadlock_timeout = '20ms'")
+        barrier = threading.Barrier(2)
+        self.providers = [Meeting(barrier) for _ in range(2)]
+        self.errors: list[BaseException | None] = [None, None]
+        self.begun = [0, 0]
+        self._write = write
+        searches = [build(address, provider) for provider in self.providers]
+        threads = [threading.Thread(target=self._run, args=(n, search)) for n, search in enumerate(searches)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _run(self, number: int, search: SearchEngine) -> None:
+        begin = search._begin
+
+        def counting() -> Any:
+            self.begun[number] += 1
+            return begin()
+
+        search._begin = counting  # type: ignore[method-assign]
+        keys = ("x", "y") if number == 0 else ("y", "x")
+        try:
+            self._write(search, [("Note", key, f"{key} of engine {number}") for key in keys])
+        except BaseException as error:
+            self.errors[number] = error
+
+
+def in_a_batch(search: SearchEngine, records: Any) -> None:
+    search.index_records_batch(iter(records))
+
+
+def in_a_block(search: SearchEngine, records: Any) -> None:
+    with search.transaction():
+        for record in records:
+            search.index_record(*record)
+
+
+@pytest.mark.parametrize("write", [in_a_batch, in_a_block])
+@pytest.mark.parametrize("existing", [True, False])
+def test_batches_that_lock_each_other_out_are_both_written(
+    database: DatabaseAddress,
+    build: Build,
+    monkeypatch: pytest.MonkeyPatch,
+    existing: bool,
+    write: Callable[[SearchEngine, Any], None],
+) -> None:
+    if existing:
+        build(database, Words()).index_records_batch([("Note", key, "before") for key in ("x", "y")])
+    monkeypatch.setattr(batches, "CHUNK_ROWS", 1)  # else they would be written in the order of their keys
+    both = Crosswise(database, build, write)
+    assert both.errors == [None, None]
+    assert sorted(both.begun) == [1, 2], "one of them was rolled back and written again"
+    assert [len(provider.batches) for provider in both.providers] == [2, 2], "no text was embedded again"
+    rows = index_rows(database)
+    assert {row.content for row in rows.values()} in [{f"{key} of engine {n}" for key in "xy"} for n in (0, 1)]
+    check_vectors(rows, both.providers[0])
+
+
+@pytest.mark.parametrize("why", ["every attempt failed", "too many to remember"])
+def test_batch_that_cannot_be_written_again_is_an_error_and_nothing_of_it_stored(
+    database: DatabaseAddress, build: Build, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr(batches, "CHUNK_ROWS", 1)
+    if why == "every attempt failed":
+        monkeypatch.setattr(transactions, "WAITS", ())
+    else:
+        monkeypatch.setattr(transactions, "QUEUE_BYTES", 1)
+    both = Crosswise(database, build, in_a_batch)
+    (loser,) = [n for n, error in enumerate(both.errors) if error]
+    with pytest.raises(DatabaseError, match="Another transaction wrote the same rows while writing: deadlock"):
+        raise both.errors[loser] or AssertionError
+    assert both.begun == [1, 1]
+    assert {row.content for row in index_rows(database).values()} == {f"{key} of engine {1 - loser}" for key in "xy"}
+
+
+def test_overlapping_batches_of_several_threads_all_succeed(database: DatabaseAddress, build: Build) -> None:
+    keys = [f"r{number}" for number in range(60)]
+    engines = [build(database, Hashes()) for _ in range(3)]
+
+    def work(number: int) -> None:
+        order = random.Random(number)
+        for turn in range(4):
+            order.shuffle(keys_of[number])
+            engines[number].index_records_batch([("Note", k, f"{k} {number} {turn}") for k in keys_of[number]])
+            engines[number].delete_record("Note", keys_of[number][0])
+            engines[number].index_record("Note", keys_of[number][0], "again")
+
+    keys_of = [list(keys) for _ in engines]
+    with ThreadPoolExecutor(len(engines)) as pool:
+        list(pool.map(work, range(len(engines))))
+    rows = index_rows(database)
+    assert sorted(key[1] for key in rows) == sorted(keys)
+    check_vectors(rows, Hashes())
 
 
 def test_threads_that_ended_leave_no_connections(database: DatabaseAddress, words: Words, build: Build) -> None:
@@ -1123,14 +1283,3 @@ def test_importing_the_package_costs_nothing() -> None:
     loaded = {name.split(".")[0] for name in answer.stdout.split()}
     assert "kdb_fast" in loaded
     assert not loaded & {"numpy", "psycopg", "onnxruntime", "fastembed", "sqlalchemy", "httpx", "psutil"}
-
-
-def test_every_public_name_is_described() -> None:
-    for name in kdb_fast.__all__:
-        assert (getattr(kdb_fast, name).__doc__ or "").strip(), name
-    from kdb_fast.search import SessionBatch
-
-    for owner in (SearchEngine, SessionBatch):
-        for name, member in vars(owner).items():
-            if not name.startswith("_"):
-                assert (member.__doc__ or "").strip(), f"{owner.__name__}.{name}"

@@ -19,7 +19,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 from sqlalchemy.pool import StaticPool
 
-from kdb_fast import batches
+from kdb_fast import transactions
 from kdb_fast.database import DatabaseAddress
 from kdb_fast.errors import RecordError, UsageError
 from kdb_fast.providers import ProviderError
@@ -173,7 +173,7 @@ def test_empty_block_touches_nothing(search: SearchEngine, address: DatabaseAddr
 @pytest.fixture
 def small_queue(monkeypatch: pytest.MonkeyPatch) -> int:
     """Room for about five short records."""
-    monkeypatch.setattr(batches, "QUEUE_BYTES", 5 * (batches.OPERATION_BYTES + 10))
+    monkeypatch.setattr(transactions, "QUEUE_BYTES", 5 * (transactions.OPERATION_BYTES + 10))
     return 5
 
 

@@ -568,20 +568,6 @@ def test_a_full_disk_takes_back_the_whole_flush_and_it_can_be_repeated(index: In
     index.assert_in_step()
 
 
-def test_an_interrupt_takes_back_the_flush(index: Index) -> None:
-    run = index.begin()
-    store = index.store
-    store.interrupt()
-    store._connection.create_function("stop_now", 0, lambda: store.interrupt())
-    store._connection.execute("CREATE TEMP TRIGGER stop AFTER INSERT ON main.kdb_search BEGIN SELECT stop_now(); END")
-    slots = [index.fill(0, numbered(20), {}, "note"), index.fill(1, numbered(20), {}, "memo")]
-    with pytest.raises(DatabaseError, match="interrupted"):
-        store.flush(run, 1, slots, [], [])
-    assert store.count() == 0
-    store._connection.execute("DROP TRIGGER stop")
-    assert store.flush(run, 1, slots, [], []).rows == 40
-
-
 def test_no_vector_index_is_dropped_built_or_missed(index: Index) -> None:
     assert index.store.defer_index() == "none"
     assert not index.store.index_missing()

@@ -7,6 +7,7 @@ if the index's row is the one the parent saw, or if this run wrote it; else it i
 from __future__ import annotations
 
 import hashlib
+import pickle
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from kdb_fast import pipeline as module
 from kdb_fast.engine import Engine, Event, Note, SlotFilled
 from kdb_fast.errors import RejectLimitError
 from kdb_fast.flushing import FlushSize
-from kdb_fast.messages import Finish, Finished, Flush, Flushed, PrepareIndex
+from kdb_fast.messages import Finish, Finished, Flush, Flushed, PrepareIndex, row_bits, rows_of_bits
 from kdb_fast.pipeline import Counts, Pipeline, Stop, limited
 from kdb_fast.records import MAX_CONTENT_BYTES, Record, Reject, content_hash, unfit
 from kdb_fast.settings import RejectLimit
@@ -217,7 +218,7 @@ class FakeEngine(Engine):
                 np.testing.assert_array_equal(slot.vectors[i], vector_of(content), "a vector of another text")
                 there = self.index.rows.get(key)
                 if REFUSED in content:
-                    refused.append((slot.number, i, "check", "the database refused the row"))
+                    refused.append((slot.number, i))
                 elif there is None or there.run == self.index.run or (slot.known[i] and slot.stamp[i] == there.stamp):
                     self.index.write(key, content, FINGERPRINT, self.index.run)
                     rows += 1
@@ -225,7 +226,7 @@ class FakeEngine(Engine):
                     lost.append((slot.number, i))
         self.index.rejects += message.rejects
         self.index.deletes += message.deletes
-        return Flushed(message.number, rows, 10 * rows, len(message.deletes), 0.01, tuple(lost), tuple(refused))
+        return Flushed(message.number, rows, 10 * rows, len(message.deletes), 0.01, row_bits(lost), row_bits(refused))
 
     def _slots_of_flush(self) -> set[int]:
         return {rows.slot for rows in self._request.slots} if isinstance(self._request, Flush) else set()
@@ -360,6 +361,7 @@ class Setup(NamedTuple):
     goal: int
     cache: int
     force: bool
+    full_shards: bool
 
     def run(self, index: Index, patch: pytest.MonkeyPatch, **options: Any) -> Run:
         with_small_thresholds(patch, eager=self.eager, window=self.window)
@@ -368,6 +370,7 @@ class Setup(NamedTuple):
         run = Run(index, shape=shape, workers=self.workers, choose=choose, force=self.force, **options)
         run.pipeline._window_goal = self.goal
         run.pipeline._cache = small_cache(self.cache)
+        run.engine.full_shards = self.full_shards
         return run
 
 
@@ -382,6 +385,7 @@ SETUPS = st.builds(
     goal=st.integers(1, 24),
     cache=st.sampled_from([4, 6, 256]),
     force=st.booleans(),
+    full_shards=st.booleans(),
 )
 
 
@@ -390,6 +394,12 @@ def small_cache(capacity: int) -> VectorCache:
     cache.capacity = capacity
     cache._ring, cache._owner = cache._ring[:capacity], cache._owner[:capacity]
     return cache
+
+
+def is_written(index: Index, key: Key, items: Sequence[Item]) -> bool:
+    """Whether this run has written the row; or a record equals what was stored, and so outdates those before it."""
+    entry = index.rows[key]
+    return entry.run == index.run or any(i[:2] == key and i[2] == entry.content for i in items)
 
 
 def index_of(initial: dict[Key, tuple[str, str | None]]) -> Index:
@@ -472,7 +482,7 @@ def test_a_run_that_was_stopped_is_completed_by_the_next(
             assert not p._rejects or p.engine is None
             assert run.engine.writer_idle
             for key in run.engine.delivered:
-                assert index.rows[key].run == index.run, "what was embedded is written"
+                assert is_written(index, key, items), "what was embedded is written"
             assert run.counts.accounted <= run.counts.read
         for key, content in index.contents().items():
             assert content in possible[key]
@@ -503,7 +513,7 @@ def test_a_run_over_its_reject_limit_ends_after_writing_what_is_embedded(
     assert not any((p._filled, p._reuse, p._writing, p._rejects, p._embedding()))
     assert len(index.rejects) == run.counts.rejected, "every reject can be looked up"
     for key in run.engine.delivered:
-        assert index.rows[key].run == index.run, "what was embedded is written"
+        assert is_written(index, key, items), "what was embedded is written"
 
 
 FOREIGN = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 7)), max_size=6)
@@ -709,12 +719,13 @@ def test_texts_beyond_the_cache_are_embedded_again_and_rightly() -> None:
     page=st.integers(1, 12),
     slots=st.integers(2, 8),
     workers=st.integers(1, 3),
+    full_shards=st.booleans(),
 )
 def test_rows_held_do_not_grow_with_the_stream(
-    seed: int, distinct: int, window: int, page: int, slots: int, workers: int
+    seed: int, distinct: int, window: int, page: int, slots: int, workers: int, full_shards: bool
 ) -> None:
     chance = random.Random(seed)
-    setup = Setup(seed, page, workers, slots, False, window, window, 256, False)
+    setup = Setup(seed, page, workers, slots, False, window, window, 256, False, full_shards)
     items = [record(n, f"text {chance.randrange(distinct)}") for n in range(600)]
     most = 0
     with pytest.MonkeyPatch.context() as patch:
@@ -765,6 +776,33 @@ def test_rejects_and_deletions_are_written_as_they_come(kind: str, monkeypatch: 
     assert len(run.index.rejects) + len(run.index.deletes) == 500
     assert len(set(run.index.deletes)) == len(run.index.deletes)
     run.assert_all_is_given_back()
+
+
+def test_no_message_is_larger_than_a_pipe_holds() -> None:
+    run = Run()
+    names = [f"{n} 𝄞" * 30 for n in range(2000)]
+    deletes = [("E" * 255, name) for name in names]
+    run.pipeline.run(
+        iter(
+            [[Reject(name, name, "broken_line", name * 20, bytes([n % 256]) * 32, n) for n, name in enumerate(names)]]
+        ),
+        lambda: [deletes.pop() for _ in range(len(deletes))],
+    )
+    run.pipeline.finish(tuple(names))
+    assert max(len(pickle.dumps(message)) for message in run.engine.requests) < 64 * 1024
+    assert [reject.position for reject in run.index.rejects] == list(range(2000))
+    assert sorted(key for _, key in run.index.deletes) == sorted(names)
+    pruned = [message for message in run.engine.requests if isinstance(message, Finish)]
+    assert [name for message in pruned for name in message.prune] == names
+    assert [message.build_index for message in pruned] == [False] * (len(pruned) - 1) + [True]
+    run.assert_all_is_given_back()
+
+
+def test_the_answer_to_a_flush_is_small_whatever_became_of_its_rows() -> None:
+    rows = [(slot, row) for slot in range(80) for row in range(0, 128, 3)]
+    assert rows_of_bits(row_bits(rows)) == set(rows)
+    assert rows_of_bits(row_bits([])) == set()
+    assert len(pickle.dumps(Flushed(1, 0, 0, 0, 0.0, row_bits(rows), row_bits(rows)))) < 8 * 1024
 
 
 # -- what is not embedded ----------------------------------------------------------------------------------
@@ -1076,6 +1114,43 @@ def test_finish_prunes_counts_and_collects_what_the_server_said() -> None:
     assert run.pipeline.warnings == ["said at the end"]
     assert run.pipeline.index_text == "built ix_kdb_search_fts"
     assert run.phases == {"embed", "index"}
+
+
+def test_where_a_request_costs_the_same_for_any_rows_shards_wait_until_they_are_full() -> None:
+    sizes: dict[bool, list[int]] = {}
+    for full_shards in (True, False):
+        run = Run(shape=SlabShape(6, 10, DIMENSIONS, 8192))
+        run.engine.full_shards = full_shards
+        run.pipeline._window_goal = 1
+        given = sizes[full_shards] = []
+        embed = run.engine.embed
+        run.engine.embed = lambda slot, generation, rows, given=given, embed=embed: (  # type: ignore[method-assign, misc]
+            given.append(rows),
+            embed(slot, generation, rows),
+        )
+        items = [record(number, f"text {number}") for number in range(96)]
+        run.go(items, page=8)
+        run.assert_all_is_given_back()
+        assert run.index.contents() == last_good(items, {})
+    assert sizes[True] == [10] * 9 + [6]
+    assert len(sizes[False]) > 10
+
+
+def test_rows_of_one_text_do_not_wait_for_a_full_shard() -> None:
+    run = Run(shape=SlabShape(6, 10, DIMENSIONS, 8192))
+    run.engine.full_shards = True
+    run.pipeline._window_goal = 1
+    most = 0
+
+    def look() -> None:
+        nonlocal most
+        most = max(most, run.pipeline._waiting_rows)
+
+    run.engine.before_poll = look
+    run.go([record(number, "the same") for number in range(300)], page=5)
+    run.assert_all_is_given_back()
+    assert (run.counts.stored, run.counts.reused) == (1, 299)
+    assert most < 30
 
 
 def test_finish_of_an_unchanged_index_still_looks_after_the_index() -> None:

@@ -21,6 +21,7 @@ def planned(
     workers: int | None = None,
     dimensions: int = 384,
     model_bytes: int = 90_000_000,
+    shard_rows: int | None = None,
 ) -> Plan:
     """A plan for a machine with so many CPUs and so much memory."""
     usable = cpus if quota is None else max(1, min(cpus, -int(-quota // 1)))
@@ -29,7 +30,7 @@ def planned(
         patch.setattr(plan, "usable_cpus", lambda: usable)
         patch.setattr(plan, "cpu_quota", lambda: quota)
         patch.setattr(plan, "available_memory", lambda: memory)
-        return make_plan(workers=workers, dimensions=dimensions, model_bytes=model_bytes)
+        return make_plan(workers=workers, dimensions=dimensions, model_bytes=model_bytes, shard_rows=shard_rows)
 
 
 def test_one_worker_for_each_cpu() -> None:
@@ -71,6 +72,14 @@ def test_slots_follow_the_workers_and_the_memory() -> None:
     tight = planned(cpus=4, workers=4, memory=20 * one * MEMORY_FOR_SLAB)
     assert tight.shape.slots == 20
     assert tight.reasons[1].endswith("limited by memory)")
+
+
+def test_of_large_slots_there_are_fewer() -> None:
+    small, usual, large = (planned(cpus=8, shard_rows=rows) for rows in (10, None, 2048))
+    assert [made.shape.rows for made in (small, usual, large)] == [10, SHARD_ROWS, 2048]
+    assert small.shape.slots == usual.shape.slots == 3 * 8 + 32
+    assert large.shape.slots == 2 * 8 + 2
+    assert "18 slots of 2048 rows" in large.reasons[1]
 
 
 @settings(deadline=None)

@@ -25,7 +25,6 @@ from kdb_fast.models import Model
 from kdb_fast.openai_answers import OddAnswerError, decode, duration, read_problem, server_wait
 from kdb_fast.openai_inputs import MAX_INPUT_TOKENS, cut_bytes, pack, shorter
 from kdb_fast.providers import (
-    MAX_BATCH,
     EmbeddingProvider,
     EmbeddingResult,
     FastEmbedProvider,
@@ -36,7 +35,6 @@ from kdb_fast.providers import (
     ProviderError,
     ProviderInputError,
     as_provider,
-    batch_limit,
     get_provider,
     provider_fingerprint,
 )
@@ -148,16 +146,6 @@ def test_missing_package_is_an_import_error_with_the_command(monkeypatch: pytest
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install kdb-fast"):
         get_provider("fastembed")
-
-
-def test_batch_limit_is_the_providers() -> None:
-    own = Own()
-    with OpenAIProvider(api_key="sk-1") as openai:
-        assert batch_limit(openai) == MAX_BATCH["openai"] == 2048
-    assert batch_limit(FastEmbedProvider()) == MAX_BATCH["fastembed"] == 1000
-    assert batch_limit(own) == 64
-    own.max_batch = 7  # type: ignore[attr-defined]
-    assert batch_limit(own) == 7
 
 
 # --- fingerprints ---
@@ -363,8 +351,12 @@ def test_fastembed_finds_a_model_in_another_directory(minilm: Model, tmp_path: P
 def test_fastembed_option_that_would_have_no_effect_is_refused() -> None:
     with pytest.raises(OptionError, match="no option cuda"):
         get_provider("fastembed", cuda=True)
-    with pytest.raises(ValueError, match="expected at least 1"):
-        get_provider("fastembed", batch_size=0)
+    for size in (0, 1001):
+        with pytest.raises(ValueError, match=f"batch_size is {size}; expected 1 to 1,000"):
+            get_provider("fastembed", batch_size=size)
+    with pytest.raises(ValueError, match="threads is 0; expected at least 1"):
+        get_provider("fastembed", threads=0)
+    assert get_provider("fastembed", batch_size=1000).model_name
 
 
 # --- options of the OpenAI provider ---
@@ -393,6 +385,8 @@ def test_openai_defaults_are_kameleondbs() -> None:
         ({"dimensions": True}, "dimensions is True"),
         ({"max_retries": -1}, "max_retries is -1"),
         ({"concurrency": 0}, "concurrency is 0"),
+        ({"max_inputs": 0}, "max_inputs is 0; expected a whole number from 1 to 2,048"),
+        ({"max_inputs": 2049}, "max_inputs is 2049; expected a whole number from 1 to 2,048"),
         ({"timeout": 0}, "timeout is 0"),
         ({"base_url": "api.openai.com"}, "base_url is not an HTTP address"),
         ({"base_url": "ftp://host/v1"}, "base_url is not an HTTP address"),

@@ -1,0 +1,116 @@
+"""The process and its terminal: standard streams, arguments and errors, shown so that nothing breaks or leaks."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import shlex
+import sys
+import traceback
+from typing import Any
+
+from .errors import KdbFastError, ResourceError
+from .records import storable_key
+
+LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EAGAIN, errno.EROFS}
+"""Errors of the operating system that speak about limits of the machine, not about kdb-fast."""
+
+MESSAGE_CHARS = 8000
+DETAIL_CHARS = 500
+"""Characters of an error that nobody expected: it may quote a record."""
+
+
+def open_standard_streams() -> None:
+    """Give a process that was started with closed standard streams (``>&-``) the null device in their place.
+
+    Otherwise the next file or socket that is opened, a database's perhaps, would be where libraries print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+            os.set_inheritable(number, True)
+    # sys.stdin stays None: an input that cannot be read must not look like an empty one.
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        # What the terminal's encoding does not have is written as an escape.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush_or_discard(stream: Any) -> None:
+    """Write what is still in a stream's buffer; where that fails, send it nowhere, or it would fail again at exit."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def complain(text: str) -> None:
+    """Print to standard error, without what could move a terminal's cursor; a closed one is no error."""
+    lines = (storable_key(line, MESSAGE_CHARS) for line in text.split("\n"))
+    with contextlib.suppress(OSError):
+        print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def unexpected(error: Exception, arguments: list[str]) -> KdbFastError:
+    """What to say of an exception that nobody expected: a limit of the machine, or a defect of kdb-fast."""
+    if isinstance(error, MemoryError):
+        return ResourceError(
+            "Memory ran out.",
+            remedy="Use fewer --workers, or raise the limit (ulimit -v or the container's). What was committed is safe.",
+        )
+    if isinstance(error, OSError) and error.errno in LIMITS:
+        where = f" ({error.filename})" if error.filename else ""
+        return ResourceError(
+            f"The system refused to write or open something: {error.strerror}{where}.",
+            remedy="Free disk space, or raise the limits (ulimit -a shows them). What was committed is safe.",
+        )
+    # Where it happened, without the values: they could be records or secrets.
+    complain("".join(traceback.format_tb(error.__traceback__)).rstrip())
+    detail = without_secrets(" ".join(str(error).split()), arguments)[:DETAIL_CHARS]
+    return KdbFastError(
+        f"Unexpected {type(error).__name__}: {detail}.",
+        remedy="This is a defect of kdb-fast: please report it with the lines above. What was committed is safe.",
+    )
+
+
+def without_secrets(text: str, arguments: list[str]) -> str:
+    """``text`` without the passwords of the addresses that were given, and without the key of an API."""
+    from .database import parse_address, redact
+
+    for url in [*(argument.removeprefix("--db=") for argument in arguments), os.environ.get("KDB_FAST_DB")]:
+        with contextlib.suppress(KdbFastError):
+            text = redact(text, parse_address(url)) if url else text
+    key = os.environ.get("OPENAI_API_KEY")
+    return text.replace(key, "********") if key else text
+
+
+def command_line(arguments: list[str]) -> str:
+    """A command to be typed again; an address that may hold a password is left out."""
+    return "kdb-fast " + " ".join(_shown(argument) for argument in arguments)
+
+
+def _shown(argument: str) -> str:
+    if "://" in argument and ("@" in argument or "password" in argument):
+        return "--db $KDB_FAST_DB" if argument.startswith("--db=") else "$KDB_FAST_DB"
+    return shell_word(argument)
+
+
+def shell_word(text: str) -> str:
+    """``text`` as one word of a command that can be typed in a shell, without unprintable characters."""
+    if text.isprintable():
+        return shlex.quote(text)
+    # The shells' form for characters that cannot be printed.
+    quoted = text.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(c if c.isprintable() else _escape(ord(c)) for c in quoted) + "'"
+
+
+def _escape(code: int) -> str:
+    # Half a surrogate pair stands for a byte of the argument that is not UTF-8.
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\U{code:08x}"

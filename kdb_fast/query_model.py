@@ -1,0 +1,152 @@
+"""The vector of a query: by the model that made the vectors of the index, since those of two cannot be compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import SchemaError
+from .model_files import same_model
+from .records import storable_key
+from .settings import DEFAULT_MODEL
+from .stores.base import RUNS, TABLE
+from .stores.reading import columns_of, rows_of
+
+Vector = npt.NDArray[np.float32]
+
+PATIENCE = {"timeout": 20.0, "max_retries": 2, "concurrency": 1}
+"""Of a provider's API: somebody waits for the answer."""
+
+
+class IndexModel(NamedTuple):
+    """What made the vectors of an index; None for what is not known."""
+
+    name: str | None
+    dimensions: int | None
+    fingerprint: str | None
+
+
+def index_model(connection: Any, dialect: str) -> IndexModel | None:
+    """The model of the newest run that has written, else that of any row; None for an index without vectors.
+
+    Raises:
+        SchemaError: There is no index.
+        DatabaseError: The database cannot answer.
+    """
+    rows = rows_of(connection, dialect)
+    present = columns_of(rows, dialect, (TABLE, RUNS))
+    if TABLE not in present:
+        raise SchemaError("There is no search index in this database.", remedy="Build it: kdb-fast reindex --db …")
+    fingerprint = "kdb_fast_fingerprint" if "kdb_fast_fingerprint" in present[TABLE] else "NULL"
+    found = rows(f"SELECT model, dimensions, {fingerprint} FROM {TABLE} WHERE embedding IS NOT NULL LIMIT 1", {})  # noqa: S608
+    if found and RUNS in present:
+        newest = f"SELECT model, dimensions, fingerprint FROM {RUNS} WHERE last_flush > 0 ORDER BY run DESC LIMIT 1"  # noqa: S608
+        found = rows(newest, {}) or found
+    return IndexModel(*found[0]) if found else None
+
+
+def embed_query(
+    query: str,
+    made: IndexModel | None,
+    *,
+    provider: str | None = None,
+    model: str | None = None,
+    model_path: Path | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Vector:
+    """The query's vector (float32, dimensions), always in fp32.
+
+    Args:
+        made: What made the vectors of the index.
+        provider: ``fastembed`` or ``openai``; None for the one that serves the model.
+        model: Name of the model; None for that of the index.
+        model_path: Directory of a FastEmbed model, instead of looking it up.
+        warn: Called where the model is that of the index by name only.
+
+    Raises:
+        SchemaError: The vectors of the index are another model's.
+        ModelError: The model is not to be had.
+        UsageError: The provider lacks a key or a package.
+        ProviderError: The provider's API does not answer.
+    """
+    if provider is None:
+        provider = "openai" if model_path is None and _is_openais(made, model) else "fastembed"
+    name = model or _name_of(made, provider)
+    if provider == "openai":
+        return _by_openai(query, made, name, warn)
+    from .encoder import Encoder, EncoderSpec
+    from .models import resolve
+
+    found = resolve(name or DEFAULT_MODEL, model_path)
+    _check(made, found.name, found.dimensions, {found.fingerprint()}, warn)
+    vector: Vector = Encoder(EncoderSpec(found, batch_size=1)).embed([query])[0]
+    return vector
+
+
+def _by_openai(query: str, made: IndexModel | None, name: str | None, warn: Callable[[str], None]) -> Vector:
+    from .providers import OPENAI_DIMENSIONS, OPENAI_MODEL, get_provider, provider_fingerprint
+
+    dimensions = (made and made.dimensions) or OPENAI_DIMENSIONS
+    with get_provider("openai", model=name or OPENAI_MODEL, dimensions=dimensions, **PATIENCE) as provider:
+        _check(made, provider.model_name, provider.dimensions, {provider_fingerprint(provider)}, warn)
+        return np.asarray(provider.embed(query), np.float32)
+
+
+def _is_openais(made: IndexModel | None, model: str | None) -> bool:
+    """Whether the model is OpenAI's by its name, or has been asked for at the address that is set now."""
+    name = model or (made and made.name) or ""
+    if name.startswith("text-embedding-"):
+        return True
+    address = os.environ.get("OPENAI_BASE_URL")
+    if made is None or made.fingerprint is None or made.dimensions is None or not address or name != made.name:
+        return False
+    from .providers import openai_fingerprint
+
+    return made.fingerprint == openai_fingerprint(name, made.dimensions, address)
+
+
+def _name_of(made: IndexModel | None, provider: str) -> str | None:
+    """The model of the index, if this provider may serve it; None for the provider's default."""
+    if made is None or made.name is None or _same(made.name, DEFAULT_MODEL):
+        return None
+    return made.name if (provider == "openai") == _is_openais(made, None) else None
+
+
+def _check(
+    made: IndexModel | None, name: str, dimensions: int, fingerprints: set[str], warn: Callable[[str], None]
+) -> None:
+    """Raises SchemaError if the vectors of the index cannot be compared with those of this model."""
+    if made is None:
+        return
+    theirs = storable_key(made.name or "an unknown model")
+    remedy = (
+        "Leave out --model and --provider to search with the index's own model, or make the index anew with this one: "
+        f"kdb-fast reindex {'--provider openai ' if _is_openais(None, name) else ''}--model {storable_key(name)}"
+    )
+    if made.dimensions not in (None, dimensions):
+        raise SchemaError(
+            f"The index holds vectors of {made.dimensions} dimensions, made by {theirs}; {storable_key(name)} gives "
+            f"{dimensions}.",
+            remedy=remedy,
+        )
+    if made.name is not None and not _same(made.name, name):
+        raise SchemaError(
+            f"The index holds vectors of the model {theirs}, not of {storable_key(name)}; they cannot be compared.",
+            remedy=remedy,
+        )
+    if made.fingerprint and not any(same_model(made.fingerprint, known) for known in fingerprints):
+        warn(
+            f"the index was made with other files or another address of {storable_key(name)} than are in use now, so "
+            "results may be worse. A reindex makes it anew."
+        )
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two names mean one model: without the publisher, in any case; the index keeps 100 characters."""
+    first, second = (name.lower()[:100].rpartition("/")[2] for name in (one, other))
+    return first == second

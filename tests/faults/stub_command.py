@@ -1,0 +1,85 @@
+"""kdb-fast's command line with a stub for the model and limits that suit small jobs, ready in a moment.
+
+Run as a program it waits for requests on standard input and forks for each command, so that a command is a process
+of its own that need not import anything first; see ``commands.py`` for the other end. All else is real: the children
+that a command starts, their pipes, the slab and the database.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import poison_worker
+import psycopg  # noqa: F401 - imported once for all commands
+
+from kdb_fast import cli, database, engine, faults, flushing, pipeline, plan, progress, report, sources, supervisor
+from kdb_fast import reindex as reindex_module
+from kdb_fast.models import Model
+from kdb_fast.stores import open_store, pg_index, pg_runs, postgresql, sqlite, sqlite_runs
+
+__all__ = ["database", "open_store", "pipeline", "postgresql", "progress", "report", "sources", "sqlite"]
+
+MODEL = Model("stub", Path(), "stub.onnx", 384, 512, "mean", True, ())
+
+SHARD_ROWS = 8
+
+
+def use_stubs() -> None:
+    """Replace the model, and make shards, flushes and waiting times small; ``LC_SECONDS`` may set more of these."""
+    reindex_module.resolve = lambda *args, **options: MODEL
+    engine.Encoder = poison_worker.StubEncoder  # type: ignore[assignment, misc]
+    supervisor.ProcessEngine.__init__ = functools.partialmethod(  # type: ignore[assignment, method-assign]
+        supervisor.ProcessEngine.__init__, worker_target=poison_worker.run
+    )
+    plan.SHARD_ROWS = SHARD_ROWS
+    flushing.FLOOR_BYTES = 25_000  # about 15 rows
+    pg_index.DEFER_FLOOR = 10
+    supervisor.STOPPED_SECONDS, supervisor.CHECK_SECONDS = 0.3, 0.1
+    seconds = json.loads(os.environ.get("LC_SECONDS", "{}"))
+    pg_runs.STALE_SECONDS = sqlite_runs.STALE_SECONDS = seconds.get("stale", pg_runs.STALE_SECONDS)
+    postgresql.LIMITS = postgresql.LIMITS.replace("'30s'", f"'{seconds.get('lock', 30)}s'")
+    database.SQLITE_BUSY_TIMEOUT = seconds.get("busy", database.SQLITE_BUSY_TIMEOUT)
+    pipeline.DRAIN_SECONDS = seconds.get("drain", pipeline.DRAIN_SECONDS)
+    reindex_module.GRACE_SECONDS = seconds.get("grace", reindex_module.GRACE_SECONDS)
+
+
+def _command(arguments: list[str], environment: dict[str, str], directory: Path) -> None:
+    """In the forked process: run the command with its output in ``directory``, and end."""
+    for number, name in ((0, os.devnull), (1, directory / "out"), (2, directory / "err")):
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o600)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.environ.update(environment)
+    faults.load_plan(os.environ.get("KDB_FAST_FAULT"))
+    use_stubs()
+    code = 1
+    with contextlib.suppress(SystemExit):
+        code = cli.run(arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def serve() -> None:
+    """Answer requests, a JSON object on a line each, until standard input ends."""
+    for line in sys.stdin:
+        request: dict[str, Any] = json.loads(line)
+        answer: int | None
+        if "arguments" in request:
+            answer = os.fork()
+            if answer == 0:
+                _command(request["arguments"], request["environment"], Path(request["directory"]))
+        else:
+            pid, status = os.waitpid(request["wait_for"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
