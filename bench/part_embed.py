@@ -43,11 +43,12 @@ def run(options: Options) -> Result:
     with session(options) as s:
         bars: list[Bar] = []
         rows: list[list[str]] = []
+        faster: list[list[str]] = []
         for name in ("tickets", "contacts"):
             dataset = s.dataset(name, options.size(RECORDS, 300))
             outcomes = alternate(_contenders(s, dataset), s.runs, s.reset)
             result.raw[name] = raw(outcomes.values())
-            ceiling, encode, whole = outcomes.values()
+            ceiling, encode, whole, *lower = outcomes.values()
             share, with_attention = _shares(ceiling, encode, _attention(dataset))
             rows.append(
                 [
@@ -62,11 +63,21 @@ def run(options: Options) -> Result:
                     pairwise(encode.values("seconds"), whole.values("seconds")).text(3),
                 ]
             )
+            for o in lower:
+                if o.skipped:
+                    result.caveats.append(f"Not run: {name}: {o.skipped}.")
+                    continue
+                faster.append([name, o.contender.label, spread(o.rates).text(0),
+                               pairwise(encode.values("seconds"), o.values("seconds")).text(2, "×"),
+                               spread(100 * _padding(run) for run in o.runs).text(2, " %"),
+                               spread(b / 1e6 for b in o.values("worker_pss_bytes")).text(0)])  # fmt: skip
             bars.append(Bar(f"{name}: products with weights", share, True))
             bars.append(Bar(f"{name}: with attention", with_attention))
         columns = ("records", "ceiling GFLOP/s", "records/s", "tokens/s", "share of ceiling", "with attention",
                    "padding", "PSS of a worker, MB", "encoder alone ÷ whole job (time)")  # fmt: skip
         result.tables.append(Table("One pinned process a core", columns, rows))
+        heads = ("records", "precision", "records/s", "against fp32", "padding", "PSS of a worker, MB")
+        result.tables.append(Table("Lower precisions, encoder alone", heads, faster))
         if options.sweep:
             result.tables.append(_sweep(s, result))
     result.data = s.lines
@@ -79,6 +90,7 @@ def _contenders(s: Session, dataset: DataSet) -> list[Contender]:
         Contender("ceiling", "ceiling", {"seconds_each": 2.0 if not s.options.quick else 0.2}),
         Contender("encoder alone", "encode", dataset.params(), ours=True),
         Contender("whole job", "reindex", {**dataset.params(), "conninfo": s.conninfo}, ours=True),
+        *(Contender(p, "encode", {**dataset.params(), "precision": p}, ours=True) for p in ("bf16", "int8")),
     ]
 
 

@@ -29,6 +29,9 @@ class ListSource(Source):
     def estimate(self) -> int:
         return len(self._texts)
 
+    def sample(self, rows: int) -> list[str]:
+        return list(islice(self._texts, rows))
+
     def pages(self) -> Iterator[list[Record | Reject]]:
         return _pages(self._texts)
 
@@ -45,6 +48,9 @@ class FileSource(ListSource):
 
     def estimate(self) -> int:
         return self._records
+
+    def sample(self, rows: int) -> list[str]:
+        return list(data.read(self._path, min(rows, self._records)))
 
     def pages(self) -> Iterator[list[Record | Reject]]:
         return _pages(data.read(self._path, self._records))

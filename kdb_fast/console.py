@@ -63,7 +63,7 @@ def unexpected(error: Exception, arguments: list[str]) -> KdbFastError:
     if isinstance(error, MemoryError):
         return ResourceError(
             "Memory ran out.",
-            remedy="Use fewer --workers, or raise the limit (ulimit -v or the container's). What was committed is safe.",
+            remedy="Use fewer --workers, or raise the limit (ulimit -v, the container's). What was committed is safe.",
         )
     if isinstance(error, OSError) and error.errno in LIMITS:
         where = f" ({error.filename})" if error.filename else ""

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import __version__
@@ -87,7 +87,9 @@ def reindex(
         source = open_source()
         stack.callback(source.close)
         progress.step("loading the model")
+        began = time.monotonic()
         embedding = find_embedding(options, progress, _Records(address, source, lambda: stop.count > 0))
+        embedding = replace(embedding, seconds=time.monotonic() - began)
         stack.callback(embedding.close)
         store.prepare(embedding.dimensions)
         run = store.begin_run(
@@ -116,6 +118,8 @@ class Embedding:
     fidelity: Fidelity | None = None
     why: str = ""
     """Why this precision, for the plan; '' for what was asked for without a comparison."""
+    seconds: float = 0.0
+    """What it took to find it: a download, or the preparation of a precision."""
 
     def close(self) -> None:
         """Close the provider's connections."""
@@ -378,6 +382,7 @@ class _Run:
             "bytes_written": counts.bytes_written,
             "index": pipeline.index_text if pipeline else "",
             "phases": {
+                "prepare": round(self.embedding.seconds, 3),
                 "start": round(self.start_seconds, 3),
                 "embed": round(counts.embed_seconds, 3),
                 "write": round(counts.write_seconds, 3),

@@ -6,12 +6,14 @@ import multiprocessing
 import os
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
 from kdb_fast.encoder import TOKEN_BUDGET, Encoder, EncoderSpec
+from kdb_fast.errors import KdbFastError
 from kdb_fast.models import Model, resolve
 from kdb_fast.records import Record
 from kdb_fast.resources import cpu_list
@@ -20,6 +22,7 @@ from kdb_fast.sharding import WINDOW_ROWS, cut_shards
 from kdb_fast.slab import BLOB_BYTES, Row
 
 from .. import data
+from ..contender import Skip
 from ..measure import Sampler
 
 
@@ -31,6 +34,8 @@ def encode(params: dict[str, Any]) -> dict[str, Any]:
     model = resolve(DEFAULT_MODEL)
     cpus = (cpu_list() or list(range(os.cpu_count() or 1)))[: params.get("workers") or None]
     spec = EncoderSpec(model, params.get("batch_size", DEFAULT_BATCH_SIZE), params.get("token_budget", TOKEN_BUDGET))
+    if "precision" in params:
+        spec = _prepared(spec, params)
     shards = _shards(params, model)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     context = multiprocessing.get_context("spawn")
@@ -64,6 +69,22 @@ def encode(params: dict[str, Any]) -> dict[str, Any]:
         "worker_pss_bytes": max(sampler.peaks.values()),
         "worker_rss_bytes": max(r["rss"] for r in reports),
     }
+
+
+def _prepared(spec: EncoderSpec, params: dict[str, Any]) -> EncoderSpec:
+    from kdb_fast.precision import Chooser
+
+    chooser = Chooser(
+        spec,
+        index=f"benchmark {Path(params['data']).stem.split('-')[0]}",
+        history=(),
+        sample=lambda rows: list(data.read(params["data"], rows)),
+        report=lambda text: None,
+    )
+    try:
+        return chooser.choose(params["precision"]).spec
+    except KdbFastError as error:
+        raise Skip(f"{params['precision']}: {error.message}") from None
 
 
 def _shards(params: dict[str, Any], model: Model) -> list[list[str]]:
