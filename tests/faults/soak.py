@@ -40,7 +40,9 @@ from nemesis import Nemesis, add
 from proxy import PASS, Proxy
 from servers import Oracle, Server, eventually, execute, index_rows
 
+from kdb_fast.models import resolve
 from kdb_fast.records import Record
+from kdb_fast.settings import DEFAULT_MODEL
 
 PASSWORD = "hunter2%40@/ %SENTINEL"
 SECRETS = ("hunter2", "SENTINEL")
@@ -114,7 +116,8 @@ MUST_BE_NOTHING = (
 class Soak:
     """The system under test and everything round it."""
 
-    def __init__(self, seconds: float, seed: int, records: int, folder: Path) -> None:
+    def __init__(self, seconds: float, seed: int, records: int, folder: Path, oracle: Oracle) -> None:
+        self.oracle = oracle
         self.figures = Figures(seconds, seed)
         self.random = random.Random(seed)
         self.server = Server()
@@ -262,7 +265,7 @@ class Soak:
             return
         records = self.records.read()
         self.check_rows(records)
-        oracle = self.oracle()
+        oracle = self.oracle
         for key, row in index_rows(self.address).items():
             wanted = oracle.vector(row.content)
             if row.vector is None or abs(row.vector - wanted).max() > oracles.TOLERANCE:
@@ -282,13 +285,6 @@ class Soak:
         command = self.start()
         self.wait(command)
         return command.receipt
-
-    def oracle(self) -> Oracle:
-        from kdb_fast.models import resolve
-        from kdb_fast.settings import DEFAULT_MODEL
-
-        model = resolve(DEFAULT_MODEL)
-        return Oracle(model.name, model.path)
 
 
 class Stalls:
@@ -379,12 +375,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     options = parser.parse_args(arguments)
     seed = options.seed if options.seed is not None else int(time.time())
+    # As in the tests: the model is fetched once for each machine, before anything is made to go wrong.
+    os.environ.setdefault("KDB_FAST_HOME", str(Path.home() / ".cache" / "kdb-fast-tests"))
+    model = resolve(DEFAULT_MODEL)
     folder = Path(tempfile.mkdtemp(prefix="kdb-fast-soak-"))
     watchdog = threading.Timer(options.seconds + MARGIN_SECONDS, end_hard, [folder])
     watchdog.daemon = True
     watchdog.start()
     print(f"seed {seed}", flush=True)
-    soak = Soak(options.seconds, seed, options.records, folder)
+    soak = Soak(options.seconds, seed, options.records, folder, Oracle(model.name, model.path))
     soak.talks = options.verbose
     try:
         figures = soak.go()
