@@ -56,7 +56,7 @@ def test_a_file_is_indexed_searched_and_up_to_date_the_second_time(tmp_path: Pat
     what = {"model", "dimensions", "precision", "fingerprint", "workers", "index"}
     keys = counts | work | what
     assert keys <= receipt.keys()
-    assert receipt["phases"].keys() == {"start", "embed", "write", "index"}
+    assert receipt["phases"].keys() == {"prepare", "start", "embed", "write", "index"}
     found = json.loads(kdb_fast("search", "making dough", "--db", db, "--mode", "vector", "--json").stdout)
     assert found["results"][0]["id"] == "2"
     keyword = json.loads(kdb_fast("search", "markets", "--db", db, "--mode", "keyword", "--json").stdout)
