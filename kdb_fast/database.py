@@ -139,7 +139,7 @@ def _parse_postgresql(url: str) -> DatabaseAddress:
         )
     try:
         parts = conninfo_to_dict(url)
-    except psycopg.Error:
+    except (psycopg.Error, UnicodeError):  # %ff is no UTF-8
         raise UsageError(
             "--db is not a valid PostgreSQL address (it is not repeated here, since it may hold a password).",
             remedy="Expected postgresql://user:password@host:port/dbname; write special characters of the "
