@@ -23,6 +23,8 @@ from kdb_fast.settings import ReindexOptions
 
 pytest.importorskip("openvino")
 
+pytestmark = pytest.mark.timeout(400)  # the first test waits for the calibration: half a minute of two idle cores
+
 VNNI = frozenset({"avx512_vnni"})
 
 
