@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pkgutil
+import re
 import sys
 import types
 import warnings
@@ -70,16 +71,27 @@ def _record(name: str, kind: str, module: str, item: object, seen: set[str]) -> 
         text = inspect.getdoc(item) if kind != "class" else inspect.cleandoc(getattr(item, "__doc__", None) or "")
     if text and text.strip() and name not in seen:
         seen.add(name)
-        yield {"name": name, "kind": kind, "module": module, "summary": _summary(text), "text": text.strip()[:20_000]}
+        summary, rest = split_summary(text.strip())
+        yield {"name": name, "kind": kind, "module": module, "summary": summary, "text": rest[:20_000]}
 
 
-def _summary(text: str, limit: int = 240) -> str:
-    """The first sentences, as far as ``limit`` characters allow: KameleonDB's string fields hold 255."""
-    words = " ".join(text[: 4 * limit].split())
-    if len(words) <= limit:
-        return words
-    end = max(words.rfind(mark, 0, limit) for mark in (". ", "? ", "! "))
-    return words[: end + 1] if end > 0 else words[: limit - 1] + "…"
+def split_summary(text: str, limit: int = 240) -> tuple[str, str]:
+    """The first sentences, as far as ``limit`` characters allow (KameleonDB's string fields hold 255), and the rest.
+
+    No word is in both: a text that repeats itself costs twice to embed and finds nothing more.
+    """
+    joined = " ".join(text.split())
+    if len(joined) <= limit:
+        return joined, ""
+    end = max(joined.rfind(mark, 0, limit) for mark in (". ", "? ", "! ")) + 1
+    if end <= 0:
+        end = joined.rfind(" ", 0, limit)
+    if end <= 0:
+        return text[:limit], text[limit:]
+    words = len(joined[:end].split())
+    taken = re.match(rf"(?:\s*\S+){{{words}}}\s*", text)
+    assert taken is not None
+    return joined[:end], text[taken.end() :]
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """How much goes into one transaction: bytes, from the memory that is really there.
 
-Starts small, so that the first rows are safe within seconds; grows slowly while flushes are quick; shrinks at
+Starts small, so that the first rows are safe within seconds; doubles while flushes are quick; shrinks at
 once when memory gets short or the database is slow. A fixed ceiling, set from the memory at the start, keeps a
 lucky moment from allowing more than the machine can bear later.
 """
@@ -59,7 +59,7 @@ class FlushSize:
             self.shrunk += 1
             self.target = max(FLOOR_BYTES, self.target // 2)
         elif seconds < QUICK_SECONDS and size >= self.target // 2:
-            self.target = min(self.ceiling, self.target * 3 // 2)
+            self.target = min(self.ceiling, self.target * 2)
 
     def describe(self) -> str:
         """What it did, for the summary."""

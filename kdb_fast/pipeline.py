@@ -37,6 +37,9 @@ from .vectors import VectorCache
 EMBEDDED, REUSED = 0, 1
 Key = tuple[str, str]
 
+TAKEN_ROWS = 256
+"""Records that are taken in (5 ms) before the writer and the workers are looked at again: they wait that long."""
+
 SEEN_KEYS = 2_000_000
 """Keys of a file that are remembered to count superseded records exactly: at most about 200 MB. Beyond it
 the last record of a key still wins; only the split between stored and superseded is no longer exact."""
@@ -196,7 +199,9 @@ class Pipeline:
         try:
             for page in pages:
                 fault("source.page")
-                self._take(page)
+                for start in range(0, len(page), TAKEN_ROWS):
+                    self._take(page[start : start + TAKEN_ROWS])
+                    self._pump(0)
                 self._deletes += emptied()
                 # Rows that wait for an equal text count too: a file of one text repeated must not pile up.
                 if len(self._window) + self._waiting_rows >= self._window_goal:
@@ -205,7 +210,6 @@ class Pipeline:
                 self._check_limits()
                 if len(self._rejects) + len(self._deletes) >= NOTICE_ROWS:
                     self._ensure_engine(0, True)
-                self._pump(0)
                 while self._backlog():
                     self._pump(1.0)
             self._cut(last=True)
@@ -390,7 +394,7 @@ class Pipeline:
         self._ensure_engine(len(self._window) + self._waiting_rows, not last)
         assert self.engine is not None
         window, self._window = self._window, []
-        extra = {id(row): (sequence, digest) for row, sequence, digest in window}
+        entries = {id(entry[0]): entry for entry in window}
         shape = self.engine.slab.shape
         for shard in cut_shards(
             [row for row, _, _ in window],
@@ -399,7 +403,7 @@ class Pipeline:
             blob_bytes=shape.blob_bytes,
             read_chars=self._read_chars,
         ):
-            self._shards.append([(row, *extra[id(row)]) for row in shard])
+            self._shards.append([entries[id(row)] for row in shard])
         # Rows that wait for an equal text must not pile up behind one that is not embedded.
         if self.engine.full_shards and not last and self._waiting_rows < len(self._shards[-1]) < shape.rows:
             self._window = self._shards.pop()
@@ -449,6 +453,8 @@ class Pipeline:
         busy = self._embedding() or not self.engine.writer_idle
         for event in self.engine.poll(timeout if busy else 0.0):
             self._happened(event)
+        # At once and not after the next page, for which the database would have to wait.
+        self._send_flush(last)
         self._on_progress(self.counts)
         # Only now: an answer that came beside the one that went over the limit must not be lost.
         self._check_limits()
@@ -531,7 +537,10 @@ class Pipeline:
     def _skip_unfit_and_outdated(self, number: int, load: _Load) -> None:
         """Leave out rows the worker gave a code, and rows of which a newer one was read."""
         assert self.engine is not None
-        codes = self.engine.slab.slots[number].code[: len(load.rows)].tolist()
+        found = self.engine.slab.slots[number].code[: len(load.rows)]
+        if not self._latest and not found.any():
+            return
+        codes = found.tolist()
         for i, row in enumerate(load.rows):
             key = (row.record.entity, row.record.record_id)
             if codes[i]:
@@ -601,7 +610,7 @@ class Pipeline:
         codes = slot.code[: len(load.rows)]
         self._cache.put(load.hashes, slot.vectors[: len(load.rows)])
         for i, digest in enumerate(load.hashes):
-            if not codes[i]:
+            if self._in_flight and not codes[i]:
                 self._has_vector(load.rows[i], load.sequences[i])
             waiting = self._waiters.pop(digest, None)
             if not waiting:
@@ -634,6 +643,9 @@ class Pipeline:
         for number, load in self._writing.items():
             kind = "stored" if load.kind == EMBEDDED else "reused"
             written = 0
+            if self._unique_keys and not (load.skip or lost or refused):
+                setattr(counts, kind, getattr(counts, kind) + len(load.rows))
+                continue
             for i, row in enumerate(load.rows):
                 if i in load.skip:
                     continue

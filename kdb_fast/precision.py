@@ -25,6 +25,7 @@ from .fidelity import Fidelity
 from .model_files import check_private, sha256_of
 from .openvino_rows import TOKEN_BUDGET
 from .preparation import MANIFEST, MODEL, prepared_fingerprint, run
+from .resources import usable_cpus
 from .spawning import describe_exit, spawn, tail
 
 SAMPLE_RECORDS = 1000
@@ -252,7 +253,9 @@ class Chooser:
         return self._texts
 
     def _run_child(self, spec: EncoderSpec, texts: list[str]) -> tuple[Path | None, dict[str, Any]]:
-        process, connection, stderr = spawn("prepare", run, lambda: (spec, texts, self._directory), credentials=False)
+        process, connection, stderr = spawn(
+            "prepare", run, lambda: (spec, texts, self._directory), credentials=False, threads=usable_cpus()
+        )
         deadline = time.monotonic() + PREPARE_SECONDS
         try:
             while True:

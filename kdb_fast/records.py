@@ -84,20 +84,29 @@ def unfit(record: Record) -> tuple[str, str] | None:
     Everything here would otherwise fail later for the whole batch it is in: PostgreSQL refuses NUL
     and invalid UTF-8 for the whole COPY, the tokenizer refuses lone surrogates for the whole list.
     """
-    for what, value in (("content", record.content), ("record id", record.record_id), ("entity", record.entity)):
+    entity, record_id, content, _, _ = record
+    if (
+        type(content) is type(record_id) is type(entity) is str
+        and 0 < len(record_id) <= MAX_RECORD_ID_CHARS
+        and 0 < len(entity) <= MAX_ENTITY_CHARS
+        and (joined := entity + record_id + content).isascii()
+        and "\x00" not in joined
+        and content
+        and not content.isspace()
+    ):
+        return None  # nearly every record; what is below tells why not
+    for what, value in (("content", content), ("record id", record_id), ("entity", entity)):
         if not isinstance(value, str):
             return "wrong_type", f"{what} is {type(value).__name__}, expected text"
-    if not record.record_id:
+    if not record_id:
         return "missing_id", "the record id is empty"
-    if len(record.record_id) > MAX_RECORD_ID_CHARS:
-        return "id_too_long", (
-            f"the record id has {len(record.record_id)} characters, the index holds {MAX_RECORD_ID_CHARS}"
-        )
-    if not record.entity or len(record.entity) > MAX_ENTITY_CHARS:
-        return "bad_entity", f"the entity name has {len(record.entity)} characters, expected 1 to {MAX_ENTITY_CHARS}"
-    if not record.content or record.content.isspace():
+    if len(record_id) > MAX_RECORD_ID_CHARS:
+        return "id_too_long", (f"the record id has {len(record_id)} characters, the index holds {MAX_RECORD_ID_CHARS}")
+    if not entity or len(entity) > MAX_ENTITY_CHARS:
+        return "bad_entity", f"the entity name has {len(entity)} characters, expected 1 to {MAX_ENTITY_CHARS}"
+    if not content or content.isspace():
         return "empty_text", "the text is empty or only white space"
-    for value in (record.content, record.record_id, record.entity):
+    for value in (content, record_id, entity):
         if "\x00" in value:
             return "nul_byte", "a NUL character (U+0000) cannot be stored in PostgreSQL text"
         if not value.isascii():

@@ -24,12 +24,17 @@ WORKER_ENVIRONMENT = ("PATH", "HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP"
                       "KDB_FAST_FAULT_DIR", "COVERAGE_PROCESS_START")  # fmt: skip
 """What a worker sees of the environment, beside PYTHON… and LC_…: no credential of any kind."""
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-              "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""Threads of NumPy's products; ONNX Runtime and OpenVINO are told theirs."""
 
 
 def spawn(
-    name: str, target: Callable[..., None], arguments: Callable[[], tuple[Any, ...]], *, credentials: bool
+    name: str,
+    target: Callable[..., None],
+    arguments: Callable[[], tuple[Any, ...]],
+    *,
+    credentials: bool,
+    threads: int = 1,
 ) -> tuple[Any, Connection, int]:
     """Start a process.
 
@@ -38,6 +43,7 @@ def spawn(
         target: Called in the child with its end of a pipe, ``arguments()``, and a holder of its stderr (DupFd).
         arguments: Makes the arguments; called while the process is being spawned, as shared memory needs it.
         credentials: Whether the child sees this process's whole environment.
+        threads: Threads that NumPy may use in a child without credentials.
 
     Returns:
         The process, our end of the pipe, and the descriptor of the file that takes its stderr; both are to be closed.
@@ -55,7 +61,7 @@ def spawn(
         daemon=True,
     )
     try:
-        with _spawning(credentials=credentials):
+        with _spawning(credentials, threads):
             process.start()
     except OSError as error:
         ours.close()
@@ -82,7 +88,7 @@ class _Packed:
 
 
 @contextlib.contextmanager
-def _spawning(*, credentials: bool) -> Iterator[None]:
+def _spawning(credentials: bool, threads: int) -> Iterator[None]:
     """The environment in which a child is started.
 
     * SIGINT and SIGHUP are blocked, and the child inherits that: a Ctrl-C while it imports prints no trace.
@@ -101,7 +107,7 @@ def _spawning(*, credentials: bool) -> Iterator[None]:
             for name in saved_environment:
                 if name not in WORKER_ENVIRONMENT and not name.startswith(("PYTHON", "LC_")):
                     del os.environ[name]
-            os.environ.update(ONE_THREAD)
+            os.environ.update(dict.fromkeys(THREADS, str(threads)), TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
         sys.modules["__main__"] = types.ModuleType("__main__")
         yield
     finally:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from . import pgcopy
@@ -229,7 +230,7 @@ class FlushWriter:
         """Returns how many rows the server says it took."""
         with self.cursor.copy(statement) as copy:
             copy.write(pgcopy.SIGNATURE)
-            for chunk in chunks:
+            for chunk in _ahead(chunks):
                 self.bytes += len(chunk)
                 copy.write(chunk)
             copy.write(pgcopy.TRAILER)
@@ -276,6 +277,16 @@ class FlushWriter:
             ],
             len(rows),
         )
+
+
+def _ahead(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The chunks; each is packed while the server still takes the one before."""
+    with ThreadPoolExecutor(1, "pack") as pool:
+        iterator = iter(chunks)
+        following = pool.submit(next, iterator, None)
+        while (chunk := following.result()) is not None:
+            following = pool.submit(next, iterator, None)
+            yield chunk
 
 
 def _count(groups: Iterable[Group]) -> int:

@@ -20,6 +20,11 @@ SIGNATURE = b"PGCOPY\n\xff\r\n\x00" + struct.pack(">ii", 0, 0)
 TRAILER = struct.pack(">h", -1)
 NULL = struct.pack(">i", -1)
 
+_HEX = np.frombuffer(b"".join(b"%02x" % byte for byte in range(256)), dtype=np.uint16)
+"""The two digits of each byte."""
+_UUID_GROUPS = ((4, 0, 8), (13, 8, 4), (18, 12, 4), (23, 16, 4), (28, 20, 12))
+"""Of a UUID's text after its 4 bytes of length: where a group of digits is put, the first digit, how many."""
+
 EPOCH_SHIFT = 946_684_800_000_000
 """Microseconds from 1970-01-01 to 2000-01-01: PostgreSQL's binary timestamps count from 2000."""
 
@@ -57,7 +62,7 @@ def vector_fields(vectors: npt.NDArray[np.float32]) -> list[memoryview]:
     width = 8 + 4 * d
     packed = np.empty((n, width), dtype=np.uint8)
     packed[:, :8] = np.frombuffer(struct.pack(">ihh", 4 + 4 * d, d, 0), dtype=np.uint8)
-    packed[:, 8:] = vectors.astype(">f4").view(np.uint8).reshape(n, 4 * d)
+    packed[:, 8:].view(">f4")[...] = vectors
     view = packed.reshape(-1).data
     return [view[i * width : (i + 1) * width] for i in range(n)]
 
@@ -67,13 +72,13 @@ def uuid4_fields(n: int) -> list[bytes]:
     raw = np.frombuffer(os.urandom(16 * n), dtype=np.uint8).reshape(n, 16).copy()
     raw[:, 6] = (raw[:, 6] & 0x0F) | 0x40
     raw[:, 8] = (raw[:, 8] & 0x3F) | 0x80
-    text = raw.tobytes().hex().encode()
-    head = struct.pack(">i", 36)
-    return [
-        b"%b%b-%b-%b-%b-%b" % (head, text[i : i + 8], text[i + 8 : i + 12], text[i + 12 : i + 16],
-                               text[i + 16 : i + 20], text[i + 20 : i + 32])
-        for i in range(0, 32 * n, 32)
-    ]  # fmt: skip
+    digits = _HEX[raw].view(np.uint8)
+    fields = np.full((n, 40), ord("-"), dtype=np.uint8)
+    fields[:, :4] = np.frombuffer(struct.pack(">i", 36), dtype=np.uint8)
+    for at, start, count in _UUID_GROUPS:
+        fields[:, at : at + count] = digits[:, start : start + count]
+    packed = fields.tobytes()
+    return [packed[i : i + 40] for i in range(0, 40 * n, 40)]
 
 
 def pack_rows(columns: int, parts: Sequence[Sequence[bytes | memoryview] | bytes], n: int) -> bytes:

@@ -6,15 +6,15 @@ A script of the shell sets the limit and runs the command as ``"$@"``; what it p
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from kameleon import Answer
 
 STUBBED = "import stub_command; stub_command.use_stubs(); from kdb_fast.cli import main; main()"
 """The command with a stub for the model; all else is real, and not warmed up by anything."""
@@ -22,18 +22,8 @@ STUBBED = "import stub_command; stub_command.use_stubs(); from kdb_fast.cli impo
 TESTS = Path(__file__).parents[1]
 
 
-class Result(NamedTuple):
+class Result(Answer):
     """What a command gave: exit code, standard output and standard error."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """The one object on standard output."""
-        found: dict[str, Any] = json.loads(self.out)
-        return found
 
     @property
     def complaint(self) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from search_engines import Hashes, Words, new_database, sqlalchemy_url
+from search_engines import Hashes, Words, sqlalchemy_url
 from servers import execute, index_rows
 
 from kdb_fast.database import DatabaseAddress
@@ -126,12 +126,6 @@ def adopted(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     monkeypatch.setitem(sys.modules, "kameleondb.search", module)
     monkeypatch.setattr(kameleondb, "search", module, raising=False)
     return module
-
-
-@pytest.fixture(params=["postgresql", "sqlite"])
-def address(request: pytest.FixtureRequest, tmp_path: Path) -> DatabaseAddress:
-    """An empty database of each kind."""
-    return new_database(request.param, request, tmp_path)
 
 
 Open = Callable[..., IndexedKameleonDB]

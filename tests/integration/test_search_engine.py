@@ -23,7 +23,7 @@ import pytest
 import sqlalchemy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from search_engines import EXACT, Hashes, Words, new_database, sqlalchemy_url
+from search_engines import EXACT, Hashes, Words, sqlalchemy_url
 from servers import (
     IndexRow,
     Oracle,
@@ -53,12 +53,6 @@ Key = tuple[str, str]
 EACH_EXAMPLE = settings(
     deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
-
-
-@pytest.fixture(params=["postgresql", "sqlite"])
-def address(request: pytest.FixtureRequest, tmp_path: Path) -> DatabaseAddress:
-    """An empty database of each kind."""
-    return new_database(request.param, request, tmp_path)
 
 
 @pytest.fixture

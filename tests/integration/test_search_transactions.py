@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy
-from search_engines import EXACT, Hashes, new_database, sqlalchemy_url
+from search_engines import EXACT, Hashes, sqlalchemy_url
 from servers import cosine, execute, index_rows
 from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError
@@ -34,12 +34,6 @@ class Article(Base):
     __tablename__ = "article"
     id: Mapped[str] = mapped_column(primary_key=True)
     title: Mapped[str] = mapped_column(unique=True)
-
-
-@pytest.fixture(params=["postgresql", "sqlite"])
-def address(request: pytest.FixtureRequest, tmp_path: Path) -> DatabaseAddress:
-    """An empty database of each kind."""
-    return new_database(request.param, request, tmp_path)
 
 
 @pytest.fixture

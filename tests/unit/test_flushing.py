@@ -42,13 +42,13 @@ def test_ceiling_is_the_least_of_slots_memory_and_a_fixed_size(
     assert (size.ceiling, size.limited_by) == (ceiling, limited_by)
 
 
-def test_quick_flushes_grow_it_slowly_to_the_ceiling() -> None:
+def test_quick_flushes_double_it_up_to_the_ceiling() -> None:
     size = FlushSize(10 * CEILING_BYTES, Memory())
     targets = [size.target]
     while size.target < size.ceiling:
         size.note(size.target, 0.01)
         targets.append(size.target)
-    assert all(b <= a * 3 // 2 for a, b in pairwise(targets))
+    assert all(a < b <= 2 * a for a, b in pairwise(targets))
     assert targets[-1] == CEILING_BYTES
     size.note(size.target, 0.01)
     assert size.target == CEILING_BYTES
