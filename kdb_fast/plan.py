@@ -11,7 +11,7 @@ from .slab import SlabShape
 
 WORKER_BYTES = 350_000_000
 """Memory to allow for one worker with a small model: interpreter and libraries 120 MB, MiniLM's weights 90 MB
-twice while it loads, activations of 1,024 tokens 50 MB."""
+twice while it loads, activations of 512 tokens 30 MB."""
 
 INLINE_ROWS = 200
 """Up to so many rows this process embeds them itself: 200 take about 1.3 s, as long as starting workers does."""
