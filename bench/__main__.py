@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import machine, results
-from .options import RESULTS, Options, say
+from .options import RESULTS, STRESS_SETS, Options, say
 
 PARTS = ("demo", "stress", "embed", "engine", "scale", "store", "search")
 
@@ -24,13 +24,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one run: a smoke test, not a measurement")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="runs of each contender (default 3)")
     parser.add_argument("--sweep", action="store_true", help="part embed: also try token budgets")
+    parser.add_argument("--sets", nargs="+", choices=STRESS_SETS, default=STRESS_SETS, help="part stress: only these")
     parser.add_argument("--seed", type=int, default=1, help="seed of the data sets")
     parser.add_argument("--out", type=Path, help="directory of the results (default bench/results)")
     given = parser.parse_args(arguments)
     if given.runs < 1:
         parser.error("--runs must be 1 or more")
     out = given.out or (Path(tempfile.mkdtemp(prefix="kdb-fast-bench-quick-")) if given.quick else RESULTS)
-    options = Options(runs=given.runs, quick=given.quick, sweep=given.sweep, seed=given.seed, out=out)
+    options = Options(
+        runs=given.runs, quick=given.quick, sweep=given.sweep, sets=tuple(given.sets), seed=given.seed, out=out
+    )
     met = True
     for part in given.parts or PARTS:
         say(f"== {part}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+STRESS_SETS = ("contacts", "tickets", "mixed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class Options:
         runs: Times that each contender is run, alternately.
         quick: Tiny sizes and one run: says whether everything works, measures nothing.
         sweep: Also try token budgets (part ``embed``).
+        sets: Data sets of the part ``stress``.
         seed: Of the data sets.
         out: Directory of the results.
     """
@@ -25,6 +27,7 @@ class Options:
     runs: int = 3
     quick: bool = False
     sweep: bool = False
+    sets: tuple[str, ...] = STRESS_SETS
     seed: int = 1
     out: Path = RESULTS
 

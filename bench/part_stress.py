@@ -37,7 +37,7 @@ def run(options: Options) -> Result:
     with session(options) as s:
         bars: list[Bar] = []
         fidelity: list[list[str]] = []
-        for name in ("contacts", "tickets", "mixed"):
+        for name in options.sets:
             data = s.dataset(name, options.size(RECORDS, 300))
             precisions = _precisions(s, data, result, fidelity)
             outcomes = alternate(_contenders(s, data, precisions), s.runs, s.reset)
@@ -47,7 +47,7 @@ def run(options: Options) -> Result:
             result.caveats += [
                 f"Not run: {o.contender.label}: {o.skipped}."
                 for o in outcomes.values()
-                if o.skipped and name == "contacts"
+                if o.skipped and name == options.sets[0]
             ]
     columns = ("records", "precision", "cosine, mean", "cosine, least", "10 nearest", "preparation, s")
     result.tables.append(Table("How near each precision is to fp32", columns, fidelity))

@@ -128,7 +128,13 @@ class Nemesis:
         soak.killed = True
         command.send(signal.SIGKILL)
         began = time.monotonic()
-        _, left = psutil.wait_procs(family, timeout=15)
+        _, left = psutil.wait_procs(family, timeout=1)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.status() == psutil.STATUS_STOPPED:
+                    # Stopped while its interpreter started, before the kernel knew that it shall end with its parent.
+                    process.send_signal(signal.SIGCONT)
+        _, left = psutil.wait_procs(left, timeout=15)
         soak.figures.longest_orphan_seconds = max(
             soak.figures.longest_orphan_seconds, round(time.monotonic() - began, 2)
         )

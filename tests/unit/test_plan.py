@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from kdb_fast import plan
 from kdb_fast.encoder import TOKEN_BUDGET
-from kdb_fast.plan import INLINE_ROWS, MEMORY_FOR_SLAB, WORKER_BYTES, Plan, inline_shape, make_plan
+from kdb_fast.plan import FLUSH_SLOTS, INLINE_ROWS, MEMORY_FOR_SLAB, WORKER_BYTES, Plan, inline_shape, make_plan
 from kdb_fast.sharding import SHARD_ROWS
 from kdb_fast.slab import SlabShape
 
@@ -66,7 +66,7 @@ def test_workers_that_the_user_asked_for_are_taken_as_they_are() -> None:
 
 def test_slots_follow_the_workers_and_the_memory() -> None:
     made = planned(cpus=4)
-    assert made.shape.slots == 3 * 4 + 32
+    assert made.shape.slots == 3 * 4 + FLUSH_SLOTS
     assert "limited" not in made.reasons[1]
     one = SlabShape(1, SHARD_ROWS, 384).slot_bytes
     tight = planned(cpus=4, workers=4, memory=20 * one * MEMORY_FOR_SLAB)
@@ -77,7 +77,7 @@ def test_slots_follow_the_workers_and_the_memory() -> None:
 def test_of_large_slots_there_are_fewer() -> None:
     small, usual, large = (planned(cpus=8, shard_rows=rows) for rows in (10, None, 2048))
     assert [made.shape.rows for made in (small, usual, large)] == [10, SHARD_ROWS, 2048]
-    assert small.shape.slots == usual.shape.slots == 3 * 8 + 32
+    assert small.shape.slots == usual.shape.slots == 3 * 8 + FLUSH_SLOTS
     assert large.shape.slots == 2 * 8 + 2
     assert "18 slots of 2048 rows" in large.reasons[1]
 
