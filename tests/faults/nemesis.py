@@ -132,8 +132,11 @@ class Nemesis:
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if process.status() == psutil.STATUS_STOPPED:
-                    # Stopped while its interpreter started, before the kernel knew that it shall end with its parent.
+                    # Stopped while its interpreter started, before the kernel knew that it shall end with its parent:
+                    # its life counts from now on.
                     process.send_signal(signal.SIGCONT)
+                    soak.figures.stopped_while_starting += 1
+                    began = time.monotonic()
         _, left = psutil.wait_procs(left, timeout=15)
         soak.figures.longest_orphan_seconds = max(
             soak.figures.longest_orphan_seconds, round(time.monotonic() - began, 2)

@@ -82,6 +82,7 @@ class Figures:
     complete_checks: int = 0
     longest_stall_seconds: float = 0.0
     longest_orphan_seconds: float = 0.0
+    stopped_while_starting: int = 0
     rows_lost: int = 0
     rows_doubled: int = 0
     rows_without_record: int = 0
@@ -346,6 +347,7 @@ def report(figures: Figures) -> str:
         "complete_checks",
         "longest_stall_seconds",
         "longest_orphan_seconds",
+        "stopped_while_starting",
         *MUST_BE_NOTHING[:-1],
     )
     lines += [f"  {name.replace('_', ' '):<24} {getattr(figures, name)}" for name in shown]

@@ -178,4 +178,6 @@ def test_the_demo_has_thousands_of_records_of_real_documentation() -> None:
     names = [record["name"] for record in records]
     assert len(names) == len(set(names)) > 5000
     assert {"csv", "csv.reader", "json.loads", "pathlib.Path.glob"} <= set(names)
-    assert all(record["text"] and len(record["summary"]) <= 255 for record in records)
+    assert all(0 < len(record["summary"]) <= 255 for record in records)
+    assert sum(bool(record["text"]) for record in records) > 1000
+    assert not any(record["text"].startswith(record["summary"]) for record in records)
