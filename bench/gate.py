@@ -27,7 +27,7 @@ DELAY = "KDB_FAST_GATE_DELAY"
 RECORDS, SAMPLE, WHOLE_JOBS = 1500, 512, 2
 """Records of kdb-fast's whole job, of FastEmbed's (two of its batches: it is the slow one), and runs of each."""
 
-ROWS, LOADS = 60_000, 4
+ROWS, LOADS = 60_000, 8
 """Rows of the engine's part, and runs of each."""
 
 

@@ -128,7 +128,7 @@ class Nemesis:
         soak.killed = True
         command.send(signal.SIGKILL)
         began = time.monotonic()
-        _, left = psutil.wait_procs(family, timeout=1)
+        left = _still_alive(family, 1)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if process.status() == psutil.STATUS_STOPPED:
@@ -137,7 +137,7 @@ class Nemesis:
                     process.send_signal(signal.SIGCONT)
                     soak.figures.stopped_while_starting += 1
                     began = time.monotonic()
-        _, left = psutil.wait_procs(left, timeout=15)
+        left = _still_alive(left, 15)
         soak.figures.longest_orphan_seconds = max(
             soak.figures.longest_orphan_seconds, round(time.monotonic() - began, 2)
         )
@@ -159,3 +159,19 @@ class Nemesis:
 
 def add(counts: dict[str, int], name: str) -> None:
     counts[name] = counts.get(name, 0) + 1
+
+
+def _still_alive(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that have not ended after so long. One that its new parent has not yet taken away has ended: some inits
+    look for them every two seconds only."""
+    deadline = time.monotonic() + seconds
+    while (left := [p for p in processes if _is_alive(p)]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return left
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
