@@ -22,6 +22,10 @@ from collections.abc import Iterator
 SKIPPED = {"antigravity", "this", "idlelib", "lib2to3", "test", "turtledemo", "tkinter", "turtle", "ensurepip", "pip"}
 """Modules that open a browser or a window, print when imported, or hold no documentation."""
 
+TEXT_CHARS = 300
+"""Characters of a text beside its summary. The vector of a long text is near to nothing in particular: that of the
+module csv had a cosine of 0.36 with "read a comma separated file" with its whole text, and has 0.56 with 300."""
+
 
 def module_names() -> Iterator[str]:
     """Public modules of the standard library with their public submodules."""
@@ -72,7 +76,7 @@ def _record(name: str, kind: str, module: str, item: object, seen: set[str]) -> 
     if text and text.strip() and name not in seen:
         seen.add(name)
         summary, rest = split_summary(text.strip())
-        yield {"name": name, "kind": kind, "module": module, "summary": summary, "text": rest[:20_000]}
+        yield {"name": name, "kind": kind, "module": module, "summary": summary, "text": rest[:TEXT_CHARS]}
 
 
 def split_summary(text: str, limit: int = 240) -> tuple[str, str]:

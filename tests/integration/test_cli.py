@@ -181,3 +181,4 @@ def test_the_demo_has_thousands_of_records_of_real_documentation() -> None:
     assert all(0 < len(record["summary"]) <= 255 for record in records)
     assert sum(bool(record["text"]) for record in records) > 1000
     assert not any(record["text"].startswith(record["summary"]) for record in records)
+    assert max(len(record["text"]) for record in records) <= 300
