@@ -199,7 +199,7 @@ class Pipeline:
         try:
             for page in pages:
                 fault("source.page")
-                for start in range(0, len(page), TAKEN_ROWS):
+                for start in range(0, max(1, len(page)), TAKEN_ROWS):  # an empty page may bring deletes
                     self._take(page[start : start + TAKEN_ROWS])
                     self._pump(0)
                 self._deletes += emptied()
@@ -642,11 +642,9 @@ class Pipeline:
         lost, refused = rows_of_bits(event.lost), rows_of_bits(event.rejected)
         for number, load in self._writing.items():
             kind = "stored" if load.kind == EMBEDDED else "reused"
-            written = 0
-            if self._unique_keys and not (load.skip or lost or refused):
-                setattr(counts, kind, getattr(counts, kind) + len(load.rows))
-                continue
-            for i, row in enumerate(load.rows):
+            plain = self._unique_keys and not (load.skip or lost or refused)
+            written = len(load.rows) if plain else 0
+            for i, row in enumerate(() if plain else load.rows):
                 if i in load.skip:
                     continue
                 key = (row.record.entity, row.record.record_id)

@@ -48,7 +48,7 @@ def cut_shards(
     """
     shard: list[Row] = []
     chars = size = 0
-    for row in sorted(rows, key=_characters, reverse=True):
+    for row in sorted(rows, key=lambda r: -len(r.record.content)):
         row_chars = effective_chars(row, read_chars)
         row_size = text_bytes(row)
         if shard and (len(shard) >= shard_rows or chars + row_chars > shard_chars or size + row_size > blob_bytes):
@@ -61,13 +61,9 @@ def cut_shards(
         yield shard
 
 
-def _characters(row: Row) -> int:
-    return len(row[0][2])
-
-
 def text_bytes(row: Row) -> int:
     """Bytes of key and text of a row in a slot: at most, UTF-8 needs at most 4 for a character."""
-    entity, record_id, content, _, _ = row[0]
-    if content.isascii() and record_id.isascii() and entity.isascii():
-        return len(content) + len(record_id) + len(entity)
-    return len(content.encode()) + 4 * (len(record_id) + len(entity))
+    record = row.record
+    if record.content.isascii() and record.record_id.isascii() and record.entity.isascii():
+        return len(record.content) + len(record.record_id) + len(record.entity)
+    return len(record.content.encode()) + 4 * (len(record.record_id) + len(record.entity))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import psycopg
+from oracle import is_alive
 from proxy import HOLE, PASS, REFUSE, SLOW
 from servers import eventually, execute
 
@@ -162,16 +163,8 @@ def add(counts: dict[str, int], name: str) -> None:
 
 
 def _still_alive(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Those that have not ended after so long. One that its new parent has not yet taken away has ended: some inits
-    look for them every two seconds only."""
+    """Those that have not ended after so long."""
     deadline = time.monotonic() + seconds
-    while (left := [p for p in processes if _is_alive(p)]) and time.monotonic() < deadline:
+    while (left := [p for p in processes if is_alive(p)]) and time.monotonic() < deadline:
         time.sleep(0.01)
     return left
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -173,6 +173,14 @@ def processes_of(mark: Path) -> list[psutil.Process]:
     return [process for process in found if process.pid != os.getpid()]
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process has not ended. One that its new parent has not yet taken away has: some
+    inits look for them every two seconds only."""
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def shared_memory() -> set[str]:
     """Names of shared memory that is kdb-fast's: memory files this process holds open, and any in /dev/shm.
 

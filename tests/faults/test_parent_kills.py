@@ -17,6 +17,7 @@ import psutil
 import psycopg
 import pytest
 from commands import Command, FileJob, MakeJob
+from oracle import is_alive
 from servers import eventually, execute, index_rows
 
 from kdb_fast.database import DatabaseAddress
@@ -56,7 +57,7 @@ def test_killed_again_and_again_and_started_at_once(index: DatabaseAddress, make
         command.send(signal.SIGKILL)
         killed_at = time.monotonic()
         next_command = start()
-        eventually(lambda gone=children: not any(_is_alive(child) for child in gone))
+        eventually(lambda gone=children: not any(is_alive(child) for child in gone))
         lives.append(time.monotonic() - killed_at)
         killed += command.wait() == KILLED
         assert command.wait() in (KILLED, 0), command.err
@@ -105,12 +106,6 @@ def _children(pid: int) -> list[psutil.Process]:
     with contextlib.suppress(psutil.Error):
         return psutil.Process(pid).children(recursive=True)
     return []
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def test_text_that_killed_a_small_run_is_found_by_the_next(index: DatabaseAddress, make_job: MakeJob) -> None:

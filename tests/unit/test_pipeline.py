@@ -836,6 +836,21 @@ def test_an_empty_stream_does_nothing() -> None:
     run.assert_all_is_given_back()
 
 
+def test_a_stop_is_seen_while_pages_are_empty() -> None:
+    read = 0
+
+    def empty_pages() -> Iterator[list[Item]]:
+        nonlocal read
+        while read < 1000:
+            read += 1
+            yield []
+
+    run = Run(should_stop=lambda: read >= 3)
+    with pytest.raises(Stop):
+        run.pipeline.run(empty_pages())
+    assert read == 3
+
+
 def test_unfit_records_alone_are_written_as_rejects() -> None:
     items = [record(1, ""), record(2, "a\0"), Reject("E", "x" * 1000, "id_too_long", "too long", b"h", 7)]
     run = Run().go(items)
