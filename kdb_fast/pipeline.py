@@ -37,8 +37,8 @@ from .vectors import VectorCache
 EMBEDDED, REUSED = 0, 1
 Key = tuple[str, str]
 
-TAKEN_ROWS = 256
-"""Records that are taken in (5 ms) before the writer and the workers are looked at again: they wait that long."""
+TAKEN_ROWS = 64
+"""Records that are taken in (1 ms) before the writer and the workers are looked at again: they wait that long."""
 
 SEEN_KEYS = 2_000_000
 """Keys of a file that are remembered to count superseded records exactly: at most about 200 MB. Beyond it

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from ..records import Reject
 from ..slab import Slot
@@ -50,10 +51,22 @@ class RunSpec(NamedTuple):
 
 
 class FlushSlot(NamedTuple):
-    """Rows of one slot to write: all but ``skip``."""
+    """Rows of one slot to write: all but ``skip``. ``crcs`` are (start, stop, CRC-32 of the vectors) as the worker
+    saw them."""
 
     slot: Slot
     skip: frozenset[int]
+    crcs: tuple[tuple[int, int, int], ...] = ()
+
+    def verify(self) -> None:
+        """Called by a store just before it packs the vectors.
+
+        Raises:
+            RuntimeError: They are not what the worker wrote.
+        """
+        for start, stop, crc in self.crcs:
+            if crc32(self.slot.vectors[start:stop].data.cast("B")) != crc:
+                raise RuntimeError(f"vectors {start}:{stop} of slot {self.slot.number} are not what the worker wrote")
 
 
 class FlushResult(NamedTuple):

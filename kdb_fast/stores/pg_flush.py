@@ -11,8 +11,6 @@ from .base import FlushSlot, RunSpec
 from .pg_errors import classify, refusal
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     import psycopg
 
 STATEMENT_ROWS = 1000
@@ -244,17 +242,20 @@ class FlushWriter:
             for e, r, c in ([raw[i] for i in rows] if len(rows) < len(raw) else raw)
         ]
 
-    def _vector_fields(self, vectors: npt.NDArray[np.float32]) -> Sequence[bytes | memoryview] | bytes:
-        return pgcopy.vector_fields(vectors) if self._vectors else pgcopy.NULL
+    def _vector_fields(self, flush_slot: FlushSlot, rows: list[int]) -> Sequence[bytes | memoryview] | bytes:
+        if not self._vectors:
+            return pgcopy.NULL
+        flush_slot.verify()
+        return pgcopy.vector_fields(flush_slot.slot.vectors[rows])
 
     def _table_rows(self, flush_slot: FlushSlot, rows: list[int]) -> bytes:
         slot = flush_slot.slot
         return pgcopy.pack_rows(
             TABLE_COLUMNS,
             [
-                pgcopy.uuid4_fields(len(rows)),
+                pgcopy.id_fields(len(rows)),
                 self._keys_and_texts(flush_slot, rows),
-                self._vector_fields(slot.vectors[rows]),
+                self._vector_fields(flush_slot, rows),
                 self._constant,
                 pgcopy.timestamp_fields(slot.source[rows]),
             ],
@@ -270,9 +271,9 @@ class FlushWriter:
             [
                 [number + pgcopy.int_field(i, 4) + flags[int(slot.known[i])] for i in rows],
                 pgcopy.timestamp_fields(slot.stamp[rows]),
-                pgcopy.uuid4_fields(len(rows)),
+                pgcopy.id_fields(len(rows)),
                 self._keys_and_texts(flush_slot, rows),
-                self._vector_fields(slot.vectors[rows]),
+                self._vector_fields(flush_slot, rows),
                 pgcopy.timestamp_fields(slot.source[rows]),
             ],
             len(rows),

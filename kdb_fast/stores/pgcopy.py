@@ -7,7 +7,6 @@ pieces are joined. Format: https://www.postgresql.org/docs/current/sql-copy.html
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Sequence
 
@@ -15,15 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..slab import NO_STAMP
+from .new_ids import ID_CHARS, new_ids
 
 SIGNATURE = b"PGCOPY\n\xff\r\n\x00" + struct.pack(">ii", 0, 0)
 TRAILER = struct.pack(">h", -1)
 NULL = struct.pack(">i", -1)
-
-_HEX = np.frombuffer(b"".join(b"%02x" % byte for byte in range(256)), dtype=np.uint16)
-"""The two digits of each byte."""
-_UUID_GROUPS = ((4, 0, 8), (13, 8, 4), (18, 12, 4), (23, 16, 4), (28, 20, 12))
-"""Of a UUID's text after its 4 bytes of length: where a group of digits is put, the first digit, how many."""
 
 EPOCH_SHIFT = 946_684_800_000_000
 """Microseconds from 1970-01-01 to 2000-01-01: PostgreSQL's binary timestamps count from 2000."""
@@ -67,18 +62,13 @@ def vector_fields(vectors: npt.NDArray[np.float32]) -> list[memoryview]:
     return [view[i * width : (i + 1) * width] for i in range(n)]
 
 
-def uuid4_fields(n: int) -> list[bytes]:
-    """``n`` random version-4 UUIDs as 36-character text values with their length."""
-    raw = np.frombuffer(os.urandom(16 * n), dtype=np.uint8).reshape(n, 16).copy()
-    raw[:, 6] = (raw[:, 6] & 0x0F) | 0x40
-    raw[:, 8] = (raw[:, 8] & 0x3F) | 0x80
-    digits = _HEX[raw].view(np.uint8)
-    fields = np.full((n, 40), ord("-"), dtype=np.uint8)
-    fields[:, :4] = np.frombuffer(struct.pack(">i", 36), dtype=np.uint8)
-    for at, start, count in _UUID_GROUPS:
-        fields[:, at : at + count] = digits[:, start : start + count]
+def id_fields(n: int) -> list[bytes]:
+    """``n`` new ids (:func:`~kdb_fast.stores.new_ids.new_ids`) as text values with their length."""
+    fields = np.empty((n, 4 + ID_CHARS), dtype=np.uint8)
+    fields[:, :4] = np.frombuffer(struct.pack(">i", ID_CHARS), dtype=np.uint8)
+    fields[:, 4:] = new_ids(n)
     packed = fields.tobytes()
-    return [packed[i : i + 40] for i in range(0, 40 * n, 40)]
+    return [packed[i : i + 4 + ID_CHARS] for i in range(0, len(packed), 4 + ID_CHARS)]
 
 
 def pack_rows(columns: int, parts: Sequence[Sequence[bytes | memoryview] | bytes], n: int) -> bytes:

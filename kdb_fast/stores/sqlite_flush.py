@@ -7,7 +7,6 @@ up once, and that decides whether the row is new, ours to overwrite, or another 
 from __future__ import annotations
 
 import hashlib
-import os
 import sqlite3
 from collections.abc import Iterator, Sequence, Set
 from datetime import UTC, datetime, timedelta
@@ -19,6 +18,7 @@ from ..records import Reject
 from ..slab import NO_STAMP, Slot
 from .base import FlushSlot, RunSpec
 from .json_vectors import json_vectors
+from .new_ids import ID_CHARS, new_ids
 from .sqlite_base import RowIgnoredError, now, refusal, select_in, timestamp
 from .sqlite_fts import FullText, FullTextRow, Key
 
@@ -48,14 +48,9 @@ def row_stamp(updated_at: object, content: bytes) -> int:
     return number if number != NO_STAMP else 0
 
 
-def new_ids(count: int) -> list[str]:
-    """Random version 4 UUIDs as text."""
-    raw = np.frombuffer(os.urandom(16 * count), dtype=np.uint8).reshape(count, 16).copy()
-    raw[:, 6] = (raw[:, 6] & 0x0F) | 0x40
-    raw[:, 8] = (raw[:, 8] & 0x3F) | 0x80
-    text = raw.tobytes().hex()
-    digits = [text[i : i + 32] for i in range(0, 32 * count, 32)]
-    return [f"{d[:8]}-{d[8:12]}-{d[12:16]}-{d[16:20]}-{d[20:]}" for d in digits]
+def _new_ids(count: int) -> list[str]:
+    texts = new_ids(count).tobytes().decode("ascii")
+    return [texts[i : i + ID_CHARS] for i in range(0, len(texts), ID_CHARS)]
 
 
 class _Row(NamedTuple):
@@ -120,6 +115,7 @@ class FlushWriter:
 
     def write(self, flush_slot: FlushSlot) -> None:
         """Write the rows of a slot into the search table and the vectors' table."""
+        flush_slot.verify()
         slot = flush_slot.slot
         raw = slot.raw_rows()
         vectors = slot.vectors[: slot.rows if self._vectors else 0]
@@ -162,7 +158,7 @@ class FlushWriter:
         known, stamps, sources = slot.known.tolist(), slot.stamp.tolist(), _source_times(slot)
         run = self._run.number
         rows: list[_Row] = []
-        for i, (entity, record_id), new_id in zip(numbers, keys, new_ids(len(numbers)), strict=True):
+        for i, (entity, record_id), new_id in zip(numbers, keys, _new_ids(len(numbers)), strict=True):
             content = raw[i][2]
             found = existing.get((entity, record_id))
             if found is None:

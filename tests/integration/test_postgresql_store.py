@@ -684,6 +684,23 @@ def test_deletes_are_counted(database: DatabaseAddress, store: PostgreSQLStore, 
     assert contents(database) == {"b": "two"}
 
 
+def test_vectors_that_are_not_what_the_worker_wrote_are_never_stored(
+    database: DatabaseAddress, store: PostgreSQLStore, run: RunSpec
+) -> None:
+    flush(store, run, slot_of(fresh(("r1", "one"))))
+    good = slot_of(fresh(("r2", "two")))
+    for rows in (fresh(("r3", "three")), known(store, ("r1", "changed"))):
+        slot = slot_of(rows, number=1)
+        written = slot._replace(crcs=((0, 1, slot.slot.checksum()),))
+        slot.slot.vectors[0, 5] += 1
+        with pytest.raises(RuntimeError, match="vectors 0:1 of slot 1 are not what the worker wrote"):
+            flush(store, run, good, written)
+    assert contents(database) == {"r1": "one"}
+    slot = slot_of(fresh(("r3", "three")), number=1)
+    flush(store, run, good, slot._replace(crcs=((0, 1, slot.slot.checksum()),)))
+    assert contents(database) == {"r1": "one", "r2": "two", "r3": "three"}
+
+
 # -- rows that the database refuses ------------------------------------------------------------------------
 
 SECRET = "xyzzy"

@@ -181,7 +181,7 @@ def test_a_new_row_has_every_column_that_kameleondb_and_kdb_fast_read(index: Ind
         "SELECT id, embedding, model, dimensions, created_at, updated_at, kdb_fast_at, kdb_fast_run, "
         "kdb_fast_fingerprint, kdb_fast_source_at FROM kdb_search"
     )
-    assert uuid.UUID(search_id).version == 4
+    assert uuid.UUID(search_id).version == 7
     assert isinstance(embedding, str)
     assert json.loads(embedding) == pytest.approx(slot.slot.vectors[0].tolist(), abs=1e-8)
     assert (model, dimensions, by, fingerprint) == ("m" * 100, DIMENSIONS, run.number, "f1")
@@ -286,6 +286,17 @@ def test_a_vector_with_nan_is_rejected_and_the_others_are_stored(index: Index) -
     assert result.rows == 2
     assert [r[:3] for r in result.rejected] == [(0, 1, "not_finite")]
     assert sorted(index.contents()) == ["r000", "r002"]
+
+
+def test_vectors_that_are_not_what_the_worker_wrote_are_never_stored(index: Index) -> None:
+    run = index.begin()
+    filled = index.fill(0, {"a": "one", "b": "two"}, {}, "note")
+    written = filled._replace(crcs=((0, 2, filled.slot.checksum()),))
+    filled.slot.vectors[1, 5] += 1
+    with pytest.raises(RuntimeError, match="vectors 0:2 of slot 0 are not what the worker wrote"):
+        index.store.flush(run, 1, [written], [], [])
+    assert index.contents() == {}
+    assert index.store.flush(run, 1, [filled._replace(crcs=((0, 2, filled.slot.checksum()),))], [], []).rows == 2
 
 
 # -- one flush, once ---------------------------------------------------------------------------------------
