@@ -679,7 +679,7 @@ def test_rows_are_written_in_kameleondbs_format(search: SearchEngine, address: D
         assert execute(address, indexes) == [
             ("ix_kdb_search_entity",), ("ix_kdb_search_fts",), ("ix_kdb_search_record",), ("ix_kdb_search_vector",),
         ]  # fmt: skip
-    assert uuid.UUID(row[0]).version == 4
+    assert uuid.UUID(row[0]).version == 7
     assert row[1:6] == ("Note", "1", "second text", "words", 16)
     assert cosine(np.array(vector, np.float32), words.vectors(["second text"])[0]) >= EXACT
 
