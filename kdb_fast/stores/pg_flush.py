@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +133,7 @@ class FlushWriter:
             try:
                 with self.cursor.connection.transaction():
                     for part in _parts(fresh, self._pieces):
-                        wanted -= self._copy(COPY_TABLE, (self._table_rows(s, rows) for s, rows in part))
+                        wanted -= self._copy(COPY_TABLE, self._table_rows, part)
                     if wanted:
                         raise RowsDroppedError
                 self.rows += total
@@ -174,7 +174,7 @@ class FlushWriter:
 
     def _stage(self, groups: list[Group]) -> int:
         self.cursor.execute(CREATE_STAGING)
-        self._copy(COPY_STAGING, (self._staging_rows(s, rows) for s, rows in groups))
+        self._copy(COPY_STAGING, self._staging_rows, groups)
         # Without this a flush of some thousand rows may be joined by reading the whole index (2 KB a row).
         self.cursor.execute(
             "SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; "
@@ -224,11 +224,11 @@ class FlushWriter:
             "fingerprint": run.fingerprint,
         }
 
-    def _copy(self, statement: str, chunks: Iterable[bytes]) -> int:
+    def _copy(self, statement: str, pack: Callable[[Group], bytes], groups: Sequence[Group]) -> int:
         """Returns how many rows the server says it took."""
         with self.cursor.copy(statement) as copy:
             copy.write(pgcopy.SIGNATURE)
-            for chunk in _ahead(chunks):
+            for chunk in _ahead(pack, groups):
                 self.bytes += len(chunk)
                 copy.write(chunk)
             copy.write(pgcopy.TRAILER)
@@ -248,7 +248,8 @@ class FlushWriter:
         flush_slot.verify()
         return pgcopy.vector_fields(flush_slot.slot.vectors[rows])
 
-    def _table_rows(self, flush_slot: FlushSlot, rows: list[int]) -> bytes:
+    def _table_rows(self, group: Group) -> bytes:
+        flush_slot, rows = group
         slot = flush_slot.slot
         return pgcopy.pack_rows(
             TABLE_COLUMNS,
@@ -262,7 +263,8 @@ class FlushWriter:
             len(rows),
         )
 
-    def _staging_rows(self, flush_slot: FlushSlot, rows: list[int]) -> bytes:
+    def _staging_rows(self, group: Group) -> bytes:
+        flush_slot, rows = group
         slot = flush_slot.slot
         number = pgcopy.int_field(slot.number, 4)
         flags = (b"\0\0\0\1\0", b"\0\0\0\1\1")
@@ -280,14 +282,18 @@ class FlushWriter:
         )
 
 
-def _ahead(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The chunks; each is packed while the server still takes the one before."""
+def _ahead(pack: Callable[[Group], bytes], groups: Sequence[Group]) -> Iterator[bytes]:
+    """``map(pack, groups)``; each is packed while the server still takes the one before."""
+    if len(groups) < 2:
+        yield from map(pack, groups)
+        return
     with ThreadPoolExecutor(1, "pack") as pool:
-        iterator = iter(chunks)
-        following = pool.submit(next, iterator, None)
-        while (chunk := following.result()) is not None:
-            following = pool.submit(next, iterator, None)
+        following = pool.submit(pack, groups[0])
+        for group in groups[1:]:
+            chunk = following.result()
+            following = pool.submit(pack, group)
             yield chunk
+        yield following.result()
 
 
 def _count(groups: Iterable[Group]) -> int:
