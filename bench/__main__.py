@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.quick:
             result.caveats.insert(0, "**A smoke test with tiny sizes: the numbers mean nothing.**")
         results.write(result, about, out)
-        print((out / f"{part}.md").read_text(), flush=True)
+        print((out / f"{result.part}.md").read_text(), flush=True)
         met = met and all(requirement.met for requirement in result.requirements)
     results.gather(out, PARTS)
     say(f"results: {out}")

@@ -6,7 +6,7 @@ from typing import Any
 
 from .chart import Bar
 from .measure import spread
-from .options import Options, say
+from .options import STRESS_SETS, Options, say
 from .results import Result, Table
 from .runner import BenchError, Contender, Outcome, alternate, ran, raw, run_once
 from .session import DataSet, Session, session
@@ -23,7 +23,8 @@ PROBE = 1000
 def run(options: Options) -> Result:
     """Measure the part."""
     result = Result(
-        "stress",
+        # Some of the sets only: beside the page of all, and not in its place.
+        "stress" if options.sets == STRESS_SETS else "-".join(("stress", *options.sets)),
         "How many records a second end up in PostgreSQL, ready to search, for three kinds of record?",
         caveats=[
             "Every contender ends with the same table and all its indexes. Those marked as a sample embedded the first "

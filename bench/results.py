@@ -104,7 +104,9 @@ def gather(out: Path, order: Sequence[str]) -> None:
         "contenders that are compared ran alternately, each run in a fresh process, and ratios were taken run by run. "
         "The `.json` files hold every single measurement.\n"
     )
-    pages = [path.read_text() for part in order if (path := out / f"{part}.md").exists()]
+    pages = [
+        path.read_text() for part in order for path in sorted([*out.glob(f"{part}.md"), *out.glob(f"{part}-*.md")])
+    ]
     _replace(out / "README.md", "\n".join([head, *pages]))
 
 
