@@ -21,7 +21,7 @@ def new_ids(n: int) -> npt.NDArray[np.uint8]:
 
     They begin with the time, so that new rows go to the end of the primary key's index, where random ones go to a
     page each: on PostgreSQL, 300,000 rows a table, 3.6 µs a row against 7.3, and an index that is 21 % smaller.
-    ``rand_a`` counts within a call (method 1 of section 6.2).
+    ``rand_a`` counts within a call (method 1 of section 6.2). Where the clock jumps, ids are out of order, no more.
     """
     number = np.arange(n, dtype=np.uint64)
     milliseconds = (time.time_ns() // 1_000_000 + (number >> np.uint64(12))).astype(">u8")

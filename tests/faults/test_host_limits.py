@@ -442,7 +442,8 @@ def test_the_time_zone_does_not_make_records_look_changed(notes: Path, tmp_path:
 def test_no_clock_that_may_jump_measures_a_duration() -> None:
     """Time-outs, rates and leases use the monotonic clock, or that of the database."""
     # A server names the time at which to ask again by the clock on the wall.
-    allowed = {"openai_answers.py"}
+    # Ids of new rows hold the time; where it jumps, they are only out of order.
+    allowed = {"openai_answers.py", "new_ids.py"}
     for file in Path(kdb_fast.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
