@@ -184,9 +184,9 @@ class Slot:
             for i in range(n)
         ]
 
-    def checksum(self) -> int:
-        """CRC-32 of the vectors of all rows."""
-        return zlib.crc32(self.vectors[: self.rows].data.cast("B"))
+    def checksum(self, start: int = 0, stop: int | None = None) -> int:
+        """CRC-32 of the vectors of rows ``start`` to ``stop``, or of all rows."""
+        return zlib.crc32(self.vectors[start : self.rows if stop is None else stop].data.cast("B"))
 
 
 class Slab:

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
-from zlib import crc32
 
 import psutil
 
@@ -379,7 +378,7 @@ class ProcessEngine(Engine):
             slot = self.slab.slots[task.slot]
             slot.vectors[task.start] = 0
             slot.code[task.start] = ROW_WORKER_DIED
-            crc = crc32(slot.vectors[task.start : task.stop].data.cast("B"))
+            crc = slot.checksum(task.start, task.stop)
             self._complete(Embedded(task.slot, task.generation, task.start, task.stop, 0, 0, 0, 0.0, crc))
         elif rows > 1 and task.deaths >= 2:
             middle = (task.start + task.stop) // 2

@@ -11,7 +11,6 @@ import os
 import time
 from multiprocessing.connection import Connection
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 
@@ -92,7 +91,7 @@ def embed_rows(slot: Slot, order: Embed, encoder: Encoder) -> Embedded:
         tally.padded_tokens,
         tally.truncated,
         time.perf_counter() - started,
-        crc32(vectors.data.cast("B")),
+        slot.checksum(start, stop),
     )
 
 

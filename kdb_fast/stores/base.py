@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, NamedTuple
-from zlib import crc32
 
 from ..records import Reject
 from ..slab import Slot
@@ -65,7 +64,7 @@ class FlushSlot(NamedTuple):
             RuntimeError: They are not what the worker wrote.
         """
         for start, stop, crc in self.crcs:
-            if crc32(self.slot.vectors[start:stop].data.cast("B")) != crc:
+            if self.slot.checksum(start, stop) != crc:
                 raise RuntimeError(f"vectors {start}:{stop} of slot {self.slot.number} are not what the worker wrote")
 
 
