@@ -15,6 +15,8 @@ import sys
 import threading
 from typing import Any
 
+from .garbage import collect_rarely
+
 ORPHANED = 3
 """Exit code of a child whose parent died."""
 
@@ -29,6 +31,7 @@ def start(packed: bytes) -> None:
     """
     _die_with_parent()
     threading.Thread(target=_watch_parent, name="watch-parent", daemon=True).start()
+    collect_rarely()
     target, *arguments = pickle.loads(packed)  # noqa: S301 - from our parent
     target(*arguments)
 

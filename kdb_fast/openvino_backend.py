@@ -59,16 +59,21 @@ def compile_model(model: Any, hint: str, threads: int = 1) -> Any:
 class OpenVinoSession:
     """A compiled model with ``get_inputs`` and ``run`` of ``onnxruntime.InferenceSession``.
 
+    Args:
+        path: The model's file.
+        precision: What the user asked for, for messages.
+        hint, threads: See :func:`compile_model`.
+
     Raises:
         ModelError: OpenVINO is missing or cannot read the model.
     """
 
-    def __init__(self, path: Path, *, precision: str, threads: int) -> None:
+    def __init__(self, path: Path, *, precision: str, hint: str, threads: int) -> None:
         try:
             import openvino
 
             model = pad_rows(openvino.Core().read_model(str(path)))
-            compiled = compile_model(model, "bf16" if precision == "bf16" else "f32", threads)
+            compiled = compile_model(model, hint, threads)
         except ImportError:
             raise ModelError(
                 f"--precision {precision} needs the Python package openvino, which is not installed.",

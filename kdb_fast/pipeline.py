@@ -161,7 +161,7 @@ class Pipeline:
         self._window_goal = 1000
         self._shards: deque[list[tuple[Row, int, bytes]]] = deque()
         self._reuse: list[tuple[Row, int, bytes]] = []
-        self._waiters: dict[bytes, list[tuple[Row, int]]] = {}
+        self._waiters: dict[bytes, list[tuple[Row, int]] | None] = {}
         self._waiting_rows = 0
         self._free: deque[int] = deque()
         self._loads: dict[int, _Load] = {}
@@ -327,10 +327,13 @@ class Pipeline:
         if digest in self._cache:
             self._take_from_cache(row, sequence, digest)
         elif digest in self._waiters:
-            self._waiters[digest].append((row, sequence))
+            waiting = self._waiters[digest]
+            if waiting is None:
+                waiting = self._waiters[digest] = []
+            waiting.append((row, sequence))
             self._waiting_rows += 1
         else:
-            self._waiters[digest] = []
+            self._waiters[digest] = None  # a list for every text would cost more than the few that are needed
             self._window.append((row, sequence, digest))
 
     def _take_from_cache(self, row: Row, sequence: int, digest: bytes) -> None:

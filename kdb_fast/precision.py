@@ -83,10 +83,20 @@ def unsupported(precision: str) -> str:
     """Why this machine cannot use a precision, as a clause; '' if it can."""
     if not openvino_backend.installed():
         return "the Python package openvino is not installed (pip install 'kdb-fast[openvino]')"
-    wanted = CPU_FLAGS[precision]
-    if not cpu_flags().intersection(wanted):
-        return f"this CPU has no {'BF16' if precision == 'bf16' else 'VNNI'} instructions (none of {', '.join(wanted)})"
+    if not has_instructions(precision):
+        kind, wanted = "BF16" if precision == "bf16" else "VNNI", ", ".join(CPU_FLAGS[precision])
+        return f"this CPU has no {kind} instructions (none of {wanted})"
     return ""
+
+
+def has_instructions(precision: str) -> bool:
+    """Whether this CPU computes a precision faster than fp32."""
+    return not cpu_flags().isdisjoint(CPU_FLAGS[precision])
+
+
+def _rest(spec: EncoderSpec) -> str:
+    """Ending of names for int8 whose rest is not computed in fp32: its vectors are others."""
+    return "" if spec.rest == "fp32" else f"-{spec.rest}"
 
 
 class Chooser:
@@ -157,15 +167,15 @@ class Chooser:
     def _lower(self, precision: str, floor: float | None) -> Choice:
         spec = replace(self._spec, precision=precision, token_budget=TOKEN_BUDGET)
         fidelity = None
-        if precision == "int8" and (known := self._find_prepared()):
-            spec = replace(spec, prepared=known / MODEL)
-        fingerprint = self._fingerprint(spec)
-        if fingerprint:
-            fidelity = self._read_fidelity(fingerprint)
+        if precision == "int8":
+            spec = replace(spec, rest="bf16" if has_instructions("bf16") else "fp32")
+            if known := self._find_prepared():
+                spec = replace(spec, prepared=known / MODEL)
+        if precision != "int8" or spec.prepared:
+            fidelity = self._read_fidelity(spec)
         if fidelity is None:
             spec, fidelity = self._prepare(spec)
-            fingerprint = self._fingerprint(spec)
-            self._write_fidelity(fingerprint, fidelity)
+            self._write_fidelity(spec, fidelity)
         least, least_overlap = FLOORS[precision]
         if floor is not None:
             least, least_overlap = floor, 0.0
@@ -177,12 +187,12 @@ class Chooser:
                 + ".",
                 remedy="Use --precision fp32 (or auto), or lower --min-fidelity.",
             )
-        return Choice(spec, fingerprint, f"{precision}: {fidelity.describe()}", fidelity)
+        return Choice(spec, self._fingerprint(spec), f"{precision}: {fidelity.describe()}", fidelity)
 
     def _fingerprint(self, spec: EncoderSpec) -> str:
-        if spec.precision != "int8":
+        if spec.prepared is None:
             return spec.model.fingerprint(spec.precision)
-        return spec.prepared.parent.name if spec.prepared else ""
+        return spec.prepared.parent.name + _rest(spec)
 
     # --- what is kept ---
 
@@ -194,8 +204,8 @@ class Chooser:
             return None
         check_private(self._directory)
         newest_first = sorted(present, key=lambda entry: (entry / MANIFEST).stat().st_mtime, reverse=True)
-        used = [entry for number in self._history for entry in newest_first if entry.name == number]
-        measured = [entry for entry in newest_first if self._fidelity_file(entry.name).is_file()]
+        used = [entry for number in self._history for entry in newest_first if number.startswith(entry.name)]
+        measured = [entry for entry in newest_first if any(entry.glob(f"fidelity-{self._index}*.json"))]
         return next((entry for entry in [*used, *measured] if self._is_good(entry)), None)
 
     def _is_good(self, entry: Path) -> bool:
@@ -216,16 +226,17 @@ class Chooser:
             return False
         return True
 
-    def _fidelity_file(self, fingerprint: str) -> Path:
-        return self._directory / fingerprint / f"fidelity-{self._index}.json"
+    def _fidelity_file(self, spec: EncoderSpec) -> Path:
+        directory = spec.prepared.parent if spec.prepared else self._directory / spec.model.fingerprint(spec.precision)
+        return directory / f"fidelity-{self._index}{_rest(spec)}.json"
 
-    def _read_fidelity(self, fingerprint: str) -> Fidelity | None:
+    def _read_fidelity(self, spec: EncoderSpec) -> Fidelity | None:
         with contextlib.suppress(OSError, ValueError, TypeError):
-            return Fidelity(**json.loads(self._fidelity_file(fingerprint).read_text()))
+            return Fidelity(**json.loads(self._fidelity_file(spec).read_text()))
         return None
 
-    def _write_fidelity(self, fingerprint: str, fidelity: Fidelity) -> None:
-        file = self._fidelity_file(fingerprint)
+    def _write_fidelity(self, spec: EncoderSpec, fidelity: Fidelity) -> None:
+        file = self._fidelity_file(spec)
         try:
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             temporary = file.with_suffix(f".{os.getpid()}")

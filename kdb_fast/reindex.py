@@ -15,6 +15,7 @@ from .database import DatabaseAddress
 from .encoder import CHARS_PER_TOKEN, EncoderSpec
 from .engine import Engine, InlineEngine
 from .errors import KdbFastError, StoppedError
+from .garbage import collecting_rarely
 from .models import resolve
 from .openai_inputs import PACKED_BYTES_PER_TOKEN
 from .pipeline import Counts, Pipeline, Stop
@@ -211,7 +212,7 @@ class _Run:
         state = "failed"
         error: KdbFastError | None = None
         try:
-            with self._beating():
+            with self._beating(), collecting_rarely():
                 self._work()
             state = "done"
         except Stop:

