@@ -23,7 +23,6 @@ CONTENDERS = {
     "precision": "ours:precision",
     "help": "ours:help_text",
     "encode": "encode:encode",
-    "ceiling": "ceiling:ceiling",
     "pipeline": "pipeline:pipeline",
     "replace": "pipeline:replace",
     "loading_example": "pipeline:loading_example",

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from .errors import KdbFastError, ModelError, ResourceError
 from .models import Model
+from .openvino_rows import WIDTH_CLASS, filled_rows
 from .records import was_cut
 
 TOKEN_BUDGET = 512
@@ -34,12 +35,11 @@ CHARS_PER_TOKEN = 24
 left the window unfilled is repeated longer, so the result never depends on it. English has 4 to 5."""
 
 
-UNBOUNDED = 1 << 40
-"""A token budget that never ends a batch."""
-
-
 class Tally(NamedTuple):
-    """What an encode call computed, in tokens with the special ones."""
+    """What an encode call computed, in tokens with the special ones.
+
+    ``padded_tokens`` are the rows that dense layers computed: with padding, or with what OpenVINO's are filled up with.
+    """
 
     tokens: int
     padded_tokens: int
@@ -155,13 +155,12 @@ BATCH_INVARIANCE = 0.9998
 
 
 def plan_batches(
-    lengths: npt.NDArray[np.int64], budget: int, cap: int, width_class: int = 0, max_padding: float = MAX_PADDING
+    lengths: npt.NDArray[np.int64], budget: int, cap: int, max_padding: float = MAX_PADDING
 ) -> Iterator[npt.NDArray[np.intp]]:
     """Row numbers of each batch: rows of near-equal length, longest first.
 
     A batch holds at most ``cap`` rows and ``budget`` tokens (rows × longest) — one row may be longer — and
-    ends where padding would exceed ``max_padding`` of it. With ``width_class``, all rows of a batch have the same
-    length // width_class.
+    ends where padding would exceed ``max_padding`` of it.
     """
     order = np.argsort(-lengths, kind="stable")
     ordered = lengths[order].tolist()
@@ -169,15 +168,42 @@ def plan_batches(
     while start < n:
         longest = ordered[start]
         most = min(cap, max(1, budget // max(1, longest)), n - start)
-        least = longest - longest % width_class if width_class else 0
         stop, real = start + 1, longest
-        while stop < start + most and ordered[stop] >= least:
+        while stop < start + most:
             real += ordered[stop]
             if 1 - real / (longest * (stop + 1 - start)) > max_padding:
                 break
             stop += 1
         yield order[start:stop]
         start = stop
+
+
+def pack_batches(
+    lengths: npt.NDArray[np.int64], budget: int, cap: int, width_class: int
+) -> Iterator[npt.NDArray[np.intp]]:
+    """Row numbers of each batch where padding costs nothing: all rows of a batch have one length rounded up.
+
+    A batch holds at most ``cap`` rows and ``budget`` real tokens — one row may be longer. Rows go, longest first, into
+    the first batch that has room for them ("first fit decreasing"), which leaves few tokens of the budget unused.
+    """
+    batches: list[list[int]] = []
+    room: list[int] = []
+    width = -1
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[row])
+        if -(-length // width_class) != width:
+            width = -(-length // width_class)
+            yield from map(np.array, batches)
+            batches, room = [], []
+        for number, left in enumerate(room):
+            if length <= left and len(batches[number]) < cap:
+                batches[number].append(row)
+                room[number] -= length
+                break
+        else:
+            batches.append([row])
+            room.append(budget - length)
+    yield from map(np.array, batches)
 
 
 class _Backend:
@@ -204,13 +230,19 @@ class _OnnxBackend(_Backend):
         ids, truncated = self._tokenise(texts, spec.model.max_tokens)
         lengths = np.fromiter((len(row) for row in ids), dtype=np.int64, count=len(ids))
         if ragged:
-            batches = list(plan_batches(lengths, UNBOUNDED, len(ids), self._width_class, max_padding=1.0))
+            batches = [np.arange(len(ids))]
+        elif self._width_class:
+            batches = list(pack_batches(lengths, spec.token_budget, spec.batch_size, self._width_class))
         else:
-            batches = list(plan_batches(lengths, spec.token_budget, spec.batch_size, self._width_class))
+            batches = list(plan_batches(lengths, spec.token_budget, spec.batch_size))
         padded = 0
         for rows in batches:
             width = int(lengths[rows].max())
-            padded += width * len(rows)
+            if self._width_class:
+                width = min(-(-width // self._width_class) * self._width_class, spec.model.max_tokens)
+                padded += filled_rows(int(lengths[rows].sum()))
+            else:
+                padded += width * len(rows)
             _put(out, rows, self._run(ids, lengths, rows, width), spec.model)
         return Tally(int(lengths.sum()), padded, truncated)
 
@@ -355,7 +387,7 @@ def _is_plain(inner: Any) -> bool:
 def _openvino(inner: Any, spec: EncoderSpec) -> _OnnxBackend:
     from fastembed.common.preprocessor_utils import load_tokenizer
 
-    from .openvino_backend import WIDTH_CLASS, OpenVinoSession
+    from .openvino_backend import OpenVinoSession
 
     if not _is_plain(inner):
         raise ModelError(

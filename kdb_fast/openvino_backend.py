@@ -16,14 +16,6 @@ import numpy.typing as npt
 from .errors import ModelError
 from .openvino_rows import CUT, FILL, pad_rows, row_numbers
 
-WIDTH_CLASS = 16
-"""Widths in which a row's result is the same to the last bit are those with the same width // 16.
-
-OpenVINO sums 16 values at a time and the rest apart, so padding a row beyond the next multiple of 16 changes the order
-of a sum: by 3e-6 in fp32, but in int8 such a difference can round to another step. Measured on three sets of texts,
-MiniLM, widths up to 304: every difference had crossed a multiple of 16, and the number of rows never mattered.
-"""
-
 
 class Input(NamedTuple):
     """Name of an input, as ONNX Runtime's ``NodeArg`` has it."""
@@ -94,6 +86,8 @@ class OpenVinoSession:
     def run(self, outputs: None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
         """The graph's first output. It is a view that the next run overwrites."""
         # Inputs are handed over without a copy; `infer` returns when they have been read.
-        feed = {**feed, **row_numbers(*feed["input_ids"].shape)}
+        if FILL in self._names:
+            mask = feed.get("attention_mask")
+            feed = {**feed, **row_numbers(np.ones_like(feed["input_ids"]) if mask is None else mask)}
         self._request.infer({name: feed[name] for name in self._names}, share_inputs=True)
         return [self._request.get_output_tensor(0).data]

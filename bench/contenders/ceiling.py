@@ -1,17 +1,12 @@
-"""How fast the machine can multiply: what no encoder in fp32 can exceed."""
+"""How fast a core multiplies: what no encoder in fp32 can exceed."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-
-from kdb_fast.resources import cpu_list
 
 ROWS, INNER, COLUMNS = 512, 384, 1536
 """The largest product of all-MiniLM-L6-v2, for a batch of 512 tokens."""
@@ -19,64 +14,43 @@ ROWS, INNER, COLUMNS = 512, 384, 1536
 FLOP = 2 * ROWS * INNER * COLUMNS
 
 
-def ceiling(params: dict[str, Any]) -> dict[str, Any]:
-    """GFLOP/s of fp32 matrix products on every CPU at the same time, one thread each.
+class Ceiling:
+    """Products in this process, a slice of time after the other, by NumPy's BLAS and by ONNX Runtime in turn.
 
-    NumPy's BLAS and ONNX Runtime take turns for ``seconds`` each; of each process the best slice of the faster one
-    counts, so the ceiling is high rather than low.
+    What is measured beside it is interrupted for the slices: what else slows the machine down slows down both alike.
     """
-    os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    cpus = (cpu_list() or list(range(os.cpu_count() or 1)))[: params.get("workers") or None]
-    context = multiprocessing.get_context("spawn")
-    children = []
-    for cpu in cpus:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_child, args=(theirs, cpu, params["seconds_each"]), daemon=True)
-        process.start()
-        theirs.close()
-        children.append((process, ours))
-    for _, pipe in children:
-        pipe.recv()
-    started = time.perf_counter()
-    for _, pipe in children:
-        pipe.send("go")
-    reports: list[dict[str, float]] = [pipe.recv() for _, pipe in children]
-    seconds = time.perf_counter() - started
-    for process, _ in children:
-        process.join(10)
-    best = [max(report.values()) for report in reports]
-    return {
-        "seconds": seconds,
-        "records": len(cpus),
-        "gflops": sum(best),
-        "gflops_by_cpu": best,
-        "numpy": [report.get("numpy", 0.0) for report in reports],
-        "onnxruntime": [report.get("onnxruntime", 0.0) for report in reports],
-    }
 
+    def __init__(self, seconds: float) -> None:
+        """
+        Args:
+            seconds: Of a slice.
+        """
+        self._slice = seconds
+        self._products = {"numpy": _numpy(), "onnxruntime": _onnxruntime()}
+        self._work = {name: [0, 0.0] for name, product in self._products.items() if product}
+        for name in self._work:
+            self._multiply(name, seconds)  # warm up
+        self._work = {name: [0, 0.0] for name in self._work}
 
-def _child(pipe: Connection, cpu: int, seconds: float) -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cpu})
-    products = {"numpy": _numpy(), "onnxruntime": _onnxruntime()}
-    for product in products.values():
-        if product:
-            product()
-    pipe.send("ready")
-    pipe.recv()
-    pipe.send({name: _best(product, seconds) for name, product in products.items() if product})
+    def take(self) -> None:
+        """One slice of each."""
+        for name in self._work:
+            count, seconds = self._multiply(name, self._slice)
+            self._work[name][0] += count
+            self._work[name][1] += seconds
 
+    def gflops(self) -> dict[str, float]:
+        """Mean rate of each over all slices, GFLOP/s."""
+        return {name: count * FLOP / seconds / 1e9 for name, (count, seconds) in self._work.items() if seconds}
 
-def _best(product: Callable[[], Any], seconds: float) -> float:
-    """GFLOP/s of the best of ten slices of time."""
-    best = 0.0
-    for _ in range(10):
+    def _multiply(self, name: str, slice_seconds: float) -> tuple[int, float]:
+        product = self._products[name]
+        assert product is not None
         count, started = 0, time.perf_counter()
-        while (passed := time.perf_counter() - started) < seconds / 10:
+        while (passed := time.perf_counter() - started) < slice_seconds:
             product()
             count += 1
-        best = max(best, count * FLOP / passed / 1e9)
-    return best
+        return count, passed
 
 
 def _matrices() -> tuple[Any, Any]:

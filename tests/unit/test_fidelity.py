@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kdb_fast.encoder import plan_batches
+from kdb_fast.encoder import pack_batches
 from kdb_fast.errors import UsageError
 from kdb_fast.fidelity import overlap, unit
 from kdb_fast.model_files import same_model
@@ -19,21 +19,37 @@ RNG = np.random.default_rng(7)
 
 def test_rows_of_a_batch_have_one_width_class() -> None:
     lengths = RNG.integers(1, 300, size=500)
-    batches = list(plan_batches(lengths, 512, 100, 16))
+    batches = list(pack_batches(lengths, 512, 40, 16))
     assert sorted(np.concatenate(batches).tolist()) == list(range(500))
     for rows in batches:
-        assert len(set((lengths[rows] // 16).tolist())) == 1
-        assert len(rows) == 1 or len(rows) * lengths[rows].max() <= 512
+        assert len(set((-(-lengths[rows] // 16)).tolist())) == 1
+        assert len(rows) <= 40
+        assert lengths[rows].sum() <= 512
 
 
-@pytest.mark.parametrize(("texts", "tokens"), [(1, 1), (8, 64), (7, 70), (1, 513), (3, 700)])
-def test_row_numbers_fill_up_and_cut_again(texts: int, tokens: int) -> None:
-    numbers = row_numbers(texts, tokens)
-    fill, cut = numbers.values()
-    assert len(fill) >= texts * tokens
+def test_batches_are_packed_tightly() -> None:
+    lengths = RNG.integers(33, 49, size=400)
+    batches = list(pack_batches(lengths, 512, 100, 16))
+    assert len(batches) <= lengths.sum() / 512 * 1.04
+    assert [len(rows) for rows in pack_batches(np.array([700, 690]), 512, 100, 16)] == [1, 1]
+
+
+@pytest.mark.parametrize("lengths", [[1], [64] * 8, [3, 70, 1, 41], [513], [700, 2, 655]])
+@pytest.mark.parametrize("left", [False, True])
+def test_row_numbers_fill_up_and_cut_again(lengths: list[int], left: bool) -> None:
+    width = -(-max(lengths) // 16) * 16
+    mask = (np.arange(width)[None, :] < np.array(lengths)[:, None]).astype(np.int64)
+    mask = mask[:, ::-1] if left else mask
+    fill, cut = row_numbers(mask).values()
+    assert len(fill) >= sum(lengths)
     assert len(fill) in SIZES or len(fill) % STEP == 0
-    rows = RNG.standard_normal((texts * tokens, 3))
-    assert np.array_equal(rows[fill][cut], rows.reshape(texts, tokens, 3))
+    values = RNG.standard_normal((len(lengths), width, 3))
+    restored = values.reshape(-1, 3)[fill][cut]
+    assert np.array_equal(restored[mask == 1], values[mask == 1])
+    # Padding holds a token of its own text.
+    for text, row in enumerate(restored):
+        own = {tuple(token) for token in values[text][mask[text] == 1]}
+        assert {tuple(token) for token in row} == own
 
 
 def test_overlap_leaves_the_query_out_and_counts_shared_neighbours() -> None:
