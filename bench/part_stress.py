@@ -12,7 +12,7 @@ from .runner import BenchError, Contender, Outcome, alternate, ran, raw, run_onc
 from .session import DataSet, Session, session
 
 RECORDS = 30_000
-ONE_BY_ONE, BATCHED = 600, 3000
+ONE_BY_ONE, BATCHED = {"contacts": RECORDS, "tickets": 600, "mixed": 600}, 3000
 """Samples of the slow ones, in records: their rate does not rise with the number, and their index stays smaller."""
 
 ALONE, ONE_CALL = "encoder alone, fp32", "one embed() and one upsert a record"
@@ -88,7 +88,7 @@ def _precisions(s: Session, data: DataSet, result: Result, rows: list[list[str]]
 
 def _contenders(s: Session, data: DataSet, precisions: list[str]) -> list[Contender]:
     database = {"conninfo": s.conninfo}
-    one, batch = s.options.size(ONE_BY_ONE, 30), s.options.size(BATCHED, 40)
+    one, batch = s.options.size(ONE_BY_ONE[data.name], 30), s.options.size(BATCHED, 40)
     sample = f"sample of {min(batch, data.records):,}"
     return [
         *(
@@ -97,7 +97,7 @@ def _contenders(s: Session, data: DataSet, precisions: list[str]) -> list[Conten
         ),
         Contender(ALONE, "encode", data.params()),
         Contender(ONE_CALL, "kameleondb_way", {**data.params(one), **database},
-                  f"sample of {min(one, data.records):,}"),
+                  f"sample of {one:,}" if one < data.records else ""),
         Contender(EXECUTEMANY, "fastembed_executemany", {**data.params(batch), **database}, sample,
                   optional=True),
         Contender(PARALLEL, "fastembed_parallel_copy", {**data.params(batch), **database}, sample,

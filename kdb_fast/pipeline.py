@@ -26,9 +26,19 @@ from .errors import KdbFastError, RejectLimitError
 from .faults import fault
 from .flushing import MAX_WAIT_SECONDS, FlushSize
 from .messages import Finish, Finished, Flush, Flushed, PrepareIndex, SlotRows, rows_of_bits
-from .records import MAX_ENTITY_CHARS, MAX_RECORD_ID_CHARS, Record, Reject, content_hash, cut_content, unfit, was_cut
+from .records import (
+    MAX_CONTENT_BYTES,
+    MAX_ENTITY_CHARS,
+    MAX_RECORD_ID_CHARS,
+    Record,
+    Reject,
+    content_hash,
+    cut_content,
+    unfit,
+    was_cut,
+)
 from .settings import RejectLimit
-from .sharding import SHARD_ROWS, WINDOW_ROWS, cut_shards, text_bytes
+from .sharding import SHARD_ROWS, WINDOW_ROWS, shard_numbers, text_bytes
 from .slab import NO_STAMP, ROW_REASONS, Row
 from .stores.base import Store, Stored
 from .stores.pg_index import should_defer
@@ -39,6 +49,9 @@ Key = tuple[str, str]
 
 TAKEN_ROWS = 64
 """Records that are taken in (1 ms) before the writer and the workers are looked at again: they wait that long."""
+
+SHORT_CHARS = MAX_CONTENT_BYTES // 4 - 1
+"""A text of so many characters needs no look at whether it must be, or was, cut."""
 
 SEEN_KEYS = 2_000_000
 """Keys of a file that are remembered to count superseded records exactly: at most about 200 MB. Beyond it
@@ -277,8 +290,8 @@ class Pipeline:
         fault("pipeline.classify")
         counts = self.counts
         fit: list[tuple[Record, bytes, int]] = []
+        counts.read += len(page)
         for item in page:
-            counts.read += 1
             self._sequence += 1
             if isinstance(item, Reject):
                 self._reject(item)
@@ -288,11 +301,13 @@ class Pipeline:
                 digest = content_hash(item.content) if isinstance(item.content, str) else b""
                 self._reject(Reject(item.entity, item.record_id, *problem, digest, item.position))
                 continue
-            content = cut_content(item.content)
-            if content is not item.content:
+            content = item.content
+            if len(content) > SHORT_CHARS:
+                content = cut_content(content)
                 item = item._replace(content=content)
             fit.append((item, content_hash(content), self._sequence))
         stored = self._look_up(fit)
+        unique = self._unique_keys
         for record, digest, sequence in fit:
             key = (record.entity, record.record_id)
             found = stored.get(key)
@@ -311,8 +326,9 @@ class Pipeline:
                 self._final(key, "unchanged")
                 continue
             # Here and not where it is embedded, so that it counts once, also where the model reads all that is left.
-            counts.truncated += was_cut(record.content)
-            if not self._unique_keys:
+            if len(record.content) > SHORT_CHARS:
+                counts.truncated += was_cut(record.content)
+            if not unique:
                 self._in_flight[key] = self._in_flight.get(key, 0) + 1
             if found is not None:
                 row = Row(record, True, found.stamp)
@@ -397,16 +413,15 @@ class Pipeline:
         self._ensure_engine(len(self._window) + self._waiting_rows, not last)
         assert self.engine is not None
         window, self._window = self._window, []
-        entries = {id(entry[0]): entry for entry in window}
         shape = self.engine.slab.shape
-        for shard in cut_shards(
+        for numbers in shard_numbers(
             [row for row, _, _ in window],
             shard_rows=shape.rows,
             shard_chars=self.engine.shard_chars,
             blob_bytes=shape.blob_bytes,
             read_chars=self._read_chars,
         ):
-            self._shards.append([entries[id(row)] for row in shard])
+            self._shards.append([window[number] for number in numbers])
         # Rows that wait for an equal text must not pile up behind one that is not embedded.
         if self.engine.full_shards and not last and self._waiting_rows < len(self._shards[-1]) < shape.rows:
             self._window = self._shards.pop()

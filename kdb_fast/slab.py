@@ -26,6 +26,7 @@ of the vectors, so a late or wrong write is seen (faults A8 and D5 in docs/relia
 from __future__ import annotations
 
 import errno
+import itertools
 import mmap
 import os
 import sys
@@ -146,16 +147,9 @@ class Slot:
             rows: At most ``capacity`` rows whose text fits the blob.
             sources: For each row, microseconds since 1970 of its last change, or NO_STAMP.
         """
-        parts: list[bytes] = []
-        ends: list[int] = []
-        position = 0
-        for record, _, _ in rows:
-            for value in (record.entity, record.record_id, record.content):
-                raw = value.encode()
-                parts.append(raw)
-                position += len(raw)
-                ends.append(position)
-        n = len(rows)
+        parts = [value.encode() for record, _, _ in rows for value in record[:3]]
+        ends = list(itertools.accumulate(map(len, parts)))
+        n, position = len(rows), ends[-1] if ends else 0
         self._blob[:position] = b"".join(parts)
         self.ends[: 3 * n] = ends
         self.code[:n] = ROW_OK

@@ -35,13 +35,12 @@ class VectorCache:
             count = min(len(digests) - start, self.capacity - self._next)
             at = self._next
             self._ring[at : at + count] = vectors[start : start + count]
-            for i in range(count):
-                old = self._owner[at + i]
-                if old is not None and self._at.get(old) == at + i:
+            part = digests[start : start + count]
+            for i, old in enumerate(self._owner[at : at + count], at):
+                if old is not None and self._at.get(old) == i:
                     del self._at[old]
-                digest = digests[start + i]
-                self._owner[at + i] = digest
-                self._at[digest] = at + i
+            self._owner[at : at + count] = part
+            self._at.update(zip(part, range(at, at + count), strict=True))
             start += count
             self._next = (at + count) % self.capacity
 
