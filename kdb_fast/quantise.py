@@ -13,7 +13,8 @@ depend on what else is in its batch. Four steps, each of which answers a known c
    making good for the errors of those before it (Frantar et al. 2022, "GPTQ").
 
 Everything outside of dense layers (attention scores, softmax, layer norm, embeddings) stays in floating point (fp32, or
-bf16 where the CPU can: ``EncoderSpec.rest``): it is 2 % of the work. Measured on 63,000 package records, MiniLM: see :data:`ALPHAS`.
+bf16 where the CPU can: ``EncoderSpec.rest``): it is 2 % of the work. Measured on 63,000 package records, MiniLM: see
+:data:`ALPHAS`.
 """
 
 from __future__ import annotations

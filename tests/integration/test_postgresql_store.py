@@ -585,6 +585,32 @@ def test_known_rows_are_replaced_and_keep_their_id(
     assert execute(database, "SELECT record_id, id, created_at FROM kdb_search ORDER BY 1")[:2] == ids
 
 
+def test_same_text_new_text_and_new_rows_in_one_flush(
+    database: DatabaseAddress, store: PostgreSQLStore, run: RunSpec
+) -> None:
+    flush(store, run, slot_of(fresh(("a", "cats purr"), ("b", "dogs bark"), ("d", "cows moo"))))
+    end(store, run)
+    second = begin(store, fingerprint="other")
+    rows = [*known(store, ("a", "cats purr"), ("b", "birds sing")), *fresh(("c", "fish swim"))]
+    slot = slot_of(rows)
+    slot.slot.vectors[0] = vector_of("another model")
+    result = flush(store, second, slot)
+    assert (result.rows, result.lost, result.rejected) == (3, (), ())
+    stored = index_rows(database)
+    # A row whose text is the same gets the new vector all the same, and counts as written by this run.
+    np.testing.assert_array_equal(stored["Note", "a"].vector, vector_of("another model"))
+    assert {key: stored["Note", key].run for key in "abcd"} == {
+        **dict.fromkeys("abc", second.number), "d": run.number
+    }  # fmt: skip
+    words = dict(execute(database, "SELECT record_id, tsv::text FROM kdb_search"))
+    assert words == {
+        "a": "'cat':1 'purr':2",
+        "b": "'bird':1 'sing':2",
+        "c": "'fish':1 'swim':2",
+        "d": "'cow':1 'moo':2",
+    }
+
+
 def test_row_that_was_never_updated_can_be_replaced(
     database: DatabaseAddress, store: PostgreSQLStore, run: RunSpec
 ) -> None:
