@@ -126,7 +126,9 @@ def _requirements(name: str, outcomes: dict[str, Outcome]) -> list[Requirement]:
         if outcomes[other].runs
     ]
     if name == "contacts":
-        result.append(Requirement(f"{name}: {best.contender.label}", best.spread("seconds"), 30, True, " s"))
+        result.append(
+            Requirement(f"{name}: {best.contender.label}", best.spread("seconds"), 30, at_most=True, unit=" s")
+        )
     return result
 
 

@@ -154,13 +154,11 @@ BATCH_INVARIANCE = 0.9998
 """Least cosine between any two batchings of a text: the worst that static int8 gave was 0.99989."""
 
 
-def plan_batches(
-    lengths: npt.NDArray[np.int64], budget: int, cap: int, max_padding: float = MAX_PADDING
-) -> Iterator[npt.NDArray[np.intp]]:
+def plan_batches(lengths: npt.NDArray[np.int64], budget: int, cap: int) -> Iterator[npt.NDArray[np.intp]]:
     """Row numbers of each batch: rows of near-equal length, longest first.
 
     A batch holds at most ``cap`` rows and ``budget`` tokens (rows × longest) — one row may be longer — and
-    ends where padding would exceed ``max_padding`` of it.
+    ends where padding would exceed MAX_PADDING of it.
     """
     order = np.argsort(-lengths, kind="stable")
     ordered = lengths[order].tolist()
@@ -171,7 +169,7 @@ def plan_batches(
         stop, real = start + 1, longest
         while stop < start + most:
             real += ordered[stop]
-            if 1 - real / (longest * (stop + 1 - start)) > max_padding:
+            if 1 - real / (longest * (stop + 1 - start)) > MAX_PADDING:
                 break
             stop += 1
         yield order[start:stop]

@@ -26,17 +26,7 @@ from .errors import KdbFastError, RejectLimitError
 from .faults import fault
 from .flushing import MAX_WAIT_SECONDS, FlushSize
 from .messages import Finish, Finished, Flush, Flushed, PrepareIndex, SlotRows, rows_of_bits
-from .records import (
-    MAX_CONTENT_BYTES,
-    MAX_ENTITY_CHARS,
-    MAX_RECORD_ID_CHARS,
-    Record,
-    Reject,
-    content_hash,
-    cut_content,
-    unfit,
-    was_cut,
-)
+from .records import MAX_ENTITY_CHARS, MAX_RECORD_ID_CHARS, Record, Reject, content_hash, cut_content, unfit, was_cut
 from .settings import RejectLimit
 from .sharding import SHARD_ROWS, WINDOW_ROWS, shard_numbers, text_bytes
 from .slab import NO_STAMP, ROW_REASONS, Row
@@ -49,9 +39,6 @@ Key = tuple[str, str]
 
 TAKEN_ROWS = 64
 """Records that are taken in (1 ms) before the writer and the workers are looked at again: they wait that long."""
-
-SHORT_CHARS = MAX_CONTENT_BYTES // 4 - 1
-"""A text of so many characters needs no look at whether it must be, or was, cut."""
 
 SEEN_KEYS = 2_000_000
 """Keys of a file that are remembered to count superseded records exactly: at most about 200 MB. Beyond it
@@ -301,13 +288,11 @@ class Pipeline:
                 digest = content_hash(item.content) if isinstance(item.content, str) else b""
                 self._reject(Reject(item.entity, item.record_id, *problem, digest, item.position))
                 continue
-            content = item.content
-            if len(content) > SHORT_CHARS:
-                content = cut_content(content)
+            content = cut_content(item.content)
+            if content is not item.content:
                 item = item._replace(content=content)
             fit.append((item, content_hash(content), self._sequence))
         stored = self._look_up(fit)
-        unique = self._unique_keys
         for record, digest, sequence in fit:
             key = (record.entity, record.record_id)
             found = stored.get(key)
@@ -326,9 +311,8 @@ class Pipeline:
                 self._final(key, "unchanged")
                 continue
             # Here and not where it is embedded, so that it counts once, also where the model reads all that is left.
-            if len(record.content) > SHORT_CHARS:
-                counts.truncated += was_cut(record.content)
-            if not unique:
+            counts.truncated += was_cut(record.content)
+            if not self._unique_keys:
                 self._in_flight[key] = self._in_flight.get(key, 0) + 1
             if found is not None:
                 row = Row(record, True, found.stamp)

@@ -22,11 +22,6 @@ WINDOW_ROWS = 4096
 """Records that are sorted together."""
 
 
-def effective_chars(row: Row, read_chars: int) -> int:
-    """Characters of a row that the model may read."""
-    return min(len(row.record.content), read_chars)
-
-
 def cut_shards(
     rows: Sequence[Row],
     *,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb_fast.records import Record
-from kdb_fast.sharding import SHARD_CHARS, SHARD_ROWS, cut_shards, effective_chars, text_bytes
+from kdb_fast.sharding import SHARD_CHARS, SHARD_ROWS, cut_shards, text_bytes
 from kdb_fast.slab import Row
 
 ROWS = st.lists(st.builds(lambda e, i, c: Row(Record(e, i, c)), st.text(max_size=5), st.text(max_size=5), st.text()))
@@ -14,6 +14,11 @@ ROWS = st.lists(st.builds(lambda e, i, c: Row(Record(e, i, c)), st.text(max_size
 
 def utf8_bytes(row: Row) -> int:
     return sum(len(value.encode()) for value in row.record[:3])
+
+
+def effective_chars(row: Row, read_chars: int) -> int:
+    """Characters of a row that the model may read."""
+    return min(len(row.record.content), read_chars)
 
 
 def same(rows: list[Row], others: list[Row]) -> bool:
