@@ -118,6 +118,8 @@ class ProcessEngine(Engine):
         self._request: Flush | PrepareIndex | Finish | None = None
         self._request_deaths = 0
         self._deaths_in_a_row = 0
+        self._starts_failed = 0  # of these, since a worker was last ready
+        self._embeds = False  # whether a worker has embedded anything yet
         self._slowest = 0.0
         self._checked = 0.0
         self._peaks: dict[str, int] = {}
@@ -232,6 +234,8 @@ class ProcessEngine(Engine):
             self._embedded(child, message)
         elif isinstance(message, Ready):
             child.ready = True
+            if child is not self._writer:
+                self._starts_failed = 0
             self._feed()
         elif isinstance(message, (Flushed, Finished)):
             if self._request is not None:
@@ -246,7 +250,7 @@ class ProcessEngine(Engine):
         if not child.tasks or child.tasks[0].generation != answer.generation:
             return
         child.tasks.popleft()
-        self._deaths_in_a_row = 0
+        self._deaths_in_a_row, self._embeds = 0, True
         self._slowest = max(self._slowest, answer.seconds)
         self._complete(answer)
         self._feed()
@@ -342,7 +346,9 @@ class ProcessEngine(Engine):
         number = self._workers.index(child)
         if child.tasks or not child.ready:
             self._deaths_in_a_row += 1
-        if self._deaths_in_a_row >= max(5, 3 * len(self._workers)) and not self._halving():
+            self._starts_failed += not child.ready
+        limit = max(5, 3 * len(self._workers))
+        if self._deaths_in_a_row >= limit and (self._starts_failed >= limit or not self._halving()):
             raise ResourceError(
                 f"Embedding processes died {self._deaths_in_a_row} times in a row without finishing anything; "
                 f"the last one {how}.{stderr}",
@@ -364,9 +370,12 @@ class ProcessEngine(Engine):
         self._feed()
 
     def _halving(self) -> bool:
-        """Whether deaths are being traced to one text: then they are expected, and bounded by the halving."""
+        """Whether deaths are being traced to single texts: then they are expected, and bounded by the halving.
+
+        Where nothing was embedded yet it is rather the model that ends every process.
+        """
         tasks = [*self._waiting, *(t for w in self._workers for t in w.tasks)]
-        return any(t.deaths >= 2 or (t.deaths and t.stop - t.start == 1) for t in tasks)
+        return any(t.deaths >= 2 or (t.deaths and (self._embeds or t.stop - t.start == 1)) for t in tasks)
 
     def _give_out_again(self, task: _Task, *, begun: bool) -> None:
         if not begun:

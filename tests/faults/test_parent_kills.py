@@ -169,7 +169,8 @@ def nobody_can_write(address: DatabaseAddress) -> Iterator[None]:
 def blocked(job: FileJob, options: list[str], seconds: dict[str, float]) -> Iterator[Command]:
     """A run that waits for another program with its first flush."""
     job.run()
-    job.write([f"changed {i}" for i in range(39)] + [f"changed and {poison_worker.GATED}"])
+    # All of them wait: a shard that was embedded before the lock is held would be flushed before.
+    job.write([f"changed {i} and {poison_worker.GATED}" for i in range(40)])
     embedded = job.commands.mark / "embedded"
     embedded.touch()
     command = job.start(*options, seconds=seconds)

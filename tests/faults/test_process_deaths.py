@@ -296,6 +296,21 @@ def test_workers_that_all_die_at_start_end_the_run(runs: Runs) -> None:
     runs.check()
 
 
+def test_workers_that_no_longer_start_end_the_run_also_while_a_deadly_text_is_searched(runs: Runs) -> None:
+    def nothing_starts_any_more(engine: ProcessEngine) -> bool:
+        if engine._halving():
+            runs.fault("worker.start:1:kill", None)
+        return engine._halving()
+
+    records = [*RECORDS[:60], Record("Note", "poison", f"a {poison_worker.DEADLY} text"), *RECORDS[60:]]
+    with pytest.raises(ResourceError, match="times in a row without finishing anything"):
+        runs.run(records, act=nothing_starts_any_more)
+    runs.no_fault()
+    receipt = runs.run(records)
+    assert (receipt["stored"] + receipt["unchanged"], receipt["rejected"]) == (len(RECORDS), 1)
+    runs.check()
+
+
 def test_error_of_a_dead_worker_tells_what_it_last_wrote(runs: Runs) -> None:
     runs.target = worker.run
     runs.fault("worker.start:1:raise", None)
