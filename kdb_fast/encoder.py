@@ -238,7 +238,7 @@ class _OnnxBackend(_Backend):
             width = int(lengths[rows].max())
             if self._width_class:
                 width = min(-(-width // self._width_class) * self._width_class, spec.model.max_tokens)
-                padded += filled_rows(int(lengths[rows].sum()))
+                padded += filled_rows(int(lengths[rows].sum()), spec.precision)
             else:
                 padded += width * len(rows)
             _put(out, rows, self._run(ids, lengths, rows, width), spec.model)

@@ -76,6 +76,7 @@ class OpenVinoSession:
             raise ModelError(
                 f"OpenVINO cannot load {path.name}: {reason[:200]}", remedy="Use --precision fp32."
             ) from error
+        self._precision = precision
         self._request = compiled.create_infer_request()
         self._names = [node.get_any_name() for node in compiled.inputs]
 
@@ -88,6 +89,7 @@ class OpenVinoSession:
         # Inputs are handed over without a copy; `infer` returns when they have been read.
         if FILL in self._names:
             mask = feed.get("attention_mask")
-            feed = {**feed, **row_numbers(np.ones_like(feed["input_ids"]) if mask is None else mask)}
+            mask = np.ones_like(feed["input_ids"]) if mask is None else mask
+            feed = {**feed, **row_numbers(mask, self._precision)}
         self._request.infer({name: feed[name] for name in self._names}, share_inputs=True)
         return [self._request.get_output_tensor(0).data]

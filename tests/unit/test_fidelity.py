@@ -34,15 +34,16 @@ def test_batches_are_packed_tightly() -> None:
     assert [len(rows) for rows in pack_batches(np.array([700, 690]), 512, 100, 16)] == [1, 1]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
 @pytest.mark.parametrize("lengths", [[1], [64] * 8, [3, 70, 1, 41], [513], [700, 2, 655]])
 @pytest.mark.parametrize("left", [False, True])
-def test_row_numbers_fill_up_and_cut_again(lengths: list[int], left: bool) -> None:
+def test_row_numbers_fill_up_and_cut_again(lengths: list[int], left: bool, precision: str) -> None:
     width = -(-max(lengths) // 16) * 16
     mask = (np.arange(width)[None, :] < np.array(lengths)[:, None]).astype(np.int64)
     mask = mask[:, ::-1] if left else mask
-    fill, cut = row_numbers(mask).values()
+    fill, cut = row_numbers(mask, precision).values()
     assert len(fill) >= sum(lengths)
-    assert len(fill) in SIZES or len(fill) % STEP == 0
+    assert len(fill) in SIZES[precision] or len(fill) % STEP == 0
     values = RNG.standard_normal((len(lengths), width, 3))
     restored = values.reshape(-1, 3)[fill][cut]
     assert np.array_equal(restored[mask == 1], values[mask == 1])
