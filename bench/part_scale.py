@@ -9,12 +9,18 @@ from kdb_fast.resources import usable_cpus
 from .chart import Bar
 from .measure import Spread, pairwise, spread
 from .options import Options
-from .results import Result, Table
+from .results import Requirement, Result, Table
 from .runner import Contender, Outcome, alternate, raw
 from .session import session
 
 BY_WORKERS = 6000
 """One and a half minutes of one worker: the start of processes and the index build, the same for all, count 3 %."""
+
+ALONE = 2000
+"""For the encoder alone."""
+
+LEAST_SHARE = 0.97
+"""Share of the number of workers that as many must reach: 1.94 for two."""
 
 FEW, MANY = 30_000, 300_000
 
@@ -41,19 +47,28 @@ def run(options: Options) -> Result:
             s.runs,
             s.reset,
         )  # fmt: skip
+        alone = {**tickets.params(), "records": options.size(ALONE, 220)}
+        encoders = alternate(
+            [Contender(f"encoder alone, {n}", "encode", {**alone, "workers": n}, ours=True)
+             for n in worker_counts(usable_cpus())],
+            s.runs,
+        )  # fmt: skip
         sizes = alternate(
             [Contender(f"{d.records:,} records", "reindex", {**d.params(), **free}, ours=True) for d in (few, many)],
             s.runs,
             s.reset,
         )
-    first = next(iter(workers.values()))
+    first, first_alone = next(iter(workers.values())), next(iter(encoders.values()))
     return Result(
         "scale",
         "Do more workers help in proportion, and do ten times as many records cost more memory, or more time each?",
         s.lines,
         [
-            "By workers: the whole job, index included, with the real encoder. Parent, writer and the database share "
-            "the cores with the workers, so as many workers as cores cannot give the full factor.",
+            "By workers: the real encoder. The whole job includes the start of the processes and the index, which one "
+            "worker does not make slower; loading is from the first worker that is ready to the last COMMIT. Parent, "
+            "writer and the database share the cores with the workers, so as many workers as cores cannot give the "
+            "full factor. "
+            f"The encoder alone (the first {ALONE:,} records) shows what the machine gives.",
             "By records: with a free encoder and without the search indexes, so that only the pipeline counts; the "
             "records are read from a file. Memory is the largest resident set (VmHWM) of each process; shared memory "
             "counts in every process that has touched it.",
@@ -61,18 +76,37 @@ def run(options: Options) -> Result:
         [
             Table(
                 "By workers",
-                ("workers", "records/s", "factor", "PSS of the largest worker, MB"),
+                ("workers", "records/s", "whole job", "loading", "encoder alone", "PSS of the largest worker, MB"),
                 [
-                    [label, spread(o.rates).text(0), o.ratio(first).text(2, "×"), _megabytes(o, "worker_pss_bytes")]
-                    for label, o in workers.items()
+                    [
+                        label,
+                        spread(o.rates).text(0),
+                        o.ratio(first).text(2, "×"),
+                        _loading(o, first).text(2, "×"),
+                        alone_o.ratio(first_alone).text(2, "×"),
+                        _megabytes(o, "worker_pss_bytes"),
+                    ]
+                    for (label, o), alone_o in zip(workers.items(), encoders.values(), strict=True)
                 ],
             ),
             _sizes(list(sizes.values())),
         ],
         chart=("Whole job by number of workers", "records/s",
                [Bar(label, spread(o.rates), True) for label, o in workers.items()]),
-        raw={"workers": raw(workers.values()), "sizes": raw(sizes.values())},
+        requirements=[
+            Requirement(
+                f"{label} ÷ 1, loading", _loading(o, first), LEAST_SHARE * o.contender.params["workers"], unit="×"
+            )
+            for label, o in workers.items()
+            if o is not first
+        ],
+        raw={"workers": raw(workers.values()), "encoders": raw(encoders.values()), "sizes": raw(sizes.values())},
     )  # fmt: skip
+
+
+def _loading(outcome: Outcome, first: Outcome) -> Spread:
+    """How many times as fast as ``first`` between the start and the index."""
+    return pairwise(first.values("seconds_after_start"), outcome.values("seconds_after_start"))
 
 
 def _sizes(outcomes: list[Outcome]) -> Table:

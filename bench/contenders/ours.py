@@ -41,6 +41,7 @@ def run(params: dict[str, Any]) -> tuple[Receipt, dict[str, Any]]:
         database.verify(params["conninfo"], params["records"], indexed=indexed)
     return receipt, {
         "seconds": seconds,
+        "seconds_after_start": watch.seconds_after_start,
         "records": sum(receipt[key] for key in WRITTEN),
         "read": receipt["read"],
         "unaccounted": receipt["read"] - sum(receipt[key] for key in ACCOUNTED) + params["records"] - receipt["read"],
