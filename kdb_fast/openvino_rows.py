@@ -13,7 +13,6 @@ change by a bit.
 
 from __future__ import annotations
 
-import bisect
 from typing import Any
 
 import numpy as np
@@ -57,9 +56,7 @@ MiniLM, widths up to 304: every difference had crossed a multiple of 16, and the
 
 def filled_rows(tokens: int, precision: str) -> int:
     """Rows that dense layers compute for so many tokens."""
-    sizes = SIZES[precision]
-    at = bisect.bisect_left(sizes, tokens)
-    return sizes[at] if at < len(sizes) else -(-tokens // STEP) * STEP
+    return next((size for size in SIZES[precision] if size >= tokens), -(-tokens // STEP) * STEP)
 
 
 def row_numbers(mask: npt.NDArray[np.int64], precision: str) -> dict[str, npt.NDArray[np.int64]]:

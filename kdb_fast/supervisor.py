@@ -119,7 +119,6 @@ class ProcessEngine(Engine):
         self._request_deaths = 0
         self._deaths_in_a_row = 0
         self._starts_failed = 0  # of these, since a worker was last ready
-        self._embeds = False  # whether a worker has embedded anything yet
         self._slowest = 0.0
         self._checked = 0.0
         self._peaks: dict[str, int] = {}
@@ -250,7 +249,7 @@ class ProcessEngine(Engine):
         if not child.tasks or child.tasks[0].generation != answer.generation:
             return
         child.tasks.popleft()
-        self._deaths_in_a_row, self._embeds = 0, True
+        self._deaths_in_a_row = 0
         self._slowest = max(self._slowest, answer.seconds)
         self._complete(answer)
         self._feed()
@@ -374,8 +373,9 @@ class ProcessEngine(Engine):
 
         Where nothing was embedded yet it is rather the model that ends every process.
         """
+        has_embedded = self._slowest > 0.0
         tasks = [*self._waiting, *(t for w in self._workers for t in w.tasks)]
-        return any(t.deaths >= 2 or (t.deaths and (self._embeds or t.stop - t.start == 1)) for t in tasks)
+        return any(t.deaths >= 2 or (t.deaths and (has_embedded or t.stop - t.start == 1)) for t in tasks)
 
     def _give_out_again(self, task: _Task, *, begun: bool) -> None:
         if not begun:

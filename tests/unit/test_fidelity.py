@@ -53,6 +53,14 @@ def test_row_numbers_fill_up_and_cut_again(lengths: list[int], left: bool, preci
         assert {tuple(token) for token in row} == own
 
 
+def test_row_numbers_stay_within_the_rows_also_for_a_text_without_tokens() -> None:
+    mask = np.array([[1] * 8, [0] * 8], dtype=np.int64)
+    fill, cut = row_numbers(mask, "bf16").values()
+    assert len(fill) == 8
+    assert cut[0].tolist() == list(range(8))
+    assert cut.max() < len(fill)
+
+
 def test_overlap_leaves_the_query_out_and_counts_shared_neighbours() -> None:
     first = unit(RNG.standard_normal((60, 16)).astype(np.float32))
     assert overlap(first[:20], first, first) == 1.0
