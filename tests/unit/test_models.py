@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdb_fast import hub, minilm, model_files, models, onnx_files
+from kdb_fast import hub, minilm, minilm_graph, model_files, models, onnx_files
 from kdb_fast.errors import ModelError
 from kdb_fast.models import Model
 
@@ -107,7 +108,8 @@ def test_fingerprint_is_16_hex_digits_and_the_same_on_every_machine() -> None:
 
 def test_fingerprint_of_a_built_graph_rests_on_its_weights_and_not_on_the_onnx_package() -> None:
     built = replace(example(), source=(("weights", "cc"), ("graph", "1")))
-    serialised_otherwise = replace(built, files=(("model.onnx", "zz"), ("tokenizer.json", "bb")))
+    files = (("model.onnx", "zz"), ("model.onnx_data", "yy"), ("tokenizer.json", "bb"))
+    serialised_otherwise = replace(built, files=files)
     assert serialised_otherwise.fingerprint() == built.fingerprint()
     assert replace(built, source=(("weights", "cc"), ("graph", "2"))).fingerprint() != built.fingerprint()
     assert replace(built, source=(("weights", "dd"), ("graph", "1"))).fingerprint() != built.fingerprint()
@@ -583,14 +585,74 @@ class SmallWeights(dict[str, Any]):
         return np.random.default_rng(seed).normal(size=shape, scale=0.05).astype(np.float32)
 
 
-def test_graph_is_valid_and_has_the_same_bytes_each_time() -> None:
+def test_graph_is_valid_and_has_the_same_bytes_each_time(tmp_path: Path) -> None:
     import onnx
 
-    graph = minilm.build_graph(SmallWeights())
-    assert graph == minilm.build_graph(SmallWeights())
-    onnx.checker.check_model(onnx.load_from_string(graph), full_check=True)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        minilm_graph.write_graph(SmallWeights(), tmp_path / name / "model.onnx")
+    onnx.checker.check_model(tmp_path / "a" / "model.onnx", full_check=True)
+    for name in ("model.onnx", "model.onnx_data"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert onnx_files.external_files(tmp_path / "a", "model.onnx") == ["model.onnx_data"]
 
 
-def test_weights_without_a_tensor_are_refused() -> None:
+def test_data_can_be_mapped_and_does_not_overlap(tmp_path: Path) -> None:
+    import onnx
+
+    minilm_graph.write_graph(SmallWeights(), tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    places = [{e.key: e.value for e in tensor.external_data} for tensor in graph.initializer if tensor.external_data]
+    spans = sorted((int(p["offset"]), int(p["length"])) for p in places)
+    assert len(spans) > 30
+    assert all(offset % 65_536 == 0 for offset, _ in spans)
+    assert all(a + length <= b for (a, length), (b, _) in itertools.pairwise(spans))
+    assert sum(spans[-1]) == (tmp_path / "model.onnx_data").stat().st_size
+
+
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+def test_what_the_first_layer_looks_up_is_the_product_of_the_norm(tmp_path: Path, part: str) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    weights = SmallWeights()
+    minilm_graph.write_graph(weights, tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    name = f"encoder.layer.0.attention.self.{part}"
+    word, position = 7, 3
+    embedding = (
+        weights["embeddings.word_embeddings.weight"][word]
+        + weights["embeddings.position_embeddings.weight"][position]
+        + weights["embeddings.token_type_embeddings.weight"][0]
+    ).astype(np.float64)
+    deviation = np.sqrt(embedding.var() + 1e-12)
+    norm = "embeddings.LayerNorm"
+    state = (embedding - embedding.mean()) / deviation * weights[f"{norm}.weight"] + weights[f"{norm}.bias"]
+    expected = weights[f"{name}.weight"] @ state + weights[f"{name}.bias"]
+    looked_up = tensors[f"{name}.words"][word] + tensors[f"{name}.positions"][position]
+    assert np.allclose(looked_up / deviation + tensors[f"{name}.bias"], expected, atol=1e-6)
+    assert np.abs(expected).max() > 0.01
+
+
+def test_weights_without_a_tensor_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no tensor 'embeddings\.word_embeddings\.weight'"):
-        minilm.build_graph({})
+        minilm_graph.write_graph({}, tmp_path / "model.onnx")
+
+
+@pytest.mark.usefixtures("home")
+def test_graph_of_another_version_is_used_but_pull_replaces_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def older(entry: Any, work: Path, report: Any) -> tuple[tuple[str, str], ...]:
+        write_model(work)
+        return (("weights", "aa"), ("graph", version))
+
+    version = "0"
+    monkeypatch.setattr(models, "_obtain", older)
+    first = models.pull(BGE)
+    assert models.resolve(BGE) == first
+    version = minilm_graph.GRAPH_VERSION
+    lines: list[str] = []
+    second = models.pull(BGE, lines.append)
+    assert "built by another version of kdb-fast. Fetching it again." in lines[0]
+    assert second.fingerprint() != first.fingerprint()
+    assert models.resolve(BGE) == models.pull(BGE) == second
