@@ -292,5 +292,5 @@ def key_of(operation: Operation) -> tuple[str, str]:
 def _start_workers(spec: EncoderSpec, dimensions: int) -> Engine:
     from .supervisor import ProcessEngine
 
-    plan = make_plan(workers=None, dimensions=dimensions, model_bytes=spec.model.size_bytes)
+    plan = make_plan(workers=None, dimensions=dimensions, model_bytes=spec.model.memory_bytes)
     return ProcessEngine(plan.shape, spec, None, RunSpec(0, "", "", dimensions), workers=plan.workers, cpus=plan.cpus)

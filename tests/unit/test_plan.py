@@ -20,7 +20,7 @@ def planned(
     quota: float | None = None,
     workers: int | None = None,
     dimensions: int = 384,
-    model_bytes: int = 90_000_000,
+    model_bytes: int = 180_000_000,
     shard_rows: int | None = None,
 ) -> Plan:
     """A plan for a machine with so many CPUs and so much memory."""
@@ -55,7 +55,7 @@ def test_little_memory_means_fewer_workers_but_always_one() -> None:
 
 
 def test_a_larger_model_leaves_room_for_fewer_workers() -> None:
-    assert planned(cpus=8, memory=8 * GIGABYTE, model_bytes=1_300_000_000).workers == 1
+    assert planned(cpus=8, memory=8 * GIGABYTE, model_bytes=2_600_000_000).workers == 1
 
 
 def test_workers_that_the_user_asked_for_are_taken_as_they_are() -> None:
