@@ -1,4 +1,4 @@
-"""Texts → float32 matrix. The only module that imports fastembed and onnxruntime (OpenVINO: openvino_backend.py).
+"""Texts → float32 matrix. The only module that runs fastembed and onnxruntime (OpenVINO: openvino_backend.py).
 
 What makes it fast on a CPU (all measured, see ARCHITECTURE.md): one thread a process; every text tokenised
 once; rows of near-equal token counts in small batches, so that next to nothing is padding and the
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import KdbFastError, ModelError, ResourceError
-from .models import Model
+from .model_files import Model
 from .openvino_rows import WIDTH_CLASS, filled_rows
 from .records import was_cut
 

@@ -19,6 +19,7 @@ from .encoder import Encoder, EncoderSpec, Tally, is_memory_error, memory_ran_ou
 from .errors import ModelError
 from .faults import fault
 from .messages import Embed, Embedded, Failed, Ready, Stop
+from .offline import import_fastembed
 from .slab import ROW_NOT_ENCODABLE, ROW_NOT_FINITE, ROW_ZERO, Slab, SlabHandle, Slot
 
 
@@ -40,6 +41,7 @@ def run(connection: Connection, slab: SlabHandle, spec: EncoderSpec, cpu: int | 
     try:
         fault("worker.start")
         attached = slab.attach()
+        import_fastembed()
         encoder = Encoder(spec)
         encoder.self_test()
         fault("worker.ready")

@@ -15,6 +15,7 @@ import psutil
 from kdb_fast.encoder import TOKEN_BUDGET, Encoder, EncoderSpec
 from kdb_fast.errors import KdbFastError
 from kdb_fast.models import Model, resolve
+from kdb_fast.offline import import_fastembed
 from kdb_fast.records import Record
 from kdb_fast.resources import cpu_list
 from kdb_fast.settings import DEFAULT_BATCH_SIZE, DEFAULT_MODEL
@@ -109,6 +110,7 @@ def _shards(params: dict[str, Any], model: Model) -> list[list[str]]:
 def _child(pipe: Connection, spec: EncoderSpec, cpu: int, shards: list[list[str]], ceiling_seconds: float) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {cpu})
+    import_fastembed()
     encoder = Encoder(spec)
     encoder.self_test()
     out = np.empty((max((len(s) for s in shards), default=1), encoder.dimensions), dtype=np.float32)

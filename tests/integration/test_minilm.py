@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from kdb_fast.encoder import Encoder, EncoderSpec
 from kdb_fast.models import Model, find, installed, resolve, verify
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "minilm.json").read_text(encoding="utf-8"))
@@ -74,3 +77,22 @@ def test_installed_model_is_found_complete_and_verified(minilm: Model) -> None:
     assert minilm in installed()
     assert resolve(minilm.name.upper()) == minilm
     assert resolve(minilm.name, minilm.path).fingerprint() == minilm.fingerprint()
+
+
+def test_worker_needs_nothing_of_what_fastembed_imports_for_downloads(minilm: Model) -> None:
+    code = """
+import sys
+from kdb_fast.encoder import Encoder, EncoderSpec
+from kdb_fast.models import find
+from kdb_fast.offline import import_fastembed
+
+import_fastembed()
+encoder = Encoder(EncoderSpec(find(sys.argv[1]), 100))
+encoder.self_test()
+left_out = {"huggingface_hub", "requests", "httpx"}
+print(sorted(left_out & sys.modules.keys()), encoder.embed(["The quick brown fox"]).tobytes().hex())
+"""
+    command = [sys.executable, "-c", code, minilm.name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    vector = Encoder(EncoderSpec(minilm, 100)).embed(["The quick brown fox"])
+    assert done.stdout.split(maxsplit=1) == ["[]", f"{vector.tobytes().hex()}\n"]

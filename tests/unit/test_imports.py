@@ -187,7 +187,7 @@ def test_only_encoder_and_catalogue_import_the_model_libraries() -> None:
         for i in imports_of(name)
         if not i.own and i.target.split(".")[0] in {"fastembed", "onnxruntime"}
     }
-    assert users <= {"encoder", "hub", "models", "providers"}
+    assert users <= {"encoder", "hub", "models", "offline", "providers"}
 
 
 @pytest.mark.parametrize(
