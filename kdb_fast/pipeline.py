@@ -273,8 +273,8 @@ class Pipeline:
     # -- intake ----------------------------------------------------------------------------------------
 
     def _take_in(self, page: list[Record | Reject]) -> None:
-        # What is compared with a record must not have been looked up before an earlier record of its key was written.
-        # Where no key comes twice, a whole page is looked up at once: 30,000 unchanged rows take 0.37 s instead of 0.45.
+        # What a record is compared with must not have been looked up before an earlier record of its key was written.
+        # Where no key comes twice a whole page is looked up at once: 30,000 unchanged rows take 0.37 s, not 0.45.
         together = len(page) if self._unique_keys else TAKEN_ROWS
         for start in range(0, max(1, len(page)), max(1, together)):  # an empty page may bring deletes
             fit = self._screen(page[start : start + together])
