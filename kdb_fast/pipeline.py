@@ -274,7 +274,7 @@ class Pipeline:
 
     def _take_in(self, page: list[Record | Reject]) -> None:
         # What a record is compared with must not have been looked up before an earlier record of its key was written.
-        # Where no key comes twice a whole page is looked up at once: 30,000 unchanged rows take 0.37 s, not 0.45.
+        # Where no key comes twice a whole page is looked up at once: 30,000 unchanged rows take 0.34 s, not 0.45.
         together = len(page) if self._unique_keys else TAKEN_ROWS
         for start in range(0, max(1, len(page)), max(1, together)):  # an empty page may bring deletes
             fit = self._screen(page[start : start + together])
