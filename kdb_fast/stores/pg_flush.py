@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 STATEMENT_ROWS = 1000
 """Most rows of a statement that names them in its parameters; all others go through COPY."""
 
+UNSENT_BYTES = 128 * 1024
+"""What libpq may hold back before we wait for the server, one piece that psycopg gives it. With psycopg's own 1 MB the
+server is left without rows now and then: a first load with a free encoder reaches 0.85 of the speed of the loading
+example with this and 0.81 with that (15 loads of 100,000 rows each, in turn)."""
+
 STAGING_COLUMNS = 10
 TABLE_COLUMNS = 12
 
@@ -232,7 +237,9 @@ class FlushWriter:
 
     def _copy(self, statement: str, pack: Callable[[Group], bytes], groups: Sequence[Group]) -> int:
         """Returns how many rows the server says it took."""
-        with self.cursor.copy(statement) as copy:
+        from psycopg.copy import LibpqWriter
+
+        with self.cursor.copy(statement, writer=LibpqWriter(self.cursor, flush_threshold=UNSENT_BYTES)) as copy:
             copy.write(pgcopy.SIGNATURE)
             for chunk in _ahead(pack, groups):
                 self.bytes += len(chunk)
