@@ -105,8 +105,9 @@ def _try_begin(store: PostgreSQLStore, fingerprint: str, model: str, dimensions:
             if result == token:
                 return RunSpec(int(run), fingerprint, model, dimensions)
             ours = host == socket.gethostname() and pid == os.getpid()
-            alive = (age < STALE_SECONDS or ours) and not process_is_gone(host, pid, started)
-            if alive or not _abandon(cursor, run, heartbeat_at):
+            gone = process_is_gone(host, pid, started)
+            alive = (age < STALE_SECONDS or ours) and not gone
+            if alive or not _abandon(cursor, run, heartbeat_at, gone):
                 return Holder(run, host, pid, since, float(age))
         row = cursor.execute(
             "INSERT INTO kdb_fast_runs (state, fingerprint, model, dimensions, host, pid, process_started, "
@@ -117,8 +118,11 @@ def _try_begin(store: PostgreSQLStore, fingerprint: str, model: str, dimensions:
         return RunSpec(int(row[0]), fingerprint, model, dimensions)
 
 
-def _abandon(cursor: psycopg.Cursor[tuple[Any, ...]], run: int, heartbeat_at: datetime) -> bool:
+def _abandon(cursor: psycopg.Cursor[tuple[Any, ...]], run: int, heartbeat_at: datetime, gone: bool) -> bool:
     """Mark a dead run as abandoned; False if it has just given a sign of life after all.
+
+    Args:
+        gone: Its process has ended for certain. A network that held bytes back may still deliver what it sent.
 
     Raises:
         LockedError: Its row is locked by a session whose client is gone without the server knowing.
@@ -129,10 +133,14 @@ def _abandon(cursor: psycopg.Cursor[tuple[Any, ...]], run: int, heartbeat_at: da
         with cursor.connection.transaction():
             cursor.execute(
                 "UPDATE kdb_fast_runs SET state = 'abandoned', ended_at = now() "
-                "WHERE run = %s AND state = 'running' AND heartbeat_at = %s",
-                (run, heartbeat_at),
+                "WHERE run = %s AND state = 'running' AND (heartbeat_at = %s OR %s)",
+                (run, heartbeat_at, gone),
             )
-            return cursor.rowcount == 1
+            if cursor.rowcount == 1:
+                return True
+            # Its own last words, that it has ended, may have come just now.
+            statement = "SELECT FROM kdb_fast_runs WHERE run = %s AND state = 'running'"
+            return cursor.execute(statement, (run,)).fetchone() is None
     except psycopg.errors.LockNotAvailable:
         row = cursor.execute(
             "SELECT pid, date_trunc('second', xact_start)::text FROM pg_stat_activity "

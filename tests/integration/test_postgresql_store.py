@@ -31,6 +31,7 @@ from kdb_fast.database import DatabaseAddress
 from kdb_fast.errors import DatabaseError, LockedError, RecordError, SchemaError
 from kdb_fast.records import Record, Reject, content_hash
 from kdb_fast.slab import NO_STAMP, Row, Slab, SlabShape
+from kdb_fast.stores import pg_runs
 from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec
 from kdb_fast.stores.pg_runs import STALE_SECONDS
 from kdb_fast.stores.postgresql import PostgreSQLStore
@@ -452,6 +453,40 @@ def test_run_that_was_replaced_cannot_write(
     assert contents(database) == {"a": "before"}
     store.end_run(run.number, "done", {})
     assert execute(database, "SELECT state FROM kdb_fast_runs ORDER BY run") == [("abandoned",), ("running",)]
+
+
+@pytest.mark.parametrize(
+    ("gone", "late", "states"),
+    [
+        (True, "heartbeat_at = clock_timestamp()", [("abandoned",), ("running",)]),
+        (True, "state = 'failed'", [("failed",), ("running",)]),
+        (False, "state = 'failed'", [("failed",), ("running",)]),
+        (False, "heartbeat_at = clock_timestamp()", [("running",)]),
+    ],
+)
+def test_late_words_of_a_dead_run(
+    database: DatabaseAddress,
+    store: PostgreSQLStore,
+    run: RunSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    gone: bool,
+    late: str,
+    states: list[tuple[str]],
+) -> None:
+    execute(database, "UPDATE kdb_fast_runs SET host = 'elsewhere', heartbeat_at = now() - interval '1 hour'")
+
+    def look(host: str, pid: int, started: float) -> bool:
+        """Between the look at the run and its end, what a network held back arrives."""
+        execute(database, f"UPDATE kdb_fast_runs SET {late} WHERE run = %s", run.number)
+        return gone
+
+    monkeypatch.setattr(pg_runs, "process_is_gone", look)
+    if len(states) == 2:
+        assert begin(store).number > run.number
+    else:
+        with pytest.raises(LockedError, match=f"Run {run.number} holds the index"):
+            begin(store)
+    assert execute(database, "SELECT state FROM kdb_fast_runs ORDER BY run") == states
 
 
 def test_wait_takes_the_lock_when_the_other_run_ends(
