@@ -136,9 +136,7 @@ def _abandon(cursor: psycopg.Cursor[tuple[Any, ...]], run: int, heartbeat_at: da
                 "WHERE run = %s AND state = 'running' AND (heartbeat_at = %s OR %s)",
                 (run, heartbeat_at, gone),
             )
-            if cursor.rowcount == 1:
-                return True
-            # Its own last words, that it has ended, may have come just now.
+            # Not whether we ended it: its own last words, that it has ended, may have come just now.
             statement = "SELECT FROM kdb_fast_runs WHERE run = %s AND state = 'running'"
             return cursor.execute(statement, (run,)).fetchone() is None
     except psycopg.errors.LockNotAvailable:
