@@ -66,6 +66,7 @@ class Connections:
             self._address = replace(self._closing.enter_context(opened(address)), display=address.display)
         self._store: Store | None = None
         self._idle: deque[_Reading] = deque()
+        self._idle_beside: deque[_Reading] = deque()
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -227,30 +228,61 @@ class Connections:
                 if not self._idle:
                     self._idle.append(_Reading(self._shared, open_reader(self._shared, self.dialect)))
                 return work(*self._idle[0])
+        return self._on_own(self._idle, work)
+
+    def search(self, work: Callable[[SearchReader, SearchReader | None], T]) -> T:
+        """``work(reader, beside)``: as :meth:`read`, with a second reader for a thread to use beside the first.
+
+        None where there is no second connection: a database in memory has one for all, and a server may have no more to
+        give. Second readers are kept apart: the first ones may hold the vectors of the index in memory.
+        """
+        if self._shared is not None:
+            return self.read(lambda connection, reader: work(reader, None))
+
+        def with_second(connection: Any, reader: SearchReader) -> T:
+            return self._on_own(
+                self._idle_beside, lambda second, beside: work(reader, beside), lambda: work(reader, None)
+            )
+
+        return self._on_own(self._idle, with_second)
+
+    def _on_own(
+        self,
+        idle: deque[_Reading],
+        work: Callable[[Any, SearchReader], T],
+        without: Callable[[], T] | None = None,
+    ) -> T:
+        """``work`` on one of the ``idle`` or a new connection; ``without`` instead where none can be opened."""
         while True:
             try:
-                reading, known = self._idle.pop(), True
+                reading, known = idle.pop(), True
             except IndexError:
-                connection = self._open()
+                try:
+                    connection = self._open()
+                except DatabaseError:
+                    if without is None:
+                        raise
+                    return without()
                 reading, known = _Reading(connection, open_reader(connection, self.dialect)), False
             try:
                 result = work(*reading)
             except BaseException as error:
                 if self.dialect == "sqlite" or not reading.connection.closed:
-                    self._idle.append(reading)
+                    idle.append(reading)
                 elif known and isinstance(error, DatabaseError):
                     continue
                 raise
-            self._idle.append(reading)
+            idle.append(reading)
             return result
 
     def close(self) -> None:
         """Close what was opened here; the caller's own connections stay open."""
         with self._lock:
-            for reading in self._idle:
-                if self._shared is None:
-                    _close(reading.connection)
-            self._idle.clear()
+            for idle in (self._idle, self._idle_beside):
+                for reading in idle:
+                    if self._shared is None:
+                        _close(reading.connection)
+                idle.clear()
             store, self._store = self._store, None
             if store is not None:
                 store.close()

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .errors import UsageError
 from .stores.reading import Definition
@@ -85,12 +87,13 @@ def search(
     reader: SearchReader,
     query: str,
     *,
-    query_vector: npt.NDArray[np.float32] | None,
+    query_vector: npt.ArrayLike | Callable[[], npt.ArrayLike | None] | None,
     mode: Mode = "hybrid",
     entities: Sequence[str] = (),
     limit: int = 10,
     min_score: float = 0.0,
     where: Mapping[str, Any] | None = None,
+    beside: SearchReader | None = None,
 ) -> list[SearchResult]:
     """The records that answer ``query`` best, best first.
 
@@ -98,13 +101,16 @@ def search(
         reader: The index.
         query: What to look for. ``"a phrase"`` in quotes stays together, ``-word`` excludes, ``or`` between
             words means either; in every other way any text is allowed. A blank query finds nothing.
-        query_vector: Its embedding, shape (dimensions,). Without it hybrid search is by keyword only.
+        query_vector: Its embedding, shape (dimensions,), or a function that gives it, called once at most. Without it
+            hybrid search is by keyword only.
         mode: ``hybrid``, ``vector`` or ``keyword``.
         entities: Names of the entities to search; empty means all.
         limit: Most results, 1 or more.
         min_score: Least fused score.
         where: Exact values of fields by logical name, all of which must hold. The number 1 equals 1.0, the
             string "1" and true do not; None also means a field without a value.
+        beside: The same index on another connection. A hybrid search then ranks by keyword there, in a thread, while
+            the query is embedded and ranked by vector here; the results are the same.
 
     Returns:
         At most ``limit`` results by score, then similarity, then key. Deleted records are never among them.
@@ -123,26 +129,109 @@ def search(
     words = parse_query(query)
     if not words.text:
         return []
-    scope = resolve_scope(reader.definitions(), entities, where)
-    if scope.names == ():
-        return []
-    depth = max(4 * limit, MIN_DEPTH)
-    by_vector: list[Hit] = []
-    if query_vector is not None and mode != "keyword":
-        by_vector = reader.vector(checked_vector(query_vector), scope, depth)
-    by_keyword = reader.keyword(words, scope, depth) if mode != "vector" and words.terms else []
-    ranked = [(key, score) for key, score in fuse(by_vector, by_keyword) if score >= min_score]
+    asked = _Asked(words, mode, tuple(entities), where, limit, max(4 * limit, MIN_DEPTH))
+    embed = query_vector if callable(query_vector) else lambda: query_vector
+    if beside is None or mode != "hybrid" or query_vector is None or not words.terms:
+        ranking = _in_turn(asked, reader, embed)
+    else:
+        ranking = _side_by_side(asked, reader, beside, embed)
+    ranked = [(key, score) for key, score in fuse(ranking.by_vector, ranking.by_keyword) if score >= min_score]
+    found = ranking.found
 
     results: list[SearchResult] = []
     while ranked and len(results) < limit:
         # Records can vanish between the ranking and this read; then the next ones move up.
         part, ranked = ranked[:limit], ranked[limit:]
-        keys = [key for key, _ in part]
-        contents, data = reader.contents(keys), reader.data(keys, scope)
-        for key, score in part:
-            if key in contents and key in data:
-                results.append(SearchResult(*key, score, data[key], contents[key]))
+        found.read(reader, [key for key, _ in part], ranking.scope)
+        results += [SearchResult(*key, score, *found.records[key]) for key, score in part if key in found.records]
     return results[:limit]
+
+
+Embed = Callable[[], "npt.ArrayLike | None"]
+
+
+class _Asked(NamedTuple):
+    """What is asked for. ``depth`` is the length of each ranking."""
+
+    words: Query
+    mode: Mode
+    entities: tuple[str, ...]
+    where: Mapping[str, Any] | None
+    limit: int
+    depth: int
+
+    def scope(self, reader: SearchReader) -> Scope:
+        return resolve_scope(reader.definitions(), self.entities, self.where)
+
+    def by_vector(self, reader: SearchReader, vector: npt.ArrayLike | None, scope: Scope) -> list[Hit]:
+        if vector is None or scope.names == ():
+            return []
+        return reader.vector(checked_vector(vector), scope, self.depth)
+
+    def by_keyword(self, reader: SearchReader, scope: Scope) -> list[Hit]:
+        if self.mode == "vector" or not self.words.terms or scope.names == ():
+            return []
+        return reader.keyword(self.words, scope, self.depth)
+
+
+class _Found:
+    """The records read so far: fields and text by key. Those that are gone were only looked for."""
+
+    def __init__(self) -> None:
+        self.records: dict[Key, tuple[dict[str, Any], str]] = {}
+        self._looked_for: set[Key] = set()
+
+    def read(self, reader: SearchReader, keys: Iterable[Key], scope: Scope) -> None:
+        """Read those of ``keys`` that were not looked for yet."""
+        new = [key for key in keys if key not in self._looked_for]
+        if not new:
+            return
+        self._looked_for.update(new)
+        contents, data = reader.contents(new), reader.data(new, scope)
+        self.records.update((key, (data[key], contents[key])) for key in new if key in contents and key in data)
+
+
+class _Ranking(NamedTuple):
+    """The two rankings, and what was read of their records meanwhile."""
+
+    scope: Scope
+    by_vector: list[Hit]
+    by_keyword: list[Hit]
+    found: _Found
+
+
+def _in_turn(asked: _Asked, reader: SearchReader, embed: Embed) -> _Ranking:
+    vector = embed() if asked.mode != "keyword" else None
+    scope = asked.scope(reader)
+    return _Ranking(scope, asked.by_vector(reader, vector, scope), asked.by_keyword(reader, scope), _Found())
+
+
+def _side_by_side(asked: _Asked, reader: SearchReader, beside: SearchReader, embed: Embed) -> _Ranking:
+    """Ranks by keyword in a thread. The best records of whichever ranking is there first are read meanwhile."""
+    scoped: Future[Scope] = Future()
+    first = threading.Lock()
+    found = _Found()
+
+    def read_if_first(reader: SearchReader, hits: list[Hit]) -> None:
+        if first.acquire(blocking=False):
+            found.read(reader, [hit.key for hit in hits[: asked.limit]], scoped.result())
+
+    def rank_by_keyword() -> list[Hit]:
+        try:
+            scoped.set_result(asked.scope(beside))
+        except BaseException as error:
+            scoped.set_exception(error)
+            raise
+        hits = asked.by_keyword(beside, scoped.result())
+        read_if_first(beside, hits)
+        return hits
+
+    with ThreadPoolExecutor(1, "kdb-fast-keyword") as pool:
+        keyword_side = pool.submit(rank_by_keyword)
+        vector = embed()
+        by_vector = asked.by_vector(reader, vector, scoped.result())
+        read_if_first(reader, by_vector)
+        return _Ranking(scoped.result(), by_vector, keyword_side.result(), found)
 
 
 def fuse(by_vector: Sequence[Hit], by_keyword: Sequence[Hit]) -> list[tuple[Key, float]]:

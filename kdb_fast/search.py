@@ -7,6 +7,7 @@ module only finds the right connection and decides when a transaction begins and
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -194,15 +195,18 @@ class SearchEngine:
         if isinstance(entities, str):
             raise UsageError(f"entities is the string {entities!r}; expected a list of names.")
         names = [*([entity] if entity else []), *(entities or [])]
-        vector = self._query_vector(parse_query(query).text)
 
-        def work(connection: Any, reader: SearchReader) -> list[SearchResult]:
+        @functools.cache
+        def query_vector() -> npt.NDArray[np.float32] | None:
+            return self._query_vector(parse_query(query).text)
+
+        def work(reader: SearchReader, beside: SearchReader | None) -> list[SearchResult]:
             return ranked_search(
-                reader, query, query_vector=vector, mode="hybrid", entities=names, limit=limit, min_score=min_score,
-                where=where,
+                reader, query, query_vector=query_vector if self._provider else None, mode="hybrid", entities=names,
+                limit=limit, min_score=min_score, where=where, beside=beside,
             )  # fmt: skip
 
-        return self._connections.read(work)
+        return self._connections.search(work)
 
     def get_status(self, entity: str | None = None) -> list[IndexStatus]:
         """State of the index for each entity, or for one, by name.

@@ -1140,7 +1140,7 @@ def test_threads_that_ended_leave_no_connections(database: DatabaseAddress, word
         thread = threading.Thread(target=search.search, args=("text",))
         thread.start()
         thread.join()
-    assert sessions(database) == 2  # one that writes, one that reads
+    assert sessions(database) == 3  # one that writes, two that read side by side
 
 
 @pytest.mark.parametrize("by", ["engine", "address"])
@@ -1167,6 +1167,39 @@ def test_connections_that_were_cut_are_replaced(database: DatabaseAddress, words
         search.index_record("Note", "3", "third text")
     assert len(search.search("text")) == 3
     engine.dispose()
+
+
+def test_search_does_with_one_connection_where_the_server_gives_no_second(
+    database: DatabaseAddress, words: Words, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = build(database, words)
+    search.index_record("Note", "1", "text")
+    opened: list[Any] = []
+    open_connection = search._connections._open
+
+    def open_once() -> Any:
+        if opened:
+            raise DatabaseError("sorry, too many clients already")
+        opened.append(open_connection())
+        return opened[0]
+
+    monkeypatch.setattr(search._connections, "_open", open_once)
+    assert [result.id for result in search.search("text")] == ["1"]
+    assert [result.id for result in search.search("text")] == ["1"]
+    assert len(opened) == 1
+
+
+def test_query_is_embedded_once_however_often_a_connection_is_replaced(
+    database: DatabaseAddress, words: Words, build: Build
+) -> None:
+    search = build(database, words)
+    search.index_record("Note", "1", "text")
+    assert len(search.search("text")) == 1
+    for reading in (*search._connections._idle, *search._connections._idle_beside):
+        reading.connection.close()
+    words.embedded.clear()
+    assert len(search.search("text")) == 1
+    assert words.embedded == ["text"]
 
 
 def test_connection_that_is_lost_while_writing_is_an_error_and_nothing_stored(
@@ -1225,7 +1258,7 @@ def test_closing_gives_every_connection_back(database: DatabaseAddress, words: W
         search = SearchEngine(database, words)
         search.index_record("Note", "1", "text")
         assert len(search.search("text")) == 1
-        assert sessions(database) == 2
+        assert sessions(database) == 3
         if end == "close":
             search.close()
         elif end == "with":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdb_fast.errors import UsageError
+from kdb_fast.errors import DatabaseError, UsageError
 from kdb_fast.retrieval import MIN_DEPTH, checked_vector, fuse, parse_query, resolve_scope, search
 from kdb_fast.stores.reading import SHARED, Definition, Field, Params, Place
 from kdb_fast.stores.search_base import Hit, Key, Query, Scope, SearchReader, Term, in_order
@@ -148,6 +149,63 @@ class TestSearch:
     def test_senseless_arguments_are_refused(self, arguments: dict[str, Any]) -> None:
         with pytest.raises(UsageError):
             search(MemoryReader([], []), "q", **{"query_vector": VECTOR, **arguments})
+
+    @given(st.permutations(range(8)), st.permutations(range(8)), st.sets(st.integers(0, 7)), st.integers(1, 9))
+    def test_rankings_side_by_side_give_what_they_give_in_turn(
+        self, first: list[int], second: list[int], gone: set[int], limit: int
+    ) -> None:
+        def reader() -> MemoryReader:
+            return MemoryReader(ranking(*map(str, first)), ranking(*map(str, second[:5])), frozenset(map(str, gone)))
+
+        in_turn = search(reader(), "q", query_vector=VECTOR, limit=limit)
+        assert search(reader(), "q", query_vector=lambda: VECTOR, limit=limit, beside=reader()) == in_turn
+
+    def test_records_are_read_while_the_slower_ranking_goes_on(self) -> None:
+        read = threading.Event()
+
+        class Quick(MemoryReader):
+            def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
+                read.set()
+                return super().contents(keys)
+
+        class Slow(MemoryReader):
+            def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
+                assert read.wait(30)
+                return super().vector(vector, scope, limit)
+
+        slow, quick = Slow(ranking("v"), []), Quick([], ranking("k"))
+        assert [r.id for r in search(slow, "q", query_vector=VECTOR, beside=quick)] == ["v", "k"]
+
+    def test_a_query_is_embedded_while_it_is_ranked_by_keyword(self) -> None:
+        ranked = threading.Event()
+
+        class Quick(MemoryReader):
+            def keyword(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+                ranked.set()
+                return super().keyword(query, scope, limit)
+
+        def embed() -> npt.NDArray[np.float32]:
+            assert ranked.wait(30)
+            return VECTOR
+
+        found = search(MemoryReader(ranking("v"), []), "q", query_vector=embed, beside=Quick([], ranking("k")))
+        assert [r.id for r in found] == ["v", "k"]
+
+    @pytest.mark.parametrize("part", ["definitions", "keyword", "vector", "contents", "embed"])
+    def test_an_error_on_either_side_is_the_error_of_the_search(self, part: str) -> None:
+        def fail(*arguments: object) -> Any:
+            raise DatabaseError(f"{part} failed")
+
+        readers = [MemoryReader(ranking("v"), []), MemoryReader([], ranking("k"))]
+        for reader in readers:
+            setattr(reader, part, fail)
+        with pytest.raises(DatabaseError, match=f"{part} failed"):
+            search(
+                readers[0],
+                "q",
+                query_vector=fail if part == "embed" else lambda: VECTOR,
+                beside=readers[1],
+            )
 
     def test_a_query_vector_may_be_a_list(self) -> None:
         assert checked_vector([1, 2]).dtype == np.float32
