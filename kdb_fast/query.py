@@ -64,12 +64,14 @@ def run_search(
         KdbFastError: As :func:`kdb_fast.query_model.embed_query`.
     """
     from .query_model import embed_query, index_model
+    from .retrieval import meaning
 
+    text = meaning(query)
     vector = None
-    if mode != "keyword" and query.strip():
+    if mode != "keyword" and text:
         with contextlib.closing(open_connection(address)) as connection:
             made = index_model(connection, address.dialect)
-        vector = embed_query(query, made, provider=provider, model=model_name, model_path=model_path, warn=warn)
+        vector = embed_query(text, made, provider=provider, model=model_name, model_path=model_path, warn=warn)
     return search_open(
         address, query, vector, mode=mode, entities=entities, limit=limit, where=where, min_score=min_score
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 import threading
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ MODES = ("hybrid", "vector", "keyword")
 
 RRF_K = 60
 """The constant of reciprocal rank fusion; KameleonDB's, and that of the paper that introduced it."""
+
+BEST = {"hybrid": 2 / (RRF_K + 1), "vector": 1 / (RRF_K + 1), "keyword": 1 / (RRF_K + 1)}
+"""The highest score of each mode: that of a record which is first in every ranking."""
 
 MIN_DEPTH = 50
 """Least length of each ranking: a record that is tenth in both must be able to beat the first of one."""
@@ -99,21 +103,22 @@ def search(
 
     Args:
         reader: The index.
-        query: What to look for. ``"a phrase"`` in quotes stays together, ``-word`` excludes, ``or`` between
-            words means either; in every other way any text is allowed. A blank query finds nothing.
-        query_vector: Its embedding, shape (dimensions,), or a function that gives it, called once at most. Without it
-            hybrid search is by keyword only.
+        query: What to look for. ``"a phrase"`` in quotes stays together, ``-word`` excludes in every mode (but
+            ``-20`` is a number), ``or`` between words means either; in every other way any text is allowed. A query
+            that says nothing (:func:`why_blank`) finds nothing.
+        query_vector: Embedding of its :func:`meaning`, shape (dimensions,), or a function that gives it, called once
+            at most. Without it hybrid search is by keyword only.
         mode: ``hybrid``, ``vector`` or ``keyword``.
         entities: Names of the entities to search; empty means all.
         limit: Most results, 1 or more.
-        min_score: Least fused score.
+        min_score: Least fused score. See :data:`BEST`: with more than that nothing is found.
         where: Exact values of fields by logical name, all of which must hold. The number 1 equals 1.0, the
             string "1" and true do not; None also means a field without a value.
         beside: The same index on another connection. A hybrid search then ranks by keyword there, in a thread, while
             the query is embedded and ranked by vector here; the results are the same.
 
     Returns:
-        At most ``limit`` results by score, then similarity, then key. Deleted records are never among them.
+        At most ``limit`` results by score, then exactness, similarity and key. Deleted records are never among them.
 
     Raises:
         UsageError: An argument makes no sense; ``where`` names a field that no searched entity has.
@@ -124,11 +129,13 @@ def search(
         raise UsageError(f"limit is {limit}; expected 1 or more.")
     if mode not in MODES:
         raise UsageError(f"mode is {mode!r}; expected hybrid, vector or keyword.")
+    if math.isnan(min_score):
+        raise UsageError(f"min_score is {min_score}; expected a number.")
+    words = parse_query(query)
+    if why_blank(words, mode):
+        return []
     if mode == "vector" and query_vector is None:
         raise UsageError("Vector search needs the query's embedding, and there is no embedding provider.")
-    words = parse_query(query)
-    if not words.text:
-        return []
     asked = _Asked(words, mode, tuple(entities), where, limit, max(4 * limit, MIN_DEPTH))
     embed = query_vector if callable(query_vector) else lambda: query_vector
     if beside is None or mode != "hybrid" or query_vector is None or not words.terms:
@@ -161,7 +168,7 @@ class _Asked(NamedTuple):
     depth: int
 
     def scope(self, reader: SearchReader) -> Scope:
-        return resolve_scope(reader.definitions(), self.entities, self.where)
+        return resolve_scope(reader.definitions(), self.entities, self.where)._replace(excluded=self.words.excluded)
 
     def by_vector(self, reader: SearchReader, vector: npt.ArrayLike | None, scope: Scope) -> list[Hit]:
         if vector is None or scope.names == ():
@@ -237,14 +244,33 @@ def _side_by_side(asked: _Asked, reader: SearchReader, beside: SearchReader, emb
 def fuse(by_vector: Sequence[Hit], by_keyword: Sequence[Hit]) -> list[tuple[Key, float]]:
     """Reciprocal rank fusion of two rankings: keys with their scores, best first.
 
-    Ties go to the more similar vector (a record without one comes last), then to the smaller key.
+    Ties go to an exact hit, then to the more similar vector (a record without one comes last), then to the smaller
+    key. Where the ranking by keyword holds exact hits only, the best of them has at least 1/61 and a record that is
+    none at most that, so one of them is first.
     """
     scores: dict[Key, float] = {}
     for ranking in (by_vector, by_keyword):
         for rank, hit in enumerate(ranking, start=1):
             scores[hit.key] = scores.get(hit.key, 0.0) + 1 / (RRF_K + rank)
     similarity = {hit.key: hit.similarity for hit in by_vector}
-    return sorted(scores.items(), key=lambda item: (-item[1], -similarity.get(item[0], -math.inf), item[0]))
+    exact = {hit.key for hit in by_keyword if hit.exact}
+    return sorted(
+        scores.items(),
+        key=lambda item: (-item[1], item[0] not in exact, -similarity.get(item[0], -math.inf), item[0]),
+    )
+
+
+def check_query(query: str, mode: str, min_score: float) -> None:
+    """Raises UsageError for a query that says nothing, and for a least score that every result has or none can have."""
+    if blank := why_blank(parse_query(query), mode):
+        raise UsageError(blank, remedy='Give words to look for: kdb-fast search "angry customer"')
+    if not 0 <= min_score <= BEST[mode]:
+        best = math.floor(BEST[mode] * 1e5) / 1e5
+        raise UsageError(
+            f"--min-score is {min_score:g}; expected 0 to {best:.5f}, the score of a record that is first in "
+            f"{'both rankings (2/61)' if mode == 'hybrid' else 'the ranking (1/61)'}.",
+            remedy="A record at place n of a ranking gets 1/(60 + n) from it.",
+        )
 
 
 def checked_vector(vector: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -263,6 +289,7 @@ _UNFIT = re.compile("[\x00\ud800-\udfff]")  # PostgreSQL and SQLite refuse NUL a
 # websearch_to_tsquery() reads a dash between spaces as NOT the next word, and "--force" as NOT NOT force.
 _DASHES = re.compile(r"(?<!\S)(?:-{2,}|-(?!\S))")
 _TERM = re.compile(r'(-?)(?:"([^"]*)"|([^\s"]+))')
+_SIGNED = re.compile(r"[^\w\s]?\d")  # -20, -.5, -$5: the dash is a sign
 
 
 def parse_query(query: str) -> Query:
@@ -270,14 +297,41 @@ def parse_query(query: str) -> Query:
     text = _DASHES.sub(" ", _UNFIT.sub(" ", query[:MAX_QUERY_CHARS])).strip()
     terms: list[Term] = []
     excluded: list[Term] = []
+    kept: list[str] = []
+    done = 0
     for match in _TERM.finditer(text):
         dash, phrase, word = match.groups()
+        # A dash inside a word (comma-separated) is part of it; only one after a space excludes.
+        dash = dash if match.start() == 0 or text[match.start() - 1].isspace() else ""
+        if dash and word and _SIGNED.match(word):
+            dash, word = "", dash + word
         term = Term(word if phrase is None else phrase, phrase is not None)
         if WORD.search(term.text):
-            # A dash inside a word (comma-separated) is part of it; only one after a space excludes.
-            fresh = match.start() == 0 or text[match.start() - 1].isspace()
-            (excluded if dash and fresh else terms).append(term)
-    return Query(text, tuple(terms[:MAX_TERMS]), tuple(excluded[:MAX_TERMS]))
+            (excluded if dash else terms).append(term)
+        if dash:
+            kept.append(text[done : match.start()])
+            done = match.end()
+    kept.append(text[done:])
+    return Query("".join(kept).strip(), tuple(terms[:MAX_TERMS]), tuple(excluded[:MAX_TERMS]))
+
+
+def meaning(query: str) -> str:
+    """What of a query is embedded: all but what it excludes; '' if it says nothing."""
+    words = parse_query(query)
+    return "" if why_blank(words, "vector") else words.text
+
+
+def why_blank(query: Query, mode: str) -> str:
+    """Why nothing can be found by this query, in a sentence; '' if something can.
+
+    A vector can be looked for by signs such as an emoji as well, a keyword only by letters and digits.
+    """
+    signs = mode != "keyword" and any(not c.isascii() and unicodedata.category(c)[0] in "MS" for c in query.text)
+    if query.terms or signs:
+        return ""
+    if query.excluded:
+        return "The query only excludes words; nothing in it says what to look for."
+    return "The query is blank: it holds no word or number to look for."
 
 
 def resolve_scope(definitions: Iterable[Definition], entities: Sequence[str], where: Mapping[str, Any] | None) -> Scope:

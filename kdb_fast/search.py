@@ -27,7 +27,7 @@ from .providers import (
     as_provider,
     provider_fingerprint,
 )
-from .retrieval import IndexStatus, SearchReader, SearchResult, parse_query
+from .retrieval import IndexStatus, SearchReader, SearchResult, meaning
 from .retrieval import search as ranked_search
 from .session_batch import SessionBatch, sqlalchemy_session
 from .sqlalchemy_engines import connections_for
@@ -176,11 +176,14 @@ class SearchEngine:
         """The best records for a query, best first, by reciprocal rank fusion (k = 60) of keyword and vector rank.
 
         Args:
-            query: Any text; never an error. Of a longer one the first 2,000 characters count.
+            query: Any text; never an error. Of a longer one the first 2,000 characters count. ``-word`` excludes. One
+                without any word, number or sign, or with nothing but exclusions, finds nothing.
             entity: Only this entity.
             entities: Only these entities (and ``entity``). None or an empty list: all.
             limit: At most so many results, 1 or more.
-            min_score: Leave out results below this fused score (at most 2 ÷ 61).
+            min_score: Leave out results below this fused score. A record at place n of a ranking gets
+                1 ÷ (60 + n) from it, so the highest is 2 ÷ 61 = 0.0328 (without a provider 1 ÷ 61), and a larger
+                value finds nothing.
             where: Exact values of fields of the record, all of which must match.
 
         Returns:
@@ -188,7 +191,8 @@ class SearchEngine:
             them.
 
         Raises:
-            UsageError: ``limit`` below 1, or a field in ``where`` that no searched entity has.
+            UsageError: ``limit`` below 1, ``min_score`` that is no number, or a field in ``where`` that no searched
+                entity has.
             DatabaseError: The database cannot answer.
             ProviderError: The embedding provider failed.
         """
@@ -198,7 +202,7 @@ class SearchEngine:
 
         @functools.cache
         def query_vector() -> npt.NDArray[np.float32] | None:
-            return self._query_vector(parse_query(query).text)
+            return self._query_vector(meaning(query))
 
         def work(reader: SearchReader, beside: SearchReader | None) -> list[SearchResult]:
             return ranked_search(

@@ -25,12 +25,23 @@ WORD = re.compile(r"[^\W_]+")
 """A run of letters and digits of any script."""
 
 
+EDGES = re.compile(r"^[\W_]+|[\W_]+$")
+"""What stands around a word: brackets, commas, a question mark."""
+
+IDENTIFYING = re.compile(r"\d|[^\W_][_\-./:@#]+[^\W_]")
+"""What makes a word an identifier: a digit, or one of these marks inside (``ERR_CONN``, ``nginx.conf``, ``#4711``)."""
+
+
 class Hit(NamedTuple):
-    """One place in a ranking. ``similarity`` orders it (higher is better); its scale depends on the ranking."""
+    """One place in a ranking. ``similarity`` orders it (higher is better); its scale depends on the ranking.
+
+    ``exact`` marks a record that holds the identifiers of the query, see :meth:`SearchReader.keyword`.
+    """
 
     entity: str
     record_id: str
     similarity: float
+    exact: bool = False
 
     @property
     def key(self) -> Key:
@@ -43,19 +54,58 @@ class Term(NamedTuple):
     text: str
     phrase: bool
 
+    @property
+    def identifier(self) -> bool:
+        """Whether it names one thing, so that a text without exactly this is no answer."""
+        return self.phrase or IDENTIFYING.search(EDGES.sub("", self.text)) is not None
+
+    @property
+    def telling(self) -> bool:
+        """Whether it is an identifier that is hardly met by chance: not ``3``, ``2nd``, ``read-only`` or ``e.g.``."""
+        core = EDGES.sub("", self.text)
+        digit, mark = re.search(r"\d", core), re.search(r"[_.:@#]|/.*/", core)
+        known = (digit and mark) or ((digit or mark) and sum(map(str.isalnum, core)) >= 4)
+        return self.phrase or bool(known)
+
+    @property
+    def either(self) -> bool:
+        """Whether it is a bare ``or``."""
+        return not self.phrase and self.text.casefold() == "or"
+
 
 class Query(NamedTuple):
-    """A keyword query, cleaned: its text, the terms to find (a bare ``or`` among them) and those to exclude."""
+    """A query, cleaned.
+
+    Attributes:
+        text: What is looked for; what is excluded is no part of it.
+        terms: The words and phrases to find, a bare ``or`` among them.
+        excluded: Those that no result may hold.
+    """
 
     text: str
     terms: tuple[Term, ...]
     excluded: tuple[Term, ...]
 
+    @property
+    def identifiers(self) -> tuple[Term, ...]:
+        """The terms that are identifiers."""
+        return tuple(term for term in self.terms if term.identifier)
+
+    def websearch(self) -> str:
+        """The terms for ``websearch_to_tsquery()``, with identifiers in quotes.
+
+        Without them it would take a sign for an exclusion, and a colon for a space: ``item:42`` would be found where
+        both parts are, however far from each other.
+        """
+        if not self.excluded and not self.identifiers:
+            return self.text
+        return " ".join(f'"{term.text}"' if term.identifier else term.text for term in self.terms)
+
     def alternatives(self) -> tuple[Term, ...]:
         """The terms for a query that any one of them satisfies; compounds such as ``comma-separated`` also split."""
         found: dict[Term, None] = {}
         for term in self.terms:
-            if term.text.casefold() == "or" and not term.phrase:
+            if term.either:
                 continue
             found[term] = None
             words = WORD.findall(term.text)
@@ -73,12 +123,14 @@ class Scope(NamedTuple):
         names: The only entity names searched, or None for all but ``hidden``.
         hidden: Entities that KameleonDB has dropped.
         where: Logical field names with the values they must have.
+        excluded: Terms that no row may hold; rankings by keyword have them in their query.
     """
 
     definitions: tuple[Definition, ...]
     names: tuple[str, ...] | None
     hidden: tuple[str, ...]
     where: tuple[tuple[str, Any], ...]
+    excluded: tuple[Term, ...] = ()
 
     def admits(self, entity: str) -> bool:
         return entity not in self.hidden if self.names is None else entity in self.names
@@ -110,9 +162,43 @@ class SearchReader(ABC):
             UsageError: The index holds vectors of another length.
         """
 
-    @abstractmethod
     def keyword(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
-        """Up to ``limit`` rows by keyword, best first: those with all terms, then those with any."""
+        """Up to ``limit`` rows by keyword, best first: those with all terms, then those with any.
+
+        Where the query holds identifiers and rows have all its terms, or else all identifiers that tell much, only
+        these are there, marked as exact: a text about another error code is no answer.
+        """
+        hits = self._with_all(query, scope, limit)
+        if query.identifiers:
+            exact = hits or self._with_identifiers(query, scope, limit)
+            if exact:
+                return [hit._replace(exact=True) for hit in exact]
+        if len(hits) >= limit or len(query.alternatives()) < 2:
+            return hits
+        seen = {hit.key for hit in hits}
+        return (hits + [hit for hit in self._with_any(query, scope, limit) if hit.key not in seen])[:limit]
+
+    def _with_identifiers(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+        required = tuple(term for term in query.terms if term.telling)
+        if not required or any(term.either for term in query.terms):
+            return []
+        return self._with_required(required, query, scope, limit)
+
+    @abstractmethod
+    def _with_all(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+        """Rows that hold all terms of the query; ``or`` between terms means either side."""
+
+    @abstractmethod
+    def _with_required(self, required: Sequence[Term], query: Query, scope: Scope, limit: int) -> list[Hit]:
+        """Rows that hold all of ``required``, those first that hold more of the query's other terms."""
+
+    @abstractmethod
+    def _with_any(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+        """Rows that hold any of the query's alternatives."""
+
+    @abstractmethod
+    def _without(self, excluded: Sequence[Term], params: Params) -> str:
+        """The condition that a row ``s`` holds none of these terms."""
 
     @abstractmethod
     def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
@@ -156,6 +242,7 @@ class SearchReader(ABC):
         They begin with the records, so the few rows of a selective ``where`` are found fast.
         """
         queries = []
+        fit = f"s.embedding IS NOT NULL AND {self._without(scope.excluded, params)}"
         for definition in scope.definitions:
             for number, place in enumerate(definition.places):
                 absent = "".join(
@@ -165,7 +252,7 @@ class SearchReader(ABC):
                 queries.append(
                     f"SELECT {columns} FROM {quoted(place.table, self.dialect)} r "  # noqa: S608
                     f"{self.join} {TABLE} s ON s.record_id = r.id AND s.entity_name = {params(definition.entity)} "
-                    f"WHERE s.embedding IS NOT NULL AND {self._matching(definition, place, scope, params)}"
+                    f"WHERE {fit} AND {self._matching(definition, place, scope, params)}"
                     f"{self._owned(definition, place, params)}{absent}"
                 )
         defined = [d.entity for d in scope.definitions]
@@ -176,7 +263,7 @@ class SearchReader(ABC):
         elif undefined := [name for name in scope.names if name not in defined]:
             other = f"s.entity_name IN ({params.list(undefined)})"
         if other:
-            queries.append(f"SELECT {columns} FROM {TABLE} s WHERE s.embedding IS NOT NULL AND {other}")  # noqa: S608
+            queries.append(f"SELECT {columns} FROM {TABLE} s WHERE {fit} AND {other}")  # noqa: S608
         return queries
 
     def _matching(self, definition: Definition, place: Place, scope: Scope, params: Params) -> str:

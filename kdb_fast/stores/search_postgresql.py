@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import UsageError
 from .base import TABLE
 from .reading import Field, Params, Place, quoted
-from .search_base import Hit, Key, Query, Scope, SearchReader, in_order
+from .search_base import Hit, Key, Query, Scope, SearchReader, Term, in_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,22 +62,25 @@ class PostgresqlReader(SearchReader):
             ) from None
         return in_order(Hit(entity, record_id, 1.0 - distance) for entity, record_id, distance in found)
 
-    def keyword(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+    def _with_all(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
         params = Params(self.dialect)
-        every = f"websearch_to_tsquery('english', {params(query.text)})"
-        hits = self._matching_text(every, "ts_rank_cd", params, scope, limit)
-        terms = query.alternatives()
-        if len(hits) >= limit or len(terms) < 2:
-            return hits
+        every = f"websearch_to_tsquery('english', {params(query.websearch())})"
+        return self._matching_text(every, "ts_rank_cd", params, query, scope, limit)
+
+    def _with_required(self, required: Sequence[Term], query: Query, scope: Scope, limit: int) -> list[Hit]:
         params = Params(self.dialect)
-        parse = {True: "phraseto_tsquery", False: "plainto_tsquery"}
-        either = " || ".join(f"{parse[term.phrase]}('english', {params(term.text)})" for term in terms)
-        for term in query.excluded:
-            either = f"({either}) && !! {parse[term.phrase]}('english', {params(term.text)})"
+        every = " && ".join(_tsquery(term, params) for term in required)
+        either = " || ".join(_tsquery(term, params) for term in query.terms)
+        return self._matching_text(f"({every} && ({either}))", "ts_rank", params, query, scope, limit)
+
+    def _with_any(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+        params = Params(self.dialect)
+        either = " || ".join(_tsquery(term, params, term.phrase) for term in query.alternatives())
         # ts_rank counts a word's repetitions less and less, so texts with more of the words come first.
-        more = self._matching_text(f"({either})", "ts_rank", params, scope, limit)
-        seen = {hit.key for hit in hits}
-        return (hits + [hit for hit in more if hit.key not in seen])[:limit]
+        return self._matching_text(f"({either})", "ts_rank", params, query, scope, limit)
+
+    def _without(self, excluded: Sequence[Term], params: Params) -> str:
+        return " AND ".join(f"NOT s.tsv @@ {_tsquery(term, params)}" for term in excluded) or "true"
 
     def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
         found = self._rows(
@@ -144,7 +147,7 @@ class PostgresqlReader(SearchReader):
         return self._rows(
             f"SELECT s.entity_name, s.record_id, {distance} FROM {TABLE} s "  # noqa: S608
             f"WHERE s.embedding IS NOT NULL AND {self._named(scope, params)} AND {self._living(scope, params)} "
-            f"ORDER BY {distance} LIMIT {params(limit)}",
+            f"AND {self._without(scope.excluded, params)} ORDER BY {distance} LIMIT {params(limit)}",
             params.values,
         )
 
@@ -159,13 +162,16 @@ class PostgresqlReader(SearchReader):
             params.values,
         )
 
-    def _matching_text(self, tsquery: str, rank: str, params: Params, scope: Scope, limit: int) -> list[Hit]:
-        """Rows that match ``tsquery`` (its values are in ``params``), best first.
+    def _matching_text(
+        self, tsquery: str, rank: str, params: Params, query: Query, scope: Scope, limit: int
+    ) -> list[Hit]:
+        """Rows that match ``tsquery`` (its values are in ``params``) and hold nothing excluded, best first.
 
         Records are looked up in the order of rank until ``limit`` are found, not for every match.
         """
         named, living = self._named(scope, params), self._living(scope, params)
-        matches = f"FROM {TABLE} s WHERE s.tsv @@ {tsquery} AND {named} LIMIT %(cap)s"
+        without = self._without(query.excluded, params)
+        matches = f"FROM {TABLE} s WHERE s.tsv @@ {tsquery} AND {named} AND {without} LIMIT %(cap)s"
         order = "rank DESC, entity_name, record_id"
         statement = (
             f"SELECT s.entity_name, s.record_id, s.rank FROM ("  # noqa: S608
@@ -204,3 +210,8 @@ class PostgresqlReader(SearchReader):
         # By its digits: a float8 parameter would be rounded to 15 of them.
         digits = repr(float(value)) if isinstance(value, float) else str(int(value))
         return f"{stored} = to_jsonb({params(digits)}::numeric)"
+
+
+def _tsquery(term: Term, params: Params, together: bool = True) -> str:
+    """A term as a tsquery; its words one behind the other, or (``together`` False) anywhere in the text."""
+    return f"{'phraseto' if together else 'plainto'}_tsquery('english', {params(term.text)})"

@@ -25,8 +25,8 @@ CANDIDATES_PER_ROW = 2
 """Best vectors looked up for each row wanted: few records of the index are deleted ones."""
 
 CANDIDATES_PER_ROW_WHERE = 20
-"""The same with a ``where``. Only if too few of them pass it, all records are filtered, which takes ten times as
-long: 160 ms for 100,000."""
+"""The same with a ``where`` or excluded words. Only if too few of them pass it, all records are filtered, which takes
+ten times as long: 160 ms for 100,000."""
 
 STOP_WORDS = frozenset(
     [
@@ -176,7 +176,7 @@ class SqliteReader(SearchReader):
 
     def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
         unit = (vector / np.linalg.norm(vector.astype(np.float64))).astype(np.float32)
-        tried = limit * (CANDIDATES_PER_ROW_WHERE if scope.where else CANDIDATES_PER_ROW)
+        tried = limit * (CANDIDATES_PER_ROW_WHERE if scope.where or scope.excluded else CANDIDATES_PER_ROW)
         best = self._vectors.nearest(unit, scope, tried, None)
         hits = self._passing(best, scope)
         if len(hits) < limit and len(best) == tried:
@@ -193,24 +193,37 @@ class SqliteReader(SearchReader):
         statement = (
             f"SELECT s.rowid, s.entity_name, s.record_id FROM json_each({params(json.dumps(list(best)))}) k "  # noqa: S608
             f"CROSS JOIN {TABLE} s ON s.rowid = k.value "
-            f"WHERE {self._named(scope, params)} AND {self._living(scope, params)}"
+            f"WHERE {self._named(scope, params)} AND {self._living(scope, params)} "
+            f"AND {self._without(scope.excluded, params)}"
         )
         return [Hit(entity, record, best[rowid]) for rowid, entity, record in self._rows(statement, params.values)]
 
-    def keyword(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
-        hits = self._matching_text(_all_of(query), query.excluded, scope, limit)
-        terms = _meaningful(query.alternatives())
-        if len(hits) >= limit or len(terms) < 2:
-            return hits
-        more = self._matching_text(" OR ".join(map(_fts_string, terms)), query.excluded, scope, limit)
-        seen = {hit.key for hit in hits}
-        return (hits + [hit for hit in more if hit.key not in seen])[:limit]
+    def _with_all(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+        return self._matching_text(_all_of(query), query, scope, limit)
 
-    def _matching_text(self, match: str, excluded: Sequence[Term], scope: Scope, limit: int) -> list[Hit]:
+    def _with_required(self, required: Sequence[Term], query: Query, scope: Scope, limit: int) -> list[Hit]:
+        every = f"({' AND '.join(map(_fts_string, required))})"
+        return self._matching_text(f"{every} AND ({_any_of(_meaningful(query.terms))})", query, scope, limit)
+
+    def _with_any(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+        terms = _meaningful(query.alternatives())
+        return self._matching_text(_any_of(terms), query, scope, limit) if len(terms) > 1 else []
+
+    def _without(self, excluded: Sequence[Term], params: Params) -> str:
+        words = _excludable(excluded)
+        if not words:
+            return "true"
+        match = params(f"{{content}} : ({_any_of(words)})")
+        # By key: the rows of the full-text table need not have the numbers of those they belong to.
+        matching = f"SELECT entity_name, record_id FROM {FTS} WHERE {FTS} MATCH {match}"  # noqa: S608
+        return f"(s.entity_name, s.record_id) NOT IN ({matching})"
+
+    def _matching_text(self, match: str, query: Query, scope: Scope, limit: int) -> list[Hit]:
+        """Rows that match an FTS5 expression and hold nothing excluded, best first."""
         if not match:
             return []
         params = Params(self.dialect)
-        match = f"({match})" + "".join(f" NOT {_fts_string(term)}" for term in excluded)
+        match = f"({match})" + "".join(f" NOT {_fts_string(term)}" for term in _excludable(query.excluded))
         # Ordered by `rank` alone, FTS5 sorts first and the records are looked up only until the limit is reached.
         statement = (
             f"SELECT s.entity_name, s.record_id, s.rank FROM {FTS} s "  # noqa: S608
@@ -294,6 +307,16 @@ def _fts_string(term: Term) -> str:
     return '"' + term.text.replace('"', '""') + '"'
 
 
+def _any_of(terms: Sequence[Term]) -> str:
+    """The FTS5 expression of texts that hold at least one of the terms."""
+    return " OR ".join(map(_fts_string, terms))
+
+
+def _excludable(terms: Sequence[Term]) -> list[Term]:
+    """The terms without stop words: PostgreSQL, which does not store them, cannot exclude a text for one."""
+    return [term for term in terms if term.phrase or term.text.casefold() not in STOP_WORDS]
+
+
 def _meaningful(terms: Sequence[Term]) -> list[Term]:
     """The terms without stop words; all of them if there is nothing else."""
     kept = [term for term in terms if term.phrase or term.text.casefold() not in STOP_WORDS]
@@ -304,7 +327,7 @@ def _all_of(query: Query) -> str:
     """The FTS5 expression of all terms; a bare ``or`` binds less than the implicit AND, as in PostgreSQL."""
     groups: list[list[Term]] = [[]]
     for term in query.terms:
-        if not term.phrase and term.text.casefold() == "or":
+        if term.either:
             groups.append([])
         else:
             groups[-1].append(term)

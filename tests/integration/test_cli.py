@@ -97,6 +97,18 @@ def test_rejected_records_give_exit_code_3_and_too_many_8(tmp_path: Path) -> Non
         (["reindex", "--from", "x.jsonl"], 2, "--from needs --entity"),
         (["search", "x", "--db", "sqlite:///missing.db"], 5, "no SQLite file"),
         (["search", "x", "--where", "[1]", "--db", "sqlite:///missing.db"], 2, "expected an object"),
+        (["search", "", "--mode", "vector", "--db", "sqlite:///missing.db"], 2, "The query is blank"),
+        (["search", " \n", "--db", "sqlite:///missing.db"], 2, "The query is blank"),
+        (["search", "?!", "--mode", "keyword", "--db", "sqlite:///missing.db"], 2, "The query is blank"),
+        (["search", "--db", "sqlite:///missing.db", "--", "-pump"], 2, "The query only excludes words"),
+        (
+            ["search", "x", "--min-score", "0.5", "--db", "sqlite:///missing.db"],
+            2,
+            "expected 0 to 0.03278, the score of",
+        ),
+        (["search", "x", "--mode", "vector", "--min-score", "0.02"], 2, "expected 0 to 0.01639, the score of"),
+        (["search", "x", "--min-score", "-0.1"], 2, "--min-score is -0.1"),
+        (["search", "x", "--min-score", "nan"], 2, "--min-score is nan"),
         (["models", "path", "nobody/nothing"], 4, "nobody/nothing"),
     ],
 )
@@ -111,6 +123,12 @@ def test_a_mistake_gets_one_clear_line_and_its_exit_code(
     assert says in errors[0]
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
+
+
+def test_help_tells_the_scale_of_the_scores() -> None:
+    shown = " ".join(kdb_fast("search", "--help").stdout.split())
+    assert "at place n of a ranking gets 1/(60+n) from it: the highest is 2/61 = 0.03278" in shown
+    assert "in the modes vector and keyword 1/61 = 0.01639" in shown
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from kdb_fast.database import DatabaseAddress, connect_postgresql, opened, parse_address
 from kdb_fast.errors import SchemaError, UsageError
-from kdb_fast.retrieval import SearchReader, SearchResult, parse_query, resolve_scope, search
+from kdb_fast.retrieval import SearchReader, SearchResult, check_query, meaning, parse_query, resolve_scope, search
 from kdb_fast.stores import schema, search_postgresql, sqlite_vectors
 from kdb_fast.stores.base import EntityStatus
 from kdb_fast.stores.search_postgresql import PostgresqlReader
@@ -1019,3 +1020,200 @@ class TestRealKameleonDB:
         assert sqlite.ids("phone", where={"price": 3}) == [ids[2]]
         (status,) = statuses(sqlite.connection, "sqlite", None)
         assert (status.entity, status.indexed) == ("Product", len(ids))
+
+
+def codes(number: int) -> str:
+    """A record of a log, of which the next one differs in little more than the code."""
+    who = ("Anna", "Ben", "Cleo", "Dan", "Eve")[number % 5]
+    what = ("boiler", "chiller", "dryer", "feeder", "grinder", "heater", "mixer")[number % 7]
+    verb = ("checks", "opens", "cleans", "replaces")[number % 4]
+    return f"{who} {verb} the {what} and says the pump restarts every hour with code ERR_CONN_{1000 + number}"
+
+
+IDENTIFIERS = {
+    "error code": lambda n: f"ERR_CONN_{1000 + n}",
+    "hyphenated code": lambda n: f"ERR-{1000 + n}",
+    "SKU": lambda n: f"AB-{1000 + n}-X",
+    "e-mail address": lambda n: f"user{1000 + n}@example.org",
+    "path": lambda n: f"/srv/pumps/{1000 + n}/start.log",
+    "dotted name": lambda n: f"pump.unit{1000 + n}.restart",
+    "version": lambda n: f"3.{1000 + n}.7",
+    "UUID": lambda n: f"550e8400-e29b-41d4-a716-44665544{1000 + n}",
+    "phone number": lambda n: f"555-{1000 + n}",
+    "hash": lambda n: f"#{1000 + n}",
+    "key and value": lambda n: f"unit:{1000 + n}",
+    "number": lambda n: str(1000 + n),
+    "quoted phrase": lambda n: f'"unit {1000 + n} of hall"',
+}
+
+
+class TestIdentifiers:
+    """A record that holds the identifier of a query is before all that only resemble it."""
+
+    ROWS = 120
+
+    def fill(self, db: Database, identifier: Any) -> None:
+        db.run("BEGIN")
+        for row, vector in enumerate(random_vectors(self.ROWS)):
+            text = codes(row).rpartition(" ")[0] + " " + identifier(row).replace('"', "")
+            db.index("Log", f"{row:03}", text, vector)
+        db.run("COMMIT")
+
+    @pytest.mark.parametrize("kind", IDENTIFIERS)
+    def test_exact_identifier_comes_first(self, db: Database, kind: str) -> None:
+        identifier = IDENTIFIERS[kind]
+        self.fill(db, identifier)
+        queries = random_vectors(6, seed=21)  # near to other records than the one that is meant
+        for row, vector in zip((11, 47, 63, 88, 100, 119), queries, strict=True):
+            for query in (
+                identifier(row),
+                f"pump restarts with {identifier(row)}",
+                f"why does {identifier(row)} stop?",
+            ):
+                found = db.search(query, vector, limit=3)
+                assert found[0].id == f"{row:03}", query
+                assert found[0].score >= 1 / 61
+                assert db.ids(query, mode="keyword") == [f"{row:03}"], "near misses are no answers"
+
+    def test_scores_fall_along_the_results_and_keep_their_scale(self, db: Database) -> None:
+        self.fill(db, IDENTIFIERS["error code"])
+        for row, vector in zip((11, 47), random_vectors(2, seed=22), strict=True):
+            scores = [r.score for r in db.search(f"ERR_CONN_{1000 + row}", vector, limit=50)]
+            assert scores == sorted(scores, reverse=True)
+            assert scores[0] <= 2 / 61
+            assert all(score <= 1 / 61 for score in scores[1:])
+
+    def test_unknown_identifier_finds_what_resembles_it(self, db: Database) -> None:
+        self.fill(db, IDENTIFIERS["error code"])
+        assert len(db.ids("ERR_CONN_9999", mode="keyword", limit=50)) == 50
+
+    def test_several_identifiers_are_all_asked_for(self, db: Database) -> None:
+        db.index("Log", "one", "AB-1234 was sent to jo@example.org", unit(1))
+        db.index("Log", "two", "AB-1234 was sent to mo@example.org", unit(0))
+        db.index("Log", "three", "AB-1235 was sent to jo@example.org", unit(0))
+        assert db.ids("who got AB-1234 and jo@example.org", unit(0))[0] == "one"
+        assert set(db.ids("AB-1234 or AB-1235", mode="keyword")) == {"one", "two", "three"}
+
+    def test_queries_without_an_identifier_keep_their_ranks(self, db: Database) -> None:
+        self.fill(db, IDENTIFIERS["error code"])
+        reader, scope = db.reader(), resolve_scope([], (), None)
+        for text in ("pump restarts", "Anna cleans nosuchword", "why does the pump stop", "boiler or mixer"):
+            query = parse_query(text)
+            every, some = reader._with_all(query, scope, 50), reader._with_any(query, scope, 50)
+            merged = dict.fromkeys(hit.key for hit in [*every, *some])
+            found = reader.keyword(query, scope, 50)
+            assert [hit.key for hit in found] == list(merged)[:50]
+            assert not any(hit.exact for hit in found)
+
+
+class TestExclusions:
+    """A word behind a dash is in no result, whatever the mode and the filter."""
+
+    @pytest.fixture
+    def texts(self, db: Database) -> Database:
+        db.define("E", {"n": "int"})
+        for n, content in enumerate(
+            ["red pump", "blue pump", "red valve", "blue valve", "blue two words", "two blue words"]
+        ):
+            db.record("E", str(n), {"n": n % 2})
+            db.index("E", str(n), content, unit(0, 1, n / 10))
+            db.index("File", str(n), content, unit(0, 1, n / 10))
+        return db
+
+    @pytest.mark.parametrize("mode", ["hybrid", "vector", "keyword"])
+    def test_excluded_words_are_in_no_result(self, texts: Database, mode: str) -> None:
+        cases = {
+            "pump -blue": {"0"} | ({"2"} if mode != "keyword" else set()),
+            "pump or valve -red": {"1", "3"} | ({"4", "5"} if mode != "keyword" else set()),
+            'blue -"two words" -valve': {"1", "5"} | ({"0"} if mode != "keyword" else set()),
+            "blue -the -valve -pump": {"4", "5"},
+        }
+        for query, expected in cases.items():
+            for entities in (["E"], ["File"], []):
+                assert set(texts.ids(query, unit(0), mode=mode, entities=entities, limit=20)) == expected, query
+
+    def test_filters_and_exclusions_work_together(self, texts: Database) -> None:
+        for mode in ("hybrid", "vector", "keyword"):
+            assert set(texts.ids("pump -red", unit(0), mode=mode, where={"n": 1}, entities=["E"])) >= {"1"}
+            assert "3" not in texts.ids("pump -valve", unit(0), mode=mode, where={"n": 1})
+
+    def test_exclusions_still_fill_the_limit(self, db: Database) -> None:
+        for row, vector in enumerate(random_vectors(200)):
+            db.index("File", f"{row:03}", "odd words" if row % 8 else "even words", vector)
+        found = db.ids("words -odd", unit(0), mode="vector", limit=25)
+        assert sorted(found) == [f"{row:03}" for row in range(0, 200, 8)]
+
+    def test_what_is_excluded_is_not_embedded(self) -> None:
+        assert meaning('pump -blue -"two words" room -20') == "pump   room -20"
+        assert meaning("comma-separated - values") == "comma-separated   values"
+        assert meaning('-pump -"two words"') == ""
+
+    def test_query_of_exclusions_only_finds_nothing(self, texts: Database) -> None:
+        for mode in ("hybrid", "vector", "keyword"):
+            assert texts.ids('-pump -"two words"', unit(0), mode=mode) == []
+
+    @pytest.mark.parametrize("query", ["temperature -20", "-20", "temperature -20 -warm", "-20°C"])
+    def test_dash_before_a_digit_is_a_sign(self, db: Database, query: str) -> None:
+        db.index("File", "cold", "temperature -20 °C" if "°" not in query else "temperature -20°C", unit(0))
+        db.index("File", "warm", "temperature warm", unit(0, 1, 1.0))
+        for mode in ("hybrid", "keyword", "vector"):
+            assert db.ids(query, unit(0), mode=mode)[0] == "cold"
+        assert db.ids('temperature -"20"', mode="keyword") == (["cold", "warm"] if db.postgresql else ["warm"])
+
+
+def differences() -> list[Any]:
+    """The lines of the table in docs/search.md: text, query, and whether each database finds it."""
+    page = Path(__file__).parents[2] / "docs" / "search.md"
+    lines = page.read_text(encoding="utf-8").partition("## Where the databases differ")[2].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| `")]
+    return [pytest.param(*(c.strip("`") for c in cell[:4]), id=f"{cell[1]} in {cell[0]}") for cell in cells]
+
+
+@pytest.mark.parametrize(("text", "query", "in_postgresql", "in_sqlite"), differences())
+def test_databases_find_what_the_documents_say(
+    db: Database, text: str, query: str, in_postgresql: str, in_sqlite: str
+) -> None:
+    db.index("File", "1", text, None)
+    expected = in_postgresql if db.postgresql else in_sqlite
+    assert ("found" if db.ids(query, mode="keyword") else "not found") == expected
+
+
+class TestScale:
+    """What can be reached by a score, and what a query must hold to be one."""
+
+    @pytest.mark.parametrize(
+        ("mode", "best"), [("hybrid", 2 / 61), ("vector", 1 / 61), ("keyword", 1 / 61)]
+    )  # fmt: skip
+    def test_best_score_of_each_mode_is_reached_and_no_more(self, db: Database, mode: str, best: float) -> None:
+        db.index("File", "1", "words", unit(0))
+        (found,) = db.search("words", unit(0), mode=mode, min_score=best)
+        assert found.score == best
+        check_query("words", mode, best)
+        check_query("words", mode, 0.0)
+        for value in (math.nextafter(best, 1), 0.5, 1.0, -0.001, math.nan, math.inf, -math.inf):
+            with pytest.raises(UsageError, match=r"--min-score is .*; expected 0 to 0\.0(3278|1639)"):
+                check_query("words", mode, value)
+
+    def test_score_that_is_no_number_is_refused(self, db: Database) -> None:
+        with pytest.raises(UsageError, match="min_score is nan"):
+            db.search(min_score=math.nan)
+
+    @pytest.mark.parametrize("mode", ["hybrid", "vector", "keyword"])
+    @pytest.mark.parametrize(
+        "query", ["", "   ", "\n\t", "???", "-", "- -", '""', '"-"', "\x00", "…—«»", "___", "!?*&"]
+    )
+    def test_blank_query_is_told(self, query: str, mode: str) -> None:
+        with pytest.raises(UsageError, match="The query is blank"):
+            check_query(query, mode, 0.0)
+        assert meaning(query) == ""
+
+    @pytest.mark.parametrize("mode", ["hybrid", "vector", "keyword"])
+    def test_query_that_only_excludes_is_told(self, mode: str) -> None:
+        with pytest.raises(UsageError, match="only excludes"):
+            check_query('-pump -"two words"', mode, 0.0)
+
+    def test_signs_have_a_meaning_but_are_no_keywords(self) -> None:
+        check_query("🎧", "vector", 0.0)
+        check_query("🎧", "hybrid", 0.0)
+        with pytest.raises(UsageError, match="blank"):
+            check_query("🎧", "keyword", 0.0)

@@ -49,6 +49,18 @@ class MemoryReader(SearchReader):
         self.depths.append(limit)
         return self.by_keyword[:limit]
 
+    def _with_all(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+        raise NotImplementedError
+
+    def _with_required(self, required: Sequence[Term], query: Query, scope: Scope, limit: int) -> list[Hit]:
+        raise NotImplementedError
+
+    def _with_any(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+        raise NotImplementedError
+
+    def _without(self, excluded: Sequence[Term], params: Params) -> str:
+        raise NotImplementedError
+
     def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
         return {key: f"text of {key[1]}" for key in keys}
 
