@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from kdb_fast.database import DatabaseAddress, opened, parse_address
 from kdb_fast.stores import schema
+from kdb_fast.target import Target
 
 if TYPE_CHECKING:
     import psycopg
 
 DIMENSIONS = 384
+
+TARGET = Target("public", "public")
 
 UPSERT = (
     "INSERT INTO kdb_search (id, entity_name, record_id, content, embedding, model, dimensions, updated_at) "
@@ -73,9 +76,9 @@ def reset(conninfo: str) -> None:
 
 def create_table(connection: psycopg.Connection[Any], *, search_indexes: bool) -> None:
     """KameleonDB's search table with its plain indexes, and with the HNSW and GIN index if asked for."""
-    connection.execute(schema.POSTGRESQL_SEARCH.format(dimensions=DIMENSIONS).encode())
+    connection.execute(TARGET.statement(schema.POSTGRESQL_SEARCH, dimensions=str(DIMENSIONS)))
     for statement in schema.POSTGRESQL_PLAIN_INDEXES.values():
-        connection.execute(statement.encode())
+        connection.execute(TARGET.statement(statement))
     if search_indexes:
         create_search_indexes(connection)
 
@@ -85,7 +88,7 @@ def create_search_indexes(connection: psycopg.Connection[Any]) -> None:
     # The server's default of 64 MB makes the build of 30,000 vectors several times slower: that would be no contest.
     connection.execute("SET maintenance_work_mem = '512MB'")
     for statement in schema.POSTGRESQL_SEARCH_INDEXES.values():
-        connection.execute(statement.encode())
+        connection.execute(TARGET.statement(statement))
     connection.execute("RESET maintenance_work_mem")
 
 

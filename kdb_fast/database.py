@@ -53,12 +53,14 @@ class DatabaseAddress:
         conninfo: libpq connection string, or the path of the SQLite file. Secret.
         display: The address as it may be printed.
         embedded_dir: Data directory of an embedded server that is not running yet.
+        schema: The schema of the tables in PostgreSQL; None for the one that a connection's search path gives.
     """
 
     dialect: Literal["postgresql", "sqlite"]
     conninfo: str = field(repr=False)
     display: str
     embedded_dir: Path | None = None
+    schema: str | None = None
 
 
 def default_data_dir() -> Path:

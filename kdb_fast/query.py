@@ -14,6 +14,8 @@ import numpy.typing as npt
 from .database import DatabaseAddress, connect_postgresql, connect_sqlite
 from .records import storable_key
 from .stores import open_store
+from .stores.reading import columns_of, rows_of
+from .target import RUNS, find_target
 
 if TYPE_CHECKING:
     from .retrieval import SearchReader
@@ -122,28 +124,25 @@ def open_reader(connection: Any, dialect: str) -> SearchReader:
 
 def last_run(connection: Any, dialect: str) -> dict[str, Any] | None:
     """The newest run: number, state, phase, model, fingerprint, times; None if there was none."""
-    present = "SELECT name FROM sqlite_master WHERE name = 'kdb_fast_runs'"
-    if dialect == "postgresql":
-        present = "SELECT to_regclass('kdb_fast_runs')::text"
-    row = connection.execute(present).fetchone()
-    if row is None or row[0] is None:
+    rows = rows_of(connection, dialect)
+    target = find_target(rows, dialect)
+    if not columns_of(rows, target, [RUNS]):
         return None
     names = ("run", "state", "phase", "model", "fingerprint", "started_at", "heartbeat_at", "ended_at")
-    row = connection.execute(
-        "SELECT run, state, phase, model, fingerprint, started_at, heartbeat_at, ended_at "
-        "FROM kdb_fast_runs ORDER BY run DESC LIMIT 1"
-    ).fetchone()
-    return dict(zip(names, row, strict=True)) if row else None
+    newest = rows(f"SELECT {', '.join(names)} FROM {target.table(RUNS)} ORDER BY run DESC LIMIT 1", {})  # noqa: S608
+    return dict(zip(names, newest[0], strict=True)) if newest else None
 
 
 def recent_fingerprints(address: DatabaseAddress) -> list[str]:
     """Fingerprints of the last RECENT_RUNS runs on an index, the newest first, each once; [] without an index."""
     connection = open_connection(address)
     try:
-        if last_run(connection, address.dialect) is None:
+        rows = rows_of(connection, address.dialect)
+        target = find_target(rows, address.dialect)
+        if not columns_of(rows, target, [RUNS]):
             return []
-        query = f"SELECT fingerprint FROM kdb_fast_runs ORDER BY run DESC LIMIT {RECENT_RUNS}"  # noqa: S608
-        return list(dict.fromkeys(row[0] for row in connection.execute(query).fetchall()))
+        query = f"SELECT fingerprint FROM {target.table(RUNS)} ORDER BY run DESC LIMIT {RECENT_RUNS}"  # noqa: S608
+        return list(dict.fromkeys(row[0] for row in rows(query, {})))
     finally:
         connection.close()
 

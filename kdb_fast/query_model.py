@@ -14,8 +14,8 @@ from .errors import SchemaError
 from .model_files import same_model
 from .records import storable_key
 from .settings import DEFAULT_MODEL
-from .stores.base import RUNS, TABLE
 from .stores.reading import columns_of, rows_of
+from .target import RUNS, TABLE, find_target
 
 Vector = npt.NDArray[np.float32]
 
@@ -39,13 +39,15 @@ def index_model(connection: Any, dialect: str) -> IndexModel | None:
         DatabaseError: The database cannot answer.
     """
     rows = rows_of(connection, dialect)
-    present = columns_of(rows, dialect, (TABLE, RUNS))
+    target = find_target(rows, dialect)
+    present = columns_of(rows, target, (TABLE, RUNS))
     if TABLE not in present:
         raise SchemaError("There is no search index in this database.", remedy="Build it: kdb-fast reindex --db …")
     fingerprint = "kdb_fast_fingerprint" if "kdb_fast_fingerprint" in present[TABLE] else "NULL"
-    found = rows(f"SELECT model, dimensions, {fingerprint} FROM {TABLE} WHERE embedding IS NOT NULL LIMIT 1", {})  # noqa: S608
+    index, runs = target.table(TABLE), target.table(RUNS)
+    found = rows(f"SELECT model, dimensions, {fingerprint} FROM {index} WHERE embedding IS NOT NULL LIMIT 1", {})  # noqa: S608
     if found and RUNS in present:
-        newest = f"SELECT model, dimensions, fingerprint FROM {RUNS} WHERE last_flush > 0 ORDER BY run DESC LIMIT 1"  # noqa: S608
+        newest = f"SELECT model, dimensions, fingerprint FROM {runs} WHERE last_flush > 0 ORDER BY run DESC LIMIT 1"  # noqa: S608
         found = rows(newest, {}) or found
     return IndexModel(*found[0]) if found else None
 

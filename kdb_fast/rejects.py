@@ -14,11 +14,12 @@ from .query import forget_older, last_run, open_connection
 from .records import storable_key
 from .reindex import Receipt, reindex
 from .settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
-from .sources.catalog import TABLES, Catalog
+from .sources.catalog import Catalog
 from .sources.kameleondb import KameleonDBSource
 from .stores import open_store
-from .stores.base import REJECTS, Store
+from .stores.base import Store
 from .stores.reading import columns_of, rows_of
+from .target import KAMELEON_TABLES, REJECTS, find_target
 
 Rows = list[dict[str, Any]]
 
@@ -105,7 +106,8 @@ def retry_rejects(
 def _opened(address: DatabaseAddress) -> Iterator[Store | None]:
     """The store, or None where no run has made its tables."""
     with contextlib.closing(open_connection(address)) as connection:
-        there = columns_of(rows_of(connection, address.dialect), address.dialect, [REJECTS])
+        rows = rows_of(connection, address.dialect)
+        there = columns_of(rows, find_target(rows, address.dialect), [REJECTS])
     if not there:
         yield None
         return
@@ -119,7 +121,8 @@ def _opened(address: DatabaseAddress) -> Iterator[Store | None]:
 def _known_entities(address: DatabaseAddress) -> dict[str, str]:
     """Entities that KameleonDB defines, by name as the table of rejects has it."""
     with contextlib.closing(open_connection(address)) as connection:
-        if len(columns_of(rows_of(connection, address.dialect), address.dialect, TABLES)) < len(TABLES):
+        rows = rows_of(connection, address.dialect)
+        if len(columns_of(rows, find_target(rows, address.dialect), KAMELEON_TABLES)) < len(KAMELEON_TABLES):
             return {}
         catalog = Catalog.load(connection, address.dialect, address.display)
     return {storable_key(name): name for name in catalog.entities}

@@ -105,7 +105,7 @@ def build(conninfo: str, rows: Rows, *, index: str, workers: int) -> float:
         connection.execute("SET maintenance_work_mem = '512MB'")
         connection.execute(f"SET max_parallel_maintenance_workers = {int(workers)}".encode())
         started = time.perf_counter()
-        connection.execute(schema.POSTGRESQL_SEARCH_INDEXES[index].encode())
+        connection.execute(database.TARGET.statement(schema.POSTGRESQL_SEARCH_INDEXES[index]))
         return time.perf_counter() - started
 
 

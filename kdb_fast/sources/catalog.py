@@ -9,15 +9,15 @@ import contextlib
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from ..errors import DatabaseError, KdbFastError, SchemaError
 from ..records import storable_key
-from .record_queries import RECORDS, Dialect, FieldDefinition, Place, rows_query, stored_fields
+from ..target import ENTITIES, FIELDS, KAMELEON_TABLES, RECORDS, Dialect, Rows, Target, find_target
+from .record_queries import FieldDefinition, Place, encoded, rows_query, stored_fields
 
-TABLES = ("kdb_entity_definitions", "kdb_field_definitions", RECORDS)
 TEXT_TYPES = frozenset({"string", "text"})
 """Field types that are embedded by default."""
 
@@ -64,35 +64,47 @@ class EntityDefinition:
 
 @dataclass(frozen=True)
 class Catalog:
-    """All active entities by name, and the names of dropped ones."""
+    """All active entities by name, the names of dropped ones, and where their tables are."""
 
     entities: Mapping[str, EntityDefinition]
     dropped: frozenset[str] = frozenset()
+    target: Target = field(default_factory=Target)
 
     @classmethod
-    def load(cls, connection: Any, dialect: Dialect, display: str = "the database") -> Catalog:
+    def load(
+        cls, connection: Any, dialect: Dialect, display: str = "the database", target: Target | None = None
+    ) -> Catalog:
         """Read the definitions: a handful of short queries.
 
         Args:
             connection: A psycopg or sqlite3 connection in autocommit mode.
             display: The database's address as it may be printed.
+            target: Where the tables are, if that is known already.
 
         Raises:
             SchemaError: KameleonDB's tables are missing, of another shape, or may not be read.
             DatabaseError: The database was lost.
         """
         with translated(display):
-            _check_tables(connection, dialect, display)
+            if target is None:
+                target = find_target(_rows_of(connection), dialect)
+            _check_tables(connection, target, display)
             # An id is no order, but a tie in created_at must not be decided differently each time.
             tie = "id" if dialect == "postgresql" else "rowid"
             entities = connection.execute(
-                "SELECT id, name, storage_mode, dedicated_table_name, is_active FROM kdb_entity_definitions"
+                encoded(
+                    f"SELECT id, name, storage_mode, dedicated_table_name, is_active FROM {target.table(ENTITIES)}",  # noqa: S608
+                    dialect,
+                )
             ).fetchall()
             rows = connection.execute(
-                "SELECT entity_id, name, column_name, field_type FROM kdb_field_definitions"  # noqa: S608
-                f" WHERE is_active ORDER BY created_at, {tie}"
+                encoded(
+                    f"SELECT entity_id, name, column_name, field_type FROM {target.table(FIELDS)}"  # noqa: S608
+                    f" WHERE is_active ORDER BY created_at, {tie}",
+                    dialect,
+                )
             ).fetchall()
-            columns = _columns(connection, dialect, [row[3] for row in entities if row[2] == "dedicated" and row[3]])
+            columns = _columns(connection, target, [row[3] for row in entities if row[2] == "dedicated" and row[3]])
         fields: dict[str, list[FieldDefinition]] = {}
         for entity_id, name, column_name, field_type in rows:
             fields.setdefault(entity_id, []).append(FieldDefinition(name, column_name, field_type))
@@ -108,7 +120,7 @@ class Catalog:
                     columns.get(dedicated or "", frozenset()),
                     tuple(fields.get(entity_id, ())),
                 )
-        return cls(found, frozenset(row[1] for row in entities if not row[4]))
+        return cls(found, frozenset(row[1] for row in entities if not row[4]), target)
 
     def select(self, names: Sequence[str] = ()) -> tuple[EntityDefinition, ...]:
         """The named entities in that order, each once; all by name if none is named.
@@ -123,9 +135,9 @@ class Catalog:
                 raise self._unknown(name)
             if entity.storage_mode == "dedicated" and not entity.columns:
                 raise SchemaError(
-                    f"Entity {storable_key(name)!r} is stored in table {storable_key(entity.table)!r}, "
+                    f"Entity {storable_key(name)!r} is stored in table {self.target.shown(entity.table or '')}, "
                     "which does not exist; expected KameleonDB's dedicated table.",
-                    remedy="Was it dropped, or is it in a schema outside search_path? Name other entities to go on.",
+                    remedy="Was it dropped, or moved to another schema than its records? Name other entities to go on.",
                 )
             chosen.append(entity)
         return tuple(chosen)
@@ -177,7 +189,7 @@ class RecordReader:
             if not missing:
                 break
             fields = stored_fields(place, definition.fields)
-            query, parameters = rows_query(place, self._dialect, fields, missing)
+            query, parameters = rows_query(place, self._catalog.target, fields, missing)
             with translated():
                 rows = self._connection.execute(query, parameters).fetchall()
             for record_id, _, *values in rows:
@@ -224,34 +236,41 @@ def translated(display: str = "the database") -> Iterator[None]:
         raise DatabaseError(f"Reading {display} failed: {detail}.") from error
 
 
-def _check_tables(connection: Any, dialect: Dialect, display: str) -> None:
-    if dialect == "postgresql":
-        row = connection.execute("SELECT to_regclass(%s), to_regclass(%s), to_regclass(%s)", TABLES).fetchone()
-        missing = [name for name, found in zip(TABLES, row, strict=True) if found is None]
+def _rows_of(connection: Any) -> Rows:
+    return lambda statement, parameters: list(connection.execute(statement.encode(), parameters).fetchall())
+
+
+def _check_tables(connection: Any, target: Target, display: str) -> None:
+    tables = KAMELEON_TABLES
+    if target.schema is not None:
+        names = [target.regclass(name) for name in tables]
+        row = connection.execute("SELECT to_regclass(%s), to_regclass(%s), to_regclass(%s)", names).fetchone()
+        missing = [name for name, found in zip(tables, row, strict=True) if found is None]
     else:
         rows = connection.execute(
-            "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name IN (?, ?, ?)", TABLES
+            "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name IN (?, ?, ?)", tables
         ).fetchall()
-        missing = [name for name in TABLES if (name,) not in rows]
+        missing = [name for name in tables if (name,) not in rows]
     if missing:
+        schema = "" if target.schema is None else f", schema {storable_key(target.schema)}"
         raise SchemaError(
-            f"There are no KameleonDB tables in {display}: found no {' and no '.join(missing)}; "
-            f"expected {', '.join(TABLES)}.",
+            f"There are no KameleonDB tables in {display}{schema}: found no {' and no '.join(missing)}; "
+            f"expected {', '.join(tables)}.",
             remedy="Is --db the right database? For records in a file, name it with --from.",
         )
 
 
-def _columns(connection: Any, dialect: Dialect, tables: Sequence[str]) -> dict[str, frozenset[str]]:
+def _columns(connection: Any, target: Target, tables: Sequence[str]) -> dict[str, frozenset[str]]:
     """Column names of those of the tables that exist."""
     if not tables:
         return {}
     columns: dict[str, set[str]] = {}
-    if dialect == "postgresql":
+    if target.dialect == "postgresql":
         rows = connection.execute(
-            "SELECT t.name, a.attname FROM unnest(%s::text[]) AS t(name)"
-            " JOIN pg_attribute a ON a.attrelid = to_regclass(quote_ident(t.name))"
+            "SELECT t.name, a.attname FROM unnest(%s::text[], %s::text[]) AS t(name, qualified)"
+            " JOIN pg_attribute a ON a.attrelid = to_regclass(t.qualified)"
             " WHERE a.attnum > 0 AND NOT a.attisdropped",
-            (list(tables),),
+            (list(tables), [target.regclass(table) for table in tables]),
         ).fetchall()
         for table, column in rows:
             columns.setdefault(table, set()).add(column)

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..database import DatabaseAddress, connect_postgresql, redact
 from ..errors import DatabaseError, KdbFastError, ResourceError, SchemaError
 from ..pg_connection import Patience
-from ..records import storable_key
+from ..target import Dialect, identifier
 from .insert_rows import Column, Inserter, NewRow, Outcome, Refusal, RowRefusedError
 from .kameleondb import TRANSIENT
-from .record_queries import Dialect, quote
 
 if TYPE_CHECKING:
     import psycopg
@@ -66,7 +65,7 @@ class PostgreSQLInserter(Inserter):
     def _committed(self, rows: Sequence[NewRow], outcome: Outcome) -> bool:
         """Whether an attempt whose answer was lost had been committed: its new ids are there."""
         ids = [row.record_id for row in rows if row.record_id not in outcome.refused]
-        table = quote(self._table, self.dialect)
+        table = self._target.table(self._table)
         return bool(ids and self._query(f"SELECT 1 FROM {table} WHERE id = ANY(%s) LIMIT 1", ids))  # noqa: S608 - quoted
 
     @contextlib.contextmanager
@@ -86,15 +85,13 @@ class PostgreSQLInserter(Inserter):
 
     def _write(self, rows: Sequence[NewRow], at: datetime) -> None:
         import psycopg
-        from psycopg import sql
 
         columns, constant = self._layout(at)
-        statement = sql.SQL("COPY {} ({}) FROM STDIN").format(
-            sql.Identifier(self._table), sql.SQL(", ").join(map(sql.Identifier, columns))
-        )
+        names = ", ".join(map(identifier, columns))
+        statement = f"COPY {self._target.table(self._table)} ({names}) FROM STDIN"
         try:
             with self._connection.cursor() as cursor:
-                with cursor.copy(statement) as copy:
+                with cursor.copy(statement.encode()) as copy:
                     for row in rows:
                         copy.write_row((row.record_id, *row.fields, *constant))
                 taken = cursor.rowcount
@@ -117,8 +114,8 @@ class PostgreSQLInserter(Inserter):
         for name, kind, size, not_null, has_default in self._query(
             "SELECT a.attname, t.typname, a.atttypmod, a.attnotnull, a.atthasdef OR a.attidentity <> '' "
             "FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid "
-            "WHERE a.attrelid = to_regclass(quote_ident(%s)) AND a.attnum > 0 AND NOT a.attisdropped",
-            self._table,
+            "WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped",
+            self._target.regclass(self._table),
         ):
             bits = BITS.get(kind)
             columns[name] = Column(
@@ -131,12 +128,13 @@ class PostgreSQLInserter(Inserter):
 
     def _check_rights(self) -> None:
         (may, user), *_ = self._query(
-            "SELECT has_any_column_privilege(to_regclass(quote_ident(%s)), 'INSERT'), current_user", self._table
+            "SELECT has_any_column_privilege(to_regclass(%s), 'INSERT'), current_user",
+            self._target.regclass(self._table),
         )
         if not may:
             raise SchemaError(
-                f"The role {user!r} may not insert into {storable_key(self._table)}.",
-                remedy=f"Let the owner run: GRANT INSERT ON {storable_key(self._table)} TO {user};",
+                f"The role {user!r} may not insert into {self._target.shown(self._table)}.",
+                remedy=f"Let the owner run: GRANT INSERT ON {self._target.shown(self._table)} TO {user};",
             )
 
     def _moment(self, text: str) -> datetime:
@@ -159,7 +157,7 @@ class PostgreSQLInserter(Inserter):
         state = getattr(error, "sqlstate", None) or ""
         diag = getattr(error, "diag", None)
         said = (diag and diag.message_primary) or next(iter(str(error).splitlines()), "") or type(error).__name__
-        text = f"while inserting into {storable_key(self._table)}: {redact(said, self._address)}."
+        text = f"while inserting into {self._target.shown(self._table)}: {redact(said, self._address)}."
         if state in ("53100", "53200"):
             return ResourceError(f"PostgreSQL ran out of disk or memory {text}", remedy="Free some on the server.")
         if state.startswith("42") or state == "25006":

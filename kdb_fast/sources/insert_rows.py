@@ -17,9 +17,9 @@ from typing import Any, ClassVar, NamedTuple
 from ..database import DatabaseAddress
 from ..errors import SchemaError
 from ..records import storable_key
+from ..target import ENTITIES, FIELDS, RECORDS, Dialect
 from .catalog import Catalog, EntityDefinition, translated
 from .field_values import FieldRule
-from .record_queries import RECORDS, Dialect
 
 SYSTEM_COLUMNS = frozenset({"id", "created_at", "updated_at", "created_by", "is_deleted"})
 """Columns that every dedicated table has beside those of the fields."""
@@ -90,12 +90,13 @@ class Inserter(ABC):
         self._connect()
         try:
             catalog = Catalog.load(self._connection, self.dialect, address.display)
+            self._target = catalog.target
             (self.definition,) = catalog.select([entity])
             self._table = self.definition.places[0].table
             self._shared = self._table == RECORDS
             with translated(address.display):
                 required = self._query(
-                    "SELECT name, is_required FROM kdb_field_definitions WHERE entity_id = %s AND is_active",
+                    f"SELECT name, is_required FROM {self._target.table(FIELDS)} WHERE entity_id = %s AND is_active",  # noqa: S608
                     self.definition.id,
                 )
                 columns = None if self._shared else self._declared()
@@ -176,7 +177,8 @@ class Inserter(ABC):
         """Within the transaction: the entity must still be where it was."""
         definition = self.definition
         found = self._query(
-            "SELECT storage_mode, dedicated_table_name, is_active FROM kdb_entity_definitions WHERE id = %s",
+            "SELECT storage_mode, dedicated_table_name, is_active "  # noqa: S608
+            f"FROM {self._target.table(ENTITIES)} WHERE id = %s",
             definition.id,
         )
         mode, table, active = found[0] if found else ("", None, False)

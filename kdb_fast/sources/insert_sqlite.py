@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from ..database import connect_sqlite
 from ..errors import DatabaseError, ResourceError, SchemaError
 from ..records import storable_key
+from ..target import Dialect, identifier
 from .insert_rows import Column, Inserter, NewRow, Outcome, Refusal, RowRefusedError
-from .record_queries import Dialect, quote
 
 REFUSALS = {
     "SQLITE_CONSTRAINT_NOTNULL": "not_null",
@@ -78,9 +78,9 @@ class SQLiteInserter(Inserter):
     def _write(self, rows: Sequence[NewRow], at: datetime) -> None:
         # As KameleonDB's SQLAlchemy writes times: UTC, without a zone.
         columns, constant = self._layout(at.strftime("%Y-%m-%d %H:%M:%S.%f"))
-        names = ", ".join(quote(column, self.dialect) for column in columns)
+        names = ", ".join(identifier(column, self.dialect) for column in columns)
         marks = ", ".join("?" * len(columns))
-        statement = f"INSERT INTO {quote(self._table, self.dialect)} ({names}) VALUES ({marks})"  # noqa: S608 - quoted
+        statement = f"INSERT INTO {identifier(self._table, self.dialect)} ({names}) VALUES ({marks})"  # noqa: S608 - quoted
         try:
             taken = self._connection.executemany(
                 statement, [(row.record_id, *row.fields, *constant) for row in rows]

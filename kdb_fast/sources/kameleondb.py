@@ -15,9 +15,10 @@ from ..database import DatabaseAddress, connect_postgresql, connect_sqlite, reda
 from ..errors import DatabaseError, KdbFastError
 from ..pg_connection import Patience
 from ..records import Record, Reject, content_from_fields, storable_key
+from ..target import RECORDS, Target
 from .base import PAGE_ROWS, Source
 from .catalog import Catalog, EntityDefinition, translated
-from .record_queries import RECORDS, Place, count_query, ids_query, rows_query, stored_fields
+from .record_queries import Place, count_query, ids_query, rows_query, stored_fields
 
 BLOCK_ROWS = 50_000
 """Ids read ahead by one query (about 4 MB).
@@ -81,6 +82,10 @@ class KameleonDBSource(Source):
     @property
     def entities(self) -> tuple[str, ...]:
         return tuple(entity.name for entity in self._entities)
+
+    @property
+    def _target(self) -> Target:
+        return self.catalog.target
 
     def estimate(self) -> int | None:
         """Live records, with or without text: exact where counting takes under two seconds."""
@@ -153,7 +158,7 @@ class KameleonDBSource(Source):
         by_primary_key = self._dialect == "sqlite" and self._walk_primary_key(place)
         after: str | None = None
         while True:
-            rows = self._fetch(*ids_query(place, self._dialect, after, BLOCK_ROWS, by_primary_key=by_primary_key))
+            rows = self._fetch(*ids_query(place, self._target, after, BLOCK_ROWS, by_primary_key=by_primary_key))
             record_ids = [row[0] for row in rows]
             start = 0
             while start < len(record_ids):
@@ -170,13 +175,13 @@ class KameleonDBSource(Source):
             return True
         # By the entity's index, each block reads and sorts what is left of the entity; by the primary
         # key, all blocks together read the whole table once.
-        own = self._fetch(*count_query(place, "sqlite"))[0][0]
+        own = self._fetch(*count_query(place, self._target))[0][0]
         everything = self._fetch(f"SELECT count(*) FROM {RECORDS}", ())[0][0]  # noqa: S608
         return bool(own * own > 2 * BLOCK_ROWS * everything)
 
     def _page(self, entity: EntityDefinition, place: Place, record_ids: list[str]) -> list[Record | Reject]:
         fields = stored_fields(place, entity.text_fields)
-        rows = self._fetch(*rows_query(place, self._dialect, fields, record_ids), raw=True)
+        rows = self._fetch(*rows_query(place, self._target, fields, record_ids), raw=True)
         page: list[Record | Reject] = []
         name, size = entity.name, 0
         labels = [(field.name, field.column_name) for field in fields]
@@ -242,7 +247,7 @@ class KameleonDBSource(Source):
         return str(getattr(error.__cause__, "sqlstate", None) or "").startswith(TRANSIENT)
 
     def _count(self, place: Place, deadline: float) -> int:
-        query, parameters = count_query(place, self._dialect)
+        query, parameters = count_query(place, self._target)
         if self._dialect == "sqlite":
             return int(self._fetch(query, parameters)[0][0])
         import psycopg
@@ -266,7 +271,7 @@ class KameleonDBSource(Source):
                 self._connect()
             if isinstance(self._connection, sqlite3.Connection):
                 self._connection.text_factory = str
-            now = Catalog.load(self._connection, self._dialect, self._address.display).entities
+            now = Catalog.load(self._connection, self._dialect, self._address.display, self._target).entities
         except KdbFastError:
             return  # all records were read; whatever comes next will notice that the database is gone
         changed = [entity.name for entity in self._entities if now.get(entity.name) != entity]

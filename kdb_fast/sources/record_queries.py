@@ -8,14 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from ..errors import SchemaError
-
-Dialect = Literal["postgresql", "sqlite"]
-
-RECORDS = "kdb_records"
-"""The table of all entities in shared storage."""
+from ..target import Dialect, Target, identifier
 
 
 @dataclass(frozen=True)
@@ -50,14 +45,15 @@ def stored_fields(place: Place, fields: Sequence[FieldDefinition]) -> list[Field
 
 
 def rows_query(
-    place: Place, dialect: Dialect, fields: Sequence[FieldDefinition], record_ids: Sequence[str]
+    place: Place, target: Target, fields: Sequence[FieldDefinition], record_ids: Sequence[str]
 ) -> tuple[Any, tuple[Any, ...]]:
     """Query for live records by id, as (query, parameters), in the order of their ids.
 
     Columns: id, updated_at, then the fields' columns, or ``data`` as JSON text in a shared table.
     """
+    dialect = target.dialect
     if place.columns is not None:
-        values = [quote(field.column_name, dialect) for field in fields]
+        values = [identifier(field.column_name, dialect) for field in fields]
     else:
         values = ["data::text" if dialect == "postgresql" else "data"]
     changed, ids = "updated_at", "id IN (SELECT value FROM json_each(?))"
@@ -66,45 +62,34 @@ def rows_query(
         changed = "CASE WHEN updated_at BETWEEN '1900-01-01' AND '9000-01-01' THEN updated_at AT TIME ZONE 'UTC' END"
         ids = "id = ANY(%s::text[])"
     where, parameters = _where(place, dialect, by_primary_key=True)
-    query = f"SELECT {', '.join(['id', changed, *values])} FROM {quote(place.table, dialect)} WHERE {ids} AND {where}"  # noqa: S608
-    return _encoded(f"{query} ORDER BY id", dialect), (_id_list(record_ids, dialect), *parameters)
+    query = f"SELECT {', '.join(['id', changed, *values])} FROM {target.table(place.table)} WHERE {ids} AND {where}"  # noqa: S608
+    return encoded(f"{query} ORDER BY id", dialect), (_id_list(record_ids, dialect), *parameters)
 
 
 def ids_query(
-    place: Place, dialect: Dialect, after: str | None, rows: int, *, by_primary_key: bool = False
+    place: Place, target: Target, after: str | None, rows: int, *, by_primary_key: bool = False
 ) -> tuple[Any, tuple[Any, ...]]:
     """Query for the next ``rows`` ids of live records after ``after``, as (query, parameters).
 
     Args:
         by_primary_key: On SQLite, walk the primary key instead of the index on the entity.
     """
+    dialect, table = target.dialect, target.table(place.table)
     mark = "%s" if dialect == "postgresql" else "?"
     where, parameters = _where(place, dialect, by_primary_key=by_primary_key)
     if after is not None:
         where += f" AND id > {mark}"
         parameters += (after,)
     if place.without is not None:
-        table = quote(place.table, dialect)
-        where += f" AND NOT EXISTS (SELECT 1 FROM {quote(place.without, dialect)} AS d WHERE d.id = {table}.id)"  # noqa: S608
-    query = f"SELECT id FROM {quote(place.table, dialect)} WHERE {where} ORDER BY id LIMIT {mark}"  # noqa: S608
-    return _encoded(query, dialect), (*parameters, rows)
+        where += f" AND NOT EXISTS (SELECT 1 FROM {target.table(place.without)} AS d WHERE d.id = {table}.id)"  # noqa: S608
+    query = f"SELECT id FROM {table} WHERE {where} ORDER BY id LIMIT {mark}"  # noqa: S608
+    return encoded(query, dialect), (*parameters, rows)
 
 
-def count_query(place: Place, dialect: Dialect) -> tuple[Any, tuple[Any, ...]]:
+def count_query(place: Place, target: Target) -> tuple[Any, tuple[Any, ...]]:
     """Query for the number of live records, as (query, parameters)."""
-    where, parameters = _where(place, dialect)
-    return _encoded(f"SELECT count(*) FROM {quote(place.table, dialect)} WHERE {where}", dialect), parameters  # noqa: S608
-
-
-def quote(name: str, dialect: Dialect) -> str:
-    """An identifier for a statement of this dialect (with ``%`` doubled for psycopg)."""
-    if "\x00" in name:
-        raise SchemaError("A table or column name holds a NUL character; no database has such a name.")
-    if dialect == "postgresql":
-        from psycopg import sql
-
-        return sql.Identifier(name).as_string().replace("%", "%%")
-    return '"' + name.replace('"', '""') + '"'
+    where, parameters = _where(place, target.dialect)
+    return encoded(f"SELECT count(*) FROM {target.table(place.table)} WHERE {where}", target.dialect), parameters  # noqa: S608
 
 
 def _where(place: Place, dialect: Dialect, *, by_primary_key: bool = False) -> tuple[str, tuple[Any, ...]]:
@@ -117,7 +102,8 @@ def _where(place: Place, dialect: Dialect, *, by_primary_key: bool = False) -> t
     return (live, ()) if place.entity_id is None else (f"{owner} AND {live}", (place.entity_id,))
 
 
-def _encoded(query: str, dialect: Dialect) -> Any:
+def encoded(query: str, dialect: Dialect) -> Any:
+    """A query as the driver of this dialect takes it."""
     # psycopg takes a query that is not a literal as bytes only.
     return query.encode() if dialect == "postgresql" else query
 

@@ -23,10 +23,6 @@ from typing import Any, NamedTuple
 from ..records import Reject
 from ..slab import Slot
 
-TABLE = "kdb_search"
-RUNS = "kdb_fast_runs"
-REJECTS = "kdb_fast_rejects"
-
 
 class Stored(NamedTuple):
     """The index's row for a key, as the parent saw it.

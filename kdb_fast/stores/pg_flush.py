@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from ..target import Target
 from . import pgcopy
 from .base import FlushSlot, RunSpec
 from .pg_errors import classify, refusal
@@ -25,53 +26,53 @@ STAGING_COLUMNS = 10
 TABLE_COLUMNS = 12
 
 COPY_TABLE = (
-    "COPY kdb_search (id, entity_name, record_id, content, embedding, model, dimensions, updated_at, "
+    "COPY {kdb_search} (id, entity_name, record_id, content, embedding, model, dimensions, updated_at, "
     "kdb_fast_fingerprint, kdb_fast_run, kdb_fast_at, kdb_fast_source_at) FROM STDIN (FORMAT BINARY)"
 )
 CREATE_STAGING = (
-    "CREATE TEMP TABLE kdb_fast_staging (slot int4, row int4, known bool, stamp timestamptz, id varchar(36), "
-    "entity_name varchar(255), record_id varchar(36), content text, embedding vector, source_at timestamptz) "
+    "CREATE TEMP TABLE {staging} (slot int4, row int4, known bool, stamp timestamptz, id varchar(36), "
+    "entity_name varchar(255), record_id varchar(36), content text, embedding {vector}, source_at timestamptz) "
     "ON COMMIT DROP"
 )
-COPY_STAGING = "COPY kdb_fast_staging FROM STDIN (FORMAT BINARY)"
+COPY_STAGING = "COPY {staging} FROM STDIN (FORMAT BINARY)"
 MERGE_KNOWN = """
-UPDATE kdb_search t SET {content}embedding = s.embedding, model = %(model)s,
+UPDATE {kdb_search} t SET <content>embedding = s.embedding, model = %(model)s,
   dimensions = %(dimensions)s, updated_at = now(), kdb_fast_fingerprint = %(fingerprint)s,
   kdb_fast_run = %(run)s, kdb_fast_at = now(), kdb_fast_source_at = s.source_at
-FROM kdb_fast_staging s
-WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id AND t.content {compared} s.content
+FROM {staging} s
+WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id AND t.content <compared> s.content
   AND ((s.known AND t.updated_at IS NOT DISTINCT FROM s.stamp)
        OR (t.kdb_fast_run = %(run)s AND t.kdb_fast_at = t.updated_at))
 """
-MERGE_SAME_TEXT = MERGE_KNOWN.format(content="", compared="=")
+MERGE_SAME_TEXT = MERGE_KNOWN.replace("<content>", "").replace("<compared>", "=")
 """Rows that only get another vector. Left out of the statement, the text costs no new ``tsv``: the server takes 20 µs a
 row of 33 tokens instead of 38 to 54."""
-MERGE_NEW_TEXT = MERGE_KNOWN.format(content="content = s.content, ", compared="<>")
+MERGE_NEW_TEXT = MERGE_KNOWN.replace("<content>", "content = s.content, ").replace("<compared>", "<>")
 MERGE_MISSING = """
-INSERT INTO kdb_search (id, entity_name, record_id, content, embedding, model, dimensions, updated_at,
+INSERT INTO {kdb_search} (id, entity_name, record_id, content, embedding, model, dimensions, updated_at,
   kdb_fast_fingerprint, kdb_fast_run, kdb_fast_at, kdb_fast_source_at)
 SELECT s.id, s.entity_name, s.record_id, s.content, s.embedding, %(model)s, %(dimensions)s, now(),
   %(fingerprint)s, %(run)s, now(), s.source_at
-FROM kdb_fast_staging s
-WHERE NOT EXISTS (SELECT FROM kdb_search t WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id)
+FROM {staging} s
+WHERE NOT EXISTS (SELECT FROM {kdb_search} t WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id)
 ON CONFLICT (entity_name, record_id) DO NOTHING
 """
 MERGE_FORCED = """
-INSERT INTO kdb_search (id, entity_name, record_id, content, embedding, model, dimensions, updated_at,
+INSERT INTO {kdb_search} (id, entity_name, record_id, content, embedding, model, dimensions, updated_at,
   kdb_fast_fingerprint, kdb_fast_run, kdb_fast_at, kdb_fast_source_at)
 SELECT s.id, s.entity_name, s.record_id, s.content, s.embedding, %(model)s, %(dimensions)s, now(),
   %(fingerprint)s, %(run)s, now(), s.source_at
-FROM kdb_fast_staging s ORDER BY s.entity_name, s.record_id
+FROM {staging} s ORDER BY s.entity_name, s.record_id
 ON CONFLICT (entity_name, record_id) DO UPDATE SET content = EXCLUDED.content, embedding = EXCLUDED.embedding,
   model = EXCLUDED.model, dimensions = EXCLUDED.dimensions, updated_at = EXCLUDED.updated_at,
   kdb_fast_fingerprint = EXCLUDED.kdb_fast_fingerprint, kdb_fast_run = EXCLUDED.kdb_fast_run,
   kdb_fast_at = EXCLUDED.kdb_fast_at, kdb_fast_source_at = EXCLUDED.kdb_fast_source_at
 """
 UNWRITTEN_ROWS = """
-SELECT s.slot, s.row, EXISTS (SELECT FROM kdb_search t WHERE t.entity_name = s.entity_name
+SELECT s.slot, s.row, EXISTS (SELECT FROM {kdb_search} t WHERE t.entity_name = s.entity_name
                               AND t.record_id = s.record_id)
-FROM kdb_fast_staging s
-WHERE NOT EXISTS (SELECT FROM kdb_search t WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id
+FROM {staging} s
+WHERE NOT EXISTS (SELECT FROM {kdb_search} t WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id
                   AND t.kdb_fast_run = %(run)s AND t.kdb_fast_at = now())
 ORDER BY s.slot, s.row
 """
@@ -91,6 +92,7 @@ class FlushWriter:
     def __init__(
         self,
         cursor: psycopg.Cursor[tuple[Any, ...]],
+        target: Target,
         run: RunSpec,
         now: int,
         *,
@@ -108,6 +110,7 @@ class FlushWriter:
             pieces: Statements among which the rows are divided.
         """
         self.cursor, self.run, self.now = cursor, run, now
+        self._statement = target.statement
         self._force, self._vectors, self._pieces = force, vectors, pieces
         self.met_conflict = False
         self.rows = self.bytes = 0
@@ -168,10 +171,10 @@ class FlushWriter:
         done = self._merge_staged(staged, parameters)
         unwritten: list[tuple[Any, ...]] = []
         if done != staged:
-            unwritten = cursor.execute(UNWRITTEN_ROWS, parameters).fetchall()
+            unwritten = cursor.execute(self._statement(UNWRITTEN_ROWS), parameters).fetchall()
             self._note_unwritten(unwritten)
         if self._force or self._pieces > 1:
-            cursor.execute("DROP TABLE kdb_fast_staging")
+            cursor.execute(self._statement("DROP TABLE {staging}"))
         self.rows += staged - len(unwritten)
 
     def _note_unwritten(self, rows: Iterable[tuple[Any, ...]]) -> None:
@@ -182,22 +185,24 @@ class FlushWriter:
                 self.rejected.append((slot, row, *DROPPED))
 
     def _stage(self, groups: list[Group]) -> int:
-        self.cursor.execute(CREATE_STAGING)
+        self.cursor.execute(self._statement(CREATE_STAGING))
         self._copy(COPY_STAGING, self._staging_rows, groups)
         # Without this a flush of some thousand rows may be joined by reading the whole index (2 KB a row).
         self.cursor.execute(
-            "SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; "
-            "ANALYZE kdb_fast_staging (entity_name, record_id)"
+            self._statement(
+                "SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; "
+                "ANALYZE {staging} (entity_name, record_id)"
+            )
         )
         return _count(groups)
 
     def _merge_staged(self, staged: int, parameters: dict[str, Any]) -> int:
         if self._force:
             # One statement, so that it does not matter what other sessions insert and delete meanwhile.
-            return self.cursor.execute(MERGE_FORCED, parameters).rowcount
+            return self.cursor.execute(self._statement(MERGE_FORCED), parameters).rowcount
         done = 0
         for statement in (MERGE_SAME_TEXT, MERGE_NEW_TEXT, MERGE_MISSING):
-            done += self.cursor.execute(statement, parameters).rowcount
+            done += self.cursor.execute(self._statement(statement), parameters).rowcount
             if done == staged:
                 break
         return done
@@ -212,8 +217,8 @@ class FlushWriter:
                 done = self._merge_staged(staged, self._parameters())
                 unwritten: list[tuple[Any, ...]] = []
                 if done != staged:
-                    unwritten = self.cursor.execute(UNWRITTEN_ROWS, self._parameters()).fetchall()
-                self.cursor.execute("DROP TABLE kdb_fast_staging")
+                    unwritten = self.cursor.execute(self._statement(UNWRITTEN_ROWS), self._parameters()).fetchall()
+                self.cursor.execute(self._statement("DROP TABLE {staging}"))
             self._note_unwritten(unwritten)
             self.rows += staged - len(unwritten)
         except psycopg.Error as error:
@@ -239,7 +244,9 @@ class FlushWriter:
         """Returns how many rows the server says it took."""
         from psycopg.copy import LibpqWriter
 
-        with self.cursor.copy(statement, writer=LibpqWriter(self.cursor, flush_threshold=UNSENT_BYTES)) as copy:
+        with self.cursor.copy(
+            self._statement(statement), writer=LibpqWriter(self.cursor, flush_threshold=UNSENT_BYTES)
+        ) as copy:
             copy.write(pgcopy.SIGNATURE)
             for chunk in _ahead(pack, groups):
                 self.bytes += len(chunk)
@@ -323,13 +330,16 @@ def _parts(groups: list[Group], pieces: int) -> list[list[Group]]:
     ]
 
 
-def delete_keys(cursor: psycopg.Cursor[tuple[Any, ...]], keys: Sequence[tuple[str, str]]) -> int:
+def delete_keys(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, keys: Sequence[tuple[str, str]]) -> int:
     """Delete these rows, STATEMENT_ROWS at a time; returns how many there were."""
+    statement = target.statement(
+        "DELETE FROM {kdb_search} t USING unnest(%s::text[], %s::text[]) AS k(entity, id) "
+        "WHERE t.entity_name = k.entity AND t.record_id = k.id"
+    )
     parts = (keys[start : start + STATEMENT_ROWS] for start in range(0, len(keys), STATEMENT_ROWS))
     return sum(
         cursor.execute(
-            "DELETE FROM kdb_search t USING unnest(%s::text[], %s::text[]) AS k(entity, id) "
-            "WHERE t.entity_name = k.entity AND t.record_id = k.id",
+            statement,
             ([k[0] for k in part], [k[1] for k in part]),
         ).rowcount
         for part in parts

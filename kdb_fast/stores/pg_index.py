@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from ..faults import fault
 from ..pg_connection import name_session
 from ..resources import available_memory, usable_cpus
+from ..target import TABLE, Target
 from . import schema
-from .base import TABLE, IndexOutcome
+from .base import IndexOutcome
 from .pg_prepare import owns_table, vector_version
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def should_defer(to_write: int, rows_after: int) -> bool:
     return to_write >= DEFER_FLOOR and to_write >= DEFER_SHARE * rows_after
 
 
-def _present(cursor: psycopg.Cursor[tuple[Any, ...]]) -> dict[str, tuple[str, bool]]:
+def _present(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> dict[str, tuple[str, bool]]:
     """Name → (definition, valid) of the full-text and vector indexes of the search table."""
     return {
         r[0]: (r[1], r[2])
@@ -53,20 +54,20 @@ def _present(cursor: psycopg.Cursor[tuple[Any, ...]]) -> dict[str, tuple[str, bo
             "SELECT c.relname, pg_get_indexdef(i.indexrelid), i.indisvalid FROM pg_index i "
             "JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam "
             "WHERE i.indrelid = to_regclass(%s) AND m.amname IN ('hnsw', 'ivfflat', 'gin')",
-            (TABLE,),
+            (target.regclass(TABLE),),
         )
     }
 
 
-def _remembered(cursor: psycopg.Cursor[tuple[Any, ...]]) -> dict[str, str]:
-    row = cursor.execute("SELECT value FROM kdb_fast_state WHERE key = %s", (STATE_KEY,)).fetchone()
+def _remembered(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> dict[str, str]:
+    row = cursor.execute(target.statement("SELECT value FROM {kdb_fast_state} WHERE key = %s"), (STATE_KEY,)).fetchone()
     return dict(json.loads(row[0])) if row else {}
 
 
-def _wanted(cursor: psycopg.Cursor[tuple[Any, ...]]) -> dict[str, str]:
+def _wanted(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> dict[str, str]:
     """Name → statement of the indexes that should be there and are not valid now."""
-    present = _present(cursor)
-    wanted = _remembered(cursor)
+    present = _present(cursor, target)
+    wanted = _remembered(cursor, target)
     usable = {_is_vector(d) for d, valid in present.values() if valid}
     for name, (definition, valid) in present.items():
         if valid:
@@ -79,15 +80,20 @@ def _wanted(cursor: psycopg.Cursor[tuple[Any, ...]]) -> dict[str, str]:
         "SELECT (SELECT atttypmod FROM pg_attribute WHERE attrelid = to_regclass(%(t)s) AND attname = 'embedding'), "
         "EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass(%(t)s) AND attname = 'tsv' "
         "AND NOT attisdropped)",
-        {"t": TABLE},
+        {"t": target.regclass(TABLE)},
     ).fetchone()
     assert row is not None
     if True not in usable and 0 < (row[0] or 0) <= 2000:
-        wanted[schema.VECTOR_INDEX] = schema.POSTGRESQL_SEARCH_INDEXES[schema.VECTOR_INDEX]
+        wanted[schema.VECTOR_INDEX] = _standard(target, schema.VECTOR_INDEX)
     if False not in usable and row[1]:
-        wanted[schema.FTS_INDEX] = schema.POSTGRESQL_SEARCH_INDEXES[schema.FTS_INDEX]
+        wanted[schema.FTS_INDEX] = _standard(target, schema.FTS_INDEX)
     # Full text first: it takes a second, and keyword search works while the vector index is built.
     return dict(sorted(wanted.items(), key=lambda item: _is_vector(item[1])))
+
+
+def _standard(target: Target, name: str) -> str:
+    """The statement with which KameleonDB makes this index."""
+    return target.statement(schema.POSTGRESQL_SEARCH_INDEXES[name]).decode()
 
 
 def _is_vector(definition: str) -> bool:
@@ -98,7 +104,7 @@ def _is_vector(definition: str) -> bool:
 def missing(store: PostgreSQLStore) -> bool:
     """Whether :func:`finish` would build a vector index."""
     with store.transaction() as cursor:
-        return any(_is_vector(statement) for statement in _wanted(cursor).values())
+        return any(_is_vector(statement) for statement in _wanted(cursor, store.target).values())
 
 
 def defer(store: PostgreSQLStore) -> str:
@@ -108,44 +114,50 @@ def defer(store: PostgreSQLStore) -> str:
     try:
         return _drop(store)
     except psycopg.errors.LockNotAvailable:
-        return "kept: another session is using kdb_search, so the index could not be dropped"
+        return f"kept: another session is using {store.target.shown(TABLE)}, so the index could not be dropped"
 
 
 def _drop(store: PostgreSQLStore) -> str:
+    target = store.target
     with store.transaction() as cursor:
-        if not owns_table(cursor):
-            return "kept: this role does not own kdb_search, so it cannot drop and rebuild the index"
+        if not owns_table(cursor, target):
+            return f"kept: this role does not own {target.shown(TABLE)}, so it cannot drop and rebuild the index"
         # While this waits for the table, everybody else waits behind it.
         cursor.execute(f"SET LOCAL lock_timeout = {DROP_PATIENCE_MS}")
-        present = {n: d for n, (d, _) in _present(cursor).items()}
-        remembered = {**_remembered(cursor), **present}
+        present = {n: d for n, (d, _) in _present(cursor, target).items()}
+        remembered = {**_remembered(cursor, target), **present}
         cursor.execute(
-            "INSERT INTO kdb_fast_state VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = EXCLUDED.value",
+            target.statement(
+                "INSERT INTO {kdb_fast_state} VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = EXCLUDED.value"
+            ),
             (STATE_KEY, json.dumps(remembered)),
         )
-        from psycopg import sql
-
         for name in present:
-            cursor.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(name)))
+            cursor.execute(_drop_statement(target, name))
         fault("store.index_dropped")
     return "dropped for the load"
+
+
+def _drop_statement(target: Target, name: str) -> bytes:
+    return target.statement("DROP INDEX IF EXISTS {index}", index=target.table(name))
 
 
 def finish(store: PostgreSQLStore, beat: Callable[[str], None]) -> IndexOutcome:
     """Build what is missing, exactly as it was (or as KameleonDB creates it), and refresh statistics."""
     import psycopg
-    from psycopg import sql
 
+    target = store.target
+    forget = target.statement("DELETE FROM {kdb_fast_state} WHERE key = %s")
     with store.transaction() as cursor:
-        wanted = _wanted(cursor)
-        present = _present(cursor)
-        owner = owns_table(cursor)
+        wanted = _wanted(cursor, target)
+        present = _present(cursor, target)
+        owner = owns_table(cursor, target)
         if not wanted:
-            cursor.execute("DELETE FROM kdb_fast_state WHERE key = %s", (STATE_KEY,))
+            cursor.execute(forget, (STATE_KEY,))
             return IndexOutcome("kept")
     if not owner:
         return IndexOutcome(
-            "not built: this role does not own kdb_search",
+            f"not built: this role does not own {target.shown(TABLE)}",
             (f"Let the owner run: {'; '.join(wanted.values())};",),
         )
     warnings: list[str] = []
@@ -156,9 +168,9 @@ def finish(store: PostgreSQLStore, beat: Callable[[str], None]) -> IndexOutcome:
             try:
                 with store.transaction() as cursor, _notices(store, warnings):
                     _name_session(cursor)
-                    settings(cursor, serial=attempt == "serial")
+                    settings(cursor, target, serial=attempt == "serial")
                     if name in present:
-                        cursor.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(name)))
+                        cursor.execute(_drop_statement(target, name))
                     cursor.execute(statement.encode())
                 break
             except psycopg.errors.DuplicateTable:
@@ -171,10 +183,10 @@ def finish(store: PostgreSQLStore, beat: Callable[[str], None]) -> IndexOutcome:
                     "built with one process. Give the server's container a larger --shm-size."
                 )
     with store.transaction() as cursor:
-        cursor.execute("DELETE FROM kdb_fast_state WHERE key = %s", (STATE_KEY,))
+        cursor.execute(forget, (STATE_KEY,))
     with store.transaction() as cursor:
         cursor.execute("SET LOCAL statement_timeout = 0")
-        cursor.execute("ANALYZE kdb_search")
+        cursor.execute(target.statement("ANALYZE {kdb_search}"))
     return IndexOutcome(f"built {', '.join(wanted)}", tuple(warnings))
 
 
@@ -185,7 +197,7 @@ def _name_session(cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
     name_session(cursor.connection, row[0])
 
 
-def settings(cursor: psycopg.Cursor[tuple[Any, ...]], *, serial: bool = False) -> None:
+def settings(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, *, serial: bool = False) -> None:
     """Memory and parallel workers of an index build, for this transaction.
 
     A build that fits ``maintenance_work_mem`` is several times as fast as one that does not; a parallel
@@ -196,10 +208,10 @@ def settings(cursor: psycopg.Cursor[tuple[Any, ...]], *, serial: bool = False) -
         "SELECT greatest(a.atttypmod, 1), pg_size_bytes(current_setting('maintenance_work_mem')) "
         "FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'embedding' "
         "WHERE c.oid = to_regclass(%s)",
-        (TABLE,),
+        (target.regclass(TABLE),),
     ).fetchone()
     assert row is not None
-    counted = cursor.execute(f"SELECT count(*) FROM {TABLE}").fetchone()  # noqa: S608 - constant
+    counted = cursor.execute(target.statement("SELECT count(*) FROM {kdb_search}")).fetchone()
     rows = int(counted[0]) if counted else 0
     # Vector, element and neighbour lists: 4 bytes a dimension and about 700 bytes of graph at m = 16.
     needed = int(rows * (4 * row[0] * ROW_BYTES_IN_BUILD + 700)) + (16 << 20)

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SchemaError
 from ..faults import fault
+from ..target import RECORDS, REJECTS, RUNS, STATE, TABLE, Target
 from . import schema
-from .base import TABLE
 
 if TYPE_CHECKING:
     import psycopg
-    from psycopg import sql
 
     from .postgresql import PostgreSQLStore
 
@@ -35,26 +34,27 @@ def prepare(store: PostgreSQLStore, dimensions: int) -> None:
                 raise _read_only()
             cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
             _extension(cursor)
-            if _exists(cursor, TABLE):
-                _check_table(cursor, dimensions)
+            target = store.find_target()
+            if _exists(cursor, target, TABLE):
+                _check_table(cursor, target, dimensions)
             else:
                 if dimensions > 2000:
                     raise SchemaError(
                         f"The model gives {dimensions} dimensions; a pgvector HNSW index holds at most 2000.",
                         remedy="Choose a model with at most 2000 dimensions.",
                     )
-                cursor.execute(schema.POSTGRESQL_SEARCH.format(dimensions=int(dimensions)).encode())
+                cursor.execute(target.statement(schema.POSTGRESQL_SEARCH, dimensions=str(int(dimensions))))
                 for statement in schema.POSTGRESQL_PLAIN_INDEXES.values():
-                    cursor.execute(statement.encode())
+                    cursor.execute(target.statement(statement))
                 for statement in schema.POSTGRESQL_SEARCH_INDEXES.values():
-                    cursor.execute(statement.encode())
-            _own_parts(cursor)
-            _check_rights(cursor)
+                    cursor.execute(target.statement(statement))
+            _own_parts(cursor, target)
+            _check_rights(cursor, target)
     except psycopg.errors.InsufficientPrivilege as error:
         raise SchemaError(
             f"The role {store.connection().info.user!r} may not prepare the index: {error.diag.message_primary}.",
-            remedy="Run once as the owner of the schema, or let the owner run: GRANT CREATE ON SCHEMA public TO "
-            "…; ALTER TABLE kdb_search OWNER TO …;",
+            remedy=f"Run once as the owner of the schema, or let the owner run: GRANT CREATE ON SCHEMA "
+            f"{store.target.shown()} TO …; ALTER TABLE {store.target.shown(TABLE)} OWNER TO …;",
         ) from None
     except psycopg.errors.ReadOnlySqlTransaction:
         raise _read_only() from None
@@ -68,7 +68,7 @@ def prepare(store: PostgreSQLStore, dimensions: int) -> None:
 def check(store: PostgreSQLStore, dimensions: int) -> None:
     """Raise SchemaError if the search table is not, or no longer, what rows of this length can be written to."""
     with store.transaction() as cursor:
-        _check_table(cursor, dimensions)
+        _check_table(cursor, store.target, dimensions)
 
 
 def _read_only() -> SchemaError:
@@ -78,8 +78,8 @@ def _read_only() -> SchemaError:
     )
 
 
-def _exists(cursor: psycopg.Cursor[tuple[Any, ...]], table: str) -> bool:
-    row = cursor.execute("SELECT to_regclass(%s) IS NOT NULL", (table,)).fetchone()
+def _exists(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, table: str) -> bool:
+    row = cursor.execute("SELECT to_regclass(%s) IS NOT NULL", (target.regclass(table),)).fetchone()
     return bool(row and row[0])
 
 
@@ -123,39 +123,42 @@ def vector_version(cursor: psycopg.Cursor[tuple[Any, ...]]) -> tuple[int, ...]:
     return tuple(int(part) for part in str(row[0] if row else "0").split(".") if part.isdigit())
 
 
-def _check_table(cursor: psycopg.Cursor[tuple[Any, ...]], dimensions: int) -> None:
+def _check_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, dimensions: int) -> None:
+    shown, oid = target.shown(TABLE), target.regclass(TABLE)
     columns: dict[str, tuple[str, int]] = {
         r[0]: (r[1], r[2])
         for r in cursor.execute(
             "SELECT a.attname, t.typname, a.atttypmod FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid "
             "WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped",
-            (TABLE,),
+            (oid,),
         )
     }
     missing = [name for name in NEEDED_COLUMNS if name not in columns]
     if missing:
         raise SchemaError(
-            f"The table {TABLE} has no column {', '.join(missing)}; expected KameleonDB's search table.",
-            remedy=f"Is {TABLE} another program's table? Use another schema or database for this index.",
+            f"The table {shown} has no column {', '.join(missing)}; expected KameleonDB's search table.",
+            remedy="Is it another program's table? Use another schema or database for this index.",
         )
     kind, found = columns["embedding"]
     if kind != "vector":
         raise SchemaError(
-            f"{TABLE}.embedding is of type {kind}; expected vector({dimensions}).",
-            remedy=f"Move the table away (ALTER TABLE {TABLE} RENAME TO {TABLE}_old;); it is created anew.",
+            f"{shown}.embedding is of type {kind}; expected vector({dimensions}).",
+            remedy=f"Move the table away (ALTER TABLE {shown} RENAME TO {TABLE}_old;); it is created anew.",
         )
     if found == -1:
         row = cursor.execute(
-            f"SELECT vector_dims(embedding) FROM (SELECT embedding FROM {TABLE} WHERE embedding IS NOT NULL LIMIT 1000)"  # noqa: S608 - constant
-            " s WHERE vector_dims(embedding) <> %s LIMIT 1",
+            target.statement(
+                "SELECT {pgvector}vector_dims(embedding) FROM (SELECT embedding FROM {kdb_search} "
+                "WHERE embedding IS NOT NULL LIMIT 1000) s WHERE {pgvector}vector_dims(embedding) <> %s LIMIT 1"
+            ),
             (dimensions,),
         ).fetchone()
         found = int(row[0]) if row else dimensions
     if found != dimensions:
         raise SchemaError(
-            f"{TABLE}.embedding holds vectors of {found} dimensions; the model gives {dimensions}.",
+            f"{shown}.embedding holds vectors of {found} dimensions; the model gives {dimensions}.",
             remedy=f"Choose a --model with {found} dimensions, or change the column and lose the old vectors: "
-            f"DROP INDEX IF EXISTS {schema.VECTOR_INDEX}; ALTER TABLE {TABLE} ALTER COLUMN embedding "
+            f"DROP INDEX IF EXISTS {target.shown(schema.VECTOR_INDEX)}; ALTER TABLE {shown} ALTER COLUMN embedding "
             f"TYPE vector({dimensions}) USING NULL;",
         )
     row = cursor.execute(
@@ -163,39 +166,39 @@ def _check_table(cursor: psycopg.Cursor[tuple[Any, ...]], dimensions: int) -> No
         "AND i.indisvalid AND i.indpred IS NULL AND i.indnkeyatts = 2 AND ARRAY(SELECT a.attname::text "
         "FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[]) ORDER BY 1) "
         "= ARRAY['entity_name', 'record_id'])",
-        (TABLE,),
+        (oid,),
     ).fetchone()
     if not (row and row[0]):
         raise SchemaError(
-            f"{TABLE} has no unique constraint on (entity_name, record_id); without it records could be doubled.",
-            remedy=f"Run: ALTER TABLE {TABLE} ADD UNIQUE (entity_name, record_id);",
+            f"{shown} has no unique constraint on (entity_name, record_id); without it records could be doubled.",
+            remedy=f"Run: ALTER TABLE {shown} ADD UNIQUE (entity_name, record_id);",
         )
 
 
-def _own_parts(cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
+def _own_parts(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:
     have = {
         r[0]
         for r in cursor.execute(
-            "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(%s) AND NOT attisdropped", (TABLE,)
+            "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(%s) AND NOT attisdropped",
+            (target.regclass(TABLE),),
         )
     }
     wanted = [f"ADD COLUMN {name} {kind}" for name, kind in schema.POSTGRESQL_COLUMNS.items() if name not in have]
     if wanted:
         # Nullable columns without a default: no row is rewritten, the lock is held for milliseconds.
-        cursor.execute(f"ALTER TABLE {TABLE} {', '.join(wanted)}".encode())
-    for table, statement in zip(("kdb_fast_runs", "kdb_fast_rejects", "kdb_fast_state"), schema.POSTGRESQL_OWN,
-                                strict=True):  # fmt: skip
-        if not _exists(cursor, table):
-            cursor.execute(statement.encode())
+        cursor.execute(target.statement("ALTER TABLE {kdb_search} " + ", ".join(wanted)))
+    for table, statement in zip((RUNS, REJECTS, STATE), schema.POSTGRESQL_OWN, strict=True):
+        if not _exists(cursor, target, table):
+            cursor.execute(target.statement(statement))
 
 
-def _check_rights(cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
+def _check_rights(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:
     lacking = [
-        f"{right} ON {table}"
-        for table in (TABLE, "kdb_fast_runs", "kdb_fast_rejects", "kdb_fast_state")
+        f"{right} ON {target.shown(table)}"
+        for table in (TABLE, RUNS, REJECTS, STATE)
         for right, has in cursor.execute(
             "SELECT r, has_table_privilege(%s, r) FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) r",
-            (table,),
+            (target.regclass(table),),
         ).fetchall()
         if not has
     ]
@@ -211,10 +214,10 @@ def _check_rights(cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
         )
 
 
-def owns_table(cursor: psycopg.Cursor[tuple[Any, ...]]) -> bool:
+def owns_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> bool:
     """Whether this role may drop and create indexes of the search table."""
     row = cursor.execute(
-        "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass(%s)", (TABLE,)
+        "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass(%s)", (target.regclass(TABLE),)
     ).fetchone()
     return bool(row and row[0])
 
@@ -227,7 +230,7 @@ def prune(store: PostgreSQLStore, entity: str) -> int:
         with store.transaction() as cursor:
             # One snapshot: an entity that moves to a table of its own meanwhile must not look empty.
             cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            statement, parameters = _prune_statement(cursor, entity)
+            statement, parameters = _prune_statement(cursor, store.target, entity)
             deleted = cursor.execute(statement, parameters).rowcount if statement is not None else 0
         total += deleted
         if deleted < PRUNE_BATCH:
@@ -235,27 +238,29 @@ def prune(store: PostgreSQLStore, entity: str) -> int:
 
 
 def _prune_statement(
-    cursor: psycopg.Cursor[tuple[Any, ...]], entity: str
-) -> tuple[sql.Composed | None, dict[str, Any]]:
-    from psycopg import sql
-
+    cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, entity: str
+) -> tuple[bytes | None, dict[str, Any]]:
     row = cursor.execute(
-        "SELECT id, storage_mode, dedicated_table_name FROM kdb_entity_definitions WHERE name = %s", (entity,)
+        target.statement("SELECT id, storage_mode, dedicated_table_name FROM {kdb_entity_definitions} WHERE name = %s"),
+        (entity,),
     ).fetchone()
     if row is None:
         return None, {}
     entity_id, mode, dedicated = row
-    shared = "EXISTS (SELECT FROM kdb_records r WHERE r.id = t.record_id AND r.entity_id = %(entity_id)s"
-    live: sql.Composable = sql.SQL(shared + " AND NOT r.is_deleted)")
+    live = (
+        f"EXISTS (SELECT FROM {target.table(RECORDS)} r WHERE r.id = t.record_id AND r.entity_id = %(entity_id)s "
+        "AND NOT r.is_deleted)"
+    )
     if mode == "dedicated" and dedicated:
         # KameleonDB 0.2 goes on inserting into the shared table after an entity was materialised.
-        live = sql.SQL(
-            "(EXISTS (SELECT FROM {table} r WHERE r.id = t.record_id AND NOT r.is_deleted) OR ("  # noqa: S608 - constant
-            + shared
-            + " AND NOT r.is_deleted) AND NOT EXISTS (SELECT FROM {table} r WHERE r.id = t.record_id)))"
-        ).format(table=sql.Identifier(dedicated.replace("%", "%%")))  # not the start of a placeholder
-    statement = sql.SQL(
-        "DELETE FROM kdb_search WHERE ctid = ANY (ARRAY(SELECT t.ctid FROM kdb_search t "
-        "WHERE t.entity_name = %(entity)s AND NOT {live} LIMIT %(batch)s))"
-    ).format(live=live)
+        table = target.table(dedicated)
+        live = (
+            f"(EXISTS (SELECT FROM {table} r WHERE r.id = t.record_id AND NOT r.is_deleted) OR ({live} "  # noqa: S608
+            f"AND NOT EXISTS (SELECT FROM {table} r WHERE r.id = t.record_id)))"
+        )
+    statement = target.statement(
+        "DELETE FROM {kdb_search} WHERE ctid = ANY (ARRAY(SELECT t.ctid FROM {kdb_search} t "
+        "WHERE t.entity_name = %(entity)s AND NOT {live} LIMIT %(batch)s))",
+        live=live,
+    )
     return statement, {"entity": entity, "entity_id": entity_id, "batch": PRUNE_BATCH}

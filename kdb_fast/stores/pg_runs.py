@@ -17,6 +17,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LockedError
+from ..target import Target
 from .base import Holder, RunSpec
 from .pg_prepare import DDL_LOCK
 
@@ -35,8 +36,8 @@ END_SECONDS = 2.0
 
 
 AFTER_A_CRASH = (
-    "SELECT EXISTS (SELECT 1 FROM kdb_fast_runs WHERE state = 'abandoned' AND run < %(run)s "
-    "AND run > coalesce((SELECT max(run) FROM kdb_fast_runs WHERE state = 'done'), 0))"
+    "SELECT EXISTS (SELECT 1 FROM {kdb_fast_runs} WHERE state = 'abandoned' AND run < %(run)s "
+    "AND run > coalesce((SELECT max(run) FROM {kdb_fast_runs} WHERE state = 'done'), 0))"
 )
 
 
@@ -94,11 +95,14 @@ def _try_begin(store: PostgreSQLStore, fingerprint: str, model: str, dimensions:
     Args:
         token: In the row of the run until its first flush: a repetition after a lost connection finds its own row.
     """
+    target = store.target
     with store.transaction() as cursor:
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
         running = cursor.execute(
-            "SELECT run, host, pid, started_at, extract(epoch FROM clock_timestamp() - heartbeat_at)::float8, "
-            "process_started, heartbeat_at, last_result FROM kdb_fast_runs WHERE state = 'running'"
+            target.statement(
+                "SELECT run, host, pid, started_at, extract(epoch FROM clock_timestamp() - heartbeat_at)::float8, "
+                "process_started, heartbeat_at, last_result FROM {kdb_fast_runs} WHERE state = 'running'"
+            )
         ).fetchall()
         for run, host, pid, since, age, started, heartbeat_at, result in running:
             assert isinstance(since, datetime)
@@ -107,18 +111,22 @@ def _try_begin(store: PostgreSQLStore, fingerprint: str, model: str, dimensions:
             ours = host == socket.gethostname() and pid == os.getpid()
             gone = process_is_gone(host, pid, started)
             alive = (age < STALE_SECONDS or ours) and not gone
-            if alive or not _abandon(cursor, run, heartbeat_at, gone):
+            if alive or not _abandon(cursor, target, run, heartbeat_at, gone):
                 return Holder(run, host, pid, since, float(age))
         row = cursor.execute(
-            "INSERT INTO kdb_fast_runs (state, fingerprint, model, dimensions, host, pid, process_started, "
-            "last_result) VALUES ('running', %s, %s, %s, %s, %s, %s, %s) RETURNING run",
+            target.statement(
+                "INSERT INTO {kdb_fast_runs} (state, fingerprint, model, dimensions, host, pid, process_started, "
+                "last_result) VALUES ('running', %s, %s, %s, %s, %s, %s, %s) RETURNING run"
+            ),
             (fingerprint, model, dimensions, socket.gethostname(), os.getpid(), own_process_started(), token),
         ).fetchone()
         assert row is not None
         return RunSpec(int(row[0]), fingerprint, model, dimensions)
 
 
-def _abandon(cursor: psycopg.Cursor[tuple[Any, ...]], run: int, heartbeat_at: datetime, gone: bool) -> bool:
+def _abandon(
+    cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, run: int, heartbeat_at: datetime, gone: bool
+) -> bool:
     """Mark a dead run as abandoned; False if it has just given a sign of life after all.
 
     Args:
@@ -132,12 +140,14 @@ def _abandon(cursor: psycopg.Cursor[tuple[Any, ...]], run: int, heartbeat_at: da
     try:
         with cursor.connection.transaction():
             cursor.execute(
-                "UPDATE kdb_fast_runs SET state = 'abandoned', ended_at = now() "
-                "WHERE run = %s AND state = 'running' AND (heartbeat_at = %s OR %s)",
+                target.statement(
+                    "UPDATE {kdb_fast_runs} SET state = 'abandoned', ended_at = now() "
+                    "WHERE run = %s AND state = 'running' AND (heartbeat_at = %s OR %s)"
+                ),
                 (run, heartbeat_at, gone),
             )
             # Not whether we ended it: its own last words, that it has ended, may have come just now.
-            statement = "SELECT FROM kdb_fast_runs WHERE run = %s AND state = 'running'"
+            statement = target.statement("SELECT FROM {kdb_fast_runs} WHERE run = %s AND state = 'running'")
             return cursor.execute(statement, (run,)).fetchone() is None
     except psycopg.errors.LockNotAvailable:
         row = cursor.execute(
@@ -156,7 +166,7 @@ def _abandon(cursor: psycopg.Cursor[tuple[Any, ...]], run: int, heartbeat_at: da
 
 def after_a_crash(store: PostgreSQLStore, run: int) -> bool:
     """See :meth:`kdb_fast.stores.base.Store.after_a_crash`."""
-    row = store.connection().execute(AFTER_A_CRASH, {"run": run}).fetchone()
+    row = store.connection().execute(store.target.statement(AFTER_A_CRASH), {"run": run}).fetchone()
     return bool(row and row[0])
 
 
@@ -169,8 +179,10 @@ def heartbeat(store: PostgreSQLStore, run: int, phase: str) -> None:
     with contextlib.suppress(psycopg.Error, DatabaseError), store.transaction() as cursor:
         cursor.execute("SET LOCAL lock_timeout = '200ms'; SET LOCAL statement_timeout = '2s'")
         cursor.execute(
-            "UPDATE kdb_fast_runs SET heartbeat_at = clock_timestamp(), phase = %s "
-            "WHERE run = %s AND state = 'running'",
+            store.target.statement(
+                "UPDATE {kdb_fast_runs} SET heartbeat_at = clock_timestamp(), phase = %s "
+                "WHERE run = %s AND state = 'running'"
+            ),
             (phase[:64], run),
         )
 
@@ -180,8 +192,10 @@ def end(store: PostgreSQLStore, run: int, state: str, receipt: dict[str, Any]) -
 
     def work() -> None:
         store.connection().execute(
-            "UPDATE kdb_fast_runs SET state = %s, phase = 'end', ended_at = now(), receipt = %s "
-            "WHERE run = %s AND state = 'running'",
+            store.target.statement(
+                "UPDATE {kdb_fast_runs} SET state = %s, phase = 'end', ended_at = now(), receipt = %s "
+                "WHERE run = %s AND state = 'running'"
+            ),
             (state, json.dumps(receipt), run),
         )
 

@@ -23,10 +23,12 @@ from ..faults import fault
 from ..pg_connection import Patience
 from ..records import Reject, storable_key
 from ..slab import NO_STAMP
+from ..target import TABLE, Target, find_target
 from . import pg_index, pg_prepare, pg_runs
 from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored
 from .pg_errors import classify, explain, refusal
 from .pg_flush import DROPPED, FlushWriter, delete_keys
+from .reading import rows_of
 
 if TYPE_CHECKING:
     import psycopg
@@ -83,6 +85,12 @@ class PostgreSQLStore(Store):
         self._session = 0
         self.on_wait: Callable[[str], None] = lambda what: None
         self.retrying("connecting", self.connection, seconds=None if patient else 0.0)
+        self.target: Target = self.retrying("finding the tables", self.find_target, seconds=None if patient else 0.0)
+
+    def find_target(self) -> Target:
+        """Where the tables are, asked for anew; kept as ``target``, since what is written belongs into one index."""
+        self.target = find_target(rows_of(self.connection(), self.dialect), self.dialect, self.address.schema)
+        return self.target
 
     def connection(self) -> psycopg.Connection[tuple[Any, ...]]:
         """The connection, opened again if it was lost."""
@@ -154,10 +162,10 @@ class PostgreSQLStore(Store):
     def column_dimensions(self) -> int | None:
         def work() -> int | None:
             statement = (
-                "SELECT a.atttypmod FROM pg_attribute a WHERE a.attrelid = to_regclass('kdb_search') "
+                "SELECT a.atttypmod FROM pg_attribute a WHERE a.attrelid = to_regclass(%s) "
                 "AND a.attname = 'embedding' AND a.atttypmod > 0"
             )
-            row = self.connection().execute(statement).fetchone()
+            row = self.connection().execute(statement, (self.target.regclass(TABLE),)).fetchone()
             return int(row[0]) if row else None
 
         return self.retrying("reading the table's definition", work)
@@ -185,7 +193,9 @@ class PostgreSQLStore(Store):
 
     def count(self, entity: str | None = None) -> int:
         def work() -> int:
-            statement = "SELECT count(*) FROM kdb_search WHERE %s::text IS NULL OR entity_name = %s"
+            statement = self.target.statement(
+                "SELECT count(*) FROM {kdb_search} WHERE %s::text IS NULL OR entity_name = %s"
+            )
             with self.transaction() as cursor:
                 row = cursor.execute(statement, (entity, entity)).fetchone()
             return int(row[0]) if row else 0
@@ -199,11 +209,13 @@ class PostgreSQLStore(Store):
             rows = self.connection().execute(
                 # Key by key (OFFSET keeps it so): on a table without statistics the server would rather read all rows
                 # of the entity for a thousand keys.
-                "SELECT t.* FROM unnest(%s::text[]) k(id), LATERAL ("
-                "SELECT record_id, sha256(convert_to(content, 'UTF8')), "
-                "CASE WHEN embedding IS NOT NULL AND kdb_fast_at = updated_at THEN kdb_fast_fingerprint END, "
-                "(extract(epoch FROM updated_at) * 1000000)::bigint "
-                "FROM kdb_search WHERE entity_name = %s AND record_id = k.id OFFSET 0) t",
+                self.target.statement(
+                    "SELECT t.* FROM unnest(%s::text[]) k(id), LATERAL ("
+                    "SELECT record_id, sha256(convert_to(content, 'UTF8')), "
+                    "CASE WHEN embedding IS NOT NULL AND kdb_fast_at = updated_at THEN kdb_fast_fingerprint END, "
+                    "(extract(epoch FROM updated_at) * 1000000)::bigint "
+                    "FROM {kdb_search} WHERE entity_name = %s AND record_id = k.id OFFSET 0) t"
+                ),
                 (list(record_ids), entity),
             )
             return {r[0]: Stored(r[1], r[2], NO_STAMP if r[3] is None else r[3]) for r in rows}
@@ -247,12 +259,15 @@ class PostgreSQLStore(Store):
         deletes: Sequence[tuple[str, str]],
         careful: bool,
     ) -> FlushResult:
+        target = self.target
         fault("store.before_begin")
         with self.transaction() as cursor:
             state = cursor.execute(
-                "UPDATE kdb_fast_runs SET heartbeat_at = clock_timestamp(), phase = 'write' "
-                "WHERE run = %s AND state = 'running' "
-                "RETURNING last_flush, last_result, (extract(epoch FROM now()) * 1000000)::bigint",
+                target.statement(
+                    "UPDATE {kdb_fast_runs} SET heartbeat_at = clock_timestamp(), phase = 'write' "
+                    "WHERE run = %s AND state = 'running' "
+                    "RETURNING last_flush, last_result, (extract(epoch FROM now()) * 1000000)::bigint"
+                ),
                 (run.number,),
             ).fetchone()
             if state is None:
@@ -265,20 +280,20 @@ class PostgreSQLStore(Store):
             if careful:
                 # A row that only the COMMIT would refuse could not be found by halving.
                 cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
-            writer = FlushWriter(cursor, run, state[2], merge_all=self._merge_all, pieces=self._pieces)
+            writer = FlushWriter(cursor, target, run, state[2], merge_all=self._merge_all, pieces=self._pieces)
             for flush_slot in slots:
                 writer.add(flush_slot)
             fault("store.before_copy")
             writer.write(careful)
             self._merge_all = self._merge_all or writer.met_conflict
             fault("store.after_copy")
-            deleted = delete_keys(cursor, deletes)
+            deleted = delete_keys(cursor, target, deletes)
             self._write_rejects(cursor, run, rejects, slots, writer.rejected)
             if self._has_rejects:
                 self._forget_rejects(cursor, run)
             result = FlushResult(writer.rows, writer.bytes, deleted, tuple(writer.lost), tuple(writer.rejected))
             cursor.execute(
-                "UPDATE kdb_fast_runs SET last_flush = %s, last_result = %s WHERE run = %s",
+                target.statement("UPDATE {kdb_fast_runs} SET last_flush = %s, last_result = %s WHERE run = %s"),
                 (number, json.dumps(result), run.number),
             )
             fault("store.before_commit")
@@ -301,9 +316,12 @@ class PostgreSQLStore(Store):
         if not rows:
             return
         cursor.executemany(
-            "INSERT INTO kdb_fast_rejects (entity_name, record_id, content_hash, reason, detail, position, run) "
-            "VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (entity_name, record_id, content_hash, position) "
-            "DO UPDATE SET reason = EXCLUDED.reason, detail = EXCLUDED.detail, run = EXCLUDED.run, rejected_at = now()",
+            self.target.statement(
+                "INSERT INTO {kdb_fast_rejects} (entity_name, record_id, content_hash, reason, detail, position, run) "
+                "VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (entity_name, record_id, content_hash, position) "
+                "DO UPDATE SET reason = EXCLUDED.reason, detail = EXCLUDED.detail, run = EXCLUDED.run, "
+                "rejected_at = now()"
+            ),
             [
                 (storable_key(r.entity), storable_key(r.record_id), r.content_hash, r.reason,
                  storable_key(r.detail, 500), r.position, run.number)
@@ -315,11 +333,13 @@ class PostgreSQLStore(Store):
     def _forget_rejects(self, cursor: psycopg.Cursor[tuple[Any, ...]], run: RunSpec) -> None:
         """A record that is stored now is no longer rejected."""
         cursor.execute(
-            "DELETE FROM kdb_fast_rejects r USING kdb_search t WHERE t.entity_name = r.entity_name "
-            "AND t.record_id = r.record_id AND t.kdb_fast_run = %s AND r.run <> %s",
+            self.target.statement(
+                "DELETE FROM {kdb_fast_rejects} r USING {kdb_search} t WHERE t.entity_name = r.entity_name "
+                "AND t.record_id = r.record_id AND t.kdb_fast_run = %s AND r.run <> %s"
+            ),
             (run.number, run.number),
         )
-        row = cursor.execute("SELECT EXISTS (SELECT FROM kdb_fast_rejects)").fetchone()
+        row = cursor.execute(self.target.statement("SELECT EXISTS (SELECT FROM {kdb_fast_rejects})")).fetchone()
         self._has_rejects = bool(row and row[0])
 
     @contextlib.contextmanager
@@ -335,7 +355,7 @@ class PostgreSQLStore(Store):
         with self.connection().cursor() as cursor:
             row = cursor.execute("SELECT (extract(epoch FROM now()) * 1000000)::bigint").fetchone()
             assert row is not None
-            writer = FlushWriter(cursor, run, row[0], merge_all=True, force=True, vectors=vectors)
+            writer = FlushWriter(cursor, self.target, run, row[0], merge_all=True, force=True, vectors=vectors)
             for flush_slot in slots:
                 writer.add(flush_slot)
             try:
@@ -352,7 +372,7 @@ class PostgreSQLStore(Store):
                 raise RecordError(
                     f"A record was refused ({reason}): {detail}.", remedy="Nothing of the batch was stored."
                 )
-            delete_keys(cursor, deletes)
+            delete_keys(cursor, self.target, deletes)
 
     def prune(self, entity: str) -> int:
         return self.retrying("removing deleted records", lambda: pg_prepare.prune(self, entity))
@@ -368,9 +388,11 @@ class PostgreSQLStore(Store):
 
         def work() -> list[dict[str, Any]]:
             rows = self.connection().execute(
-                "SELECT entity_name, record_id, reason, detail, position, run, rejected_at, "
-                "encode(content_hash, 'hex') FROM kdb_fast_rejects WHERE %s::text IS NULL OR entity_name = %s "
-                "ORDER BY run DESC, position, record_id",
+                self.target.statement(
+                    "SELECT entity_name, record_id, reason, detail, position, run, rejected_at, "
+                    "encode(content_hash, 'hex') FROM {kdb_fast_rejects} WHERE %s::text IS NULL OR entity_name = %s "
+                    "ORDER BY run DESC, position, record_id"
+                ),
                 (entity, entity),
             )
             return [dict(zip(names, row, strict=True)) for row in rows]
@@ -382,7 +404,9 @@ class PostgreSQLStore(Store):
             return (
                 self.connection()
                 .execute(
-                    "DELETE FROM kdb_fast_rejects WHERE entity_name = ANY(%s) AND run < %s AND record_id <> ''",
+                    self.target.statement(
+                        "DELETE FROM {kdb_fast_rejects} WHERE entity_name = ANY(%s) AND run < %s AND record_id <> ''"
+                    ),
                     (list(entities), run),
                 )
                 .rowcount
@@ -396,8 +420,10 @@ class PostgreSQLStore(Store):
         def work() -> int:
             with self.transaction() as cursor:
                 if wanted is None:
-                    return cursor.execute("DELETE FROM kdb_fast_rejects").rowcount
-                statement = "DELETE FROM kdb_fast_rejects WHERE entity_name = %s AND record_id = %s"
+                    return cursor.execute(self.target.statement("DELETE FROM {kdb_fast_rejects}")).rowcount
+                statement = self.target.statement(
+                    "DELETE FROM {kdb_fast_rejects} WHERE entity_name = %s AND record_id = %s"
+                )
                 return sum(cursor.execute(statement, key).rowcount for key in wanted)
 
         return self.retrying("clearing the rejects", work)

@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import DatabaseError, SchemaError
-
-Rows = Callable[[str, Mapping[str, Any]], list[tuple[Any, ...]]]
-"""Run a statement with named parameters and return all its rows as tuples."""
-
-RECORDS = "kdb_records"
-KAMELEON_TABLES = ("kdb_entity_definitions", "kdb_field_definitions", RECORDS)
+from ..target import ENTITIES, FIELDS, KAMELEON_TABLES, RECORDS, Rows, Target
 
 
 class Field(NamedTuple):
@@ -128,42 +123,31 @@ def _postgresql_rows(connection: Any) -> Rows:
     return rows
 
 
-def quoted(name: str, dialect: str) -> str:
-    """An identifier for a statement. Raises SchemaError for a name that no table can have."""
-    if "\x00" in name:
-        raise SchemaError("The name of a table or column holds a NUL character.")
-    if dialect == "sqlite":
-        return '"' + name.replace('"', '""') + '"'
-    from psycopg import sql
-
-    # A per cent sign would be read as the start of a placeholder.
-    return sql.Identifier(name).as_string(None).replace("%", "%%")
-
-
-def columns_of(rows: Rows, dialect: str, tables: Iterable[str]) -> dict[str, frozenset[str]]:
+def columns_of(rows: Rows, target: Target, tables: Iterable[str]) -> dict[str, frozenset[str]]:
     """Columns of each of these tables; tables that do not exist are left out."""
-    if dialect == "sqlite":
+    if target.dialect == "sqlite":
         found = {t: [r[0] for r in rows("SELECT name FROM pragma_table_info(:t)", {"t": t})] for t in tables}
         return {table: frozenset(columns) for table, columns in found.items() if columns}
+    names = list(tables)
     pairs = rows(
         # By the name that was asked for: the server's own is cut at 63 bytes.
-        "SELECT t, array_agg(a.attname) FROM unnest(%(t)s::text[]) t "
-        "JOIN pg_attribute a ON a.attrelid = to_regclass(quote_ident(t)) "
+        "SELECT t, array_agg(a.attname) FROM unnest(%(t)s::text[], %(q)s::text[]) x(t, q) "
+        "JOIN pg_attribute a ON a.attrelid = to_regclass(q) "
         "WHERE a.attnum > 0 AND NOT a.attisdropped GROUP BY t",
-        {"t": list(tables)},
+        {"t": names, "q": [target.regclass(name) for name in names]},
     )
     return {table: frozenset(columns) for table, columns in pairs}
 
 
-def load_definitions(rows: Rows, dialect: str) -> list[Definition]:
+def load_definitions(rows: Rows, target: Target) -> list[Definition]:
     """All entities that KameleonDB has defined here, dropped ones too; [] in a database without its tables."""
-    if len(columns_of(rows, dialect, KAMELEON_TABLES)) < len(KAMELEON_TABLES):
+    if len(columns_of(rows, target, KAMELEON_TABLES)) < len(KAMELEON_TABLES):
         return []
     entities: dict[str, tuple[str, bool, str | None]] = {}
     fields: dict[str, list[Field]] = {}
     for entity_id, name, active, mode, table, field, column, kind in rows(
-        "SELECT e.id, e.name, e.is_active, e.storage_mode, e.dedicated_table_name, f.name, f.column_name, f.field_type "
-        "FROM kdb_entity_definitions e LEFT JOIN kdb_field_definitions f ON f.entity_id = e.id AND f.is_active "
+        "SELECT e.id, e.name, e.is_active, e.storage_mode, e.dedicated_table_name, f.name, f.column_name, f.field_type "  # noqa: S608
+        f"FROM {target.table(ENTITIES)} e LEFT JOIN {target.table(FIELDS)} f ON f.entity_id = e.id AND f.is_active "
         "ORDER BY e.name, f.created_at, f.id",
         {},
     ):
@@ -171,7 +155,7 @@ def load_definitions(rows: Rows, dialect: str) -> list[Definition]:
         if field is not None:
             fields.setdefault(entity_id, []).append(Field(field, column, kind))
     tables = {table for _, active, table in entities.values() if active and table}
-    columns = columns_of(rows, dialect, sorted(tables)) if tables else {}
+    columns = columns_of(rows, target, sorted(tables)) if tables else {}
     return [
         Definition(
             name,

@@ -2,6 +2,8 @@
 
 ``kdb_search`` (and ``kdb_search_fts`` on SQLite) are KameleonDB's: created here only where missing, in the
 shape KameleonDB creates them. The ``kdb_fast_…`` tables and columns are ours; KameleonDB ignores them.
+
+Those of PostgreSQL are templates for :meth:`kdb_fast.target.Target.statement`.
 """
 
 from __future__ import annotations
@@ -10,12 +12,12 @@ VECTOR_INDEX = "ix_kdb_search_vector"
 FTS_INDEX = "ix_kdb_search_fts"
 
 POSTGRESQL_SEARCH = """
-CREATE TABLE IF NOT EXISTS kdb_search (
+CREATE TABLE IF NOT EXISTS {kdb_search} (
   id varchar(36) PRIMARY KEY,
   entity_name varchar(255) NOT NULL,
   record_id varchar(36) NOT NULL,
   content text NOT NULL,
-  embedding vector({dimensions}),
+  embedding {vector}({dimensions}),
   model varchar(100),
   dimensions integer,
   created_at timestamptz NOT NULL DEFAULT now(),
@@ -26,13 +28,13 @@ CREATE TABLE IF NOT EXISTS kdb_search (
 """
 
 POSTGRESQL_PLAIN_INDEXES = {
-    "ix_kdb_search_entity": "CREATE INDEX IF NOT EXISTS ix_kdb_search_entity ON kdb_search (entity_name)",
-    "ix_kdb_search_record": "CREATE INDEX IF NOT EXISTS ix_kdb_search_record ON kdb_search (record_id)",
+    "ix_kdb_search_entity": "CREATE INDEX IF NOT EXISTS ix_kdb_search_entity ON {kdb_search} (entity_name)",
+    "ix_kdb_search_record": "CREATE INDEX IF NOT EXISTS ix_kdb_search_record ON {kdb_search} (record_id)",
 }
 
 POSTGRESQL_SEARCH_INDEXES = {
-    FTS_INDEX: f"CREATE INDEX {FTS_INDEX} ON kdb_search USING gin (tsv)",
-    VECTOR_INDEX: f"CREATE INDEX {VECTOR_INDEX} ON kdb_search USING hnsw (embedding vector_cosine_ops)",
+    FTS_INDEX: f"CREATE INDEX {FTS_INDEX} ON {{kdb_search}} USING gin (tsv)",
+    VECTOR_INDEX: f"CREATE INDEX {VECTOR_INDEX} ON {{kdb_search}} USING hnsw (embedding {{pgvector}}vector_cosine_ops)",
 }
 """The indexes that are dropped and rebuilt around a large load, in the order of building."""
 
@@ -45,7 +47,7 @@ POSTGRESQL_COLUMNS = {
 
 POSTGRESQL_OWN = (
     """
-CREATE TABLE IF NOT EXISTS kdb_fast_runs (
+CREATE TABLE IF NOT EXISTS {kdb_fast_runs} (
   run bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
   state varchar(16) NOT NULL,
   phase varchar(64) NOT NULL DEFAULT 'start',
@@ -64,7 +66,7 @@ CREATE TABLE IF NOT EXISTS kdb_fast_runs (
 )
 """,
     """
-CREATE TABLE IF NOT EXISTS kdb_fast_rejects (
+CREATE TABLE IF NOT EXISTS {kdb_fast_rejects} (
   entity_name text NOT NULL,
   record_id text NOT NULL,
   content_hash bytea NOT NULL,
@@ -77,7 +79,7 @@ CREATE TABLE IF NOT EXISTS kdb_fast_rejects (
 )
 """,
     """
-CREATE TABLE IF NOT EXISTS kdb_fast_state (
+CREATE TABLE IF NOT EXISTS {kdb_fast_state} (
   key text PRIMARY KEY,
   value text NOT NULL
 )

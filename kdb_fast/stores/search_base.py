@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from .base import TABLE
-from .reading import Definition, Field, Params, Place, load_definitions, quoted, rows_of
+from ..target import TABLE, Dialect, Target, find_target
+from .reading import Definition, Field, Params, Place, load_definitions, rows_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -143,16 +144,26 @@ class SearchReader(ABC):
     :class:`~kdb_fast.errors.DatabaseError` when the database cannot answer.
     """
 
-    dialect: ClassVar[str]
+    dialect: ClassVar[Dialect]
     join: ClassVar[str] = "JOIN"
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         self._rows = rows_of(connection, self.dialect)
 
+    @functools.cached_property
+    def target(self) -> Target:
+        """The schema that this connection's search path gives, asked for once."""
+        return find_target(self._rows, self.dialect)
+
+    @property
+    def _index(self) -> str:
+        """The search table, for a statement."""
+        return self.target.table(TABLE)
+
     def definitions(self) -> list[Definition]:
         """The entities of KameleonDB in this database."""
-        return load_definitions(self._rows, self.dialect)
+        return load_definitions(self._rows, self.target)
 
     @abstractmethod
     def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
@@ -229,7 +240,7 @@ class SearchReader(ABC):
         for definition in scope.definitions:
             found = [
                 f"(SELECT coalesce({self._matching(definition, place, scope, params)}, false) "  # noqa: S608
-                f"FROM {quoted(place.table, self.dialect)} r "
+                f"FROM {self.target.table(place.table)} r "
                 f"WHERE r.id = s.record_id{self._owned(definition, place, params)})"
                 for place in definition.places
             ]
@@ -246,12 +257,13 @@ class SearchReader(ABC):
         for definition in scope.definitions:
             for number, place in enumerate(definition.places):
                 absent = "".join(
-                    f" AND NOT EXISTS (SELECT 1 FROM {quoted(first.table, self.dialect)} f WHERE f.id = r.id)"  # noqa: S608
+                    f" AND NOT EXISTS (SELECT 1 FROM {self.target.table(first.table)} f WHERE f.id = r.id)"  # noqa: S608
                     for first in definition.places[:number]
                 )
                 queries.append(
-                    f"SELECT {columns} FROM {quoted(place.table, self.dialect)} r "  # noqa: S608
-                    f"{self.join} {TABLE} s ON s.record_id = r.id AND s.entity_name = {params(definition.entity)} "
+                    f"SELECT {columns} FROM {self.target.table(place.table)} r "  # noqa: S608
+                    f"{self.join} {self._index} s "
+                    f"ON s.record_id = r.id AND s.entity_name = {params(definition.entity)} "
                     f"WHERE {fit} AND {self._matching(definition, place, scope, params)}"
                     f"{self._owned(definition, place, params)}{absent}"
                 )
@@ -263,7 +275,7 @@ class SearchReader(ABC):
         elif undefined := [name for name in scope.names if name not in defined]:
             other = f"s.entity_name IN ({params.list(undefined)})"
         if other:
-            queries.append(f"SELECT {columns} FROM {TABLE} s WHERE {fit} AND {other}")  # noqa: S608
+            queries.append(f"SELECT {columns} FROM {self._index} s WHERE {fit} AND {other}")  # noqa: S608
         return queries
 
     def _matching(self, definition: Definition, place: Place, scope: Scope, params: Params) -> str:

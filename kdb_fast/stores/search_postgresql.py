@@ -14,8 +14,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UsageError
-from .base import TABLE
-from .reading import Field, Params, Place, quoted
+from ..target import Dialect, identifier
+from .reading import Field, Params, Place
 from .search_base import Hit, Key, Query, Scope, SearchReader, Term, in_order
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ MAX_RANKED = 20_000
 class PostgresqlReader(SearchReader):
     """Reads the index through a psycopg connection, best in autocommit mode. Settings last for one transaction."""
 
-    dialect: ClassVar[str] = "postgresql"
+    dialect: ClassVar[Dialect] = "postgresql"
     _iterative: bool | None = None
 
     def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
@@ -84,7 +84,7 @@ class PostgresqlReader(SearchReader):
 
     def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
         found = self._rows(
-            f"SELECT s.entity_name, s.record_id, s.content FROM {TABLE} s "  # noqa: S608
+            f"SELECT s.entity_name, s.record_id, s.content FROM {self._index} s "  # noqa: S608
             "JOIN unnest(%(e)s::text[], %(r)s::text[]) AS k (e, r) ON s.entity_name = k.e AND s.record_id = k.r",
             {"e": [entity for entity, _ in keys], "r": [record_id for _, record_id in keys]},
         )
@@ -104,7 +104,7 @@ class PostgresqlReader(SearchReader):
                 data = "r.data" if place.columns is None else "to_jsonb(r)"
                 statement = (
                     f"SELECT r.id, {data}, {self._matching(definition, place, scope, params)} "  # noqa: S608
-                    f"FROM {quoted(place.table, self.dialect)} r "
+                    f"FROM {self.target.table(place.table)} r "
                     f"WHERE r.id = ANY({params(list(wanted))}::text[]){self._owned(definition, place, params)}"
                 )
                 for record_id, values, matches in self._rows(statement, params.values):
@@ -143,17 +143,21 @@ class PostgresqlReader(SearchReader):
 
     def _by_index(self, text: str, scope: Scope, limit: int) -> list[tuple[Any, ...]]:
         params = Params(self.dialect)
-        distance = f"s.embedding <=> {params(text)}::vector"
+        distance = self._distance(params(text))
         return self._rows(
-            f"SELECT s.entity_name, s.record_id, {distance} FROM {TABLE} s "  # noqa: S608
+            f"SELECT s.entity_name, s.record_id, {distance} FROM {self._index} s "  # noqa: S608
             f"WHERE s.embedding IS NOT NULL AND {self._named(scope, params)} AND {self._living(scope, params)} "
             f"AND {self._without(scope.excluded, params)} ORDER BY {distance} LIMIT {params(limit)}",
             params.values,
         )
 
+    def _distance(self, vector: str) -> str:
+        """The cosine distance between a row ``s`` and the vector of this placeholder."""
+        return self.target.statement("s.embedding OPERATOR({pgvector}<=>) " + vector + "::{vector}").decode()
+
     def _exactly(self, text: str, scope: Scope, limit: int) -> list[tuple[Any, ...]]:
         params = Params(self.dialect)
-        columns = f"s.entity_name, s.record_id, s.embedding <=> {params(text)}::vector AS distance"
+        columns = f"s.entity_name, s.record_id, {self._distance(params(text))} AS distance"
         living = " UNION ALL ".join(self._all_living(scope, params, columns))
         # Adding 0 keeps the planner from the HNSW index, whose order this is not.
         return self._rows(
@@ -171,7 +175,7 @@ class PostgresqlReader(SearchReader):
         """
         named, living = self._named(scope, params), self._living(scope, params)
         without = self._without(query.excluded, params)
-        matches = f"FROM {TABLE} s WHERE s.tsv @@ {tsquery} AND {named} AND {without} LIMIT %(cap)s"
+        matches = f"FROM {self._index} s WHERE s.tsv @@ {tsquery} AND {named} AND {without} LIMIT %(cap)s"
         order = "rank DESC, entity_name, record_id"
         statement = (
             f"SELECT s.entity_name, s.record_id, s.rank FROM ("  # noqa: S608
@@ -194,7 +198,7 @@ class PostgresqlReader(SearchReader):
         elif field.column not in place.columns:
             stored = "NULL::jsonb"
         else:
-            column = f"r.{quoted(field.column, self.dialect)}"
+            column = f"r.{identifier(field.column)}"
             if field.type == "datetime" and isinstance(value, str):
                 with contextlib.suppress(ValueError):
                     return f"{column} = {params(datetime.fromisoformat(value))}"

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from .base import TABLE
-from .reading import Field, Params, Place, json_member, quoted
+from ..target import TABLE, Dialect, identifier
+from .reading import Field, Params, Place, json_member
 from .search_base import Hit, Key, Query, Scope, SearchReader, Term, in_order
 from .sqlite_vectors import VectorCache
 
@@ -165,7 +165,7 @@ STOP_WORDS = frozenset(
 class SqliteReader(SearchReader):
     """Reads the index through a sqlite3 connection; keeps the vectors in memory as long as it lives."""
 
-    dialect: ClassVar[str] = "sqlite"
+    dialect: ClassVar[Dialect] = "sqlite"
     # SQLite reads the tables of a CROSS JOIN in the order they are written. Without statistics it would rather
     # read all records of an entity than look a few up.
     join: ClassVar[str] = "CROSS JOIN"
@@ -251,12 +251,14 @@ class SqliteReader(SearchReader):
                 if not wanted:
                     break
                 fields = [f for f in definition.fields if place.columns is None or f.column in place.columns]
-                columns = ["r.data"] if place.columns is None else [f"r.{quoted(f.column, 'sqlite')}" for f in fields]
+                columns = (
+                    ["r.data"] if place.columns is None else [f"r.{identifier(f.column, 'sqlite')}" for f in fields]
+                )
                 params = Params(self.dialect)
                 statement = (
                     f"SELECT {', '.join(['r.id', self._matching(definition, place, scope, params), *columns])} "  # noqa: S608
                     f"FROM json_each({params(json.dumps(list(wanted)))}) k "
-                    f"CROSS JOIN {quoted(place.table, self.dialect)} r ON r.id = k.value "
+                    f"CROSS JOIN {self.target.table(place.table)} r ON r.id = k.value "
                     f"WHERE true{self._owned(definition, place, params)}"
                 )
                 for record_id, matches, *values in self._rows(statement, params.values):
@@ -273,7 +275,7 @@ class SqliteReader(SearchReader):
         elif field.column not in place.columns:
             kind, stored = "NULL", "NULL"
         else:
-            stored = f"r.{quoted(field.column, self.dialect)}"
+            stored = f"r.{identifier(field.column, self.dialect)}"
             kind = f"typeof({stored})"
             if field.type == "bool":  # stored as 0 and 1
                 kind = f"CASE {stored} WHEN 1 THEN 'true' WHEN 0 THEN 'false' ELSE 'null' END"

@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DatabaseError, UsageError
-from .base import TABLE
+from ..target import TABLE, Target
 from .reading import columns_of, rows_of, sqlite_cursor
 from .search_base import Scope
 
@@ -250,7 +250,7 @@ class VectorCache:
 
     def _start_reading(self) -> None:
         self._names, self._other_lengths = {}, set()
-        self._copies = VECTORS in columns_of(self._rows, "sqlite", [VECTORS])
+        self._copies = VECTORS in columns_of(self._rows, Target(), [VECTORS])
 
     def _read(self, dimensions: int, rowids: list[int] | None) -> Iterator[tuple[list[tuple[Any, ...]], Block]]:
         """Rows with an embedding (all, or those of ``rowids``) in the order of their rowid, BLOCK_ROWS at a time.

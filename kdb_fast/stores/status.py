@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from .base import REJECTS, RUNS, TABLE, EntityStatus
-from .reading import Definition, Params, Place, Rows, columns_of, json_member, load_definitions, quoted, rows_of
+from ..target import REJECTS, RUNS, TABLE, Dialect, Rows, Target, find_target, identifier
+from .base import EntityStatus
+from .reading import Definition, Params, Place, columns_of, json_member, load_definitions, rows_of
 
 TEXT_TYPES = frozenset({"string", "text"})
 """Field types that KameleonDB puts into the text of a record."""
@@ -37,28 +38,29 @@ def statuses(connection: Any, dialect: str, fingerprint: str | None, *, vectors:
         DatabaseError: The database cannot answer.
     """
     rows = rows_of(connection, dialect)
-    present = columns_of(rows, dialect, (TABLE, RUNS, REJECTS))
+    target = find_target(rows, dialect)
+    present = columns_of(rows, target, (TABLE, RUNS, REJECTS))
     any_precision = fingerprint is not None
     if fingerprint is None and RUNS in present:
-        newest = rows(f"SELECT fingerprint FROM {RUNS} ORDER BY run DESC LIMIT 1", {})  # noqa: S608
+        newest = rows(f"SELECT fingerprint FROM {target.table(RUNS)} ORDER BY run DESC LIMIT 1", {})  # noqa: S608
         fingerprint = newest[0][0] if newest else None
-    index = _index_counts(rows, dialect, present.get(TABLE), fingerprint, vectors, any_precision)
+    index = _index_counts(rows, target, present.get(TABLE), fingerprint, vectors, any_precision)
     rejected: dict[str, int] = {}
     if REJECTS in present:
-        rejected = dict(rows(f"SELECT entity_name, count(*) FROM {REJECTS} GROUP BY entity_name", {}))  # noqa: S608
-    definitions = {d.entity: d for d in load_definitions(rows, dialect) if d.live}
+        rejected = dict(rows(f"SELECT entity_name, count(*) FROM {target.table(REJECTS)} GROUP BY entity_name", {}))  # noqa: S608
+    definitions = {d.entity: d for d in load_definitions(rows, target) if d.live}
     result = []
     for entity in sorted(definitions.keys() | index.keys()):
         indexed, stale, last_updated = index.get(entity, (0, 0, None))
         definition = definitions.get(entity)
-        pending = _pending(rows, dialect, present, definition, vectors) if definition else None
+        pending = _pending(rows, target, present, definition, vectors) if definition else None
         result.append(EntityStatus(entity, indexed, pending, stale, rejected.get(entity, 0), last_updated))
     return result
 
 
 def _index_counts(
     rows: Rows,
-    dialect: str,
+    target: Target,
     columns: frozenset[str] | None,
     fingerprint: str | None,
     vectors: bool,
@@ -66,6 +68,7 @@ def _index_counts(
 ) -> dict[str, tuple[int, int, datetime | None]]:
     if columns is None:
         return {}
+    dialect = target.dialect
     params = Params(dialect)
     stale = "true"
     if fingerprint is not None and {"kdb_fast_fingerprint", "kdb_fast_at"} <= columns:
@@ -81,7 +84,7 @@ def _index_counts(
     for entity, indexed, stale_rows, moment, *_ in rows(
         f"SELECT entity_name, count({'embedding' if vectors else '*'}), "  # noqa: S608
         f"sum(CASE WHEN embedding IS NOT NULL AND {stale} THEN 1 ELSE 0 END), {last} "
-        f"FROM {TABLE} GROUP BY entity_name",
+        f"FROM {target.table(TABLE)} GROUP BY entity_name",
         params.values,
     ):
         counts[entity] = (int(indexed), int(stale_rows), _aware(moment))
@@ -101,8 +104,9 @@ def _aware(moment: object) -> datetime | None:
 
 
 def _pending(
-    rows: Rows, dialect: str, present: Mapping[str, frozenset[str]], definition: Definition, vectors: bool
+    rows: Rows, target: Target, present: Mapping[str, frozenset[str]], definition: Definition, vectors: bool
 ) -> int:
+    dialect = target.dialect
     total = 0
     for number, place in enumerate(definition.places):
         params = Params(dialect)
@@ -113,20 +117,21 @@ def _pending(
         if place.columns is None:
             conditions.append(f"r.entity_id = {params(definition.id)}")
         conditions += [
-            f"NOT EXISTS (SELECT 1 FROM {quoted(first.table, dialect)} f WHERE f.id = r.id)"  # noqa: S608
+            f"NOT EXISTS (SELECT 1 FROM {target.table(first.table)} f WHERE f.id = r.id)"  # noqa: S608
             for first in definition.places[:number]
         ]
         join = ""
         if TABLE in present:
-            join = f"LEFT JOIN {TABLE} s ON s.entity_name = {params(definition.entity)} AND s.record_id = r.id"
+            key = f"s.entity_name = {params(definition.entity)} AND s.record_id = r.id"
+            join = f"LEFT JOIN {target.table(TABLE)} s ON {key}"
             missing = "s.embedding" if vectors else "s.id"
             conditions.append(f"({missing} IS NULL OR {_newer(present[TABLE], dialect)})")
         if REJECTS in present and vectors:
             conditions.append(
-                f"NOT EXISTS (SELECT 1 FROM {REJECTS} x "  # noqa: S608
+                f"NOT EXISTS (SELECT 1 FROM {target.table(REJECTS)} x "  # noqa: S608
                 f"WHERE x.entity_name = {params(definition.entity)} AND x.record_id = r.id)"
             )
-        statement = f"SELECT count(*) FROM {quoted(place.table, dialect)} r {join} WHERE {' AND '.join(conditions)}"  # noqa: S608
+        statement = f"SELECT count(*) FROM {target.table(place.table)} r {join} WHERE {' AND '.join(conditions)}"  # noqa: S608
         total += int(rows(statement, params.values)[0][0])
     return total
 
@@ -144,7 +149,7 @@ def _newer(columns: frozenset[str], dialect: str) -> str:
     return f"julianday(r.updated_at) > julianday({seen})"
 
 
-def _has_text(definition: Definition, place: Place, dialect: str, params: Params) -> str:
+def _has_text(definition: Definition, place: Place, dialect: Dialect, params: Params) -> str:
     """The condition that a record ``r`` has any text to embed; '' when it never can."""
     texts = []
     for field in definition.fields:
@@ -152,7 +157,7 @@ def _has_text(definition: Definition, place: Place, dialect: str, params: Params
             continue
         if place.columns is not None:
             if field.column in place.columns:
-                texts.append(f"CAST(r.{quoted(field.column, dialect)} AS text)")
+                texts.append(f"CAST(r.{identifier(field.column, dialect)} AS text)")
         elif dialect == "postgresql":
             texts.append(f"r.data ->> {params(field.column)}::text")
         else:

@@ -406,7 +406,7 @@ def test_index_is_kept_where_it_cannot_be_dropped(job: Job) -> None:
     with psycopg.connect(job.address.conninfo) as other:
         other.execute("SELECT FROM kdb_search LIMIT 1")  # a transaction that somebody forgot
         assert job.run().receipt["index"] == (
-            "kept: another session is using kdb_search, so the index could not be dropped"
+            "kept: another session is using public.kdb_search, so the index could not be dropped"
         )
     assert job.completes()["unchanged"] == ROWS
 

@@ -24,6 +24,7 @@ from kdb_fast.sources import kameleondb as module
 from kdb_fast.sources.catalog import Catalog, RecordReader
 from kdb_fast.sources.kameleondb import KameleonDBSource
 from kdb_fast.sources.record_queries import ids_query, rows_query
+from kdb_fast.target import Target
 
 KameleonDB = pytest.importorskip("kameleondb").KameleonDB
 
@@ -541,10 +542,11 @@ class TestPostgreSQL:
         )
         notes.execute("ANALYZE kdb_records")
         with closing(notes.connect()) as connection:
-            entity = Catalog.load(connection, "postgresql").entities["Note"]
+            catalog = Catalog.load(connection, "postgresql")
+            entity = catalog.entities["Note"]
             (place,) = entity.places
-            ids = [row[0] for row in connection.execute(*ids_query(place, "postgresql", None, 100)).fetchall()]
-            query, parameters = rows_query(place, "postgresql", entity.text_fields, ids)
+            ids = [row[0] for row in connection.execute(*ids_query(place, catalog.target, None, 100)).fetchall()]
+            query, parameters = rows_query(place, catalog.target, entity.text_fields, ids)
             rows = connection.execute(b"EXPLAIN " + query, parameters).fetchall()
             plan = "\n".join(row[0] for row in rows)
         assert "kdb_records_pkey" in plan
@@ -596,9 +598,9 @@ class TestSQLite:
             (place,) = entity.places
             plans = []
             for query, parameters in (
-                rows_query(place, "sqlite", entity.text_fields, ["a"]),
-                ids_query(place, "sqlite", "a", 10),
-                ids_query(place, "sqlite", "a", 10, by_primary_key=True),
+                rows_query(place, Target(), entity.text_fields, ["a"]),
+                ids_query(place, Target(), "a", 10),
+                ids_query(place, Target(), "a", 10, by_primary_key=True),
             ):
                 rows = connection.execute("EXPLAIN QUERY PLAN " + query, parameters).fetchall()
                 plans.append(rows[0][3])

@@ -324,9 +324,9 @@ def test_role_that_lacks_rights_is_told_the_grants(
     postgres: Server, database: DatabaseAddress, store: PostgreSQLStore, open_store: OpenStore
 ) -> None:
     role = postgres.create_role(database, "SELECT, INSERT, UPDATE ON kdb_search", *ALL_RIGHTS[1:])
-    with pytest.raises(SchemaError, match="lacks rights: DELETE ON kdb_search") as caught:
+    with pytest.raises(SchemaError, match="lacks rights: DELETE ON public.kdb_search") as caught:
         open_store(role).prepare(DIMENSIONS)
-    assert caught.value.remedy == f"Let the owner run: GRANT DELETE ON kdb_search TO {role_name(role)};"
+    assert caught.value.remedy == f"Let the owner run: GRANT DELETE ON public.kdb_search TO {role_name(role)};"
     execute(database, caught.value.remedy.removeprefix("Let the owner run: "))
     open_store(role).prepare(DIMENSIONS)
 
@@ -341,11 +341,11 @@ def test_role_that_only_writes_leaves_the_index_to_the_owner(
     assert flush(writer, run, slot_of(known(writer, ("a", "three")))).rows == 1
     assert contents(database) == {"a": "three", "b": "two"}
     before = index_definitions(database)
-    assert writer.defer_index().startswith("kept: this role does not own kdb_search")
+    assert writer.defer_index().startswith("kept: this role does not own public.kdb_search")
     assert index_definitions(database) == before
     execute(database, "DROP INDEX ix_kdb_search_vector")
     outcome = writer.finish_index(lambda what: None)
-    assert outcome.text == "not built: this role does not own kdb_search"
+    assert outcome.text == "not built: this role does not own public.kdb_search"
     assert "USING hnsw" in outcome.warnings[0]
 
 

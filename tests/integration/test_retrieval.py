@@ -27,6 +27,7 @@ from kdb_fast.stores.base import EntityStatus
 from kdb_fast.stores.search_postgresql import PostgresqlReader
 from kdb_fast.stores.search_sqlite import SqliteReader
 from kdb_fast.stores.status import statuses
+from kdb_fast.target import Target
 
 DIMENSIONS = 8
 AT = "2026-03-01 12:00:00.000000"
@@ -48,6 +49,8 @@ COLUMNS = {
     | {"datetime": "DATETIME", "json": "JSON"},
 }
 
+TARGET = Target("scratch", "public")
+
 
 class Database:
     """A database being made up for a test, the same in both dialects."""
@@ -68,9 +71,9 @@ class Database:
 
     def create_index(self, *, own: bool = True) -> None:
         if self.postgresql:
-            self.run(schema.POSTGRESQL_SEARCH.format(dimensions=DIMENSIONS))
+            self.run(TARGET.statement(schema.POSTGRESQL_SEARCH, dimensions=str(DIMENSIONS)).decode())
             for statement in schema.POSTGRESQL_SEARCH_INDEXES.values():
-                self.run(statement)
+                self.run(TARGET.statement(statement).decode())
         else:
             self.run(schema.SQLITE_SEARCH)
             self.run(schema.SQLITE_FTS)
@@ -79,7 +82,7 @@ class Database:
             for name, kind in columns.items():
                 self.run(f"ALTER TABLE kdb_search ADD COLUMN {name} {kind}")
             for statement in schema.POSTGRESQL_OWN if self.postgresql else schema.SQLITE_OWN:
-                self.run(statement)
+                self.run(TARGET.statement(statement).decode() if self.postgresql else statement)
 
     def create_kameleon(self) -> None:
         for statement in KAMELEON:
