@@ -135,7 +135,7 @@ class Catalog:
                 raise self._unknown(name)
             if entity.storage_mode == "dedicated" and not entity.columns:
                 raise SchemaError(
-                    f"Entity {storable_key(name)!r} is stored in table {self.target.shown(entity.table or '')}, "
+                    f"Entity {storable_key(name)!r} is stored in table {self.target.shown(entity.table)!r}, "
                     "which does not exist; expected KameleonDB's dedicated table.",
                     remedy="Was it dropped, or moved to another schema than its records? Name other entities to go on.",
                 )

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import LockedError
 from ..records import Reject, storable_key
+from ..target import Target
 from .base import FlushResult, Holder, RunSpec
 from .pg_runs import AFTER_A_CRASH, STALE_SECONDS, locked, own_process_started, process_is_gone
 from .sqlite_base import moment, now, transaction
@@ -80,7 +81,8 @@ def _start(connection: sqlite3.Connection, fingerprint: str, model: str, dimensi
 
 def after_a_crash(connection: sqlite3.Connection, run: int) -> bool:
     """See :meth:`kdb_fast.stores.base.Store.after_a_crash`."""
-    row = connection.execute(AFTER_A_CRASH.replace("%(run)s", ":run"), {"run": run}).fetchone()
+    statement = Target().statement(AFTER_A_CRASH).decode().replace("%(run)s", ":run")
+    row = connection.execute(statement, {"run": run}).fetchone()
     return bool(row[0])
 
 

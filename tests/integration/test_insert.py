@@ -647,9 +647,9 @@ def test_a_role_that_may_not_insert_is_told_so(notes: Kameleon, postgres: Server
     table = notes.execute("SELECT coalesce(dedicated_table_name, 'kdb_records') FROM kdb_entity_definitions")[0][0]
     tables = ("kdb_entity_definitions", "kdb_field_definitions", "kdb_records", *({table} - {"kdb_records"}))
     role = postgres.create_role(notes.address, *(f"SELECT ON {name}" for name in tables))
-    with pytest.raises(SchemaError, match=f"may not insert into {table}") as refused:
+    with pytest.raises(SchemaError, match=f"may not insert into public.{table}") as refused:
         open_inserter(role, "Note")
-    assert f"GRANT INSERT ON {table}" in refused.value.remedy
+    assert f"GRANT INSERT ON public.{table}" in refused.value.remedy
 
 
 @ONLY_SQLITE

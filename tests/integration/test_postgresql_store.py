@@ -324,7 +324,7 @@ def test_role_that_lacks_rights_is_told_the_grants(
     postgres: Server, database: DatabaseAddress, store: PostgreSQLStore, open_store: OpenStore
 ) -> None:
     role = postgres.create_role(database, "SELECT, INSERT, UPDATE ON kdb_search", *ALL_RIGHTS[1:])
-    with pytest.raises(SchemaError, match="lacks rights: DELETE ON public.kdb_search") as caught:
+    with pytest.raises(SchemaError, match=r"lacks rights: DELETE ON public\.kdb_search") as caught:
         open_store(role).prepare(DIMENSIONS)
     assert caught.value.remedy == f"Let the owner run: GRANT DELETE ON public.kdb_search TO {role_name(role)};"
     execute(database, caught.value.remedy.removeprefix("Let the owner run: "))
