@@ -240,9 +240,12 @@ class Connections:
             return self.read(lambda connection, reader: work(reader, None))
 
         def with_second(connection: Any, reader: SearchReader) -> T:
-            return self._on_own(
-                self._idle_beside, lambda second, beside: work(reader, beside), lambda: work(reader, None)
-            )
+            def side_by_side(second: Any, beside: SearchReader) -> T:
+                # The caller's connections may have several search paths; a search reads one index.
+                beside.target = reader.target
+                return work(reader, beside)
+
+            return self._on_own(self._idle_beside, side_by_side, lambda: work(reader, None))
 
         return self._on_own(self._idle, with_second)
 
