@@ -265,7 +265,7 @@ def reindex(
             name = address.display
     finally:
         progress.close()
-    missed = expected.missed(receipt["read"]) if expected else ""
+    missed = expected.missed(receipt["read"] + receipt["empty"]) if expected else ""
     if missed:
         receipt["warnings"].append(missed)
     if as_json:

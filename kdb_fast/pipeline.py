@@ -16,9 +16,10 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any
 
 from .engine import Engine, Event, Note, SlotFilled
@@ -169,7 +170,9 @@ class Pipeline:
         self._filled: deque[int] = deque()
         self._writing: dict[int, _Load] = {}
         self._rejects: list[Reject] = []
-        self._deletes: list[Key] = []
+        self._deletes: dict[Key, None] = {}  # in order
+        self._sent_deletes: list[Key] = []
+        self._kept: set[Key] = set()
         self._sent_rejects = 0
         self._sequence = 0
         # For keys that are in flight: how many records of each, and the newest that has a vector. A record is
@@ -192,6 +195,10 @@ class Pipeline:
     def run(self, pages: Iterable[list[Record | Reject]], emptied: Callable[[], list[Key]] = lambda: []) -> None:
         """Read all pages and write everything that must be written.
 
+        Args:
+            pages: The records.
+            emptied: Asked after each page for the keys of records read with it that have no text.
+
         Raises:
             Stop: A signal asked for the end; what was embedded is committed.
             RejectLimitError: Too many records were rejected; what was embedded is committed.
@@ -201,7 +208,7 @@ class Pipeline:
             for page in pages:
                 fault("source.page")
                 self._take_in(page)
-                self._deletes += emptied()
+                self._take_out(emptied())
                 # Rows that wait for an equal text count too: a file of one text repeated must not pile up.
                 if len(self._window) + self._waiting_rows >= self._window_goal:
                     self._cut()
@@ -320,6 +327,7 @@ class Pipeline:
                 if in_flight:
                     # Older records of the key have not been written yet: what is stored outdates them.
                     self._latest[key] = sequence
+                self._deletes.pop(key, None)
                 counts.unchanged += 1
                 self._final(key, "unchanged")
                 continue
@@ -334,6 +342,14 @@ class Pipeline:
                 row = Row(record, in_flight, IN_FLIGHT_STAMP if in_flight else NO_STAMP)
             self._place(row, sequence, digest)
         self._on_progress(counts)
+
+    def _take_out(self, keys: list[Key]) -> None:
+        """Records that have no text any more leave the index; what was read of them before is outdated."""
+        for key in () if self._unique_keys else keys:
+            self._sequence += 1
+            if key in self._in_flight:
+                self._latest[key] = self._sequence
+        self._deletes.update(dict.fromkeys(keys))
 
     def _place(self, row: Row, sequence: int, digest: bytes) -> None:
         """To the window, or beside an equal text whose vector is there or on its way."""
@@ -541,13 +557,27 @@ class Pipeline:
             slots.append(SlotRows(number, load.generation, tuple(sorted(load.skip)), load.crcs))
             if not self._unique_keys:
                 self._sent.update((row.record.entity, row.record.record_id) for row in load.rows)
+                if self._deletes:
+                    self._keep_rewritten(load)
         self.counts.flushes += 1
         self._last_flush = time.monotonic()
         rejects = self._rejects[: _first_of(self._rejects, MESSAGE_BYTES // 2)]
-        deletes = self._deletes[: _first_of(self._deletes, MESSAGE_BYTES // 2)]
+        deletes = list(islice(self._deletes, _first_of(self._deletes, MESSAGE_BYTES // 2)))
         self._sent_rejects = len(rejects)
-        self._deletes = self._deletes[len(deletes) :]
+        for key in deletes:
+            del self._deletes[key]
+        if not self._unique_keys:
+            self._sent.update(deletes)
+            self._sent_deletes = deletes
         engine.flush(Flush(self.counts.flushes, tuple(slots), tuple(rejects), tuple(deletes)))
+
+    def _keep_rewritten(self, load: _Load) -> None:
+        """A record that was emptied and then given a text again stays: a flush writes first, then removes."""
+        for i, row in enumerate(load.rows):
+            key = (row.record.entity, row.record.record_id)
+            if i not in load.skip and key in self._deletes:
+                del self._deletes[key]
+                self._kept.add(key)
 
     def _skip_unfit_and_outdated(self, number: int, load: _Load) -> None:
         """Leave out rows the worker gave a code, and rows of which a newer one was read."""
@@ -665,6 +695,8 @@ class Pipeline:
                 key = (row.record.entity, row.record.record_id)
                 if (number, i) in refused:
                     counts.rejected += 1
+                    if key in self._kept:
+                        self._deletes[key] = None
                 elif (number, i) in lost:
                     counts.superseded += 1
                 else:
@@ -673,6 +705,13 @@ class Pipeline:
                 self._forget(key)
             setattr(counts, kind, getattr(counts, kind) + written)
         self.flush_size.note(sum(load.size for load in self._writing.values()), event.seconds)
+        for key in self._sent_deletes:
+            earlier = self._seen.pop(hash(key), None)
+            if earlier is not None:
+                setattr(counts, earlier, getattr(counts, earlier) - 1)
+                counts.superseded += 1
+        self._sent_deletes = []
+        self._kept.clear()
         for number in list(self._writing):
             self._release(number)
         self._writing = {}
@@ -698,7 +737,7 @@ class Pipeline:
         self._free.append(number)
 
 
-def _first_of(items: Sequence[str | tuple[Any, ...]], size: int) -> int:
+def _first_of(items: Iterable[str | tuple[Any, ...]], size: int) -> int:
     """How many of the items, in order, a message of about ``size`` bytes can hold; at least 1 where there is one."""
     count = 0
     for item in items:

@@ -60,6 +60,19 @@ class Reject(NamedTuple):
     position: int = 0
 
 
+UNSEEN = "".join(map(chr, (*range(9, 14), *range(28, 33), 0x85, 0xA0, 0x1680, *range(0x2000, 0x2010), 0x2028, 0x2029,
+                           *range(0x202A, 0x2030), 0x205F, *range(0x2060, 0x2070), 0x3000, 0xAD, 0x34F, 0x61C, 0x115F,
+                           0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), 0x3164, *range(0xFE00, 0xFE10), 0xFEFF,
+                           0xFFA0)))  # fmt: skip
+"""White space, and the characters that Unicode says are not shown (``Default_Ignorable_Code_Point``, of the first
+plane), such as the zero-width space and the byte order mark."""
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: it is empty, or only white space and characters that are not shown."""
+    return not text or text.isspace() or (not text.isascii() and not text.strip(UNSEEN))
+
+
 def content_hash(content: str) -> bytes:
     """SHA-256 of the UTF-8 form: the value PostgreSQL gives for ``sha256(convert_to(content, 'UTF8'))``."""
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
@@ -68,9 +81,12 @@ def content_hash(content: str) -> bytes:
 def content_from_fields(fields: Iterable[tuple[str, Any]]) -> str:
     """Join named values as KameleonDB does: ``name: Headphones | description: Noise-cancelling``.
 
-    Values that are None or an empty string are left out. Returns '' when nothing is left.
+    Values that are None or an empty string are left out. Returns '' when nothing is left, or only blank text.
     """
-    return " | ".join(f"{name}: {value}" for name, value in fields if value is not None and value != "")
+    kept = [(name, value) for name, value in fields if value is not None and value != ""]
+    if all(isinstance(value, str) and is_blank(value) for _, value in kept):
+        return ""
+    return " | ".join([f"{name}: {value}" for name, value in kept])
 
 
 def content_of(data: Mapping[str, Any], names: Iterable[str]) -> str:
@@ -105,7 +121,7 @@ def unfit(record: Record) -> tuple[str, str] | None:
         return "id_too_long", (f"the record id has {len(record_id)} characters, the index holds {MAX_RECORD_ID_CHARS}")
     if not entity or len(entity) > MAX_ENTITY_CHARS:
         return "bad_entity", f"the entity name has {len(entity)} characters, expected 1 to {MAX_ENTITY_CHARS}"
-    if not content or content.isspace():
+    if is_blank(content):
         return "empty_text", "the text is empty or only white space"
     for value in (content, record_id, entity):
         if "\x00" in value:

@@ -363,7 +363,7 @@ class _Run:
             "reused": counts.reused,
             "superseded": counts.superseded,
             "rejected": counts.rejected,
-            "empty": counts.empty,
+            "empty": self.source.empty,
             "deleted": counts.deleted,
             "truncated": counts.truncated,
             "tokens": counts.tokens,

@@ -24,7 +24,9 @@ def print_receipt(receipt: Mapping[str, Any], database: str) -> None:
     """The summary of a run."""
     written = receipt["stored"] + receipt["reused"]
     read = receipt["read"]
-    if not read:
+    if not read and receipt["empty"]:
+        print(f"{database}: none of the {receipt['empty']:,} records has any text.")
+    elif not read:
         print(f"{database}: there were no records to read.")
     elif not written and not receipt["rejected"]:
         print(f"{database}: nothing changed: {receipt['unchanged']:,} records are up to date.")

@@ -7,10 +7,10 @@ import io
 import os
 import stat
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import ResourceError, UsageError
 from ..records import MAX_ENTITY_CHARS, Record, Reject, content_from_fields, storable_key, unfit
@@ -29,6 +29,24 @@ SAMPLE_BYTES = 1 << 16
 """Start of a file that is read to estimate its number of records."""
 
 
+NAMES_KEPT, NAMES_SHOWN = 1000, 10
+"""Names of fields that were left out, kept and shown: an object may have its data as names."""
+
+
+class _Emptied(NamedTuple):
+    """Key of a record that has no text."""
+
+    entity: str
+    record_id: str
+
+
+class _Page(NamedTuple):
+    """Records as they come, and how often each key came without text, behind all of them."""
+
+    items: list[Record | Reject]
+    emptied: dict[tuple[str, str], int]
+
+
 class JsonlSource(Source):
     """Records of a file, one JSON object each; see :func:`iter_json_records` for the two forms.
 
@@ -36,8 +54,11 @@ class JsonlSource(Source):
     keys with a text value but ``id_field``, in the order of the object. A null or missing field is left
     out. A whole number as id becomes its decimal text, so 1 and "1" are the same record.
 
+    A record whose fields are all null or blank is in no page but among :meth:`take_empty`. One that has none of the
+    named fields at all is a Record without content, which is rejected: a name that is mistyped must remove nothing.
+
     Besides the reasons of :func:`iter_json_records`, a record is rejected for ``missing_id`` (or null),
-    ``bad_id`` (not text or a whole number) and ``wrong_type`` (a named field that is not text).
+    ``bad_id`` (not text or a whole number) and ``wrong_type`` (a named field that is not text, or no field that is).
 
     Args:
         path: The file, or ``"-"`` for standard input.
@@ -72,8 +93,11 @@ class JsonlSource(Source):
         self._path: Path | None = None if str(path) == "-" else Path(path)
         self._display = "standard input" if self._path is None else storable_key(str(self._path))
         self._stream, self._opened = self._open()
-        self._held: deque[list[Record | Reject]] = deque()
-        self._rest: Iterator[list[Record | Reject]] | None = None
+        self._held: deque[_Page] = deque()
+        self._rest: Iterator[_Page] | None = None
+        self._emptied: list[tuple[str, str]] = []
+        self._left_out: Counter[str] = Counter()
+        self._unseen = set(self._fields)
 
     @property
     def entities(self) -> tuple[str, ...]:
@@ -96,35 +120,50 @@ class JsonlSource(Source):
         texts: list[str] = []
         while len(texts) < rows and len(self._held) < HELD_PAGES and (page := next(self._rest, None)):
             self._held.append(page)
-            texts += [record.content for record in page if isinstance(record, Record)]
+            texts += [record.content for record in page.items if isinstance(record, Record)]
         return texts[:rows]
 
     def pages(self) -> Iterator[list[Record | Reject]]:
         """The records in the order of the input, bad ones as Rejects in their place.
 
+        A page may be empty, when none of its records has text: call :meth:`take_empty` after each.
+
         Raises:
             UsageError: Standard input is compressed or not UTF-8.
             ResourceError: Reading failed.
         """
-        while self._held:
-            yield self._held.popleft()
-        yield from self._rest or self._read()
+        rest = self._rest or self._read()
+        while page := self._held.popleft() if self._held else next(rest, None):
+            self._emptied += page.emptied
+            self.empty += sum(page.emptied.values())
+            yield page.items
 
-    def _read(self) -> Iterator[list[Record | Reject]]:
-        page: list[Record | Reject] = []
+    def take_empty(self) -> list[tuple[str, str]]:
+        taken, self._emptied = self._emptied, []
+        return taken
+
+    def _read(self) -> Iterator[_Page]:
+        page = _Page([], {})
         read = size = 0
         try:
             for position, data, raw in iter_json_items(self._stream):
                 if isinstance(data, Reject):
-                    page.append(data._replace(entity=self._entity, position=position))
+                    item: Record | Reject | _Emptied = data._replace(entity=self._entity, position=position)
                 else:
-                    record = self._record(position, data, raw)
-                    page.append(record)
-                    size += len(record[2])  # the content, or a reject's short reason
-                read += 1
-                if len(page) >= PAGE_ROWS or size >= PAGE_CHARS or read == self._limit:
+                    item = self._record(position, data, raw)
+                if isinstance(item, _Emptied):
+                    page.emptied[item] = page.emptied.get(item, 0) + 1
+                elif page.emptied and (self._entity, item.record_id) in page.emptied:
+                    # It has text again: what is emptied leaves the index after its page.
                     yield page
-                    page, size = [], 0
+                    page, size = _Page([item], {}), len(item[2])
+                else:
+                    page.items.append(item)
+                    size += len(item[2])  # the content, or a reject's short reason
+                read += 1
+                if len(page.items) + len(page.emptied) >= PAGE_ROWS or size >= PAGE_CHARS or read == self._limit:
+                    yield page
+                    page, size = _Page([], {}), 0
                     if read == self._limit:
                         return
         except OSError as error:
@@ -132,15 +171,25 @@ class JsonlSource(Source):
                 f"Reading {self._display} failed at about record {read + 1}: {error.strerror or error}.",
                 remedy="What was committed is safe; the same command carries on.",
             ) from error
-        if page:
+        if page.items or page.emptied:
             yield page
 
     def warnings(self) -> list[str]:
-        """Says if the file was changed or replaced since it was opened."""
-        change = self._change()
-        if not change:
-            return []
-        return [f"{self._display} {change} while it was read; run the command again to be sure of every record."]
+        """Says if the file was changed or replaced since it was opened, and which fields were left out."""
+        found = []
+        if change := self._change():
+            found.append(
+                f"{self._display} {change} while it was read; run the command again to be sure of every record."
+            )
+        if self._left_out:
+            names = [f"{self._shown(n)} ({count:,} records)" for n, count in self._left_out.most_common(NAMES_SHOWN)]
+            more = len(self._left_out) - len(names)
+            found.append(
+                f"Fields that do not hold text were left out: {', '.join(names)}{f' and {more} more' if more else ''}."
+            )
+        if unseen := [self._shown(name) for name in self._fields if name in self._unseen]:
+            found.append(f"No record has the field {' or '.join(unseen)}.")
+        return found
 
     def changed(self) -> bool:
         return bool(self._change())
@@ -185,7 +234,7 @@ class JsonlSource(Source):
             raise
         return stream, opened
 
-    def _record(self, position: int, data: dict[str, Any], raw: bytes) -> Record | Reject:
+    def _record(self, position: int, data: dict[str, Any], raw: bytes) -> Record | Reject | _Emptied:
         value = data.get(self._id_field)
         if type(value) is str:
             record_id = value
@@ -197,18 +246,28 @@ class JsonlSource(Source):
         else:
             detail = f"the id field {self._shown(self._id_field)} is {kind(value)}, expected text or a whole number"
             return self._reject(position, raw, "", "bad_id", detail)
-        if not self._fields:
-            texts = [(key, text) for key, text in data.items() if type(text) is str and key != self._id_field]
-            return Record(self._entity, record_id, content_from_fields(texts), None, position)
-        named = []
-        for name in self._fields:
-            field = data.get(name)
-            if type(field) is str:
-                named.append((name, field))
-            elif field is not None:
-                detail = f"the field {self._shown(name)} is {kind(field)}, expected text"
+        given = self._values(data)
+        texts = [(name, value) for name, value in given if type(value) is str]
+        if len(texts) < len(given):
+            others = [name for name, value in given if value is not None and type(value) is not str]
+            if others and (self._fields or len(others) == len(given)):
+                detail = f"the field {self._shown(others[0])} is {kind(data[others[0]])}, expected text"
                 return self._reject(position, raw, record_id, "wrong_type", detail)
-        return Record(self._entity, record_id, content_from_fields(named), None, position)
+            if others and len(self._left_out) < NAMES_KEPT:
+                self._left_out.update(others)
+        record = Record(self._entity, record_id, content_from_fields(texts), None, position)
+        if record.content or (self._fields and not given) or unfit(record._replace(content="text")):
+            return record
+        return _Emptied(self._entity, record_id)
+
+    def _values(self, data: dict[str, Any]) -> list[tuple[str, Any]]:
+        """The fields to embed that the record has, null and other types too."""
+        if not self._fields:
+            return [(name, value) for name, value in data.items() if name != self._id_field]
+        found = [(name, data[name]) for name in self._fields if name in data]
+        if self._unseen:
+            self._unseen.difference_update(data)
+        return found
 
     def _reject(self, position: int, raw: bytes, record_id: str, reason: str, detail: str) -> Reject:
         return Reject(self._entity, record_id, reason, detail, hashlib.sha256(raw).digest(), position)

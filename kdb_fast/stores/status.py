@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from ..records import UNSEEN
 from ..target import REJECTS, RUNS, TABLE, Dialect, Rows, Target, find_target, identifier
 from .base import EntityStatus
 from .reading import Definition, Params, Place, columns_of, json_member, load_definitions, rows_of
@@ -162,4 +163,7 @@ def _has_text(definition: Definition, place: Place, dialect: Dialect, params: Pa
             texts.append(f"r.data ->> {params(field.column)}::text")
         else:
             texts.append(json_member(field.column, params)[1])
-    return " OR ".join(f"coalesce({text}, '') <> ''" for text in texts)
+    if dialect == "postgresql":
+        # A class and not the characters themselves, which the database's encoding may lack.
+        return " OR ".join(f"{text} ~ '[^[:space:]]'" for text in texts)
+    return " OR ".join(f"trim(coalesce({text}, ''), {params(UNSEEN)}) <> ''" for text in texts)

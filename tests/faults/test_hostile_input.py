@@ -157,6 +157,91 @@ def test_ids_are_compared_as_bytes(database: Kameleon) -> None:
     }
 
 
+BLANK = ["", " \t\u3000", "\u200b\ufeff", "\u2060\u00ad \n", None]
+
+
+def lines(*records: dict[str, Any]) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def test_a_text_that_was_emptied_leaves_the_index_with_every_way_in(database: Kameleon) -> None:
+    read = ("reindex", "--from", "-", "--entity", "N", "--json")
+    records = [{"id": i, "text": f"secret address {i}"} for i in range(len(BLANK))]
+    assert database.kdb_fast(*read, stdin=lines(*records, {"id": "kept", "text": "stays"})).code == 0
+    emptied = [{"id": i, "text": text, "price": 5} for i, text in enumerate(BLANK)]
+    answer = database.kdb_fast(*read, stdin=lines(*emptied, {"id": "kept", "text": "stays"}))
+    found = [answer.json[key] for key in ("read", "unchanged", "rejected", "empty", "deleted")]
+    assert (answer.code, found) == (0, [1, 1, 0, len(BLANK), len(BLANK)])
+    assert {key[1] for key in index_rows(database.address)} == {"kept"}
+    assert "secret" not in database.kdb_fast("search", "secret address", "--mode", "keyword").out
+    # The same through KameleonDB's tables, and for records that are new.
+    note = database.client.create_entity("Note", fields=[{"name": "text", "type": "string"}])
+    for text in BLANK:
+        note.insert({"text": text})
+    assert database.kdb_fast("insert", "Note", "-", stdin=lines(*({"text": text} for text in BLANK))).code == 0
+    receipt = database.kdb_fast("reindex", "Note", "--json").json
+    assert (receipt["read"], receipt["empty"], receipt["rejected"]) == (0, 2 * len(BLANK), 0)
+    (status,) = (row for row in database.kdb_fast("status", "--json").json["entities"] if row["entity"] == "Note")
+    assert status["indexed"] == 0
+
+
+def test_the_last_of_two_records_decides_whether_its_key_has_a_text(database: Kameleon) -> None:
+    text, empty = {"id": "a", "text": "first"}, {"id": "a", "text": ""}
+    again, others = {"id": "a", "text": "again"}, [{"id": f"o{i}", "text": f"other {i}"} for i in range(3)]
+    for given, left in (
+        ([text, empty], None), ([empty, text], "first"), ([text, empty, again], "again"),
+        ([text, empty, text], "first"), ([empty, text, empty], None), ([text, *others, empty], None), ([empty, empty, again], "again"),
+    ):  # fmt: skip
+        for _ in range(2):  # a second reading changes nothing
+            receipt = database.kdb_fast("reindex", "--from", "-", "--entity", "N", "--json", stdin=lines(*given)).json
+            rows = {key[1]: row.content for key, row in index_rows(database.address).items()}
+            assert rows.get("a") == (left and f"text: {left}"), given
+            assert receipt["empty"] == given.count(empty)
+            assert receipt["read"] == len(given) - receipt["empty"]
+            assert receipt["read"] == sum(
+                receipt[key] for key in ("stored", "unchanged", "reused", "superseded", "rejected")
+            )
+
+
+@pytest.mark.parametrize("value", [5, 0, True, ["x"], {"a": "b"}])
+def test_what_is_no_text_is_of_the_wrong_type_and_leaves_the_record_as_it_was(
+    tmp_path: Path, stubbed: None, capsys: pytest.CaptureFixture[str], value: Any
+) -> None:
+    from kdb_fast.cli import run as command
+
+    file = tmp_path / "n.jsonl"
+    arguments = ["reindex", "--from", str(file), "--entity", "N", "--db", f"sqlite:///{tmp_path}/a.db", "--json"]
+    file.write_bytes(lines({"id": 1, "text": "before"}))
+    assert command(arguments) == 0
+    file.write_bytes(lines({"id": 1, "text": value}))
+    capsys.readouterr()
+    assert command(arguments) == 3
+    assert command(["rejects", "list", "--db", f"sqlite:///{tmp_path}/a.db"]) == 0
+    assert "wrong_type: the field 'text' is" in capsys.readouterr().out
+    assert len(index_rows(parse_address(f"sqlite:///{tmp_path}/a.db"))) == 1
+    # Beside a text it is left out, which is said once.
+    file.write_bytes(lines(*({"id": i, "text": "after", "price": value} for i in range(4))))
+    assert command(arguments) == 0
+    told = [w for w in json.loads(capsys.readouterr().out)["warnings"] if "left out" in w]
+    assert told == ["Fields that do not hold text were left out: 'price' (4 records)."]
+
+
+def test_a_field_that_is_mistyped_empties_no_index(
+    tmp_path: Path, stubbed: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kdb_fast.cli import run as command
+
+    file = tmp_path / "n.jsonl"
+    arguments = ["reindex", "--from", str(file), "--entity", "N", "--db", f"sqlite:///{tmp_path}/a.db"]
+    file.write_bytes(lines(*({"id": i, "text": f"t{i}"} for i in range(10))))
+    assert command([*arguments, "--field", "text"]) == 0
+    assert command([*arguments, "--field", "txet"]) == 8
+    assert len(index_rows(parse_address(f"sqlite:///{tmp_path}/a.db"))) == 10
+    capsys.readouterr()
+    assert command([*arguments, "--field", "text", "--field", "txet"]) == 0
+    assert "No record has the field 'txet'." in capsys.readouterr().out
+
+
 def test_a_number_and_its_text_are_one_key_of_which_the_later_wins_and_it_is_told(tmp_path: Path) -> None:
     db = f"sqlite:///{tmp_path}/a.db"
     file = tmp_path / "n.jsonl"

@@ -210,7 +210,7 @@ def test_single_record_after_a_batch_and_a_batch_after_it(
 def test_empty_text_takes_a_record_out(search: SearchEngine, address: DatabaseAddress) -> None:
     search.index_records_batch([("Note", "1", "one"), ("Note", "2", "two"), ("Note", "3", "three")])
     search.index_record("Note", "1", "")
-    search.index_records_batch([("Note", "2", " \n"), ("Note", "never there", "")])
+    search.index_records_batch([("Note", "2", " \n\u200b"), ("Note", "never there", "")])
     assert contents(address) == {("Note", "3"): "three"}
     check_in_step(address)
 

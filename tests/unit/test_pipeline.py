@@ -226,6 +226,8 @@ class FakeEngine(Engine):
                     lost.append((slot.number, i))
         self.index.rejects += message.rejects
         self.index.deletes += message.deletes
+        for key in message.deletes:
+            self.index.rows.pop(key, None)
         return Flushed(message.number, rows, 10 * rows, len(message.deletes), 0.01, row_bits(lost), row_bits(refused))
 
     def _slots_of_flush(self) -> set[int]:
@@ -433,6 +435,68 @@ def test_any_stream_ends_with_the_last_fit_record_of_each_key(
     if setup.cache == 256:
         twice = [text for text, times in run.engine.embedded.items() if times > 1 and BAD not in text]
         assert twice == [], "a text is embedded once"
+
+
+class Emptied(NamedTuple):
+    """A record that has no text, of the first key of :data:`TEXTS`'s records."""
+
+    entity: str
+    record_id: str
+
+
+WITH_EMPTIED = st.lists(
+    st.one_of(
+        st.builds(record, st.integers(0, 3), st.sampled_from([*TEXTS, f"{BAD}1"])),
+        st.builds(record, st.integers(0, 3), st.integers(0, 60).map(lambda n: f"text {n}")),
+        st.builds(Emptied, st.just("E"), st.integers(0, 3).map(lambda n: f"r{n}")),
+    ),
+    max_size=50,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(WITH_EMPTIED, INITIAL, SETUPS)
+@example(
+    [record(0, "one"), Emptied("E", "r0"), record(0, f"{REFUSED}1")],
+    {("E", "r0"): ("red", FINGERPRINT)},
+    Setup(0, 5, 1, 3, False, 4, 4, 256, False, False),
+)
+def test_a_record_that_is_emptied_leaves_the_index_whatever_came_before_and_after(
+    items: list[Record | Emptied], initial: dict[Key, tuple[str, str | None]], setup: Setup
+) -> None:
+    index = index_of(initial)
+    expected = index.contents()
+    emptied: list[Key] = []
+    for item in items:
+        if isinstance(item, Emptied):
+            expected.pop((item.entity, item.record_id), None)
+        elif is_good(item):
+            expected[item[:2]] = item.content
+
+    def source() -> Iterator[list[Item]]:
+        # As a source gives them: what is emptied comes behind its page, so a page ends before a text that follows it.
+        page: list[Item] = []
+        pending: list[Key] = []
+        for item in items:
+            if len(page) + len(pending) >= setup.page or item[:2] in pending:
+                emptied[:] = pending
+                yield page
+                page, pending = [], []
+            if isinstance(item, Emptied):
+                pending.append((item.entity, item.record_id))
+            else:
+                page.append(item)
+        emptied[:] = pending
+        yield page
+
+    with pytest.MonkeyPatch.context() as patch:
+        run = setup.run(index, patch)
+        run.pipeline.run(source(), lambda: [emptied.pop(0) for _ in range(len(emptied))])
+    assert index.contents() == expected
+    run.assert_all_is_given_back()
+    run.assert_all_is_accounted_for([item for item in items if isinstance(item, Record)])
+    ended = run.counts.stored + run.counts.reused + run.counts.unchanged
+    assert ended == len(set(expected) & {item[:2] for item in items if isinstance(item, Record) and is_good(item)})
 
 
 @settings(deadline=None, max_examples=150)

@@ -38,6 +38,7 @@ def test_content_joins_named_values_as_kameleondb_does() -> None:
 def test_null_and_empty_values_are_left_out_and_zero_and_false_stay() -> None:
     assert content_from_fields([("a", None), ("b", ""), ("c", 0), ("d", False), ("e", " ")]) == "c: 0 | d: False | e:  "
     assert content_from_fields([("a", None), ("b", "")]) == ""
+    assert content_from_fields([("a", " \n"), ("b", "\u200b")]) == ""
 
 
 def test_content_of_a_mapping_follows_the_given_names() -> None:
@@ -74,6 +75,7 @@ def test_ordinary_text_in_any_script_is_fit(content: str) -> None:
         (Record("E" * (MAX_ENTITY_CHARS + 1), "1", "text"), "bad_entity"),
         (Record("E", "1", ""), "empty_text"),
         (Record("E", "1", " \t\n\u3000\u00a0"), "empty_text"),
+        (Record("E", "1", "\u200b\ufeff \u00ad"), "empty_text"),
         (Record("E", "1", "a\x00b"), "nul_byte"),
         (Record("E", "\x00", "text"), "nul_byte"),
         (Record("E\x00", "1", "text"), "nul_byte"),
