@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from . import __version__
-from .console import command_line, complain, flush_or_discard, open_standard_streams, unexpected
-from .errors import EXIT_OK, EXIT_REJECTS, KdbFastError, UsageError
+from .console import command_line, complain, flush_or_discard, open_standard_streams, reader_has_gone, unexpected
+from .errors import EXIT_OK, EXIT_PIPE, EXIT_REJECTS, KdbFastError, UsageError
 from .settings import DEFAULT_BATCH_SIZE, DEFAULT_MODEL, PRECISIONS, ExpectedCount, ReindexOptions, RejectLimit
 
 if TYPE_CHECKING:
@@ -57,11 +59,12 @@ def _run(arguments: list[str]) -> int:
 
         stopped = StoppedError("Stopped at once; the transaction in progress was rolled back.")
         return _fail(stopped, as_json, arguments)
-    except (BrokenPipeError, SystemExit):
-        # The reader of our output has gone (`| head`), of which click makes an exit: nothing more to say, and what was
-        # committed stays.
-        return 141
-    except Exception as error:
+    except (SystemExit, Exception) as error:
+        if isinstance(error, SystemExit):  # what click makes of a broken pipe
+            error = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        if isinstance(error, BrokenPipeError) and reader_has_gone():
+            # `| head`: nothing more to say, and what was committed stays.
+            return EXIT_PIPE
         known = unexpected(error, arguments)
         known.receipt = getattr(error, "receipt", None)  # type: ignore[attr-defined]
         known.carry_on = getattr(error, "carry_on", None)  # type: ignore[attr-defined]
@@ -160,6 +163,14 @@ def cli() -> None:
     Try it:      kdb-fast demo
     Main job:    kdb-fast reindex --db postgresql://user@host/dbname
     Ask:         kdb-fast search "angry customer" --db …
+
+    \b
+    Exit codes:  0 all stored, 2 usage, 3 finished but records were rejected, the input
+                 changed or its number is not the expected one, 4 refused before the start,
+                 5 database, 6 another run holds the index, 7 out of a resource, 8 too many
+                 rejects, 70 internal error; stopped after what was embedded is written:
+                 129 the terminal closed, 130 Ctrl-C, 143 SIGTERM;
+                 141 the reader of the output has gone
     """
 
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import select
 import shlex
 import sys
 import traceback
@@ -22,10 +23,38 @@ DETAIL_CHARS = 500
 """Characters of an error that nobody expected: it may quote a record."""
 
 
-def open_standard_streams() -> None:
-    """Give a process that was started with closed standard streams (``>&-``) the null device in their place.
+STALLED_SECONDS = 2.0
+"""A reader of standard error that takes nothing for so long, such as a stopped pager, is waited for no longer."""
 
-    Otherwise the next file or socket that is opened, a database's perhaps, would be where libraries print.
+
+class _Unfailing(io.FileIO):
+    """Standard error that drops what cannot be written: progress and warnings must never end or hold up a job."""
+
+    _wait = STALLED_SECONDS
+
+    def write(self, data: Any) -> int:
+        try:
+            if self._takes():
+                # No more at once than a pipe that takes something is sure to take.
+                return super().write(memoryview(data)[: select.PIPE_BUF]) or len(data)
+        except OSError:  # its reader has gone, the disk is full, the terminal was closed
+            pass
+        return len(data)
+
+    def _takes(self) -> bool:
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLOUT)
+        takes = bool(poll.poll(1000 * self._wait))
+        self._wait = STALLED_SECONDS if takes else 0.0
+        return takes
+
+
+def open_standard_streams() -> None:
+    """Make the standard streams such that a job depends on none of them.
+
+    A process that was started with closed ones (``>&-``) gets the null device in their place: otherwise the next file
+    or socket that is opened, a database's perhaps, would be where libraries print. What standard error cannot take is
+    dropped.
     """
     for number in range(3):
         try:
@@ -36,6 +65,9 @@ def open_standard_streams() -> None:
     # sys.stdin stays None: an input that cannot be read must not look like an empty one.
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(_Unfailing(2, "wb", closefd=False)), encoding=sys.stderr.encoding, line_buffering=True
+    )
     for stream in (sys.stdout, sys.stderr):
         # What the terminal's encoding does not have is written as an escape.
         if isinstance(stream, io.TextIOWrapper):
@@ -49,6 +81,16 @@ def flush_or_discard(stream: Any) -> None:
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def reader_has_gone() -> bool:
+    """Whether standard output is a pipe or a socket that nobody reads any more."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return False
 
 
 def complain(text: str) -> None:

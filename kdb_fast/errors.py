@@ -10,7 +10,7 @@ KdbFastError                70  internal error: a defect of kdb-fast
 ├── LockedError              6  another run holds the index
 ├── ResourceError            7  disk, memory, shared memory or processes ran out
 ├── RejectLimitError         8  more records were rejected than allowed
-└── StoppedError       130/143  a signal stopped the run after a clean drain
+└── StoppedError   129/130/143  a signal stopped the run after a clean drain: SIGHUP, SIGINT, SIGTERM
 
 A message says what was found and what was expected; ``remedy`` says what to do about it.
 """
@@ -21,6 +21,10 @@ EXIT_OK = 0
 EXIT_REJECTS = 3
 """A run came to its end, but the index may not hold all: records were rejected, or the input changed while it was
 read or has not as many records as it must (``--expect-count``)."""
+
+
+EXIT_PIPE = 141
+"""The reader of standard output has gone (``| head``): what a shell says of a process that SIGPIPE ended."""
 
 
 class KdbFastError(Exception):

@@ -13,6 +13,7 @@ import functools
 import gc
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -367,6 +368,38 @@ def test_an_output_that_cannot_be_written_is_an_error_and_the_job_is_done(notes:
     check_complete(tmp_path / "a.db", again.json, GOOD)
     both = limited.run("status", "--db", f"sqlite:///{tmp_path}/none.db", script='"$@" >/dev/full 2>/dev/full')
     assert both.code == 5
+
+
+UNTAKEN = {
+    "its reader leaves": '{ "$@" >"$OUT"; echo $? >"$CODE"; } 2>&1 | head -1',
+    "its reader leaves at once": '{ "$@" >"$OUT"; echo $? >"$CODE"; } 2>&1 | true',
+    "its reader reads nothing": (
+        '{ head -c 65536 /dev/zero; "$@" 2>&1 >"$OUT"; echo $? >"$CODE"; }'
+        ' | { until test -e "$CODE"; do sleep 0.1; done; }'
+    ),
+    "its disk is full": '"$@" >"$OUT" 2>/dev/full; echo $? >"$CODE"',
+    "it is closed": '"$@" >"$OUT" 2>&-; echo $? >"$CODE"',
+}
+
+
+@pytest.mark.parametrize("script", UNTAKEN.values(), ids=UNTAKEN)
+def test_progress_that_nobody_takes_ends_no_job(notes: Path, tmp_path: Path, script: str) -> None:
+    done = reindex(
+        notes, tmp_path / "a.db", "--workers", "1", script=script, OUT=tmp_path / "out", CODE=tmp_path / "code"
+    )
+    assert (tmp_path / "code").read_text().strip() == "3", done
+    receipt = json.loads((tmp_path / "out").read_text())
+    assert (receipt["state"], receipt["stored"], receipt["rejected"]) == ("done", GOOD, BAD)
+
+
+def test_every_exit_code_is_in_the_help_and_in_the_readme() -> None:
+    from kdb_fast import errors
+
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.KdbFastError)]
+    codes = {kind.exit_code for kind in kinds if kind is not errors.StoppedError}
+    codes |= {errors.EXIT_REJECTS, errors.EXIT_PIPE, 0, *(128 + number for number in (1, 2, 15))}
+    for text in (limited.run("--help", stub=False).out, (Path(__file__).parents[2] / "README.md").read_text()):
+        assert codes <= {int(number) for number in re.findall(r"\b\d+\b", text)}
 
 
 def test_a_reader_that_has_gone_ends_the_command_quietly(notes: Path, tmp_path: Path) -> None:

@@ -188,10 +188,16 @@ def test_a_text_that_was_emptied_leaves_the_index_with_every_way_in(database: Ka
 def test_the_last_of_two_records_decides_whether_its_key_has_a_text(database: Kameleon) -> None:
     text, empty = {"id": "a", "text": "first"}, {"id": "a", "text": ""}
     again, others = {"id": "a", "text": "again"}, [{"id": f"o{i}", "text": f"other {i}"} for i in range(3)]
-    for given, left in (
-        ([text, empty], None), ([empty, text], "first"), ([text, empty, again], "again"),
-        ([text, empty, text], "first"), ([empty, text, empty], None), ([text, *others, empty], None), ([empty, empty, again], "again"),
-    ):  # fmt: skip
+    cases = [
+        ([text, empty], None),
+        ([empty, text], "first"),
+        ([text, empty, again], "again"),
+        ([text, empty, text], "first"),
+        ([empty, text, empty], None),
+        ([text, *others, empty], None),
+        ([empty, empty, again], "again"),
+    ]
+    for given, left in cases:
         for _ in range(2):  # a second reading changes nothing
             receipt = database.kdb_fast("reindex", "--from", "-", "--entity", "N", "--json", stdin=lines(*given)).json
             rows = {key[1]: row.content for key, row in index_rows(database.address).items()}
