@@ -29,22 +29,26 @@ HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 def main() -> None:
     """Entry point of ``kdb-fast``: runs the command and ends the process with its exit code."""
     open_standard_streams()
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:], alone=True))
 
 
-def run(arguments: list[str]) -> int:
-    """Run a command line and return its exit code; every error becomes one line on standard error."""
+def run(arguments: list[str], *, alone: bool = False) -> int:
+    """Run a command line and return its exit code; every error becomes one line on standard error.
+
+    Args:
+        alone: The process ends after it, so what the command does not need may be left out of it for good.
+    """
     try:
-        return _run(arguments)
+        return _run(arguments, alone)
     finally:
         flush_or_discard(sys.stdout)
         flush_or_discard(sys.stderr)
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], alone: bool) -> int:
     as_json = "--json" in arguments
     try:
-        result = cli.main(args=arguments, prog_name="kdb-fast", standalone_mode=False)
+        result = cli.main(args=arguments, prog_name="kdb-fast", standalone_mode=False, obj=alone)
         sys.stdout.flush()
         return result if isinstance(result, int) else EXIT_OK
     except click.exceptions.NoArgsIsHelpError as error:
@@ -493,11 +497,12 @@ def search(
     In QUERY, "two words" in quotes stay together, -word excludes (after --: kdb-fast search -- "-word …"), and or
     means either. A record that holds an identifier of the query (ERR_CONN_1111, nginx.conf, "a phrase") comes first.
     """
-    from .query import run_search
+    from .query import import_ahead, run_search
     from .report import print_results
     from .retrieval import check_query
 
     check_query(query, mode, min_score)
+    alone = click.get_current_context().obj
     with database(db) as address:
         results = run_search(
             address,
@@ -511,6 +516,7 @@ def search(
             model_path=model_path,
             provider=provider,
             warn=lambda text: complain(f"warning: {text}"),
+            meanwhile=import_ahead if alone else lambda: None,
         )
     if as_json:
         print(json.dumps({"query": query, "mode": mode, "results": results}, default=str))

@@ -56,7 +56,13 @@ def model_cache_dir() -> Path:
     return (default_data_dir() / "models").absolute()
 
 
-def resolve(name: str, model_path: Path | None = None, *, report: Report = lambda line: None) -> Model:
+def resolve(
+    name: str,
+    model_path: Path | None = None,
+    *,
+    report: Report = lambda line: None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Model:
     """The model ``name``, complete and verified; fetched first where it is not in the cache.
 
     Args:
@@ -64,15 +70,16 @@ def resolve(name: str, model_path: Path | None = None, *, report: Report = lambd
         model_path: Directory to use instead of the cache. It must hold the files that FastEmbed expects for
             ``name``; their sums are compared if a manifest of kdb-fast lies beside them.
         report: Called with one line for each step that takes time.
+        meanwhile: Called while the files of a model that is there are verified.
 
     Raises:
         ModelError: The name is unknown, a file is missing or damaged, or the model cannot be fetched.
     """
     with _os_errors_named(name):
         if model_path is not None:
-            return _from_directory(name, absolute_path(model_path))
+            return _from_directory(name, absolute_path(model_path), meanwhile)
         directory = _find(name)
-        return _load(directory) if directory else _fetch(name, report)
+        return _load(directory, meanwhile) if directory else _fetch(name, report)
 
 
 def pull(name: str, report: Report = lambda line: None) -> Model:
@@ -162,7 +169,7 @@ def _find(name: str) -> Path | None:
     return next((path for path in _directories() if path.name.lower() == wanted), None)
 
 
-def _load(directory: Path) -> Model:
+def _load(directory: Path, meanwhile: Callable[[], None] = lambda: None) -> Model:
     """The model in a directory of the cache, verified."""
     check_private(directory)
     model, written_by = read_manifest(directory)
@@ -171,7 +178,7 @@ def _load(directory: Path) -> Model:
             f"{directory} holds the model {model.name}; expected it to be named {directory_name(model.name)}.",
             remedy="Remove or rename the directory.",
         )
-    verify(model)
+    verify(model, meanwhile)
     return _follow_catalogue(model, written_by)
 
 
@@ -200,7 +207,7 @@ def _follow_catalogue(model: Model, written_by: str) -> Model:
     return model
 
 
-def _from_directory(name: str, path: Path) -> Model:
+def _from_directory(name: str, path: Path, meanwhile: Callable[[], None]) -> Model:
     if not path.is_dir():
         raise ModelError(f"--model-path {path} is not a directory.", remedy="Give the directory with the ONNX file.")
     if not (path / MANIFEST).exists():
@@ -208,7 +215,7 @@ def _from_directory(name: str, path: Path) -> Model:
     model, written_by = read_manifest(path)
     if model.name.lower() != name.lower():
         raise ModelError(f"{path} holds the model {model.name}, not {name}.", remedy=f"Add: --model {model.name}")
-    verify(model)
+    verify(model, meanwhile)
     return _follow_catalogue(model, written_by)
 
 

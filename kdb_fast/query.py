@@ -8,9 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from .database import DatabaseAddress, connect_postgresql, connect_sqlite
 from .records import storable_key
 from .stores import open_store
@@ -18,13 +15,16 @@ from .stores.reading import columns_of, rows_of
 from .target import RUNS, find_target
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from .retrieval import SearchReader
+
+    Vector = npt.NDArray[np.float32]
+    Vectors = npt.NDArray[np.float32]
 
 RECENT_RUNS = 50
 """Runs of which :func:`recent_fingerprints` reads the fingerprint."""
-
-Vector = npt.NDArray[np.float32]
-Vectors = npt.NDArray[np.float32]
 
 
 def open_connection(address: DatabaseAddress) -> Any:
@@ -43,6 +43,17 @@ def embed_queries(texts: Sequence[str], model_name: str, model_path: Path | None
     return Encoder(EncoderSpec(model, batch_size=1)).embed(texts)
 
 
+def import_ahead() -> None:
+    """Import what embeds a query and ranks, without what FastEmbed needs for downloads.
+
+    For processes of our own only, as :func:`kdb_fast.offline.import_fastembed`.
+    """
+    from .offline import import_fastembed
+
+    import_fastembed()
+    from . import encoder, retrieval  # noqa: F401
+
+
 def run_search(
     address: DatabaseAddress,
     query: str,
@@ -56,10 +67,12 @@ def run_search(
     model_path: Path | None = None,
     provider: str | None = None,
     warn: Callable[[str], None] = lambda text: None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Results as plain dictionaries with the fields of SearchResult.
 
-    Without a model and a provider the query is embedded by the model that made the index.
+    Without a model and a provider the query is embedded by the model that made the index; ``meanwhile`` is called while
+    its files are verified.
 
     Raises:
         SchemaError: There is no index, or its vectors are another model's.
@@ -73,7 +86,9 @@ def run_search(
     if mode != "keyword" and text:
         with contextlib.closing(open_connection(address)) as connection:
             made = index_model(connection, address.dialect)
-        vector = embed_query(text, made, provider=provider, model=model_name, model_path=model_path, warn=warn)
+        vector = embed_query(
+            text, made, provider=provider, model=model_name, model_path=model_path, warn=warn, meanwhile=meanwhile
+        )
     return search_open(
         address, query, vector, mode=mode, entities=entities, limit=limit, where=where, min_score=min_score
     )

@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import SchemaError
 from .model_files import same_model
@@ -17,7 +14,11 @@ from .settings import DEFAULT_MODEL
 from .stores.reading import columns_of, rows_of
 from .target import RUNS, TABLE, find_target
 
-Vector = npt.NDArray[np.float32]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Vector = npt.NDArray[np.float32]
 
 PATIENCE = {"timeout": 20.0, "max_retries": 2, "concurrency": 1}
 """Of a provider's API: somebody waits for the answer."""
@@ -60,6 +61,7 @@ def embed_query(
     model: str | None = None,
     model_path: Path | None = None,
     warn: Callable[[str], None] = lambda text: None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Vector:
     """The query's vector (float32, dimensions), always in fp32.
 
@@ -69,6 +71,7 @@ def embed_query(
         model: Name of the model; None for that of the index.
         model_path: Directory of a FastEmbed model, instead of looking it up.
         warn: Called where the model is that of the index by name only.
+        meanwhile: Called while the files of a FastEmbed model are verified.
 
     Raises:
         SchemaError: The vectors of the index are another model's.
@@ -81,16 +84,19 @@ def embed_query(
     name = model or _name_of(made, provider)
     if provider == "openai":
         return _by_openai(query, made, name, warn)
-    from .encoder import Encoder, EncoderSpec
     from .models import resolve
 
-    found = resolve(name or DEFAULT_MODEL, model_path)
+    found = resolve(name or DEFAULT_MODEL, model_path, meanwhile=meanwhile)
+    from .encoder import Encoder, EncoderSpec
+
     _check(made, found.name, found.dimensions, {found.fingerprint()}, warn)
     vector: Vector = Encoder(EncoderSpec(found, batch_size=1)).embed([query])[0]
     return vector
 
 
 def _by_openai(query: str, made: IndexModel | None, name: str | None, warn: Callable[[str], None]) -> Vector:
+    import numpy as np
+
     from .providers import OPENAI_DIMENSIONS, OPENAI_MODEL, get_provider, provider_fingerprint
 
     dimensions = (made and made.dimensions) or OPENAI_DIMENSIONS

@@ -18,10 +18,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..records import Reject
-from ..slab import Slot
+
+if TYPE_CHECKING:
+    from ..slab import Slot
 
 
 class Stored(NamedTuple):
