@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="runs of each contender (default 3)")
     parser.add_argument("--sweep", action="store_true", help="part embed: also try token budgets")
     parser.add_argument("--sets", nargs="+", choices=STRESS_SETS, default=STRESS_SETS, help="part stress: only these")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="part search: also a checkout of another version")
     parser.add_argument("--seed", type=int, default=1, help="seed of the data sets")
     parser.add_argument("--out", type=Path, help="directory of the results (default bench/results)")
     given = parser.parse_args(arguments)
@@ -32,7 +33,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--runs must be 1 or more")
     out = given.out or (Path(tempfile.mkdtemp(prefix="kdb-fast-bench-quick-")) if given.quick else RESULTS)
     options = Options(
-        runs=given.runs, quick=given.quick, sweep=given.sweep, sets=tuple(given.sets), seed=given.seed, out=out
+        runs=given.runs,
+        quick=given.quick,
+        sweep=given.sweep,
+        sets=tuple(given.sets),
+        seed=given.seed,
+        out=out,
+        against=given.against and given.against.resolve(),
     )
     met = True
     for part in given.parts or PARTS:

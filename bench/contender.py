@@ -30,6 +30,7 @@ CONTENDERS = {
     "way": "ways:way",
     "fill": "find:fill",
     "find": "find:find",
+    "cold": "find:cold",
 }
 """Name → module of ``bench.contenders`` and function, which takes the parameters and returns the report."""
 

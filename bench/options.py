@@ -20,6 +20,7 @@ class Options:
         quick: Tiny sizes and one run: says whether everything works, measures nothing.
         sweep: Also try token budgets (part ``embed``).
         sets: Data sets of the part ``stress``.
+        against: Checkout of another version, measured in turn with this one (part ``search``).
         seed: Of the data sets.
         out: Directory of the results.
     """
@@ -28,6 +29,7 @@ class Options:
     quick: bool = False
     sweep: bool = False
     sets: tuple[str, ...] = STRESS_SETS
+    against: Path | None = None
     seed: int = 1
     out: Path = RESULTS
 

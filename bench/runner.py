@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .measure import Sampler, Spread, pairwise, spread, tree
@@ -28,7 +29,8 @@ class BenchError(RuntimeError):
 class Contender:
     """What is run: a name of :data:`bench.contender.CONTENDERS` with parameters (plain values).
 
-    The others are still measured if an ``optional`` one fails; the failure is reported.
+    ``root`` is the checkout whose code runs. The others are still measured if an ``optional`` one fails; the failure is
+    reported.
     """
 
     label: str
@@ -37,6 +39,7 @@ class Contender:
     note: str = ""
     ours: bool = False
     optional: bool = False
+    root: Path = ROOT
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Outcome:
         return pairwise(self.rates, other.rates)
 
 
-def run_once(name: str, params: dict[str, Any], *, timeout: float = TIMEOUT) -> dict[str, Any]:
+def run_once(name: str, params: dict[str, Any], *, timeout: float = TIMEOUT, root: Path = ROOT) -> dict[str, Any]:
     """The report of one contender, with ``peak_pss_bytes`` of its whole tree of processes added.
 
     Raises:
@@ -71,7 +74,7 @@ def run_once(name: str, params: dict[str, Any], *, timeout: float = TIMEOUT) -> 
     """
     command = [sys.executable, "-W", "ignore", "-m", "bench.contender", name, json.dumps(params)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=_clean())
+        process = subprocess.Popen(command, cwd=root, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=_clean())
         sampler = Sampler(lambda: {str(pid): pid for pid in tree(process.pid)})
         try:
             with sampler.running():
@@ -114,7 +117,7 @@ def alternate(
             before()
             contender = outcome.contender
             try:
-                report = run_once(contender.name, contender.params)
+                report = run_once(contender.name, contender.params, root=contender.root)
             except BenchError as error:
                 if not contender.optional:
                     raise

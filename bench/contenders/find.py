@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
+import subprocess
+import sys
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import quote
 
+from kdb_fast import FastEmbedProvider, SearchEngine
+from kdb_fast.query import open_connection, open_reader
 from kdb_fast.reindex import reindex
+from kdb_fast.retrieval import search as ranked_search
 from kdb_fast.settings import DEFAULT_MODEL, ReindexOptions
 
 from .. import data, database, free_encoder, vectors
@@ -43,46 +53,84 @@ def fill(params: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "records": len(texts), "index": receipt["index"]}
 
 
+class _MadeVectors:
+    """Really embeds a query, and gives a vector of the index's own kind: the walk is like one among real neighbours."""
+
+    def __init__(self) -> None:
+        self._real = FastEmbedProvider(DEFAULT_MODEL)
+        self.dimensions, self.model_name = self._real.dimensions, self._real.model_name
+        self.vector: Any = None
+        self.milliseconds: list[float] = []
+
+    def embed(self, text: str) -> Any:
+        started = time.perf_counter()
+        self._real.embed(text)
+        self.milliseconds.append(1000 * (time.perf_counter() - started))
+        return self.vector
+
+    def embed_batch(self, texts: list[str]) -> Any:
+        raise NotImplementedError
+
+
 def find(params: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds of each search, one after the other, on an open connection with the model loaded.
 
-    The query is really embedded; what is looked for is a vector of the index's own kind, so that the walk through the
-    index is like one among real neighbours.
+    ``hybrid`` goes through the library's SearchEngine; ``vector`` and ``keyword`` measure one ranking alone, the
+    embedding included.
     """
-    from kdb_fast.encoder import Encoder, EncoderSpec
-    from kdb_fast.models import resolve
-    from kdb_fast.query import open_connection, open_reader
-    from kdb_fast.retrieval import search
-
     address = database.address_of(params["conninfo"])
-    mode = params["mode"]
-    queries = data.questions(params["records"] + params["warm_up"], params["seed"])
-    encoder = Encoder(EncoderSpec(resolve(DEFAULT_MODEL), batch_size=1))
-    connection = open_connection(address)
-    reader = open_reader(connection, address.dialect)
-    total: list[float] = []
-    embedding: list[float] = []
-    found = 0
-    for number, query in enumerate(queries):
-        vector = vectors.of_texts([query])[0]
-        started = time.perf_counter()
-        if mode != "keyword":
-            encoder.embed([query])
-        embedded = time.perf_counter()
-        results = search(
-            reader, query, query_vector=None if mode == "keyword" else vector, mode=mode, limit=params["limit"]
-        )
-        ended = time.perf_counter()
-        if number >= params["warm_up"]:
-            total.append(1000 * (ended - started))
-            embedding.append(1000 * (embedded - started))
-            found += len(results)
-    connection.close()
+    provider = _MadeVectors()
+    with contextlib.ExitStack() as stack:
+        if params["mode"] == "hybrid":
+            engine = stack.enter_context(SearchEngine(address, provider))
+            search: Callable[[str], Sequence[Any]] = functools.partial(engine.search, limit=params["limit"])
+        else:
+            search = _one_ranking(stack.enter_context(contextlib.closing(open_connection(address))), provider, params)
+        total: list[float] = []
+        found = 0
+        for number, query in enumerate(data.questions(params["records"] + params["warm_up"], params["seed"])):
+            provider.vector = vectors.of_texts([query])[0]
+            started = time.perf_counter()
+            results = search(query)
+            ended = time.perf_counter()
+            if number >= params["warm_up"]:
+                total.append(1000 * (ended - started))
+                found += len(results)
     return {
         "seconds": sum(total) / 1000,
         "records": len(total),
         "p50_ms": percentile(total, 0.5),
         "p95_ms": percentile(total, 0.95),
-        "embed_p50_ms": percentile(embedding, 0.5),
+        "embed_p50_ms": percentile(provider.milliseconds or [0.0], 0.5),
         "results_a_query": found / len(total),
     }
+
+
+def _one_ranking(connection: Any, provider: _MadeVectors, params: dict[str, Any]) -> Callable[[str], Sequence[Any]]:
+    reader = open_reader(connection, "sqlite" if params["conninfo"].startswith("sqlite:") else "postgresql")
+    mode = params["mode"]
+
+    def search(query: str) -> Sequence[Any]:
+        vector = provider.embed(query) if mode == "vector" else None
+        return ranked_search(reader, query, query_vector=vector, mode=mode, limit=params["limit"])
+
+    return search
+
+
+def cold(params: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of the command ``kdb-fast search`` from its start to its end, with the code in the directory ``root``."""
+    address = database.address_of(params["conninfo"])
+    url = params["conninfo"]
+    if address.dialect == "postgresql":
+        from psycopg.conninfo import conninfo_to_dict
+
+        given = conninfo_to_dict(address.conninfo)
+        url = f"postgresql://{given['user']}@/{given['dbname']}?host={quote(str(given['host']))}&port={given['port']}"
+    command = [sys.executable, "-m", "kdb_fast", "search", "--db", url, "--json"]
+    times = []
+    for query in data.questions(params["records"], params["seed"]):
+        started = time.perf_counter()
+        done = subprocess.run([*command, query], cwd=params["root"], capture_output=True, timeout=60, check=True)
+        times.append(time.perf_counter() - started)
+        assert len(json.loads(done.stdout)["results"]) == params["limit"]
+    return {"seconds": sum(times), "records": len(times), "p50_ms": 1000 * percentile(times, 0.5)}

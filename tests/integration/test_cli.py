@@ -70,6 +70,19 @@ def test_a_file_is_indexed_searched_and_up_to_date_the_second_time(tmp_path: Pat
 
 
 @pytest.mark.usefixtures("minilm")
+def test_search_loads_no_package_for_downloads(tmp_path: Path, notes: Path) -> None:
+    db = f"sqlite:///{tmp_path / 'notes.db'}"
+    assert reindex(db, notes).returncode == 0
+    done = kdb_fast("search", "something", "--db", db, "--json", PYTHONPROFILEIMPORTTIME="1")
+    assert json.loads(done.stdout)["results"]
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "fastembed" in imported
+    assert not {name for name in imported if name.partition(".")[0] in ("urllib3", "httpx", "httpcore")}, (
+        "of requests and huggingface_hub"
+    )
+
+
+@pytest.mark.usefixtures("minilm")
 def test_rejected_records_give_exit_code_3_and_too_many_8(tmp_path: Path) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text('{"id": 1, "text": "fine"}\n{"id": 2, "text": "bad \\u0000 nul"}\n{"id": 3}\n')
