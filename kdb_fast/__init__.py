@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from . import telemetry
+
 if TYPE_CHECKING:
     from .errors import (
         DatabaseError,
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from .search import SearchEngine
 
 __version__ = "0.1.0"
+
+telemetry.turn_off()  # here, since it must come before the libraries that report their use
 
 __all__ = [
     "DatabaseError",

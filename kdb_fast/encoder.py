@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -405,13 +406,37 @@ def _load_fastembed(spec: EncoderSpec) -> Any:
     with _explained(spec.model, "cannot be loaded"), contextlib.redirect_stderr(io.StringIO()):
         from fastembed import TextEmbedding
 
-        model = TextEmbedding(
-            model_name=spec.model.name,
-            specific_model_path=str(spec.model.path),
-            local_files_only=True,
-            threads=spec.threads,
-            providers=["CPUExecutionProvider"],
-            # Where OpenVINO runs the model, ONNX Runtime need not load it: 100 MB and 0.3 s.
-            lazy_load=spec.precision != "fp32",
-        )
+        with _without_kleidiai():
+            model = TextEmbedding(
+                model_name=spec.model.name,
+                specific_model_path=str(spec.model.path),
+                local_files_only=True,
+                threads=spec.threads,
+                providers=["CPUExecutionProvider"],
+                # Where OpenVINO runs the model, ONNX Runtime need not load it: 100 MB and 0.3 s.
+                lazy_load=spec.precision != "fp32",
+            )
     return model.model
+
+
+@contextlib.contextmanager
+def _without_kleidiai() -> Iterator[None]:
+    """On aarch64: let sessions made meanwhile do without Arm's KleidiAI, whose kernels keep memory for every new shape
+    of a batch, gigabytes in the end (onnxruntime issue 29538). FastEmbed hands no such setting on."""
+    if platform.machine() not in ("aarch64", "arm64"):
+        yield
+        return
+    import onnxruntime
+
+    usual = onnxruntime.SessionOptions
+
+    def options() -> Any:
+        made = usual()
+        made.add_session_config_entry("mlas.disable_kleidiai", "1")
+        return made
+
+    onnxruntime.SessionOptions = options
+    try:
+        yield
+    finally:
+        onnxruntime.SessionOptions = usual

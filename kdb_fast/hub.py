@@ -16,10 +16,6 @@ from typing import Any, NamedTuple
 from .errors import ModelError
 from .model_files import TOKENIZER_FILES
 
-# ONNX Runtime 1.32 reports its use to its makers unless told otherwise: an identifier and a database in ~/.cache, and
-# a thread for them. Read when it is first imported, which is always after this module.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
 HUB_TIMEOUT = 6.0
 """Seconds for the hub to answer a first small request. Without this, its client retries for minutes."""
 

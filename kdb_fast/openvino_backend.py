@@ -1,6 +1,6 @@
 """Run a model with OpenVINO behind the part of ONNX Runtime's session that the encoder uses.
 
-The only importer of openvino besides :mod:`kdb_fast.quantise`; an optional package.
+openvino is an optional package; it is imported by :func:`kdb_fast.telemetry.import_openvino` only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from .errors import ModelError
 from .openvino_rows import CUT, FILL, pad_rows, row_numbers
+from .telemetry import import_openvino
 
 
 class Input(NamedTuple):
@@ -36,8 +37,6 @@ def compile_model(model: Any, hint: str, threads: int = 1) -> Any:
         hint: ``f32`` or ``bf16``: how to compute what is not quantised.
         threads: Threads of a run.
     """
-    import openvino
-
     config = {
         "INFERENCE_PRECISION_HINT": hint,
         "INFERENCE_NUM_THREADS": threads,
@@ -45,7 +44,7 @@ def compile_model(model: Any, hint: str, threads: int = 1) -> Any:
         "PERFORMANCE_HINT": "LATENCY",
         "ENABLE_CPU_PINNING": False,  # the worker is pinned already
     }
-    return openvino.Core().compile_model(model, "CPU", config)
+    return import_openvino().Core().compile_model(model, "CPU", config)
 
 
 class OpenVinoSession:
@@ -62,9 +61,7 @@ class OpenVinoSession:
 
     def __init__(self, path: Path, *, precision: str, hint: str, threads: int) -> None:
         try:
-            import openvino
-
-            model = pad_rows(openvino.Core().read_model(str(path)))
+            model = pad_rows(import_openvino().Core().read_model(str(path)))
             compiled = compile_model(model, hint, threads)
         except ImportError:
             raise ModelError(

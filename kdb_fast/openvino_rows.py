@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .telemetry import import_openvino
+
 SIZES = {
     "int8": (32, *range(64, 385, 64), 416, *range(448, 513, 16)),
     "bf16": tuple(range(8, 513, 8)),
@@ -85,9 +87,8 @@ def pad_rows(model: Any) -> Any:
 
     Dense layers are products with a constant matrix whose input is [texts, tokens, channels].
     """
-    import openvino
-    from openvino import opset13 as op
-
+    openvino = import_openvino()
+    op = openvino.opset13
     fill_rows, cut_rows = op.parameter([-1], np.int64), op.parameter([-1, -1], np.int64)
     flat: set[tuple[str, int]] = set()
     filled_up: dict[tuple[str, int], Any] = {}
@@ -191,7 +192,6 @@ def _fits(place: Any) -> bool:
         return True
     if np.prod(shape[:-1]) != 1:
         return False
-    from openvino import opset13
-
+    opset13 = import_openvino().opset13
     place.replace_source_output(opset13.constant(np.asarray(node.data).reshape(shape[-1:])).output(0))
     return True

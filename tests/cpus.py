@@ -1,0 +1,125 @@
+"""CPUs other than this one: what tests may take away of its instructions, flags of real ones, and an emulator.
+
+Taking instructions away shows what kdb-fast chooses there. What another CPU computes is seen only where it is there, or
+where QEMU plays it: ``apt-get install qemu-user``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from kdb_fast.precision import CPU_FLAGS
+from kdb_fast.resources import WITHOUT_CPU_FLAGS, cpu_flags
+
+TAKEN_AWAY = {
+    "all that this CPU has": "",
+    "VNNI without BF16": "avx512_bf16 amx_bf16",
+    "AVX-512 without VNNI": "avx512_vnni avx512_bf16 avx_vnni* amx_*",
+    "AVX2 only": "avx512* avx_* amx_*",
+}
+"""Value of KDB_FAST_WITHOUT_CPU_FLAGS that leaves a CPU like this."""
+
+LEFT = {
+    "VNNI without BF16": frozenset(CPU_FLAGS["int8"]),
+    "AVX-512 without VNNI": frozenset({"avx512f"}),
+    "AVX2 only": frozenset({"avx2"}),
+}
+"""What this CPU must have for that: one of them."""
+
+RECORDED = {
+    "AMD EPYC 7xx3 (Zen 3), family 25, model 1": ("avx fma avx2 bmi2 vaes vpclmulqdq", set()),
+    "AMD EPYC 9xx4 (Zen 4), family 25, model 17": (
+        "avx fma avx2 avx512f avx512dq avx512bw avx512vl avx512_bf16 avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg",
+        {"int8", "bf16"},
+    ),
+    "Intel Xeon, Skylake-SP": ("avx fma avx2 avx512f avx512dq avx512cd avx512bw avx512vl", set()),
+    "Intel Xeon, Cascade Lake": ("avx fma avx2 avx512f avx512dq avx512cd avx512bw avx512vl avx512_vnni", {"int8"}),
+    "Intel Xeon, Sapphire Rapids": (
+        "avx fma avx2 avx_vnni avx512f avx512bw avx512vl avx512_bf16 avx512_vnni amx_bf16 amx_tile amx_int8",
+        {"int8", "bf16"},
+    ),
+    "Intel Core, Alder Lake": ("avx fma avx2 avx_vnni gfni vaes", {"int8"}),
+    "Raspberry Pi 4 (Cortex-A72)": ("fp asimd evtstrm crc32 cpuid", set()),
+    "AWS Graviton 3 (Neoverse V1)": ("fp asimd aes atomics asimdhp asimdrdm asimddp sve i8mm bf16 dgh rng", set()),
+    "a kernel that does not say": ("", set()),
+}
+"""Flags in /proc/cpuinfo of real CPUs (those that matter), and the precisions beside fp32 that are offered there."""
+
+
+def pretend(cpu: str, patch: pytest.MonkeyPatch) -> None:
+    """Let kdb-fast, and the commands that this test starts, see a CPU of TAKEN_AWAY. Skips the test where this one has
+    less than that: nothing is ever added."""
+    patch.delenv(WITHOUT_CPU_FLAGS, raising=False)
+    if cpu in LEFT and cpu_flags().isdisjoint(LEFT[cpu]):
+        pytest.skip(f"{cpu!r} was not tried: this CPU has none of {', '.join(sorted(LEFT[cpu]))}")
+    patch.setenv(WITHOUT_CPU_FLAGS, TAKEN_AWAY[cpu])
+
+
+# --- numerics of another CPU ---
+
+AVX2_CPU = "Haswell,-pcid,-x2apic,-tsc-deadline,-hle,-invpcid,-rtm"
+"""Of QEMU's; without what it cannot play, of which it would warn."""
+
+PROGRAM = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+import numpy as np
+from kdb_fast.encoder import Encoder, EncoderSpec
+from kdb_fast.models import resolve
+from kdb_fast.offline import import_fastembed
+
+name, path, prepared, out, *texts = sys.argv[1:]
+import_fastembed()
+spec = EncoderSpec(resolve(name, Path(path)), 100)
+if prepared:
+    spec = replace(spec, precision="int8", prepared=Path(prepared))
+np.save(out, Encoder(spec).embed(texts))
+"""
+
+
+@functools.cache
+def emulator() -> str | None:
+    return shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
+
+
+def needs_emulator(what: str) -> None:
+    """Skip the test where no other CPU can be played.
+
+    Args:
+        what: What is not run then, for the reason.
+    """
+    if platform.machine() != "x86_64":
+        pytest.skip(f"{what} was not run: QEMU plays an x86-64 CPU with AVX2 for programs of an x86-64 machine")
+    if emulator() is None:
+        pytest.skip(f"{what} was not run: no qemu-x86_64 here to play a CPU with AVX2 only (Debian: qemu-user)")
+
+
+def embed_with_avx2(
+    texts: Sequence[str], out: Path, model: str, path: Path, prepared: Path | None = None
+) -> npt.NDArray[np.float32]:
+    """Vectors that a CPU with AVX2 and nothing newer computes, a thousand times slower than a real one.
+
+    Args:
+        texts: Few and short.
+        out: A file to write.
+        model, path: Name and directory of the model.
+        prepared: The quantised model, for int8 with all else in fp32.
+    """
+    command = [emulator(), "-cpu", AVX2_CPU, sys.executable, "-c", PROGRAM,
+               model, str(path), str(prepared or ""), str(out), *texts]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=dict(os.environ), check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    vectors: npt.NDArray[np.float32] = np.load(out)
+    return vectors
