@@ -30,6 +30,9 @@ TAKEN_AWAY = {
 }
 """Value of KDB_FAST_WITHOUT_CPU_FLAGS that leaves a CPU like this."""
 
+GIVEN = os.environ.get(WITHOUT_CPU_FLAGS, "")
+"""What whoever started the tests takes away already: they are then tried as if on that CPU."""
+
 LEFT = {
     "VNNI without BF16": frozenset(CPU_FLAGS["int8"]),
     "AVX-512 without VNNI": frozenset({"avx512f"}),
@@ -57,13 +60,18 @@ RECORDED = {
 """Flags in /proc/cpuinfo of real CPUs (those that matter), and the precisions beside fp32 that are offered there."""
 
 
+def take_away(flags: str, patch: pytest.MonkeyPatch) -> None:
+    """Let kdb-fast, and the commands that this test starts, do without these, instead of what was taken away before; ''
+    for all that this CPU has. Nothing is ever added."""
+    patch.setenv(WITHOUT_CPU_FLAGS, f"{GIVEN} {flags}")
+
+
 def pretend(cpu: str, patch: pytest.MonkeyPatch) -> None:
-    """Let kdb-fast, and the commands that this test starts, see a CPU of TAKEN_AWAY. Skips the test where this one has
-    less than that: nothing is ever added."""
-    patch.delenv(WITHOUT_CPU_FLAGS, raising=False)
+    """Let kdb-fast see a CPU of TAKEN_AWAY. Skips the test where this one has less than that."""
+    take_away("", patch)
     if cpu in LEFT and cpu_flags().isdisjoint(LEFT[cpu]):
         pytest.skip(f"{cpu!r} was not tried: this CPU has none of {', '.join(sorted(LEFT[cpu]))}")
-    patch.setenv(WITHOUT_CPU_FLAGS, TAKEN_AWAY[cpu])
+    take_away(TAKEN_AWAY[cpu], patch)
 
 
 # --- numerics of another CPU ---

@@ -91,7 +91,7 @@ def _prepared(spec: EncoderSpec, params: dict[str, Any]) -> EncoderSpec:
     try:
         return chooser.choose(params["precision"]).spec
     except KdbFastError as error:
-        raise Skip(f"{params['precision']}: {error.message}") from None
+        raise Skip(f"{params['precision']}: {error.message.rstrip('.')}") from None
 
 
 def _shards(params: dict[str, Any], model: Model) -> list[list[str]]:

@@ -74,7 +74,7 @@ def precision(params: dict[str, Any]) -> dict[str, Any]:
     try:
         report = run(params)[1]
     except KdbFastError as error:
-        raise Skip(f"{wanted}: {error.message}") from None
+        raise Skip(f"{wanted}: {error.message.rstrip('.')}") from None
     except TypeError as error:
         raise Skip(f"{wanted}: {error}") from None
     found = _compare(params)

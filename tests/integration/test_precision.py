@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cpus import RECORDED, TAKEN_AWAY, embed_with_avx2, needs_emulator, pretend
+from cpus import RECORDED, TAKEN_AWAY, embed_with_avx2, needs_emulator, pretend, take_away
 from servers import ListSource, index_rows, records_of
 
 from kdb_fast import precision as precision_module
@@ -57,7 +57,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared_here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One place for what is prepared; int8 computes the rest in fp32, unless a test says otherwise."""
     monkeypatch.setenv("KDB_FAST_HOME", str(home))
-    monkeypatch.setenv(WITHOUT_CPU_FLAGS, NO_BF16)
+    take_away(NO_BF16, monkeypatch)
 
 
 def chooser(model: Model, texts: list[str], *, history: tuple[str, ...] = (), **options: object) -> Chooser:
@@ -69,7 +69,7 @@ def chooser(model: Model, texts: list[str], *, history: tuple[str, ...] = (), **
 def int8(minilm: Model, texts: list[str], home: Path) -> Iterator[Choice]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDB_FAST_HOME", str(home))
-        patch.setenv(WITHOUT_CPU_FLAGS, NO_BF16)
+        take_away(NO_BF16, patch)
         needs("int8")
         yield chooser(minilm, texts).choose("int8")
 
@@ -98,7 +98,7 @@ def test_int8_is_the_same_in_every_batch_and_order(int8: Choice, texts: list[str
 def test_bf16_is_close_to_fp32_and_the_same_in_every_batch(
     minilm: Model, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(WITHOUT_CPU_FLAGS)
+    take_away("", monkeypatch)
     needs("bf16")
     choice = chooser(minilm, texts).choose("bf16")
     assert choice.fidelity is not None
@@ -114,7 +114,7 @@ def test_int8_computes_the_rest_in_bf16_where_the_cpu_can(
     int8: Choice, minilm: Model, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes: list[str] = []
-    monkeypatch.delenv(WITHOUT_CPU_FLAGS)
+    take_away("", monkeypatch)
     needs("bf16")
     choice = chooser(minilm, texts, report=notes.append).choose("int8")
     # The same quantised model, compared anew: its vectors are others, and an index is not filled with both.
@@ -129,7 +129,7 @@ def test_int8_computes_the_rest_in_bf16_where_the_cpu_can(
     alone = np.concatenate([encoder.embed([text]) for text in texts[:40]])
     assert np.abs(together[:40] - alone).max() < 1e-6
     # Back on a machine without BF16 the first comparison still holds.
-    monkeypatch.setenv(WITHOUT_CPU_FLAGS, NO_BF16)
+    take_away(NO_BF16, monkeypatch)
     assert chooser(minilm, texts, history=(choice.fingerprint,)).choose("int8") == int8
 
 
