@@ -73,9 +73,11 @@ class Choice:
 
 def unsupported(precision: str) -> str:
     """Why this machine cannot use a precision, as a clause; '' if it can."""
+    if reason := missing_instructions(precision, cpu_flags()):
+        return reason
     if not openvino_backend.installed():
         return "the Python package openvino is not installed (pip install 'kdb-fast[openvino]')"
-    return missing_instructions(precision, cpu_flags())
+    return ""
 
 
 def missing_instructions(precision: str, flags: frozenset[str]) -> str:
