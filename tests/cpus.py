@@ -127,7 +127,7 @@ def embed_with_avx2(
     """
     command = [emulator(), "-cpu", AVX2_CPU, sys.executable, "-c", PROGRAM,
                model, str(path), str(prepared or ""), str(out), *texts]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=dict(os.environ), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ), check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     vectors: npt.NDArray[np.float32] = np.load(out)
     return vectors

@@ -43,7 +43,7 @@ class Watched(NamedTuple):
     sent: list[str] | None
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], timeout: float = 100) -> Watched:
+def run(command: Sequence[str], environment: Mapping[str, str], timeout: float = 300) -> Watched:
     """Run a command with this environment and no other; it is watched by strace, or else put into a network
     namespace. The former sees more: some libraries send nothing where there is no network."""
     with tempfile.TemporaryDirectory() as folder:

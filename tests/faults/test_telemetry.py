@@ -16,6 +16,8 @@ from kdb_fast.models import Model
 from kdb_fast.precision import unsupported
 from kdb_fast.spawning import WORKER_ENVIRONMENT
 
+pytestmark = pytest.mark.timeout(400)  # int8 is calibrated: ten seconds of two idle cores
+
 RECORDS = 250
 """More than one process embeds by itself (``plan.INLINE_ROWS``)."""
 
