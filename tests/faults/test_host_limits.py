@@ -81,7 +81,7 @@ SMALL_DISK = """
 mount -t tmpfs -o size=$SIZE tmpfs "$DISK" || exit 99
 "$@" >"$OUT/first.json" 2>"$OUT/first.err"
 echo $? >"$OUT/first.code"
-mount -o remount,size=100m "$DISK" || exit 99
+mount -o remount,size=100m tmpfs "$DISK" || exit 99
 "$@"
 code=$?
 cp "$DISK"/* "$OUT"

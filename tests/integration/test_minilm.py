@@ -27,6 +27,7 @@ def embedding(minilm: Model) -> Any:
     return TextEmbedding(
         minilm.name,
         specific_model_path=str(minilm.path),
+        cache_dir=str(minilm.path),
         threads=1,
         local_files_only=True,
         providers=["CPUExecutionProvider"],

