@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from .database import DatabaseAddress, connect_postgresql, connect_sqlite, opened
+from . import sqlite_reading
+from .database import DatabaseAddress, connect_postgresql, opened
 from .errors import DatabaseError, SchemaError, UsageError
 from .query import open_reader
 from .stores.base import Store
@@ -100,8 +101,15 @@ class Connections:
             with self.writing() as store:
                 store.prepare(dimensions or store.column_dimensions() or otherwise)
             return
-        with self._lock:
-            self._sqlite_store().prepare(dimensions or otherwise)
+        if self._shared is None and os.path.exists(self._address.conninfo):
+            writable = sqlite_reading.is_writable(self._address)
+        else:
+            writable = not self._address.read_only
+        if writable:
+            with self._lock:
+                self._sqlite_store().prepare(dimensions or otherwise)
+        else:
+            self.read(lambda connection, reader: _check_there(connection, self._address))
         if dimensions is not None:
             self.read(lambda connection, reader: _check_dimensions(connection, dimensions))
 
@@ -146,7 +154,7 @@ class Connections:
 
     def _open(self) -> Any:
         if self.dialect == "sqlite":
-            return connect_sqlite(self._address, must_exist=False)
+            return sqlite_reading.connect_reading(self._address)
         return self._connect() if self._connect is not None else connect_postgresql(self._address, role="library")
 
     @contextlib.contextmanager
@@ -255,7 +263,11 @@ class Connections:
         work: Callable[[Any, SearchReader], T],
         without: Callable[[], T] | None = None,
     ) -> T:
-        """``work`` on one of the ``idle`` or a new connection; ``without`` instead where none can be opened."""
+        """``work`` on one of the ``idle`` or a new connection; ``without`` instead where none can be opened.
+
+        Again where an SQLite file was written meanwhile without its locks between us.
+        """
+        attempts = 0
         while True:
             try:
                 reading, known = idle.pop(), True
@@ -267,16 +279,28 @@ class Connections:
                         raise
                     return without()
                 reading, known = _Reading(connection, open_reader(connection, self.dialect)), False
+            if known and not sqlite_reading.unchanged(reading.connection):
+                _close(reading.connection)
+                continue
+            attempts += 1
             try:
                 result = work(*reading)
             except BaseException as error:
-                if self.dialect == "sqlite" or not reading.connection.closed:
+                if not sqlite_reading.unchanged(reading.connection):
+                    _close(reading.connection)
+                    if isinstance(error, Exception) and attempts < sqlite_reading.READINGS:
+                        continue
+                elif self.dialect == "sqlite" or not reading.connection.closed:
                     idle.append(reading)
                 elif known and isinstance(error, DatabaseError):
                     continue
                 raise
-            idle.append(reading)
-            return result
+            if sqlite_reading.unchanged(reading.connection):
+                idle.append(reading)
+                return result
+            _close(reading.connection)
+            if attempts == sqlite_reading.READINGS:
+                raise sqlite_reading.written_meanwhile(self._address)
 
     def close(self) -> None:
         """Close what was opened here; the caller's own connections stay open."""
@@ -297,6 +321,14 @@ class Connections:
 def main_file(connection: sqlite3.Connection) -> str:
     """Path of the main database; '' in memory."""
     return next((str(row[2] or "") for row in connection.execute("PRAGMA database_list") if row[1] == "main"), "")
+
+
+def _check_there(connection: sqlite3.Connection, address: DatabaseAddress) -> None:
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'kdb_search'").fetchone() is None:
+        raise SchemaError(
+            f"There is no search index in {address.display}, and the file cannot be written.",
+            remedy="Is it the right file? If so, make the file and its directory writable.",
+        )
 
 
 def _check_dimensions(connection: sqlite3.Connection, dimensions: int) -> None:

@@ -3,7 +3,7 @@
 An address is one of::
 
     postgresql://user:password@host:port/dbname?sslmode=…     libpq's URI, every option it knows
-    sqlite:///relative.db      sqlite:////absolute/path.db
+    sqlite:///relative.db      sqlite:////absolute/path.db      ?mode=ro: only read
     embedded:DIR               a private PostgreSQL with pgvector in DIR, started and stopped by the command
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote
 
 from .errors import DatabaseError, KdbFastError, RefusedError, ResourceError, UsageError
 from .records import storable_key
@@ -46,6 +46,10 @@ EMBEDDED_PATH_BYTES = 800
 SQLITE_BUSY_TIMEOUT = 30.0
 """Seconds to wait for another process that is writing the same SQLite file."""
 
+SQLITE_OPTIONS = {"mode": ("ro", "rw", "rwc"), "immutable": ("0", "1"), "uri": ("true", "1")}
+"""What may follow the ? of an SQLite address. A file is made where it is missing, but for ``mode=rw``; ``immutable=1``
+reads it as ``mode=ro`` does; ``uri=true`` is SQLAlchemy's mark of a path that begins with ``file:``."""
+
 
 @dataclass(frozen=True)
 class DatabaseAddress:
@@ -57,6 +61,8 @@ class DatabaseAddress:
         display: The address as it may be printed.
         embedded_dir: Data directory of an embedded server that is not running yet.
         schema: The schema of the tables in PostgreSQL; None for the one that a connection's search path gives.
+        read_only: An SQLite file that must not be written (``mode=ro``).
+        may_create: An SQLite file may be made where there is none (not ``mode=rw`` or ``ro``).
     """
 
     dialect: Literal["postgresql", "sqlite"]
@@ -64,6 +70,8 @@ class DatabaseAddress:
     display: str
     embedded_dir: Path | None = None
     schema: str | None = None
+    read_only: bool = False
+    may_create: bool = True
 
 
 def default_data_dir() -> Path:
@@ -115,24 +123,45 @@ def parse_address(url: str | None) -> DatabaseAddress:
             raise UsageError(f"--db names a directory of {length} bytes; at most {EMBEDDED_PATH_BYTES} are possible.")
         return DatabaseAddress("postgresql", "", _shown(f"embedded:{path}"), path)
     if re.match(r"sqlite(\+\w+)?:", url):
-        match = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", url)
-        if not match:
-            raise UsageError("--db is not a complete SQLite address; expected sqlite:///file.db.")
-        path_text = unquote(match[1])
-        if "\x00" in path_text:
-            raise UsageError("--db has a NUL character in the path of the file, which no file system allows.")
-        if path_text == ":memory:":
-            raise UsageError(
-                "--db is sqlite:///:memory:, which no other process can open; expected a file.",
-                remedy="Use sqlite:///file.db.",
-            )
-        return DatabaseAddress("sqlite", str(absolute_path(path_text)), _shown(f"sqlite:///{path_text}"))
+        return _parse_sqlite(url)
     if re.match(r"(postgresql|postgres)(\+\w+)?://", url):
         return _parse_postgresql(re.sub(r"^(postgresql|postgres)(\+\w+)?://", "postgresql://", url))
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]{0,20}:", url)
     raise UsageError(
         f"--db starts with {scheme[0] if scheme else 'no scheme'!r}; "
         "expected postgresql://…, sqlite:///file.db or embedded:DIR."
+    )
+
+
+def _parse_sqlite(url: str) -> DatabaseAddress:
+    match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?(.*))?", url, re.DOTALL)
+    if not match:
+        raise UsageError("--db is not a complete SQLite address; expected sqlite:///file.db.")
+    path_text = unquote(match[1])
+    if "\x00" in path_text:
+        raise UsageError("--db has a NUL character in the path of the file, which no file system allows.")
+    options = dict(parse_qsl(match[2] or "", keep_blank_values=True))
+    for name, value in options.items():
+        if value.lower() not in SQLITE_OPTIONS.get(name, ()):
+            known = ", ".join(f"{n}={'|'.join(values)}" for n, values in SQLITE_OPTIONS.items())
+            raise UsageError(
+                f"--db has {_shown(f'{name}={value}')[:60]!r} after the ?, which is no option of an SQLite address.",
+                remedy=f"Known are: {known}.",
+            )
+    if "uri" in options and path_text.startswith("file:"):
+        path_text = re.sub(r"^file:(//(localhost)?(?=/))?", "", path_text)
+    if path_text == ":memory:":
+        raise UsageError(
+            "--db is sqlite:///:memory:, which no other process can open; expected a file.",
+            remedy="Use sqlite:///file.db.",
+        )
+    read_only = options.get("mode") == "ro" or options.get("immutable") == "1"
+    return DatabaseAddress(
+        "sqlite",
+        str(absolute_path(path_text)),
+        _shown(f"sqlite:///{path_text}"),
+        read_only=read_only,
+        may_create=not read_only and options.get("mode") != "rw",
     )
 
 
@@ -276,22 +305,33 @@ def create_sqlite(address: DatabaseAddress) -> None:
     Raises:
         DatabaseError: Its directory does not exist or may not be written.
     """
-    if address.dialect == "sqlite" and not os.path.exists(address.conninfo):
+    if address.dialect == "sqlite" and address.may_create and not os.path.exists(address.conninfo):
         connect_sqlite(address, must_exist=False).close()
 
 
-def connect_sqlite(address: DatabaseAddress, *, must_exist: bool = True) -> sqlite3.Connection:
-    """A connection in autocommit mode (transactions are begun explicitly), with a busy time-out.
-
-    Raises:
-        DatabaseError: The file does not exist, is not a database, or cannot be opened.
-        RefusedError: Its directory cannot be written.
-        ResourceError: The disk is full or fails.
-    """
-    if must_exist and not os.path.exists(address.conninfo):
+def check_sqlite_file(address: DatabaseAddress) -> None:
+    """Raise DatabaseError unless there is a file of this name."""
+    if not os.path.exists(address.conninfo):
         raise DatabaseError(
             f"There is no SQLite file {_shown(address.conninfo)}, or it is in a directory that may not be read.",
             remedy="Check the path after sqlite:/// (four / for absolute).",
+        )
+
+
+def connect_sqlite(address: DatabaseAddress, *, must_exist: bool = True) -> sqlite3.Connection:
+    """A connection to write through, in autocommit mode (transactions are begun explicitly), with a busy time-out.
+
+    Raises:
+        DatabaseError: The file does not exist, is not a database, or cannot be opened.
+        RefusedError: The address says ``mode=ro``, or the file's directory cannot be written.
+        ResourceError: The disk is full or fails.
+    """
+    if must_exist or not address.may_create:
+        check_sqlite_file(address)
+    if address.read_only:
+        raise RefusedError(
+            f"{address.display} is to be read only (mode=ro), and this would write it.",
+            remedy="Leave mode=ro out of the address.",
         )
     connection = None
     try:
@@ -302,18 +342,32 @@ def connect_sqlite(address: DatabaseAddress, *, must_exist: bool = True) -> sqli
     except sqlite3.Error as error:
         if connection is not None:
             connection.close()
-        raise _cannot_open(address, error) from None
+        raise cannot_open(address, error) from None
     return connection
 
 
-def _cannot_open(address: DatabaseAddress, error: sqlite3.Error) -> KdbFastError:
+def cannot_open(address: DatabaseAddress, error: sqlite3.Error) -> KdbFastError:
+    """The error of kdb-fast that says why an SQLite file cannot be opened."""
     text = f"Cannot open {address.display}: {error}."
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
         return ResourceError(text, remedy="Is the disk full, or a limit reached (ulimit -f)? Then run it again.")
-    if code == sqlite3.SQLITE_CANTOPEN:
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
         directory = os.path.dirname(address.conninfo)
+        if os.path.isdir(address.conninfo):
+            return DatabaseError(text, remedy="This is a directory; expected a file.")
+        if os.path.exists(address.conninfo) and not os.access(address.conninfo, os.R_OK):
+            return RefusedError(text, remedy="This user may not read the file.")
         if os.path.isdir(directory) and not os.access(directory, os.W_OK):
             return RefusedError(text, remedy="Make its directory writable: SQLite keeps its log beside the file.")
         return DatabaseError(text, remedy="Is its directory there, and may more files be opened?")
-    return DatabaseError(text, remedy="Is it a SQLite database?")
+    if code == sqlite3.SQLITE_NOTADB:
+        return DatabaseError(text, remedy="Is it a SQLite database?")
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return DatabaseError(
+            f"Another program kept {address.display} locked for {SQLITE_BUSY_TIMEOUT:.0f} s: {error}.",
+            remedy="End its transaction, then run the same command again.",
+        )
+    if code == sqlite3.SQLITE_CORRUPT:
+        return DatabaseError(text, remedy="Check it with PRAGMA integrity_check, and restore an undamaged copy.")
+    return DatabaseError(text)

@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .database import DatabaseAddress, connect_postgresql, connect_sqlite
+from . import sqlite_reading
+from .database import DatabaseAddress, connect_postgresql
 from .records import storable_key
 from .stores import open_store
 from .stores.reading import columns_of, rows_of
@@ -18,20 +19,35 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .retrieval import SearchReader
+    from .retrieval import SearchReader, SearchResult
 
     Vector = npt.NDArray[np.float32]
     Vectors = npt.NDArray[np.float32]
+
+T = TypeVar("T")
 
 RECENT_RUNS = 50
 """Runs of which :func:`recent_fingerprints` reads the fingerprint."""
 
 
 def open_connection(address: DatabaseAddress) -> Any:
-    """A connection for reading, of either dialect, in autocommit mode."""
+    """A connection for reading, of either dialect, in autocommit mode. For one question: :func:`read`."""
     if address.dialect == "sqlite":
-        return connect_sqlite(address)
+        return sqlite_reading.connect_reading(address)
     return connect_postgresql(address, role="search")
+
+
+def read(address: DatabaseAddress, work: Callable[[Any], T]) -> T:
+    """``work(connection)`` on a connection for reading; called again where an SQLite file was written meanwhile without
+    its locks between us.
+
+    Raises:
+        DatabaseError: The database cannot be reached.
+    """
+    if address.dialect == "sqlite":
+        return sqlite_reading.read(address, work)
+    with contextlib.closing(open_connection(address)) as connection:
+        return work(connection)
 
 
 def embed_queries(texts: Sequence[str], model_name: str, model_path: Path | None) -> Vectors:
@@ -84,8 +100,7 @@ def run_search(
     text = meaning(query)
     vector = None
     if mode != "keyword" and text:
-        with contextlib.closing(open_connection(address)) as connection:
-            made = index_model(connection, address.dialect)
+        made = read(address, lambda connection: index_model(connection, address.dialect))
         vector = embed_query(
             text, made, provider=provider, model=model_name, model_path=model_path, warn=warn, meanwhile=meanwhile
         )
@@ -108,11 +123,9 @@ def search_open(
     """:func:`run_search` with the query's vector at hand (float32, dimensions; None for keywords only)."""
     from .retrieval import search
 
-    connection = open_connection(address)
-    try:
-        reader = open_reader(connection, address.dialect)
-        results = search(
-            reader,
+    def work(connection: Any) -> list[SearchResult]:
+        return search(
+            open_reader(connection, address.dialect),
             query,
             query_vector=vector,
             mode=mode,  # type: ignore[arg-type]
@@ -121,9 +134,8 @@ def search_open(
             min_score=min_score,
             where=where,
         )
-    finally:
-        connection.close()
-    return [dataclasses.asdict(result) for result in results]
+
+    return [dataclasses.asdict(result) for result in read(address, work)]
 
 
 def open_reader(connection: Any, dialect: str) -> SearchReader:
@@ -150,28 +162,26 @@ def last_run(connection: Any, dialect: str) -> dict[str, Any] | None:
 
 def recent_fingerprints(address: DatabaseAddress) -> list[str]:
     """Fingerprints of the last RECENT_RUNS runs on an index, the newest first, each once; [] without an index."""
-    connection = open_connection(address)
-    try:
+
+    def work(connection: Any) -> list[str]:
         rows = rows_of(connection, address.dialect)
         target = find_target(rows, address.dialect)
         if not columns_of(rows, target, [RUNS]):
             return []
         query = f"SELECT fingerprint FROM {target.table(RUNS)} ORDER BY run DESC LIMIT {RECENT_RUNS}"  # noqa: S608
         return list(dict.fromkeys(row[0] for row in rows(query, {})))
-    finally:
-        connection.close()
+
+    return read(address, work)
 
 
 def run_status(address: DatabaseAddress) -> dict[str, Any]:
     """Counts of each entity, their sums, and the last run."""
     from .stores.status import statuses
 
-    connection = open_connection(address)
-    try:
-        rows = statuses(connection, address.dialect, None)
-        run = last_run(connection, address.dialect)
-    finally:
-        connection.close()
+    rows, run = read(
+        address,
+        lambda connection: (statuses(connection, address.dialect, None), last_run(connection, address.dialect)),
+    )
     return {
         "database": address.display,
         "indexed": sum(row.indexed for row in rows),

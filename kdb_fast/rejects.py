@@ -10,7 +10,7 @@ from typing import Any
 
 from .database import DatabaseAddress
 from .progress import Progress
-from .query import forget_older, last_run, open_connection
+from .query import forget_older, last_run, read
 from .records import storable_key
 from .reindex import Receipt, reindex
 from .settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
@@ -33,8 +33,14 @@ def list_rejects(address: DatabaseAddress, entity: str | None = None) -> Rows:
     Raises:
         DatabaseError: The database cannot be reached.
     """
-    with _opened(address) as store:
-        rows = list(store.rejects(None if entity is None else storable_key(entity))) if store is not None else []
+    name = None if entity is None else storable_key(entity)
+    if address.dialect == "sqlite":
+        from .stores.sqlite import SQLiteStore
+
+        rows = read(address, lambda file: list(SQLiteStore(file).rejects(name)) if _is_there(file, address) else [])
+    else:
+        with _opened(address) as store:
+            rows = list(store.rejects(name)) if store is not None else []
     for row in rows:
         row["line"] = row.pop("position")
         row.pop("content_hash")
@@ -105,30 +111,31 @@ def retry_rejects(
 @contextlib.contextmanager
 def _opened(address: DatabaseAddress) -> Iterator[Store | None]:
     """The store, or None where no run has made its tables."""
-    with contextlib.closing(open_connection(address)) as connection:
-        rows = rows_of(connection, address.dialect)
-        there = columns_of(rows, find_target(rows, address.dialect), [REJECTS])
-    if not there:
+    if not read(address, lambda connection: _is_there(connection, address)):
         yield None
         return
-    store = open_store(address, "rejects")
-    try:
+    with contextlib.closing(open_store(address, "rejects")) as store:
         yield store
-    finally:
-        store.close()
+
+
+def _is_there(connection: Any, address: DatabaseAddress) -> bool:
+    rows = rows_of(connection, address.dialect)
+    return bool(columns_of(rows, find_target(rows, address.dialect), [REJECTS]))
 
 
 def _known_entities(address: DatabaseAddress) -> dict[str, str]:
     """Entities that KameleonDB defines, by name as the table of rejects has it."""
-    with contextlib.closing(open_connection(address)) as connection:
+
+    def work(connection: Any) -> dict[str, str]:
         rows = rows_of(connection, address.dialect)
         if len(columns_of(rows, find_target(rows, address.dialect), KAMELEON_TABLES)) < len(KAMELEON_TABLES):
             return {}
         catalog = Catalog.load(connection, address.dialect, address.display)
-    return {storable_key(name): name for name in catalog.entities}
+        return {storable_key(name): name for name in catalog.entities}
+
+    return read(address, work)
 
 
 def _model_of_newest_run(address: DatabaseAddress) -> str:
-    with contextlib.closing(open_connection(address)) as connection:
-        run = last_run(connection, address.dialect)
+    run = read(address, lambda connection: last_run(connection, address.dialect))
     return str(run["model"]) if run else DEFAULT_MODEL

@@ -58,7 +58,10 @@ def _for_sqlite(engine: Any) -> Connections:
         raise UsageError(f"The engine's driver is {type(connection).__module__}; expected sqlite3.")
     if path := main_file(connection):
         held.close()
-        return Connections(DatabaseAddress("sqlite", path, f"sqlite:///{path}"))
+        read_only = engine.url.query.get("mode") == "ro" or engine.url.query.get("immutable") == "1"
+        return Connections(
+            DatabaseAddress("sqlite", path, f"sqlite:///{path}", read_only=read_only, may_create=not read_only)
+        )
     # Held for good: each return to the pool would roll back what a session has open on the same connection.
     return Connections(MEMORY, shared=connection, keep=held)
 

@@ -27,7 +27,11 @@ CACHE_KIB = 16 * 1024
 
 CHECKPOINT_PAGES = 16_384
 """Write-ahead log of 64 MB before it is copied into the file: index pages that many flushes touch are copied
-once. Loads 100,000 rows a third faster than SQLite's 1,000 pages."""
+once. Loads 100,000 rows a third faster than SQLite's 1,000 pages.
+
+Only where the owner of the file has chosen that mode: a run leaves the journal mode as it is, since it needs no other.
+Loading 20,000 rows takes 4.5 to 5.7 s with a write-ahead log and without, replacing them 5.5 to 6.9 (five runs each, in
+turn)."""
 
 ANALYZE_ROWS = 10_000
 """From so many rows on the planner's statistics are worth having."""
@@ -62,6 +66,8 @@ class SQLiteStore(Store):
         with translated("opening"):
             store._connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
             store._connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+            # Without a write-ahead log, pages written before the COMMIT would shut readers out until then.
+            store._connection.execute("PRAGMA cache_spill = OFF")
         return store
 
     # -- before and after a run ------------------------------------------------------------------------

@@ -104,10 +104,10 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     if connection.in_transaction:
         connection.execute(begin)
     else:
-        _begin(connection, begin)
+        _patiently(connection, begin)
     try:
         yield
-        connection.execute(commit)
+        _patiently(connection, commit)
     except BaseException:
         # After a full disk, a failed read or write, or RAISE(ROLLBACK), SQLite has rolled back by itself.
         if connection.in_transaction:
@@ -117,8 +117,9 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def _begin(connection: sqlite3.Connection, statement: str) -> None:
-    """Begin a write transaction, waiting for another program's to end as long as the connection's time-out says.
+def _patiently(connection: sqlite3.Connection, statement: str) -> None:
+    """Begin or commit a write transaction, waiting for other programs' to end as long as the connection's time-out
+    says: for writers at its begin and, where the file has no write-ahead log, for readers at its end.
 
     In short steps, between which Python handles signals: within SQLite a Ctrl-C would wait as long as we do.
     """

@@ -13,9 +13,6 @@ NEEDED_COLUMNS = (
 )  # fmt: skip
 FTS_COLUMNS = ("id", "entity_name", "record_id", "content")
 
-WAL_PATIENCE_MS = 1_000
-"""Milliseconds to wait for readers before the journal mode is left as it is: WAL is faster, not needed."""
-
 PROBE = (
     "EXPLAIN INSERT INTO kdb_search (rowid, id, entity_name, record_id, content) VALUES (1, '', '', '', '') "
     "ON CONFLICT (entity_name, record_id) DO NOTHING"
@@ -32,7 +29,6 @@ def columns(connection: sqlite3.Connection, table: str) -> dict[str, tuple[bool,
 def prepare(connection: sqlite3.Connection) -> None:
     """See :meth:`kdb_fast.stores.base.Store.prepare`. All or nothing: one transaction."""
     try:
-        _write_ahead_log(connection)
         with transaction(connection):
             _encoding(connection)
             _search_table(connection)
@@ -57,21 +53,6 @@ def _encoding(connection: sqlite3.Connection) -> None:
             f"The database keeps text as {encoding}; expected UTF-8, SQLite's and KameleonDB's default.",
             remedy="Copy it into a new file: sqlite3 old.db .dump | sqlite3 new.db",
         )
-
-
-def _write_ahead_log(connection: sqlite3.Connection) -> None:
-    """Write-ahead log where it can be had: readers and the writer do not wait for one another."""
-    if connection.in_transaction:
-        return
-    (patience,) = connection.execute("PRAGMA busy_timeout").fetchone()
-    connection.execute(f"PRAGMA busy_timeout = {WAL_PATIENCE_MS}")
-    try:
-        connection.execute("PRAGMA journal_mode = WAL").fetchone()
-    except sqlite3.OperationalError as error:
-        if primary_code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            raise
-    finally:
-        connection.execute(f"PRAGMA busy_timeout = {int(patience)}")
 
 
 def _search_table(connection: sqlite3.Connection) -> None:

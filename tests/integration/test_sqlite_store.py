@@ -8,6 +8,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -594,7 +595,36 @@ def test_preparing_twice_changes_nothing(index: Index) -> None:
     index.store.prepare(DIMENSIONS)
     index.store.prepare(2 * DIMENSIONS)
     assert index.rows("SELECT name, sql FROM sqlite_master ORDER BY name") == before
-    assert index.rows("PRAGMA journal_mode") == [("wal",)]
+
+
+@pytest.mark.parametrize("mode", ["delete", "truncate", "persist", "wal"])
+def test_the_journal_mode_stays_as_the_owner_has_it(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "index.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA journal_mode = {mode}")
+    index = Index(path)
+    index.store.prepare(DIMENSIONS)
+    run = index.begin()
+    assert index.write(run, 1, numbered(40)).rows == 40
+    index.store.end_run(run.number, "done", {})
+    # Of the modes, only that of a write-ahead log is kept in the file.
+    assert index.rows("PRAGMA journal_mode") == [("wal" if mode == "wal" else "delete",)]
+    index.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["index.db"]
+
+
+def test_a_flush_waits_for_readers_of_a_file_without_a_write_ahead_log(index: Index) -> None:
+    run = index.begin()
+    index.write(run, 1, numbered(9))
+    reader = sqlite3.connect(index.path, isolation_level=None, check_same_thread=False)
+    reader.execute("BEGIN")
+    assert reader.execute("SELECT count(*) FROM kdb_search").fetchone() == (9,)
+    ended = threading.Timer(0.5, lambda: reader.execute("COMMIT"))
+    ended.start()
+    assert index.write(run, 2, numbered(20)).rows == 20
+    ended.join()
+    reader.close()
+    index.assert_in_step()
 
 
 def test_a_table_made_by_kameleondb_is_taken_as_it_is(tmp_path: Path) -> None:
