@@ -10,6 +10,7 @@ An address is one of::
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import re
 import sqlite3
@@ -180,7 +181,7 @@ def _parse_postgresql(url: str) -> DatabaseAddress:
     try:
         parts = conninfo_to_dict(url)
     except (psycopg.Error, UnicodeError):  # %ff is no UTF-8
-        raise UsageError(
+        raise _bad_option(url) or UsageError(
             "--db is not a valid PostgreSQL address (it is not repeated here, since it may hold a password).",
             remedy="Expected postgresql://user:password@host:port/dbname; write special characters of the "
             "password as %XX (for example @ as %40), or leave the password out and use PGPASSWORD or ~/.pgpass.",
@@ -198,6 +199,46 @@ def _parse_postgresql(url: str) -> DatabaseAddress:
     ports = ports if len(ports) == len(hosts) else ports[:1] * len(hosts)
     where = ",".join(f"{h}:{p or 5432}" for h, p in zip(hosts, ports, strict=True))
     return DatabaseAddress("postgresql", make_conninfo(url), _shown(f"postgresql://{where}/{name}"))
+
+
+SECRET_OPTIONS = ("password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
+"""Options of libpq whose values are not shown."""
+
+SCHEMA_OPTIONS = ("schema", "schemas", "search_path", "currentschema", "current_schema", "searchpath")
+"""What other programs call the schema in an address (compared without case)."""
+
+
+def _bad_option(url: str) -> UsageError | None:
+    """The error that names what libpq refuses after the ?; None where that may be a part of a password."""
+    from psycopg import pq
+
+    before, _, query = url.removeprefix("postgresql://").partition("?")
+    _, at, where = before.rpartition("@")
+    if not query or "@" in query or (not at and not re.fullmatch(r"[^:/]*(:\d*)?(/.*)?", where)):
+        return None
+    known = [option.keyword.decode() for option in pq.Conninfo.get_defaults()]
+    for part in query.split("&"):
+        name, equals, value = part.partition("=")
+        name = unquote(name)
+        shown = repr(storable_key(name, 40))
+        if name not in known and name != "ssl":
+            remedy = "The options are libpq's, such as sslmode, connect_timeout and options."
+            if name.lower() in SCHEMA_OPTIONS:
+                schema = value if re.fullmatch(r"\w{1,63}", value) else "NAME"
+                remedy = f"For another schema write options=-csearch_path%3D{schema}"
+            elif close := difflib.get_close_matches(name, known, n=1):
+                remedy = f"Did you mean {close[0]}?"
+            message = f"--db has {shown} after the ?, which is no option of a PostgreSQL address."
+            return UsageError(message, remedy=remedy)
+        if name in SECRET_OPTIONS:
+            return None
+        if not equals:
+            return UsageError(f"--db has {shown} after the ? without a value.", remedy="Write name=value.")
+        if "=" in value:
+            return UsageError(
+                f"--db has a = in the value of {shown}.", remedy="Write it as %3D, as in options=-csearch_path%3DNAME"
+            )
+    return None
 
 
 def _shown(display: str) -> str:
@@ -295,8 +336,21 @@ def connect_postgresql(
         detail = " ".join(redact(str(error), address).split()).rstrip(".?")
         raise DatabaseError(
             f"Cannot connect to {address.display}: {detail}.",
-            remedy="Check host, port, user and password in --db, and that the server runs.",
+            remedy=connection_remedy(detail),
         ) from None
+
+
+def connection_remedy(detail: str) -> str:
+    """What to do where a connection is refused. libpq gives no code, only words, which may be in any language."""
+    if "does not exist" in detail:
+        return "Check user and database name in --db; createdb makes a database."
+    if re.search(r"(invalid|unrecognized|bad|definition of) .*(value|parameter|service)", detail):
+        return "Correct this option in --db (or in the environment: PG…)."
+    if "FATAL" in detail:
+        return "The server runs, and refuses: check user, password, database name and options in --db."
+    if "session attrs" in detail or "standby" in detail or "read-only" in detail or "read-write" in detail:
+        return "The server is there, but is not of the kind that target_session_attrs asks for."
+    return "Check host and port in --db, and that the server runs and can be reached from here."
 
 
 def create_sqlite(address: DatabaseAddress) -> None:

@@ -17,7 +17,7 @@ import sqlite3
 from typing import Any
 
 from .connections import Connections, main_file
-from .database import DatabaseAddress, parse_address, redact
+from .database import DatabaseAddress, connection_remedy, parse_address, redact
 from .errors import DatabaseError, UsageError
 
 MEMORY = DatabaseAddress("sqlite", ":memory:", "sqlite:///:memory:")
@@ -106,5 +106,5 @@ def _checked_out(engine: Any, address: DatabaseAddress) -> Any:
         detail = " ".join(redact(str(getattr(error, "orig", None) or error), address).split())
         raise DatabaseError(
             f"Cannot connect to {address.display}: {detail}.",
-            remedy="Is the server running, and are host, port, user and password right?",
+            remedy=connection_remedy(detail),
         ) from None

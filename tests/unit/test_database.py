@@ -4,6 +4,7 @@ import re
 import sqlite3
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import pytest
@@ -20,6 +21,9 @@ from kdb_fast.database import (
     redact,
 )
 from kdb_fast.errors import DatabaseError, KdbFastError, UsageError
+
+if TYPE_CHECKING:
+    from servers import Server
 
 SECRET = "hunter2-SENTINEL@x"
 ESCAPED = "hunter2-SENTINEL%40x"
@@ -290,3 +294,74 @@ def test_a_file_that_is_no_database_is_told_and_closed(tmp_path: Path, monkeypat
 def test_address_is_a_value() -> None:
     assert parse_address("sqlite:////tmp/a.db") == parse_address("sqlite:////tmp/a.db")
     assert isinstance(parse_address("sqlite:////tmp/a.db"), DatabaseAddress)
+
+
+# -- what is refused is named, and no part of a password ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("query", "named", "remedy"),
+    [
+        ("schema=app", "'schema'", "options=-csearch_path%3Dapp"),
+        ("currentSchema=app", "'currentSchema'", "options=-csearch_path%3Dapp"),
+        ("search_path=a%2Cb", "'search_path'", "options=-csearch_path%3DNAME"),
+        ("sslmode=require&schema=app", "'schema'", "options=-csearch_path%3Dapp"),
+        ("ssl_mode=require", "'ssl_mode'", "Did you mean sslmode?"),
+        ("pgbouncer=true", "'pgbouncer'", "libpq"),
+        ("sslmode", "'sslmode'", "name=value"),
+        ("options=-csearch_path=app", "'options'", "%3D"),
+        ("x%1b[2J=1", r"'x\\x1b[2J'", "libpq"),
+    ],
+)
+@pytest.mark.parametrize("start", [f"postgresql://ann:{ESCAPED}@h:5432/db", "postgresql://h/db", "postgresql:///db"])
+def test_an_unknown_option_of_a_postgresql_address_is_named(start: str, query: str, named: str, remedy: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_address(f"{start}?{query}")
+    assert named in caught.value.message
+    assert remedy in caught.value.remedy
+    assert "hunter2" not in everything_said(caught.value)
+    assert "password" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://ann:hunter2/SENTINEL?SENTINEL=x@h/db",
+        "postgresql://ann:hunter2?SENTINEL=x",
+        "postgresql://ann@h/db?password=hunter2&SENTINEL=x",
+        "postgresql://ann@h/db?sslpassword=hunter2&SENTINEL",
+        "postgresql://ann:hunter2%zzSENTINEL@h/db",
+    ],
+)
+def test_what_may_be_part_of_a_password_is_not_named(url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_address(url)
+    assert "SENTINEL" not in everything_said(caught.value)
+    assert "password" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said", "remedy"),
+    [
+        ({"dbname": "nope"}, "nope", "database name"),
+        ({"user": "nope"}, "nope", "user"),
+        ({"options": "-cfoo=bar"}, "foo", "option"),
+        ({"options": "-cwork_mem=x"}, "work_mem", "option"),
+        ({"sslmode": "foo"}, "sslmode", "option"),
+        ({"connect_timeout": "abc"}, "connect_timeout", "option"),
+        ({"service": "nope"}, "nope", "option"),
+        ({"target_session_attrs": "standby"}, "standby", "target_session_attrs"),
+        ({"port": "1"}, ".1", "host and port"),
+        ({"host": "nohost.invalid"}, "nohost", "host and port"),
+    ],
+)
+def test_what_keeps_a_connection_from_being_made_is_what_the_remedy_is_about(
+    postgres: Server, parts: dict[str, str], said: str, remedy: str
+) -> None:
+    from psycopg.conninfo import make_conninfo
+
+    address = DatabaseAddress("postgresql", make_conninfo(postgres.address.conninfo, **parts), "postgresql://tests/db")
+    with pytest.raises(DatabaseError) as caught:
+        connect_postgresql(address, role="test")
+    assert said in caught.value.message
+    assert remedy in caught.value.remedy
