@@ -413,7 +413,9 @@ def cannot_open(address: DatabaseAddress, error: sqlite3.Error) -> KdbFastError:
         if os.path.exists(address.conninfo) and not os.access(address.conninfo, os.R_OK):
             return RefusedError(text, remedy="This user may not read the file.")
         if os.path.isdir(directory) and not os.access(directory, os.W_OK):
-            return RefusedError(text, remedy="Make its directory writable: SQLite keeps its log beside the file.")
+            return RefusedError(
+                text, remedy="Make its directory writable, and the file: SQLite keeps its journal beside it."
+            )
         return DatabaseError(text, remedy="Is its directory there, and may more files be opened?")
     if code == sqlite3.SQLITE_NOTADB:
         return DatabaseError(text, remedy="Is it a SQLite database?")

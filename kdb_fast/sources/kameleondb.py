@@ -308,9 +308,16 @@ def _stored(text: Any) -> dict[str, Any]:
     raise _Unreadable("not_an_object", f"the stored data is {type(data).__name__}, expected a JSON object")
 
 
+def _text(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
+
+
 def _decoded(row: tuple[Any, ...]) -> tuple[Any, ...]:
     try:
-        return tuple(value.decode() if isinstance(value, bytes) else value for value in row)
+        record_id, changed, *values = row
+        if isinstance(changed, bytes):
+            changed = changed.decode(errors="replace")  # no time then, but the record is fit
+        return (_text(record_id), changed, *map(_text, values))
     except UnicodeDecodeError as error:
         raise _Unreadable("not_utf8", f"a stored text is not UTF-8 (at its byte {error.start + 1})") from None
 
@@ -333,4 +340,7 @@ def _utc(changed: Any) -> datetime | None:
             return None
     if not isinstance(changed, datetime):
         return None
-    return changed.replace(tzinfo=UTC) if changed.tzinfo is None else changed.astimezone(UTC)
+    try:
+        return changed.replace(tzinfo=UTC) if changed.tzinfo is None else changed.astimezone(UTC)
+    except OverflowError:  # in the first or last hours that Python knows
+        return None

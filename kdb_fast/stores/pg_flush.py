@@ -292,7 +292,7 @@ class FlushWriter:
             STAGING_COLUMNS,
             [
                 [number + pgcopy.int_field(i, 4) + flags[int(slot.known[i])] for i in rows],
-                pgcopy.timestamp_fields(slot.stamp[rows]),
+                pgcopy.stamp_fields(slot.stamp[rows]),
                 pgcopy.id_fields(len(rows)),
                 self._keys_and_texts(flush_slot, rows),
                 self._vector_fields(flush_slot, rows),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import SchemaError
 from ..faults import fault
-from ..target import RECORDS, REJECTS, RUNS, STATE, TABLE, Target
+from ..records import storable_key
+from ..target import RECORDS, REJECTS, RUNS, STATE, TABLE, Target, identifier
 from . import schema
 
 if TYPE_CHECKING:
@@ -24,6 +25,32 @@ NEEDED_COLUMNS = ("id", "entity_name", "record_id", "content", "embedding", "mod
                   "updated_at")  # fmt: skip
 
 
+TEXT = ("S", "text")
+"""Any type of strings (``pg_type.typcategory``), and what KameleonDB has, for messages."""
+
+TIME = ("timestamp", "timestamptz")
+
+WRITTEN_COLUMNS: dict[str, tuple[str, ...]] = {
+    "id": TEXT, "entity_name": TEXT, "record_id": TEXT, "content": TEXT, "embedding": (), "model": TEXT,
+    "dimensions": ("int4",), "updated_at": TIME, "kdb_fast_fingerprint": TEXT, "kdb_fast_run": ("int8",),
+    "kdb_fast_at": TIME[1:], "kdb_fast_source_at": TIME[1:],
+}  # fmt: skip
+"""Columns that a run writes, with the types (or their category) that its binary COPY fits; the last one is KameleonDB's
+or our own."""
+
+
+class Column(NamedTuple):
+    """A column of the search table: its type as declared; the same or, of a domain, the one below it; its category; its
+    modifier; whether the column is generated, and whether a row must give it a value."""
+
+    declared: str
+    type: str
+    category: str
+    modifier: int
+    generated: bool
+    needs_value: bool
+
+
 def prepare(store: PostgreSQLStore, dimensions: int) -> None:
     """See :meth:`kdb_fast.stores.base.Store.prepare`."""
     import psycopg
@@ -36,8 +63,15 @@ def prepare(store: PostgreSQLStore, dimensions: int) -> None:
             _extension(cursor)
             target = store.find_target()
             if _exists(cursor, target, TABLE):
+                _check_kind(cursor, target, TABLE)
                 _check_table(cursor, target, dimensions)
             else:
+                name = target.regclass(TABLE)
+                if cursor.execute("SELECT to_regtype(%s) IS NOT NULL", (name,)).fetchone() == (True,):
+                    raise SchemaError(
+                        f"{target.shown(TABLE)} is a data type; expected a table, whose rows are of such a type.",
+                        remedy="Rename it, or use another schema or database for this index.",
+                    )
                 if dimensions > 2000:
                     raise SchemaError(
                         f"The model gives {dimensions} dimensions; a pgvector HNSW index holds at most 2000.",
@@ -123,12 +157,31 @@ def vector_version(cursor: psycopg.Cursor[tuple[Any, ...]]) -> tuple[int, ...]:
     return tuple(int(part) for part in str(row[0] if row else "0").split(".") if part.isdigit())
 
 
+RELATIONS = {"v": "view", "m": "materialized view", "f": "foreign table", "S": "sequence", "c": "composite type",
+             "i": "index", "I": "partitioned index"}  # fmt: skip
+"""What a name may belong to instead of a table, by ``pg_class.relkind``."""
+
+
+def _check_kind(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, table: str) -> None:
+    statement = "SELECT relkind::text FROM pg_class WHERE oid = to_regclass(%s)"
+    row = cursor.execute(statement, (target.regclass(table),)).fetchone()
+    if row and row[0] in RELATIONS:
+        raise SchemaError(
+            f"{target.shown(table)} is a {RELATIONS[row[0]]}; expected a table.",
+            remedy="Rename it, or use another schema or database for this index.",
+        )
+
+
 def _check_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, dimensions: int) -> None:
     shown, oid = target.shown(TABLE), target.regclass(TABLE)
-    columns: dict[str, tuple[str, int]] = {
-        r[0]: (r[1], r[2])
-        for r in cursor.execute(
-            "SELECT a.attname, t.typname, a.atttypmod FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid "
+    columns = {
+        row[0]: Column(*row[1:])
+        for row in cursor.execute(
+            # Of a domain, what it is a domain of: a domain of domains is another program's business.
+            "SELECT a.attname, t.typname, coalesce(b.typname, t.typname), t.typcategory::text, a.atttypmod, "
+            "a.attgenerated <> '', (a.attnotnull OR t.typnotnull) AND NOT a.atthasdef "
+            "AND t.typdefault IS NULL AND a.attidentity = '' FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid "
+            "LEFT JOIN pg_type b ON b.oid = t.typbasetype "
             "WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped",
             (oid,),
         )
@@ -139,12 +192,13 @@ def _check_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, dimens
             f"The table {shown} has no column {', '.join(missing)}; expected KameleonDB's search table.",
             remedy="Is it another program's table? Use another schema or database for this index.",
         )
-    kind, found = columns["embedding"]
+    kind, found = columns["embedding"].declared, columns["embedding"].modifier
     if kind != "vector":
         raise SchemaError(
             f"{shown}.embedding is of type {kind}; expected vector({dimensions}).",
             remedy=f"Move the table away (ALTER TABLE {shown} RENAME TO {TABLE}_old;); it is created anew.",
         )
+    _check_columns(cursor, target, columns)
     if found == -1:
         row = cursor.execute(
             target.statement(
@@ -175,14 +229,67 @@ def _check_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, dimens
         )
 
 
-def _own_parts(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:
-    have = {
-        r[0]
-        for r in cursor.execute(
-            "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(%s) AND NOT attisdropped",
-            (target.regclass(TABLE),),
+def _check_columns(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, columns: dict[str, Column]) -> None:
+    """Raise SchemaError where no row could be written: that is known before anything is embedded."""
+    shown = target.shown(TABLE)
+    for name, column in columns.items():
+        if name in WRITTEN_COLUMNS and column.generated:
+            raise SchemaError(
+                f"{shown}.{name} is a generated column, and kdb-fast writes it.",
+                remedy=f"Run: ALTER TABLE {shown} ALTER COLUMN {name} DROP EXPRESSION;",
+            )
+        wanted = WRITTEN_COLUMNS.get(name, ())
+        if wanted and column.type not in wanted and column.category not in wanted:
+            raise SchemaError(
+                f"{shown}.{name} is of type {column.type}; expected {wanted[-1]}.",
+                remedy=f"Run: ALTER TABLE {shown} ALTER COLUMN {name} TYPE …; or use another schema for this index.",
+            )
+    unfilled = [name for name, column in columns.items() if name not in WRITTEN_COLUMNS and column.needs_value]
+    if unfilled:
+        names = storable_key(", ".join(unfilled), 300)
+        changes = storable_key(", ".join(f"ALTER COLUMN {identifier(name)} SET DEFAULT …" for name in unfilled), 500)
+        raise SchemaError(
+            f"The table {shown} needs a value in {names}, which kdb-fast does not write: no row could be stored.",
+            remedy=f"Give a default (ALTER TABLE {shown} {changes};), or allow NULL (DROP NOT NULL).",
         )
-    }
+    if constraint := _unmet_check(cursor, target):
+        raise SchemaError(
+            f"The constraint {storable_key(constraint)} of {shown} refuses every row: it is about columns that are "
+            "left to their defaults, since they are not KameleonDB's.",
+            remedy=f"Give these columns defaults that it allows, or run: ALTER TABLE {shown} DROP CONSTRAINT "
+            f"{storable_key(identifier(constraint))};",
+        )
+
+
+def _unmet_check(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> str | None:
+    """Name of a CHECK constraint that only looks at columns which are not written, and refuses their defaults."""
+    import psycopg
+
+    constraints = cursor.execute(
+        "SELECT c.conname, pg_get_expr(c.conbin, c.conrelid), array_agg(quote_ident(a.attname)), "
+        "array_agg(format('CAST(%%s AS %%s)', coalesce(pg_get_expr(d.adbin, d.adrelid), 'NULL'), "
+        "format_type(a.atttypid, a.atttypmod))) FROM pg_constraint c "
+        "JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = ANY (c.conkey) "
+        "LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum "
+        "WHERE c.conrelid = to_regclass(%s) AND c.contype = 'c' GROUP BY c.oid, c.conname, c.conbin, c.conrelid "
+        "HAVING NOT bool_or(a.attname = ANY (%s) OR a.attgenerated <> '' OR a.attidentity <> '')",
+        (target.regclass(TABLE), list(WRITTEN_COLUMNS)),
+    ).fetchall()
+    for name, expression, columns, defaults in constraints:
+        given = ", ".join(f"{value} AS {column}" for column, value in zip(columns, defaults, strict=True))
+        try:
+            with cursor.connection.transaction():
+                # What the server itself gives as the text of the constraint and of the defaults.
+                statement = f"SELECT {expression} FROM (SELECT {given}) {TABLE}"  # noqa: S608
+                if cursor.execute(statement.encode()).fetchone() == (False,):
+                    return str(name)
+        except psycopg.Error:
+            continue  # it is not for us to say: each row is asked for itself
+    return None
+
+
+def _own_parts(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:
+    have = _column_names(cursor, target, TABLE)
     wanted = [f"ADD COLUMN {name} {kind}" for name, kind in schema.POSTGRESQL_COLUMNS.items() if name not in have]
     if wanted:
         # Nullable columns without a default: no row is rewritten, the lock is held for milliseconds.
@@ -190,6 +297,23 @@ def _own_parts(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:
     for table, statement in zip((RUNS, REJECTS, STATE), schema.POSTGRESQL_OWN, strict=True):
         if not _exists(cursor, target, table):
             cursor.execute(target.statement(statement))
+            continue
+        _check_kind(cursor, target, table)
+        have = _column_names(cursor, target, table)
+        if missing := [name for name in schema.columns_in(statement) if name not in have]:
+            shown = target.shown(table)
+            raise SchemaError(
+                f"The table {shown} has no column {', '.join(missing)}; expected kdb-fast's own table.",
+                remedy=f"Is it another program's? ALTER TABLE {shown} RENAME TO …; then it is made anew.",
+            )
+
+
+def _column_names(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, table: str) -> set[str]:
+    rows = cursor.execute(
+        "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attnum > 0 AND NOT attisdropped",
+        (target.regclass(table),),
+    )
+    return {row[0] for row in rows}
 
 
 def _check_rights(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:

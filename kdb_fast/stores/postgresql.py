@@ -22,12 +22,12 @@ from ..errors import DatabaseError, LockedError, RecordError
 from ..faults import fault
 from ..pg_connection import Patience
 from ..records import Reject, storable_key
-from ..slab import NO_STAMP
 from ..target import TABLE, Target, find_target
 from . import pg_index, pg_prepare, pg_runs
 from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored
 from .pg_errors import classify, explain, refusal
 from .pg_flush import DROPPED, FlushWriter, delete_keys
+from .pgcopy import row_stamp
 from .reading import rows_of
 
 if TYPE_CHECKING:
@@ -213,12 +213,12 @@ class PostgreSQLStore(Store):
                     "SELECT t.* FROM unnest(%s::text[]) k(id), LATERAL ("
                     "SELECT record_id, sha256(convert_to(content, 'UTF8')), "
                     "CASE WHEN embedding IS NOT NULL AND kdb_fast_at = updated_at THEN kdb_fast_fingerprint END, "
-                    "(extract(epoch FROM updated_at) * 1000000)::bigint "
+                    "timestamptz_send(updated_at) "
                     "FROM {kdb_search} WHERE entity_name = %s AND record_id = k.id OFFSET 0) t"
                 ),
                 (list(record_ids), entity),
             )
-            return {r[0]: Stored(r[1], r[2], NO_STAMP if r[3] is None else r[3]) for r in rows}
+            return {r[0]: Stored(r[1], r[2], row_stamp(r[3])) for r in rows}
 
         return self.retrying("looking up what is stored", work)
 

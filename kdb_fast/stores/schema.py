@@ -8,6 +8,8 @@ Those of PostgreSQL are templates for :meth:`kdb_fast.target.Target.statement`.
 
 from __future__ import annotations
 
+import re
+
 VECTOR_INDEX = "ix_kdb_search_vector"
 FTS_INDEX = "ix_kdb_search_fts"
 
@@ -165,3 +167,8 @@ CREATE TABLE IF NOT EXISTS kdb_fast_vectors (
 )
 """,
 )
+
+
+def columns_in(statement: str) -> list[str]:
+    """Names of the columns that one of the CREATE TABLE statements above declares."""
+    return re.findall(r"[(,]\s*([a-z_]+) [A-Za-z]", statement)

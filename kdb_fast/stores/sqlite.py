@@ -133,8 +133,8 @@ class SQLiteStore(Store):
             rows = select_in(
                 self._connection,
                 # Bytes, as they are hashed: text that is not valid UTF-8 must not end the run.
-                "SELECT record_id, CAST(coalesce(content, '') AS BLOB), updated_at, CASE WHEN embedding IS NOT NULL "
-                "AND kdb_fast_at = updated_at THEN kdb_fast_fingerprint END "
+                "SELECT record_id, CAST(coalesce(content, '') AS BLOB), CAST(updated_at AS BLOB), "
+                "CASE WHEN embedding IS NOT NULL AND kdb_fast_at = updated_at THEN kdb_fast_fingerprint END "
                 "FROM kdb_search WHERE entity_name = ? AND record_id IN (…)",
                 record_ids,
                 entity,

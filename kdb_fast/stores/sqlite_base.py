@@ -82,7 +82,10 @@ def explain(error: sqlite3.Error, doing: str) -> KdbFastError:
             remedy="End its transaction, then run the same command again; what was committed is kept.",
         )
     if code == sqlite3.SQLITE_READONLY:
-        return SchemaError(f"The database cannot be written {text}", remedy="Make the file and its directory writable.")
+        return SchemaError(
+            f"The database cannot be written {text}",
+            remedy="Make its directory writable, and the file: SQLite keeps its journal beside it.",
+        )
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return DatabaseError(
             f"The database file is damaged {text}",

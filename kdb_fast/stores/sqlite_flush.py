@@ -41,9 +41,12 @@ RawRow = tuple[bytes, bytes, bytes]
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def row_stamp(updated_at: object, content: bytes) -> int:
-    """Version of a row as an int64, never NO_STAMP: another time or another text gives another number."""
-    digest = hashlib.sha256(f"{updated_at or ''}\n".encode() + content).digest()
+def row_stamp(updated_at: bytes | None, content: bytes) -> int:
+    """Version of a row as an int64, never NO_STAMP: another time or another text gives another number.
+
+    The time is whatever another program has written there: bytes, since not all of it need be text in UTF-8.
+    """
+    digest = hashlib.sha256((updated_at or b"") + b"\n" + content).digest()
     number = int.from_bytes(digest[:8], "little", signed=True)
     return number if number != NO_STAMP else 0
 
@@ -185,7 +188,7 @@ class FlushWriter:
             for entity, record_ids in by_entity.items()
             for row in select_in(
                 self._connection,
-                "SELECT record_id, rowid, id, updated_at, kdb_fast_at, kdb_fast_run, "
+                "SELECT record_id, rowid, id, CAST(updated_at AS BLOB), CAST(kdb_fast_at AS BLOB), kdb_fast_run, "
                 "CAST(coalesce(content, '') AS BLOB) FROM kdb_search WHERE entity_name = ? AND record_id IN (…)",
                 record_ids,
                 entity,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 
 from ..errors import SchemaError
@@ -13,17 +14,24 @@ NEEDED_COLUMNS = (
 )  # fmt: skip
 FTS_COLUMNS = ("id", "entity_name", "record_id", "content")
 
+GENERATED = (2, 3)
+"""Of ``hidden`` in ``PRAGMA table_xinfo``: virtual and stored generated columns."""
+
 PROBE = (
-    "EXPLAIN INSERT INTO kdb_search (rowid, id, entity_name, record_id, content) VALUES (1, '', '', '', '') "
-    "ON CONFLICT (entity_name, record_id) DO NOTHING"
+    "EXPLAIN INSERT INTO kdb_search (rowid, id, entity_name, record_id, created_at, content, embedding, updated_at, "
+    "model, dimensions) VALUES (1, '', '', '', '', '', '', '', '', 1) ON CONFLICT (entity_name, record_id) DO NOTHING"
 )
-"""Compiles only if the table has row ids and a unique constraint on the key; runs nothing."""
+"""Compiles only if the table has row ids, a unique constraint on the key, and no generated column where we write; runs
+nothing."""
 
 
 def columns(connection: sqlite3.Connection, table: str) -> dict[str, tuple[bool, bool]]:
-    """Name of each column → (must not be null, has a default)."""
-    rows = connection.execute(f"PRAGMA table_info({quoted(table)})")
-    return {str(name).lower(): (bool(not_null), default is not None) for _, name, _, not_null, default, _ in rows}
+    """Name of each column → (must not be null, has a default or is generated)."""
+    rows = connection.execute(f"PRAGMA table_xinfo({quoted(table)})")
+    return {
+        str(name).lower(): (bool(not_null), default is not None or hidden in GENERATED)
+        for _, name, _, not_null, default, _, hidden in rows
+    }
 
 
 def prepare(connection: sqlite3.Connection) -> None:
@@ -34,14 +42,14 @@ def prepare(connection: sqlite3.Connection) -> None:
             _search_table(connection)
             _full_text(connection)
             for statement in schema.SQLITE_OWN:
-                connection.execute(statement)
+                _own_table(connection, statement)
             # Where nothing had to be created: BEGIN IMMEDIATE alone does not fail on a read-only file.
             connection.execute("DELETE FROM kdb_fast_state WHERE false")
     except sqlite3.Error as error:
         if primary_code(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
             raise SchemaError(
                 f"The database cannot be written: {error}.",
-                remedy="Make the file and its directory writable: SQLite keeps its log beside the file.",
+                remedy="Make its directory writable, and the file: SQLite keeps its journal beside it.",
             ) from error
         raise
 
@@ -56,21 +64,46 @@ def _encoding(connection: sqlite3.Connection) -> None:
 
 
 def _search_table(connection: sqlite3.Connection) -> None:
-    kind = connection.execute("SELECT type FROM sqlite_master WHERE name = ?", ("kdb_search",)).fetchone()
-    if kind is None:
-        connection.execute(schema.SQLITE_SEARCH)
-    elif kind[0] != "table":
-        raise SchemaError(
-            f"kdb_search is a {kind[0]}; expected KameleonDB's search table.", remedy="Use another file for this index."
-        )
-    else:
+    if _check_kind(connection, "kdb_search"):
         _check_search_table(connection)
+    else:
+        connection.execute(schema.SQLITE_SEARCH)
     for statement in schema.SQLITE_PLAIN_INDEXES.values():
         connection.execute(statement)
     have = columns(connection, "kdb_search")
     for name, data_type in schema.SQLITE_COLUMNS.items():
         if name not in have:
             connection.execute(f"ALTER TABLE kdb_search ADD COLUMN {name} {data_type}")
+
+
+def _own_table(connection: sqlite3.Connection, statement: str) -> None:
+    (name,) = re.findall(r"EXISTS (\w+)", statement)
+    if not _check_kind(connection, name):
+        connection.execute(statement)
+        return
+    have = columns(connection, name)
+    if missing := [column for column in schema.columns_in(statement) if column not in have]:
+        raise SchemaError(
+            f"The table {name} has no column {', '.join(missing)}; expected kdb-fast's own table.",
+            remedy=f"Is it another program's? ALTER TABLE {name} RENAME TO …; then it is made anew.",
+        )
+
+
+def _check_kind(connection: sqlite3.Connection, name: str) -> bool:
+    """Whether there is an ordinary table of this name, in whatever case. Raises SchemaError for anything else."""
+    row = connection.execute(
+        "SELECT type, sql FROM sqlite_master WHERE name = ? COLLATE NOCASE AND type IN ('table', 'view', 'index')",
+        (name,),
+    ).fetchone()
+    if row is None:
+        return False
+    kind = "virtual table" if str(row[1]).upper().startswith("CREATE VIRTUAL") else row[0]
+    if kind != "table":
+        raise SchemaError(
+            f"{name} is {'an' if kind == 'index' else 'a'} {kind}; expected a table.",
+            remedy="Rename it, or use another file for this index.",
+        )
+    return True
 
 
 def _check_search_table(connection: sqlite3.Connection) -> None:
@@ -88,12 +121,18 @@ def _check_search_table(connection: sqlite3.Connection) -> None:
     ]
     if unfilled:
         raise SchemaError(
-            f"The table kdb_search needs a value in {', '.join(unfilled)}, which is not KameleonDB's.",
+            f"The table kdb_search needs a value in {', '.join(unfilled)}, which kdb-fast does not write: no row could "
+            "be stored.",
             remedy="Give these columns a default, or allow NULL in them.",
         )
     try:
         connection.execute(PROBE)
     except sqlite3.OperationalError as error:
+        if "generated column" in str(error):
+            raise SchemaError(
+                f"A column of kdb_search that kdb-fast writes is generated: {error}.",
+                remedy="Make the table anew with an ordinary column, or use another file for this index.",
+            ) from None
         raise SchemaError(
             f"kdb_search must have row ids and a unique constraint on (entity_name, record_id): {error}.",
             remedy="Run: CREATE UNIQUE INDEX ux_kdb_search_key ON kdb_search (entity_name, record_id);",

@@ -19,6 +19,10 @@ TEXT_TYPES = frozenset({"string", "text"})
 """Field types that KameleonDB puts into the text of a record."""
 
 
+EARLIEST, LATEST = "'1900-01-01'", "'9000-01-01'"
+"""Between these a time of PostgreSQL's is one that Python knows, in every time zone: no infinity, no year 10000."""
+
+
 def statuses(connection: Any, dialect: str, fingerprint: str | None, *, vectors: bool = True) -> list[EntityStatus]:
     """The state of every active entity of KameleonDB and of every other entity in the index, by name.
 
@@ -80,7 +84,9 @@ def _index_counts(
         stale = f"({other} OR kdb_fast_at {differs} updated_at)"
     changed = "coalesce(updated_at, created_at)"
     # SQLite returns the bare column of the row that has the maximum; julianday() reads every form of timestamp.
-    last = f"max({changed})" if dialect == "postgresql" else f"{changed}, max(julianday({changed}))"
+    last = f"{changed}, max(julianday({changed}))"
+    if dialect == "postgresql":
+        last = f"max(CASE WHEN {changed} BETWEEN {EARLIEST} AND {LATEST} THEN {changed} END)"
     counts = {}
     for entity, indexed, stale_rows, moment, *_ in rows(
         f"SELECT entity_name, count({'embedding' if vectors else '*'}), "  # noqa: S608
@@ -145,7 +151,7 @@ def _newer(columns: frozenset[str], dialect: str) -> str:
         ours = "s.kdb_fast_source_at IS NOT NULL AND s.kdb_fast_at = s.updated_at"
         seen = f"CASE WHEN {ours} THEN s.kdb_fast_source_at ELSE {seen} END"
     if dialect == "postgresql":
-        return f"r.updated_at > {seen}"
+        return f"(r.updated_at > {seen} AND r.updated_at < {LATEST})"
     # Reads every form of timestamp: with a T or a space, with or without fraction and time zone.
     return f"julianday(r.updated_at) > julianday({seen})"
 
