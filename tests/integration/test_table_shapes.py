@@ -64,7 +64,8 @@ OTHERS = {
 @pytest.mark.parametrize("name", ["kdb_search", "kdb_fast_runs"])
 @pytest.mark.parametrize("kind", ["postgresql"])
 def test_a_name_that_is_no_tables_is_said_to_be_what_it_is(index: DatabaseAddress, what: str, name: str) -> None:
-    execute(index, schema.POSTGRESQL_SEARCH.format(dimensions=DIMENSIONS).replace("kdb_search", "made"))
+    execute(index, "CREATE TABLE made (id text, entity_name text, record_id text, content text, embedding vector(8), "
+                   "model text, dimensions int, created_at timestamptz, updated_at timestamptz)")  # fmt: skip
     execute(index, OTHERS[what].format(name=name))
     error = refused(index)
     assert f"{name} is a {what}; expected a table." in error.message
