@@ -41,6 +41,14 @@ class _Reading(NamedTuple):
     reader: SearchReader
 
 
+class _Prepared(NamedTuple):
+    """For which schema the tables were prepared, and the lengths that were asked for."""
+
+    schema: str | None
+    dimensions: int | None
+    otherwise: int
+
+
 class Connections:
     """Connections to one database: one for writing, as many for reading as there are searches at a time.
 
@@ -66,6 +74,7 @@ class Connections:
         if address.embedded_dir is not None:
             self._address = replace(self._closing.enter_context(opened(address)), display=address.display)
         self._store: Store | None = None
+        self._prepared: _Prepared | None = None
         self._idle: deque[_Reading] = deque()
         self._idle_beside: deque[_Reading] = deque()
 
@@ -100,6 +109,7 @@ class Connections:
         if self.dialect == "postgresql":
             with self.writing() as store:
                 store.prepare(dimensions or store.column_dimensions() or otherwise)
+                self._prepared = _Prepared(store.target.schema, dimensions, otherwise)
             return
         if self._shared is None and os.path.exists(self._address.conninfo):
             writable = sqlite_reading.is_writable(self._address)
@@ -112,6 +122,15 @@ class Connections:
             self.read(lambda connection, reader: _check_there(connection, self._address))
         if dimensions is not None:
             self.read(lambda connection, reader: _check_dimensions(connection, dimensions))
+
+    def _prepare_elsewhere(self, store: PostgreSQLStore) -> None:
+        """Create what is missing where this connection's search path leads to another schema than the first one's did.
+
+        An application may set one path for each tenant; each has an index of its own.
+        """
+        first = self._prepared
+        if first is not None and store.target.schema != first.schema and not store.is_prepared():
+            store.prepare(first.dimensions or store.column_dimensions() or first.otherwise)
 
     def _sqlite_store(self) -> Store:
         from .stores.sqlite import SQLiteStore
@@ -135,6 +154,7 @@ class Connections:
                     unit.enter_context(_explained(store))
                     unit.enter_context(store.unit())
                     store.connection().execute(LIMITS)
+                    self._prepare_elsewhere(store)
                     stack.enter_context(unit.pop_all())
                     return store
             except DatabaseError as error:
@@ -196,6 +216,7 @@ class Connections:
             cursor = connection.cursor(row_factory=tuple_row)
             before = [(name, *cursor.execute("SELECT current_setting(%s)", (name,))) for name in PLANNER]
             with postgresql.unit():
+                self._prepare_elsewhere(postgresql)
                 yield postgresql
             for name, (value,) in before:
                 cursor.execute("SELECT set_config(%s, %s, true)", (name, value))

@@ -134,6 +134,8 @@ class Finished(NamedTuple):
     outcome: str
     seconds: float
     warnings: tuple[str, ...] = ()
+    not_pruned: tuple[str, ...] = ()
+    """Entities from whose rows none could be removed, since records may be hidden from this session."""
 
 
 class Stop(NamedTuple):

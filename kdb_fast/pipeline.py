@@ -186,6 +186,7 @@ class Pipeline:
         self._last_flush = time.monotonic()
         self._deferred: bool | None = None
         self._finished: Finished | None = None
+        self.not_pruned: set[str] = set()
         self._rows_at_start: int | None = None
         self._all_read = False
         self._stopping = False
@@ -275,6 +276,7 @@ class Pipeline:
         self.counts.deleted += done.deleted
         self.counts.index_seconds += done.seconds
         self.warnings += done.warnings
+        self.not_pruned |= set(done.not_pruned)
         return done
 
     # -- intake ----------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def recent_fingerprints(address: DatabaseAddress) -> list[str]:
 
     def work(connection: Any) -> list[str]:
         rows = rows_of(connection, address.dialect)
-        target = find_target(rows, address.dialect)
+        target = find_target(rows, address.dialect, address.schema)
         if not columns_of(rows, target, [RUNS]):
             return []
         query = f"SELECT fingerprint FROM {target.table(RUNS)} ORDER BY run DESC LIMIT {RECENT_RUNS}"  # noqa: S608
@@ -178,12 +178,14 @@ def run_status(address: DatabaseAddress) -> dict[str, Any]:
     """Counts of each entity, their sums, and the last run."""
     from .stores.status import statuses
 
-    rows, run = read(
-        address,
-        lambda connection: (statuses(connection, address.dialect, None), last_run(connection, address.dialect)),
-    )
+    def work(connection: Any) -> tuple[Any, ...]:
+        schema = find_target(rows_of(connection, address.dialect), address.dialect).schema
+        return statuses(connection, address.dialect, None), last_run(connection, address.dialect), schema
+
+    rows, run, schema = read(address, work)
     return {
         "database": address.display,
+        "schema": schema,
         "indexed": sum(row.indexed for row in rows),
         "pending": sum(row.pending or 0 for row in rows),
         "stale": sum(row.stale for row in rows),

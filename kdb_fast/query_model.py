@@ -43,7 +43,8 @@ def index_model(connection: Any, dialect: str) -> IndexModel | None:
     target = find_target(rows, dialect)
     present = columns_of(rows, target, (TABLE, RUNS))
     if TABLE not in present:
-        raise SchemaError("There is no search index in this database.", remedy="Build it: kdb-fast reindex --db …")
+        where = "this database" if target.schema is None else f"the schema {target.shown()} of this database"
+        raise SchemaError(f"There is no search index in {where}.", remedy="Build it: kdb-fast reindex --db …")
     fingerprint = "kdb_fast_fingerprint" if "kdb_fast_fingerprint" in present[TABLE] else "NULL"
     index, runs = target.table(TABLE), target.table(RUNS)
     found = rows(f"SELECT model, dimensions, {fingerprint} FROM {index} WHERE embedding IS NOT NULL LIMIT 1", {})  # noqa: S608

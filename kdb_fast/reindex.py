@@ -78,6 +78,8 @@ def reindex(
         progress.step("opening the database")
         store = open_store(address, "parent")
         stack.callback(store.close)
+        # Every other connection of the run means the same tables, whatever its search path.
+        address = replace(address, schema=store.target.schema)
 
         def wait_note(text: str) -> None:
             if stop.count:
@@ -92,7 +94,7 @@ def reindex(
         embedding = find_embedding(options, progress, _Records(address, source, lambda: stop.count > 0))
         embedding = replace(embedding, seconds=time.monotonic() - began)
         stack.callback(embedding.close)
-        store.prepare(embedding.dimensions)
+        notes = store.prepare(embedding.dimensions)
         run = store.begin_run(
             fingerprint=embedding.fingerprint,
             model=embedding.name,
@@ -100,7 +102,7 @@ def reindex(
             wait=options.wait,
         )
         store.on_wait = progress.note
-        return _Run(address, store, source, embedding, run, options, progress, stop, started).go()
+        return _Run(address, store, source, embedding, run, options, progress, stop, started, notes).go()
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def _choose_precision(options: ReindexOptions, spec: EncoderSpec, progress: Prog
     progress.step("choosing the precision")
     chooser = Chooser(
         spec,
-        index=records.address.display,
+        index=" ".join(filter(None, (records.address.display, records.address.schema))),
         history=recent_fingerprints(records.address),
         sample=records.source.sample,
         report=progress.note,
@@ -199,9 +201,11 @@ class _Run:
         progress: Progress,
         stop: StopFlag,
         started: float,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.address, self.store, self.source, self.embedding, self.run = address, store, source, embedding, run
         self.options, self.progress, self.stop, self.started = options, progress, stop, started
+        self.notes = notes
         self.plan: Plan | None = None
         self.engine: Engine | None = None
         self.start_seconds = 0.0
@@ -269,7 +273,8 @@ class _Run:
         self.pipeline.finish(source.entities if source.complete else ())
         if source.complete:
             # What this run has read and not rejected is no longer rejected: changed, gone, or without text.
-            forget_older(self.address, list(source.entities), self.run.number)
+            whole = [entity for entity in source.entities if entity not in self.pipeline.not_pruned]
+            forget_older(self.address, whole, self.run.number)
 
     def _start_engine(self, rows: int, more: bool) -> Engine:
         began = time.monotonic()
@@ -356,6 +361,7 @@ class _Run:
         flush = pipeline.flush_size.describe() if pipeline and pipeline.flush_size else "nothing to flush"
         return {
             "run": run.number,
+            "schema": self.address.schema,
             "state": state,
             "read": counts.read,
             "stored": counts.stored,
@@ -391,7 +397,7 @@ class _Run:
             },
             "peak_rss_bytes": peak_rss_bytes() + sum(peaks.values()),
             "peak_rss_by_process": {"parent": peak_rss_bytes(), **peaks},
-            "warnings": [*(pipeline.warnings if pipeline else []), *self.source.warnings()],
+            "warnings": [*self.notes, *(pipeline.warnings if pipeline else []), *self.source.warnings()],
             "input_changed": self.source.changed(),
             "version": __version__,
         }

@@ -10,7 +10,7 @@ from typing import Any
 
 from .database import DatabaseAddress
 from .progress import Progress
-from .query import forget_older, last_run, read
+from .query import last_run, read
 from .records import storable_key
 from .reindex import Receipt, reindex
 from .settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
@@ -96,7 +96,6 @@ def retry_rejects(
             max_rejects=RejectLimit(count=None, share=1.0),
         )
         receipt = reindex(address, lambda: KameleonDBSource(address, names), chosen, progress)
-        forget_older(address, names, receipt["run"])
     after = list_rejects(address)
     of_known = [row for row in after if row["entity"] in known]
     return {

@@ -9,6 +9,7 @@ from typing import Any
 from .console import shell_word
 from .progress import clock
 from .records import storable_key
+from .target import Target
 
 SHOWN_CHARS = 100
 """Characters of a text in a list of results."""
@@ -22,6 +23,7 @@ SHOWN_REJECTS = 10
 
 def print_receipt(receipt: Mapping[str, Any], database: str) -> None:
     """The summary of a run."""
+    database = _with_schema(database, receipt.get("schema"))
     written = receipt["stored"] + receipt["reused"]
     read = receipt["read"]
     if not read and receipt["empty"]:
@@ -74,6 +76,11 @@ def print_receipt(receipt: Mapping[str, Any], database: str) -> None:
         print("  See the rejected records: kdb-fast rejects list")
 
 
+def _with_schema(database: str, schema: str | None) -> str:
+    """The address and the schema, where it is not the one that everybody expects."""
+    return database if schema in (None, "public") else f"{database}, schema {Target(schema).shown()}"
+
+
 def printable(text: str, limit: int = SHOWN_CHARS) -> str:
     """One line without control characters, cut at ``limit`` characters."""
     return storable_key(" ".join(text.split()), limit)
@@ -95,6 +102,7 @@ def print_status(status: Mapping[str, Any], database: str) -> None:
     from rich.table import Table
 
     entities = status["entities"]
+    database = _with_schema(database, status.get("schema"))
     print(f"{database}: {status['indexed']:,} records indexed")
     if not entities:
         return

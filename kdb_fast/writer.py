@@ -13,12 +13,16 @@ from .child import enter_child
 from .database import DatabaseAddress
 from .faults import fault
 from .messages import Busy, Failed, Finish, Finished, Flush, Flushed, PrepareIndex, Ready, Stop, row_bits
+from .records import storable_key
 from .slab import Slab, SlabHandle
 from .stores import open_store
-from .stores.base import FlushSlot, RunSpec, Store
+from .stores.base import FlushSlot, HiddenRowsError, IndexOutcome, RunSpec, Store
 
 BEAT_SECONDS = 2.0
 """How often a busy writer says that it is alive."""
+
+NAMES_SHOWN = 10
+"""Entities that a note names."""
 
 
 def run(connection: Connection, slab: SlabHandle, address: DatabaseAddress, spec: RunSpec, stderr: Any) -> None:
@@ -131,10 +135,23 @@ def finish(store: Store, message: Finish, beat: Any) -> Finished:
     """Remove what has no record any more, then build what index is missing."""
     started = time.perf_counter()
     deleted = 0
+    hidden: dict[str, list[str]] = {}
     for entity in message.prune:
         beat(f"removing deleted records of {entity}")
-        deleted += store.prune(entity)
-    if not message.build_index:
-        return Finished(deleted, "not built", time.perf_counter() - started)
-    outcome = store.finish_index(beat)
-    return Finished(deleted, outcome.text, time.perf_counter() - started, outcome.warnings)
+        try:
+            deleted += store.prune(entity)
+        except HiddenRowsError as error:
+            hidden.setdefault(error.message, []).append(entity)
+    warnings = tuple(
+        f"Nothing was removed from the index for {_names(entities)}, since a record that is hidden must not look "
+        f"deleted: {why}."
+        for why, entities in hidden.items()
+    )
+    kept = tuple(entity for entities in hidden.values() for entity in entities)
+    outcome = store.finish_index(beat) if message.build_index else IndexOutcome("not built")
+    return Finished(deleted, outcome.text, time.perf_counter() - started, warnings + outcome.warnings, kept)
+
+
+def _names(entities: list[str]) -> str:
+    shown = ", ".join(storable_key(entity, 60) for entity in entities[:NAMES_SHOWN])
+    return shown + (f" and {len(entities) - NAMES_SHOWN} more" if len(entities) > NAMES_SHOWN else "")

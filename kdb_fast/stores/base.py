@@ -20,7 +20,9 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..errors import SchemaError
 from ..records import Reject
+from ..target import Target
 
 if TYPE_CHECKING:
     from ..slab import Slot
@@ -81,6 +83,10 @@ class IndexOutcome(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
+class HiddenRowsError(SchemaError):
+    """Records may be there that this session does not see; the message says why."""
+
+
 class Holder(NamedTuple):
     """Who holds the index: the run, its machine and process, since when, and when it last gave a sign."""
 
@@ -110,12 +116,16 @@ class Store(ABC):
 
     dialect: str
     has_vector_index = False
+    target: Target = Target()
     on_wait: Callable[[str], None]
     """Called with what is being waited for, before each pause."""
 
     @abstractmethod
-    def prepare(self, dimensions: int) -> None:
+    def prepare(self, dimensions: int) -> tuple[str, ...]:
         """Check the search tables and create what is missing; alter nothing that KameleonDB owns.
+
+        Returns:
+            What the user should know of it.
 
         Raises:
             SchemaError: Extension missing, table of another shape, another dimension, or no right to write.
@@ -202,7 +212,11 @@ class Store(ABC):
 
     @abstractmethod
     def prune(self, entity: str) -> int:
-        """Remove rows of an entity whose record is gone or soft-deleted in KameleonDB's tables; returns how many."""
+        """Remove rows of an entity whose record is gone or soft-deleted in KameleonDB's tables; returns how many.
+
+        Raises:
+            HiddenRowsError: A record that is not seen may be there all the same; nothing was removed.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import SchemaError
 from ..faults import fault
 from ..records import storable_key
-from ..target import RECORDS, REJECTS, RUNS, STATE, TABLE, Target, identifier
+from ..target import ENTITIES, RECORDS, REJECTS, RUNS, STATE, TABLE, Target, identifier
 from . import schema
+from .base import HiddenRowsError
 
 if TYPE_CHECKING:
     import psycopg
@@ -51,10 +53,11 @@ class Column(NamedTuple):
     needs_value: bool
 
 
-def prepare(store: PostgreSQLStore, dimensions: int) -> None:
+def prepare(store: PostgreSQLStore, dimensions: int) -> tuple[str, ...]:
     """See :meth:`kdb_fast.stores.base.Store.prepare`."""
     import psycopg
 
+    notes: tuple[str, ...] = ()
     try:
         with store.transaction() as cursor:
             if cursor.execute("SELECT current_setting('transaction_read_only')").fetchone() == ("on",):
@@ -72,6 +75,7 @@ def prepare(store: PostgreSQLStore, dimensions: int) -> None:
                         f"{target.shown(TABLE)} is a data type; expected a table, whose rows are of such a type.",
                         remedy="Rename it, or use another schema or database for this index.",
                     )
+                notes = _others(cursor, target)
                 if dimensions > 2000:
                     raise SchemaError(
                         f"The model gives {dimensions} dimensions; a pgvector HNSW index holds at most 2000.",
@@ -84,6 +88,7 @@ def prepare(store: PostgreSQLStore, dimensions: int) -> None:
                     cursor.execute(target.statement(statement))
             _own_parts(cursor, target)
             _check_rights(cursor, target)
+        return notes
     except psycopg.errors.InsufficientPrivilege as error:
         raise SchemaError(
             f"The role {store.connection().info.user!r} may not prepare the index: {error.diag.message_primary}.",
@@ -117,17 +122,39 @@ def _exists(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, table: str)
     return bool(row and row[0])
 
 
+def _others(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> tuple[str, ...]:
+    """A note on search tables in other schemas of the search path, before one is made in this schema."""
+    found = [
+        Target(row[0]).shown(TABLE)
+        for row in cursor.execute(
+            "SELECT n.nspname::text FROM unnest(current_schemas(false)) WITH ORDINALITY path(name, place) "
+            "JOIN pg_namespace n ON n.nspname = path.name AND n.oid <> pg_my_temp_schema() "
+            "JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = %s WHERE n.nspname <> %s ORDER BY place",
+            (TABLE, target.schema),
+        )
+    ]
+    if not found:
+        return ()
+    return (
+        f"The index was made in {target.shown(TABLE)}, the schema of the records. Another one on the search_path, "
+        f"{', '.join(found)}, is left as it is, whoever made it: see whether rows of this schema's records are in it.",
+    )
+
+
 def _extension(cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
     import psycopg
 
     row = cursor.execute(
-        "SELECT e.extversion, n.nspname = ANY (current_schemas(true)) FROM pg_extension e "
+        "SELECT n.nspname::text, has_schema_privilege(n.oid, 'USAGE'), current_user::text FROM pg_extension e "
         "JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector'"
     ).fetchone()
     if row is None:
+        # Not into a tenant's schema where there is a choice: dropping that would take the others' vectors along.
+        found = cursor.execute("SELECT 'public' = ANY (current_schemas(false))").fetchone()
+        schema_clause = b" SCHEMA public" if found and found[0] else b""
         try:
             with cursor.connection.transaction():
-                cursor.execute("CREATE EXTENSION vector")
+                cursor.execute(b"CREATE EXTENSION vector" + schema_clause)
         except psycopg.errors.InsufficientPrivilege:
             raise SchemaError(
                 "The extension pgvector is not installed in this database, and this role may not install it.",
@@ -140,8 +167,9 @@ def _extension(cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
             ) from None
     elif not row[1]:
         raise SchemaError(
-            "The extension pgvector is installed in a schema that is not on the search_path.",
-            remedy="Add its schema: ALTER ROLE … SET search_path = public, extensions;",
+            f"The extension pgvector is installed in the schema {Target(row[0]).shown()}, which the role "
+            f"{row[2]!r} may not use.",
+            remedy=f"Let its owner run: GRANT USAGE ON SCHEMA {Target(row[0]).shown()} TO {row[2]};",
         )
     version = vector_version(cursor)
     if version < (0, 5, 0):
@@ -352,8 +380,9 @@ def prune(store: PostgreSQLStore, entity: str) -> int:
     while True:
         fault("store.prune")
         with store.transaction() as cursor:
-            # One snapshot: an entity that moves to a table of its own meanwhile must not look empty.
-            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            # One snapshot: an entity that moves to a table of its own meanwhile must not look empty. And what a policy
+            # hides must not look deleted: in this transaction hiding is an error.
+            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SET LOCAL row_security = off")
             statement, parameters = _prune_statement(cursor, store.target, entity)
             deleted = cursor.execute(statement, parameters).rowcount if statement is not None else 0
         total += deleted
@@ -361,9 +390,65 @@ def prune(store: PostgreSQLStore, entity: str) -> int:
             return total
 
 
+def _check_whole(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, *tables: str) -> None:
+    """Raises HiddenRowsError where one of the tables may not show this role all its rows."""
+    for table, (kind, filtered, role) in _kinds(cursor, target, tables).items():
+        if kind not in ("r", "p"):
+            what = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}.get(kind, "no table")
+            raise HiddenRowsError(f"{target.shown(table)} is {what}, which may leave records out")
+        if filtered:
+            raise HiddenRowsError(
+                f"row level security lets the role {role} see only a part of {target.shown(table)}; "
+                "run as a role that sees all of it (BYPASSRLS, or the table's owner)"
+            )
+
+
+def _kinds(
+    cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, tables: Sequence[str]
+) -> dict[str, tuple[str, bool, str]]:
+    """By table, where it exists: its ``relkind``, whether row level security filters it for this role, and the role."""
+    rows = cursor.execute(
+        "SELECT t, c.relkind::text, row_security_active(c.oid), current_user::text "
+        "FROM unnest(%s::text[], %s::text[]) x(t, q) JOIN pg_class c ON c.oid = to_regclass(q)",
+        (list(tables), [target.regclass(table) for table in tables]),
+    )
+    return {row[0]: (row[1], row[2], row[3]) for row in rows}
+
+
+def check_open(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:
+    """Raise SchemaError where a run would not see, or could not write, every row of the index's tables.
+
+    A run looks up what is stored, and who holds the index. A row that it does not see it would embed again and then
+    collide with; a run that it does not see it would run beside.
+    """
+    for table, (_, filtered, role) in _kinds(cursor, target, (TABLE, RUNS, REJECTS, STATE)).items():
+        if filtered:
+            raise SchemaError(
+                f"Row level security on {target.shown(table)} lets the role {role} see only a part of it; a run must "
+                "see every row.",
+                remedy=f"Run as a role that sees all of it: the owner (without FORCE ROW LEVEL SECURITY), or one with "
+                f"BYPASSRLS (ALTER ROLE {role} BYPASSRLS;).",
+            )
+    rules = [
+        row[0]
+        for row in cursor.execute(
+            "SELECT rulename::text FROM pg_rewrite WHERE ev_class = to_regclass(%s) AND ev_type IN ('2', '3') "
+            "AND ev_enabled <> 'D' ORDER BY 1",
+            (target.regclass(TABLE),),
+        )
+    ]
+    if rules:
+        raise SchemaError(
+            f"{target.shown(TABLE)} has rules for INSERT or UPDATE ({', '.join(map(storable_key, rules))}); PostgreSQL "
+            "allows no INSERT … ON CONFLICT there, and COPY does not heed them.",
+            remedy=f"Make them triggers, or drop them: DROP RULE … ON {target.shown(TABLE)};",
+        )
+
+
 def _prune_statement(
     cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, entity: str
 ) -> tuple[bytes | None, dict[str, Any]]:
+    _check_whole(cursor, target, TABLE, ENTITIES, RECORDS)
     row = cursor.execute(
         target.statement("SELECT id, storage_mode, dedicated_table_name FROM {kdb_entity_definitions} WHERE name = %s"),
         (entity,),
@@ -377,6 +462,7 @@ def _prune_statement(
     )
     if mode == "dedicated" and dedicated:
         # KameleonDB 0.2 goes on inserting into the shared table after an entity was materialised.
+        _check_whole(cursor, target, dedicated)
         table = target.table(dedicated)
         live = (
             f"(EXISTS (SELECT FROM {table} r WHERE r.id = t.record_id AND NOT r.is_deleted) OR ({live} "  # noqa: S608

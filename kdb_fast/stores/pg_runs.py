@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LockedError
 from ..target import Target
 from .base import Holder, RunSpec
-from .pg_prepare import DDL_LOCK
+from .pg_prepare import DDL_LOCK, check_open
 
 if TYPE_CHECKING:
     import psycopg
@@ -98,6 +98,7 @@ def _try_begin(store: PostgreSQLStore, fingerprint: str, model: str, dimensions:
     target = store.target
     with store.transaction() as cursor:
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
+        check_open(cursor, target)
         running = cursor.execute(
             target.statement(
                 "SELECT run, host, pid, started_at, extract(epoch FROM clock_timestamp() - heartbeat_at)::float8, "

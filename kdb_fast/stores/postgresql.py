@@ -22,7 +22,7 @@ from ..errors import DatabaseError, LockedError, RecordError
 from ..faults import fault
 from ..pg_connection import Patience
 from ..records import Reject, storable_key
-from ..target import TABLE, Target, find_target
+from ..target import REJECTS, RUNS, STATE, TABLE, Target, find_target
 from . import pg_index, pg_prepare, pg_runs
 from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored
 from .pg_errors import classify, explain, refusal
@@ -85,7 +85,11 @@ class PostgreSQLStore(Store):
         self._session = 0
         self.on_wait: Callable[[str], None] = lambda what: None
         self.retrying("connecting", self.connection, seconds=None if patient else 0.0)
-        self.target: Target = self.retrying("finding the tables", self.find_target, seconds=None if patient else 0.0)
+        try:
+            self.target = self.retrying("finding the tables", self.find_target, seconds=None if patient else 0.0)
+        except BaseException:
+            self.close()
+            raise
 
     def find_target(self) -> Target:
         """Where the tables are, asked for anew; kept as ``target``, since what is written belongs into one index."""
@@ -156,8 +160,19 @@ class PostgreSQLStore(Store):
 
     # -- before and after a run ------------------------------------------------------------------------
 
-    def prepare(self, dimensions: int) -> None:
-        self.retrying("preparing the tables", lambda: pg_prepare.prepare(self, dimensions))
+    def prepare(self, dimensions: int) -> tuple[str, ...]:
+        return self.retrying("preparing the tables", lambda: pg_prepare.prepare(self, dimensions))
+
+    def is_prepared(self) -> bool:
+        """Whether all tables of the index are in its schema."""
+
+        def work() -> bool:
+            statement = "SELECT bool_and(to_regclass(t) IS NOT NULL) FROM unnest(%s::text[]) t"
+            names = [self.target.regclass(name) for name in (TABLE, RUNS, REJECTS, STATE)]
+            row = self.connection().execute(statement, (names,)).fetchone()
+            return bool(row and row[0])
+
+        return self.retrying("looking for the tables", work)
 
     def column_dimensions(self) -> int | None:
         def work() -> int | None:

@@ -72,10 +72,11 @@ class SQLiteStore(Store):
 
     # -- before and after a run ------------------------------------------------------------------------
 
-    def prepare(self, dimensions: int) -> None:
+    def prepare(self, dimensions: int) -> tuple[str, ...]:
         """See :meth:`Store.prepare`. SQLite's columns are not bound to a dimension: older vectors are just stale."""
         with translated("preparing the tables"):
             sqlite_prepare.prepare(self._connection)
+        return ()
 
     def begin_run(self, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
         with translated("taking the lock"):

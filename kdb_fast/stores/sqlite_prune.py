@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..faults import fault
+from ..records import storable_key
+from ..target import ENTITIES, RECORDS
+from .base import HiddenRowsError
 from .sqlite_base import batches, quoted, select_in, table_exists
 from .sqlite_fts import FullText
 
@@ -18,6 +21,7 @@ def prune(connection: sqlite3.Connection, full_text: FullText, entity: str) -> i
     """See :meth:`kdb_fast.stores.base.Store.prune`."""
     if not table_exists(connection, "kdb_entity_definitions") or _definition(connection, entity) is None:
         return 0
+    _check_whole(connection, entity)
     removed, after = 0, ""
     while True:
         fault("store.prune")
@@ -36,6 +40,15 @@ def prune(connection: sqlite3.Connection, full_text: FullText, entity: str) -> i
         after = last
     _prune_full_text(connection, full_text, entity)
     return removed
+
+
+def _check_whole(connection: sqlite3.Connection, entity: str) -> None:
+    """Raises HiddenRowsError where records are read through a view, which may leave some out."""
+    definition = _definition(connection, entity)
+    tables = [ENTITIES, RECORDS, *([definition[2]] if definition is not None and definition[2] else [])]
+    query = "SELECT name FROM sqlite_master WHERE type = 'view' AND name IN (…)"
+    for (name,) in select_in(connection, query, tables):
+        raise HiddenRowsError(f"{storable_key(name)} is a view, which may leave records out")
 
 
 def _definition(connection: sqlite3.Connection, entity: str) -> tuple[Any, ...] | None:
