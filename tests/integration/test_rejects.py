@@ -16,7 +16,8 @@ from kdb_fast.encoder import Encoder, EncoderSpec
 from kdb_fast.models import Model, resolve
 from kdb_fast.records import Reject
 from kdb_fast.reindex import reindex
-from kdb_fast.rejects import forget_older, list_rejects
+from kdb_fast.query import forget_older
+from kdb_fast.rejects import list_rejects
 from kdb_fast.settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
 
 pytest.importorskip("kameleondb")
