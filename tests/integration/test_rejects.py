@@ -14,9 +14,9 @@ from kdb_fast import engine as engine_module
 from kdb_fast import reindex as reindex_module
 from kdb_fast.encoder import Encoder, EncoderSpec
 from kdb_fast.models import Model, resolve
+from kdb_fast.query import forget_older
 from kdb_fast.records import Reject
 from kdb_fast.reindex import reindex
-from kdb_fast.query import forget_older
 from kdb_fast.rejects import list_rejects
 from kdb_fast.settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
 
