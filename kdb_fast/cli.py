@@ -125,15 +125,36 @@ def model_options(command: F) -> F:
     )(command)
 
 
+BASE_URL_HELP = (
+    "Address of a server that speaks OpenAI's embeddings API (Ollama, vLLM, text-embeddings-inference, llama.cpp, LM "
+    "Studio), such as http://localhost:11434/v1; it needs no key unless the server does. Environment: OPENAI_BASE_URL."
+)
+
+
 def provider_option(command: F) -> F:
-    """``--provider``."""
+    """``--provider`` and ``--base-url``; naming the address is naming the provider."""
+    command = click.option("--base-url", metavar="URL", help=BASE_URL_HELP)(command)
     return click.option(
         "--provider",
         type=click.Choice(["fastembed", "openai"]),
-        default="fastembed",
-        show_default=True,
-        help="What gives the vectors; openai needs OPENAI_API_KEY.",
+        help="What gives the vectors: a model on this machine, or an API; OpenAI's own needs OPENAI_API_KEY. "
+        "[default: fastembed; openai with --base-url]",
     )(command)
+
+
+def dimensions_option(command: F) -> F:
+    """``--dimensions``."""
+    return click.option(
+        "--dimensions",
+        type=int,
+        metavar="N",
+        help="Length of a vector to ask an API for. Default: that of the index; for a new one what the model gives "
+        "(OpenAI's own text-embedding-3 models: 384).",
+    )(command)
+
+
+def _provider(provider: str | None, base_url: str | None) -> str:
+    return provider or ("openai" if base_url else "fastembed")
 
 
 @contextlib.contextmanager
@@ -194,6 +215,7 @@ def cli() -> None:
 @click.option("--workers", type=int, help="Embedding processes. Default: one for each CPU this process may use.")
 @model_options
 @provider_option
+@dimensions_option
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
@@ -225,7 +247,9 @@ def reindex(
     workers: int | None,
     model: str,
     model_path: Path | None,
-    provider: str,
+    provider: str | None,
+    base_url: str | None,
+    dimensions: int | None,
     precision: str,
     min_fidelity: float | None,
     force: bool,
@@ -245,7 +269,9 @@ def reindex(
         entities=entities,
         model=model,
         model_path=model_path,
-        provider=provider,
+        provider=_provider(provider, base_url),
+        base_url=base_url,
+        dimensions=dimensions,
         precision=precision,
         min_fidelity=min_fidelity,
         batch_size=batch_size,
@@ -310,6 +336,7 @@ def run_reindex(*arguments: Any) -> dict[str, Any]:
 @click.option("--workers", type=int, help="Embedding processes. Default: one for each CPU this process may use.")
 @model_options
 @provider_option
+@dimensions_option
 @click.option("--max-rejects", default="1%", show_default=True, metavar="N|P%", help="Stop when more are unfit.")
 @json_option
 @click.option("--no-progress", is_flag=True, help="Print no progress.")
@@ -321,7 +348,9 @@ def insert(
     workers: int | None,
     model: str,
     model_path: Path | None,
-    provider: str,
+    provider: str | None,
+    base_url: str | None,
+    dimensions: int | None,
     max_rejects: str,
     as_json: bool,
     no_progress: bool,
@@ -340,7 +369,9 @@ def insert(
     options = ReindexOptions(
         model=model,
         model_path=model_path,
-        provider=provider,
+        provider=_provider(provider, base_url),
+        base_url=base_url,
+        dimensions=dimensions,
         batch_size=batch_size,
         workers=workers,
         max_rejects=RejectLimit.parse(max_rejects),
@@ -375,7 +406,10 @@ def _reindex_instead(entity: str, db: str | None) -> str:
     """The reindex that completes an insert, with its options for database and model."""
     context = click.get_current_context()
     command = ["reindex", entity]
-    for name, value in [("db", db), *((n, context.params[n]) for n in ("model", "model_path", "provider"))]:
+    for name, value in [
+        ("db", db),
+        *((n, context.params[n]) for n in ("model", "model_path", "provider", "base_url", "dimensions")),
+    ]:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             command += [f"--{name.replace('_', '-')}", str(value)]
     return command_line(command)
@@ -432,7 +466,8 @@ def rejects_retry(
     workers: int | None,
     model: str | None,
     model_path: Path | None,
-    provider: str,
+    provider: str | None,
+    base_url: str | None,
     as_json: bool,
     no_progress: bool,
 ) -> int:
@@ -445,7 +480,13 @@ def rejects_retry(
     from .rejects import retry_rejects
     from .report import print_retried
 
-    options = ReindexOptions(model_path=model_path, provider=provider, batch_size=batch_size, workers=workers)
+    options = ReindexOptions(
+        model_path=model_path,
+        provider=_provider(provider, base_url),
+        base_url=base_url,
+        batch_size=batch_size,
+        workers=workers,
+    )
     progress = shown.choose(not no_progress)
     try:
         with database(db) as address:
@@ -478,6 +519,7 @@ def rejects_retry(
 @click.option("--model", metavar="NAME", help="Model that embeds the query. Default: that of the index.")
 @click.option("--model-path", type=click.Path(path_type=Path, file_okay=False), help="Directory of a model.")
 @click.option("--provider", type=click.Choice(["fastembed", "openai"]), help="Default: the one of the index's model.")
+@click.option("--base-url", metavar="URL", help=BASE_URL_HELP)
 @json_option
 def search(
     query: str,
@@ -490,6 +532,7 @@ def search(
     model: str | None,
     model_path: Path | None,
     provider: str | None,
+    base_url: str | None,
     as_json: bool,
 ) -> None:
     """Search the index by meaning, by keyword, or both (reciprocal rank fusion).
@@ -515,6 +558,7 @@ def search(
             model_name=model,
             model_path=model_path,
             provider=provider,
+            base_url=base_url,
             warn=lambda text: complain(f"warning: {text}"),
             meanwhile=import_ahead if alone else lambda: None,
         )

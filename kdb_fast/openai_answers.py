@@ -30,16 +30,24 @@ class Problem(NamedTuple):
 
 
 class OddAnswerError(Exception):
-    """A 200 whose content is damaged."""
+    """A 200 whose content is damaged.
+
+    Attributes:
+        vectors: How many vectors it has; None where that cannot be told.
+    """
+
+    def __init__(self, message: str, vectors: int | None = None) -> None:
+        super().__init__(message)
+        self.vectors = vectors
 
 
-def decode(content: bytes, count: int, dimensions: int, model: str) -> tuple[Matrix, int]:
+def decode(content: bytes, count: int, dimensions: int | None, model: str) -> tuple[Matrix, int]:
     """The vectors of a 200 in the order of the inputs, and the tokens that the server counted (0: it did not).
 
     Args:
         content: The body: vectors as base64 of little-endian float32, or as lists of numbers.
         count: Number of inputs.
-        dimensions: Expected length of a vector.
+        dimensions: Expected length of a vector; None takes that of the first.
         model: Its name, for messages.
 
     Returns:
@@ -49,24 +57,30 @@ def decode(content: bytes, count: int, dimensions: int, model: str) -> tuple[Mat
         OddAnswerError: It is damaged, or has not one vector for each input.
         ModelError: The vectors have another length.
     """
-    out = np.empty((count, dimensions), np.float32)
+    out: Matrix | None = None
     try:
         body = json.loads(content)
         items = body["data"]
         rows = [item.get("index", position) for position, item in enumerate(items)]
         if sorted(rows) != list(range(count)):
-            raise OddAnswerError(f"{len(rows)} vectors for {count} texts, or not one for each")
+            raise OddAnswerError(f"{len(rows)} vectors for {count} texts, or not one for each", len(rows))
         for row, item in zip(rows, items, strict=True):
             vector = _vector(item["embedding"])
+            dimensions = vector.size if dimensions is None else dimensions
             if vector.shape != (dimensions,):
                 raise ModelError(
                     f"{model} gave a vector of {vector.size} numbers; expected {dimensions}.",
-                    remedy=f"Set dimensions={vector.size}, or choose a model that can give {dimensions}.",
+                    remedy=f"For a new index set dimensions={vector.size} (--dimensions {vector.size}); one that holds "
+                    f"vectors of {dimensions} needs a model that can give {dimensions}.",
                 )
+            if out is None:
+                out = np.empty((count, dimensions), np.float32)
             out[row] = vector
         tokens = (body.get("usage") or {}).get("total_tokens")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise OddAnswerError(f"an answer that is no list of embeddings ({type(error).__name__})") from None
+    if out is None:
+        raise OddAnswerError("an answer without a vector")
     return out, tokens if isinstance(tokens, int) and tokens > 0 else 0
 
 
@@ -80,7 +94,11 @@ def _vector(values: object) -> Matrix:
 
 
 def read_problem(status: int, content: bytes) -> Problem:
-    """What an answer other than 200 says, in OpenAI's form, vLLM's, FastAPI's or none."""
+    """What an answer other than a list of embeddings says, in OpenAI's form, vLLM's, FastAPI's, a plain text or none.
+
+    Ollama, llama.cpp and vLLM have OpenAI's ``{"error": {"message": …}}``, older vLLM and text-embeddings-inference the
+    same without ``error``, LM Studio ``{"error": "…"}``.
+    """
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
@@ -91,7 +109,39 @@ def read_problem(status: int, content: bytes) -> Problem:
     codes = (error.get("code"), error.get("type"))
     code = next((value for value in codes if isinstance(value, str) and _CODE.fullmatch(value)), "")
     message = error.get("message") or error.get("detail") or ""
-    return Problem(status, code, str(error.get("param") or ""), str(message))
+    return Problem(status, code, str(error.get("param") or ""), message if isinstance(message, str) else str(message))
+
+
+_WINDOW = re.compile(
+    r"context length (?:is|of) (\d+)|must have less than (\d+) tokens|current batch size: (\d+)|"
+    r"context size \((\d+)|\"?n_ctx\"?: ?(\d+)|maximum (?:of )?(\d+) tokens"
+)
+_BATCH = re.compile(r"maximum (?:allowed )?batch size (?:of )?(\d+)|at most (\d+) inputs", re.IGNORECASE)
+_LENGTH = re.compile(
+    r"too (?:long|large|big|many tokens)|exceeds?\b.{0,40}\b(?:context|length|size|tokens|maximum)|"
+    r"context.?(?:length|size)|must have less than \d+ tokens|maximum .{0,20}tokens",
+    re.IGNORECASE,
+)
+
+
+def named_window(problem: Problem) -> int | None:
+    """Tokens of an input that the server says it can read, if it says so."""
+    return _first_number(_WINDOW.search(problem.message))
+
+
+def named_batch(problem: Problem) -> int | None:
+    """Inputs of a request that the server says it takes, if it says so."""
+    return _first_number(_BATCH.search(problem.message))
+
+
+def speaks_of_length(problem: Problem) -> bool:
+    """Whether a text, or the whole request, is too long for the server."""
+    return problem.status == 413 or bool(_LENGTH.search(f"{problem.code} {problem.message}".replace("_", " ")))
+
+
+def _first_number(found: re.Match[str] | None) -> int | None:
+    number = next((int(group) for group in found.groups() if group), 0) if found else 0
+    return number or None
 
 
 _CODE = re.compile(r"[A-Za-z_.-][A-Za-z0-9_.-]{0,63}")

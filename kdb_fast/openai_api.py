@@ -29,8 +29,27 @@ import numpy as np
 from . import __version__
 from .encoder import Matrix, Tally
 from .errors import ModelError, UsageError
-from .openai_answers import OddAnswerError, Problem, decode, read_problem, server_wait
-from .openai_inputs import MAX_INPUT_TOKENS, MAX_INPUTS, Input, pack, shorter, typical_tokens, unfit_for_api
+from .openai_answers import (
+    OddAnswerError,
+    Problem,
+    decode,
+    named_batch,
+    named_window,
+    read_problem,
+    server_wait,
+    speaks_of_length,
+)
+from .openai_inputs import (
+    CUT_BYTES_PER_TOKEN,
+    MAX_INPUT_TOKENS,
+    MAX_INPUTS,
+    Input,
+    cut_bytes,
+    pack,
+    shorter,
+    typical_tokens,
+    unfit_for_api,
+)
 from .provider_errors import MissingPackageError, OptionError, ProviderError, ProviderKeyError
 from .records import was_cut
 
@@ -77,9 +96,10 @@ class EmbeddingsAPI:
 
     Args:
         model: Name of the model.
-        dimensions: Length of a vector; sent, and checked in every answer.
+        dimensions: Length of a vector; sent, and checked in every answer. None takes what the server gives, which a
+            probe finds out when it is first needed, and sends nothing.
         api_key: Sent as a bearer token; None sends none.
-        base_url: Such as ``https://api.openai.com/v1``.
+        base_url: Such as ``https://api.openai.com/v1``; a missing ``/v1`` is found out.
         organization: Sent as ``OpenAI-Organization``.
         timeout: Seconds without a byte after which an attempt has failed.
         max_retries: Attempts after the first.
@@ -92,6 +112,7 @@ class EmbeddingsAPI:
 
     Attributes:
         has_key: Whether a key is sent.
+        known_dimensions: Length of a vector; None as long as nothing has asked for it.
 
     Raises:
         MissingPackageError: httpx is not installed.
@@ -102,7 +123,7 @@ class EmbeddingsAPI:
         self,
         *,
         model: str,
-        dimensions: int,
+        dimensions: int | None,
         api_key: str | None,
         base_url: str,
         organization: str | None = None,
@@ -121,7 +142,8 @@ class EmbeddingsAPI:
             raise MissingPackageError(
                 "The openai provider needs the package httpx.", remedy="Run: pip install 'kdb-fast[openai]'"
             ) from None
-        _check_whole("dimensions", dimensions, 1)
+        if dimensions is not None:
+            _check_whole("dimensions", dimensions, 1)
         _check_whole("max_retries", max_retries, 0)
         _check_whole("concurrency", concurrency, 1)
         _check_whole("max_inputs", max_inputs, 1, MAX_INPUTS)
@@ -130,11 +152,19 @@ class EmbeddingsAPI:
             raise OptionError(f"timeout is {timeout!r}; expected seconds, more than 0.")
         if not isinstance(model, str) or not model:
             raise OptionError(f"model is {model!r}; expected a model's name.")
-        self.model, self.dimensions, self.base_url = model, dimensions, _checked_url(base_url)
+        self.model, self.known_dimensions, self.base_url = model, dimensions, _checked_url(base_url)
+        self._urls = [f"{self.base_url}/embeddings"]
+        if not re.search(r"/v\d", self.base_url):
+            self._urls.append(f"{self.base_url}/v1/embeddings")
         self.max_inputs, self.max_input_tokens, self.concurrency = max_inputs, max_input_tokens, concurrency
         self._max_retries, self._sleep, self._clock = max_retries, sleep, clock
         # Fields that some compatible servers do not know; each is left out once a server has said so.
-        self._optional: dict[str, object] = {"encoding_format": "base64", "dimensions": dimensions}
+        self._optional: dict[str, object] = {"encoding_format": "base64"}
+        if dimensions is not None:
+            self._optional["dimensions"] = dimensions
+        # What this server has shown not to do: several inputs at once, even one of them in a list, a large window.
+        self._most, self._bare, self._window = max_inputs, False, max_input_tokens
+        self._probing = threading.Lock()
         self.has_key = api_key is not None
         self._accepted = self._closed = False
         self._not_before = -math.inf
@@ -163,6 +193,20 @@ class EmbeddingsAPI:
                     transport=transport,
                 )
             )
+
+    @property
+    def dimensions(self) -> int:
+        """Length of a vector. Sends a probe where it is not known; raises as :meth:`probe`."""
+        with self._probing:
+            if self.known_dimensions is None:
+                self.probe()
+        assert self.known_dimensions is not None
+        return self.known_dimensions
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the server has answered with vectors before."""
+        return self._accepted
 
     def close(self) -> None:
         """Close the connections; the API cannot be used again. A connection in use is closed after its request."""
@@ -215,23 +259,50 @@ class EmbeddingsAPI:
         truncated -= sum(was_cut(text) for row, text in enumerate(texts) if row not in refused)
         return Tally(tokens, tokens, max(0, truncated)), dict(sorted(refused.items()))
 
+    def settle(self) -> None:
+        """:meth:`probe`, and take the length that the server gives for the one that is wanted."""
+        before, self.known_dimensions = self.known_dimensions, None
+        try:
+            self.probe()
+        except BaseException:
+            self.known_dimensions = before
+            raise
+
     def probe(self) -> None:
         """Embed one sentence of our own. Raises as :meth:`embed_into`, and quotes what the server says."""
         self._check_open()
         vectors = self._probe(threading.Event())
+        self.known_dimensions = vectors.shape[1]
         if not np.isfinite(vectors).all() or not vectors.any():
             raise ModelError(f"{self.model} gives a vector that is zero or not finite; expected a direction.")
 
     def _probe(self, stop: threading.Event) -> Matrix:
-        try:
-            return self._post([PROBE], stop)[0]
-        except _RefusedRequestError as refused:
-            said = self._redact(refused.problem.message)
-            raise ModelError(
-                f"{self.base_url} refuses every request for {self.model} with {self.dimensions} dimensions: "
-                f"{refused}{f': {said}' if said else '.'}",
-                remedy="Check the model's name and the dimensions it can give.",
-            ) from None
+        while True:
+            try:
+                return self._post([PROBE], stop, ours=True)[0]
+            except _RefusedRequestError as refused:
+                if not self._simplify(refused.problem.message):
+                    asked = f" with {self.known_dimensions} dimensions" if self.known_dimensions else ""
+                    raise ModelError(
+                        f"{self.base_url} refuses every request for {self.model}{asked}: "
+                        f"{refused}{self._quoted(refused.problem, '.')}",
+                        remedy="Check the model's name and the dimensions it can give.",
+                    ) from None
+
+    def _quoted(self, said: Problem, otherwise: str = "") -> str:
+        """What the server says of a text of our own."""
+        message = self._redact(said.message)
+        return f": {message}" if message else otherwise
+
+    def _simplify(self, message: str) -> bool:
+        """Leave out the next thing that the server may not know, if it may be that what it refuses; else False."""
+        if self._optional and not message:
+            self._optional = dict(list(self._optional.items())[1:])
+            return True
+        if self._bare or (message and not _LIST.search(message)):
+            return False
+        self._bare, self._most = True, 1
+        return True
 
     def _run(self, requests: list[list[Input]]) -> Iterator[_Part]:
         """The parts of all requests as they come, ``concurrency`` in flight; the first error ends all."""
@@ -250,16 +321,34 @@ class EmbeddingsAPI:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _embed(self, inputs: list[Input], stop: threading.Event) -> list[_Part]:
+        if len(inputs) > self._most:
+            pieces = [inputs[start : start + self._most] for start in range(0, len(inputs), self._most)]
+            return [part for piece in pieces for part in self._embed(piece, stop)]
+        inputs = [self._within_window(i) for i in inputs]
         rows = [i.row for i in inputs]
+        before = self._most, self._window, self._optional
         try:
             vectors, tokens = self._post([i.text for i in inputs], stop)
         except _RefusedRequestError as error:
+            problem = error.problem
             if not self._accepted:
                 self._probe(stop)  # Is it these texts, or would any be refused?
+            if window := named_window(problem):
+                self._window = min(self._window, window)
+            if batch := named_batch(problem):
+                self._most = min(self._most, batch)
+            # Less is sent now than was refused: fewer inputs, shorter ones, fewer options.
+            learnt = self._optional is not before[2] or self._most < min(before[0], len(inputs))
+            if learnt or any(self._within_window(i) is not i for i in inputs):
+                return self._embed(inputs, stop)
             if len(inputs) > 1:
                 middle = len(inputs) // 2
-                return self._embed(inputs[:middle], stop) + self._embed(inputs[middle:], stop)
-            if less := shorter(inputs[0].text, self.max_input_tokens):
+                parts = self._embed(inputs[:middle], stop) + self._embed(inputs[middle:], stop)
+                if not speaks_of_length(problem) and not any(p.refused for p in parts):
+                    # It was none of the texts: the server takes so many at once and no more.
+                    self._most = min(self._most, len(inputs) - middle)
+                return parts
+            if less := shorter(inputs[0].text, self._window, too_long=speaks_of_length(problem)):
                 return self._embed([Input(rows[0], less, True)], stop)
             nothing = np.empty((0, self.dimensions), np.float32)
             return [_Part([], nothing, 0, 0, {rows[0]: f"the API refuses it, {error}"})]
@@ -267,36 +356,63 @@ class EmbeddingsAPI:
         reasons = {rows[i]: "the API gives a vector that is not finite" for i in odd}
         return [_Part(rows, vectors, tokens, sum(i.cut for i in inputs), reasons)]
 
-    def _post(self, texts: list[str], stop: threading.Event) -> tuple[Matrix, int]:
-        """Send one request until it is answered: its vectors (not finite ones too) and tokens."""
+    def _within_window(self, given: Input) -> Input:
+        """A text that the server is certain to refuse, cut to what it would be cut to then."""
+        if len(given.text) <= 2 * CUT_BYTES_PER_TOKEN[0] * self._window or self._window == self.max_input_tokens:
+            return given
+        return Input(given.row, cut_bytes(given.text, CUT_BYTES_PER_TOKEN[0] * self._window), True)
+
+    def _post(self, texts: list[str], stop: threading.Event, *, ours: bool = False) -> tuple[Matrix, int]:
+        """Send one request until it is answered: its vectors (not finite ones too) and tokens.
+
+        Args:
+            ours: The text is our own, so what the server says of it may be shown.
+        """
         turn, failures, odd, deadline = -math.inf, 0, 0, math.inf
         while True:
             self._wait_until(max(turn, self._not_before), stop)
-            sent = {"model": self.model, "input": texts, **self._optional}
+            url, bare = self._urls[0], self._bare and len(texts) == 1
+            sent = {"model": self.model, "input": texts[0] if bare else texts, **self._optional}
             wait, limited = None, False
             try:
                 with self._borrowed() as client:
-                    response = client.post(f"{self.base_url}/embeddings", json=sent)
+                    response = client.post(url, json=sent)
             except self._transport_error as error:
                 problem = self._redact(f"{type(error).__name__}: {error}")
             else:
                 if response.status_code == 200:
                     try:
-                        vectors, tokens = decode(response.content, len(texts), self.dimensions, self.model)
+                        vectors, tokens = decode(response.content, len(texts), self.known_dimensions, self.model)
                         if odd >= MAX_ODD_ANSWERS or np.isfinite(vectors).all():
                             self._accepted = True
                             return vectors, tokens or typical_tokens(texts)
                         problem = "a vector that is not finite"
                     except OddAnswerError as error:
                         problem = str(error)
+                        said = read_problem(200, response.content)
+                        if self._elsewhere(url):
+                            continue
+                        if said.message and error.vectors is None and ours:
+                            raise ModelError(
+                                f"{self.base_url} gives no vector for {self.model}{self._quoted(said, '.')}",
+                                remedy="Check the base URL and the model's name.",
+                            ) from None
+                        if error.vectors == 1 < len(texts) and odd == MAX_ODD_ANSWERS - 1:
+                            # The last repeat asks for the first text only: is it all that this server reads?
+                            odd += 1
+                            if self._reads_one(texts[0], response.content, url, sent):
+                                self._most = 1
+                                raise _RefusedRequestError(Problem(200, "one_input", "", "")) from None
                     odd += 1
                 else:
                     said = read_problem(response.status_code, response.content)
+                    if said.status in (404, 405) and self._elsewhere(url):
+                        continue
                     if name := _unknown_option(said, sent):
                         self._optional = {key: v for key, v in self._optional.items() if key != name}
                         continue
-                    self._raise_if_final(said, len(texts))
-                    problem, limited = str(said), said.status == 429
+                    self._raise_if_final(said, len(texts), self._quoted(said, ".") if ours else ".")
+                    problem, limited = f"{said}{self._quoted(said) if ours else ''}", said.status == 429
                     wait = server_wait(response.headers)
             now, failures = self._clock(), failures + 1
             if failures == 1:
@@ -314,6 +430,25 @@ class EmbeddingsAPI:
             if limited:
                 self._not_before = max(self._not_before, turn)  # The limit is the key's: it holds for all threads.
 
+    def _reads_one(self, text: str, content: bytes, url: str, sent: Mapping[str, object]) -> bool:
+        """Whether the one vector that a server has given for several texts is that of the first."""
+        try:
+            given = decode(content, 1, self.known_dimensions, self.model)[0]
+            with self._borrowed() as client:
+                response = client.post(url, json={**sent, "input": [text]})
+            alone = decode(response.content, 1, self.known_dimensions, self.model)[0]
+        except (OddAnswerError, ModelError, self._transport_error):
+            return False
+        return bool(np.allclose(given, alone, rtol=1e-3, atol=1e-5))
+
+    def _elsewhere(self, url: str) -> bool:
+        """Whether to ask at the next address, since there is no embeddings API at ``url``."""
+        if self._accepted or len(self._urls) == 1:
+            return False
+        if url == self._urls[0]:
+            self._urls = self._urls[1:]
+        return True
+
     def _wait_until(self, moment: float, stop: threading.Event) -> None:
         seconds = moment - self._clock()
         if seconds > 0:
@@ -321,12 +456,11 @@ class EmbeddingsAPI:
         if stop.is_set():
             raise _CancelledError
 
-    def _raise_if_final(self, said: Problem, inputs: int) -> None:
-        """Raise for an answer that waiting does not change."""
+    def _raise_if_final(self, said: Problem, inputs: int, quoted: str) -> None:
+        """Raise for an answer that waiting does not change; ``quoted`` ends its message."""
         if said.status == 401:
-            raise ProviderKeyError(
-                f"{self.base_url} refuses the API key: {said}.", remedy="Set OPENAI_API_KEY to a valid key."
-            )
+            what = "refuses the API key" if self.has_key else "asks for an API key"
+            raise ProviderKeyError(f"{self.base_url} {what}: {said}.", remedy="Set OPENAI_API_KEY to a valid key.")
         if said.status == 403:
             raise ProviderKeyError(
                 f"{self.base_url} does not let this key use {self.model}: {said}.",
@@ -338,11 +472,20 @@ class EmbeddingsAPI:
             )
         if said.status == 404:
             raise ModelError(
-                f"{self.base_url} knows no embedding model {self.model}: {said}.",
+                f"{self.base_url} knows no embedding model {self.model}: {said}{quoted}",
                 remedy="Check the model's name, and that the base URL is right.",
             )
+        if said.status == 501 or (said.status in (400, 500) and _NO_EMBEDDINGS.search(said.message)):
+            raise ModelError(
+                f"{self.base_url} gives no embeddings for {self.model}: {said}{quoted}",
+                remedy="Choose an embedding model; start llama.cpp with --embeddings.",
+            )
         too_large = said.status == 429 and inputs > 1 and _TOO_LARGE.search(said.message)
-        if said.status in (400, 413, 422) or too_large:
+        # llama.cpp and Ollama answer 500 where a text is longer than they read, or its vector is not a number.
+        of_text = said.status == 500 and (
+            speaks_of_length(said) or _NAN.search(said.message) or (inputs > 1 and _LIST.search(said.message))
+        )
+        if said.status in (400, 413, 422) or too_large or of_text:
             raise _RefusedRequestError(said)
         if said.status not in (408, 409, 429) and said.status < 500:
             raise ProviderError(f"{self.base_url} answered {said}; expected 200.", remedy="Check the base URL.")
@@ -351,7 +494,16 @@ class EmbeddingsAPI:
 _NO_QUOTA = re.compile("insufficient_quota|billing")
 # One request beyond the whole limit of a minute: no wait makes it fit.
 _TOO_LARGE = re.compile("request too large", re.IGNORECASE)
-_NO_DIMENSIONS = re.compile(r"not support\w* .{0,40}(dimensions|matryoshka)", re.IGNORECASE)
+_NO_EMBEDDINGS = re.compile(r"(?:does|do) not support embeddings?|start it with .?--embeddings", re.IGNORECASE)
+_NAN = re.compile(r"unsupported value: \+?(?:NaN|[+-]?Inf)", re.IGNORECASE)
+_LIST = re.compile(
+    r"\b(?:list|array|llama_decode|batch|single string|must be a string|multiple inputs)\b", re.IGNORECASE
+)
+_NO_DIMENSIONS = re.compile(
+    r"not support\w* .{0,40}(?:dimensions|matryoshka)|dimensions.{0,60}not (?:supported|permitted|allowed)|"
+    r"(?:unknown|unrecognized|unexpected|extra)\b.{0,60}\bdimensions",
+    re.IGNORECASE,
+)
 
 
 def _unknown_option(said: Problem, sent: Mapping[str, object]) -> str | None:
@@ -383,7 +535,7 @@ def _checked_url(url: str) -> str:
         raise OptionError("base_url is not an HTTP address; expected one such as https://api.openai.com/v1.")
     if parts.userinfo or parts.query or parts.fragment:
         raise OptionError("base_url holds a user, a query or a fragment.", remedy="Give the key as api_key.")
-    return str(parts).rstrip("/")
+    return str(parts).rstrip("/").removesuffix("/embeddings").rstrip("/")
 
 
 def _checked_header(name: str, value: str) -> str:

@@ -24,6 +24,9 @@ CUT_BYTES_PER_TOKEN = (4, 2, 1)
 English, then nearly anything, then whatever there is (a token of a byte-level vocabulary is never less than a byte).
 Where a text is cut depends on that text alone, not on its neighbours or on what was sent before."""
 
+LEAST_CUT_BYTES = 64
+"""A text of which the server refuses so little is refused for another reason than its length."""
+
 TYPICAL_BYTES_PER_TOKEN = 4
 """For counting tokens where the server does not."""
 
@@ -76,10 +79,17 @@ def pack(
         yield request
 
 
-def shorter(text: str, max_input_tokens: int) -> str | None:
-    """``text`` cut to the next length to try; None where its length cannot be what the API refuses."""
+def shorter(text: str, max_input_tokens: int, *, too_long: bool = False) -> str | None:
+    """``text`` cut to the next length to try; None where its length cannot be what the API refuses.
+
+    Args:
+        too_long: The server says that it is the length, and its window is smaller than ``max_input_tokens``: after one
+            byte a token come half of that, a quarter and so on.
+    """
     size = len(text.encode())
-    limits = (factor * max_input_tokens for factor in CUT_BYTES_PER_TOKEN)
+    limits = [factor * max_input_tokens for factor in CUT_BYTES_PER_TOKEN]
+    while too_long and limits[-1] // 2 >= LEAST_CUT_BYTES:
+        limits.append(limits[-1] // 2)
     return next((cut_bytes(text, limit) for limit in limits if limit < size), "") or None
 
 

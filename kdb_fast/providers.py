@@ -10,10 +10,12 @@ import importlib.util
 import json
 import operator
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -57,6 +59,9 @@ FASTEMBED_MODEL = "BAAI/bge-small-en-v1.5"
 OPENAI_MODEL = "text-embedding-3-small"
 OPENAI_DIMENSIONS = 384
 """KameleonDB's defaults; OpenAI's model is asked for as many dimensions as FastEmbed's has."""
+
+OPENAI_SHORTENS = "text-embedding-3-"
+"""So begin the names of OpenAI's models that give vectors of the length they are asked for."""
 
 OPENAI_URL = "https://api.openai.com/v1"
 
@@ -174,9 +179,11 @@ class OpenAIProvider(EmbeddingProvider):
 
     Args:
         model: Name of the model.
-        dimensions: Length of a vector; the API shortens the model's own.
+        dimensions: Length of a vector; the API shortens the model's own. None takes what the model gives. Left out, it
+            is 384 for OpenAI's models (``text-embedding-3-…``), as in KameleonDB, and for any other what it gives. What
+            it gives is found out by a probe, when it is first needed.
         api_key: Key; without it ``OPENAI_API_KEY``. A server other than OpenAI's may need none.
-        base_url: Address of the API; without it ``OPENAI_BASE_URL``, then OpenAI's.
+        base_url: Address of the API, with or without its ``/v1``; without it ``OPENAI_BASE_URL``, then OpenAI's.
         timeout: Seconds without a byte after which an attempt has failed.
         max_retries: Attempts after the first.
         concurrency: Requests in flight.
@@ -193,7 +200,7 @@ class OpenAIProvider(EmbeddingProvider):
     def __init__(
         self,
         model: str = OPENAI_MODEL,
-        dimensions: int = OPENAI_DIMENSIONS,
+        dimensions: int | EllipsisType | None = ...,
         api_key: str | None = None,
         base_url: str | None = None,
         timeout: float = 60.0,
@@ -208,6 +215,9 @@ class OpenAIProvider(EmbeddingProvider):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         base_url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+        if isinstance(dimensions, EllipsisType):
+            shortens = isinstance(model, str) and model.startswith(OPENAI_SHORTENS)
+            dimensions = OPENAI_DIMENSIONS if shortens else None
         self._api = EmbeddingsAPI(
             model=model,
             dimensions=dimensions,
@@ -223,9 +233,12 @@ class OpenAIProvider(EmbeddingProvider):
             sleep=sleep,
             clock=clock,
         )
-        if not self._api.has_key and self._api.base_url == OPENAI_URL:
+        if not self._api.has_key and not self.is_elsewhere:
             self._api.close()
-            raise OptionError("There is no OpenAI API key.", remedy="Set OPENAI_API_KEY, or give api_key.")
+            raise OptionError(
+                "There is no OpenAI API key.",
+                remedy="Set OPENAI_API_KEY, or give api_key; for another server set OPENAI_BASE_URL, or give base_url.",
+            )
 
     @property
     def dimensions(self) -> int:
@@ -267,6 +280,20 @@ class OpenAIProvider(EmbeddingProvider):
     def embed_into(self, texts: Sequence[str], out: Matrix) -> tuple[Tally, dict[int, str]]:
         return self._api.embed_into(texts, out)
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the API is another server than OpenAI's."""
+        return self.base_url != OPENAI_URL
+
+    def settle(self) -> None:
+        """Take vectors of the length that the server gives for a probe. Raises KdbFastError."""
+        self._api.settle()
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the server has given vectors before, to this provider."""
+        return self._api.accepted
+
     def probe(self) -> None:
         """Embed one sentence, to see that key, model and dimensions are right. Raises KdbFastError."""
         self._api.probe()
@@ -275,7 +302,8 @@ class OpenAIProvider(EmbeddingProvider):
         self._api.close()
 
     def __repr__(self) -> str:
-        return f"OpenAIProvider({self.model_name!r}, dimensions={self.dimensions}, base_url={self.base_url!r})"
+        length = self._api.known_dimensions
+        return f"OpenAIProvider({self.model_name!r}, dimensions={length}, base_url={self.base_url!r})"
 
 
 # --- finding, checking and naming a provider ---
@@ -349,10 +377,16 @@ def provider_fingerprint(provider: EmbeddingProvider) -> str:
 
 
 def openai_fingerprint(model: str, dimensions: int, base_url: str, max_tokens: int = MAX_INPUT_TOKENS) -> str:
-    """:func:`provider_fingerprint` of an :class:`OpenAIProvider` with these options."""
+    """:func:`provider_fingerprint` of an :class:`OpenAIProvider` with these options.
+
+    The address counts, since two servers may have different models under one name; how it is written does not.
+    """
     # By the API's name, so that moving the class within the package makes no index stale.
     ingredients = {"class": "openai", "model": model, "dimensions": int(dimensions)}
-    return _digest({**ingredients, "base_url": base_url.strip().rstrip("/"), "max_tokens": max_tokens})
+    address = base_url.strip().rstrip("/").removesuffix("/embeddings").rstrip("/")
+    if not re.search(r"/v\d", address):
+        address += "/v1"
+    return _digest({**ingredients, "base_url": address, "max_tokens": max_tokens})
 
 
 def _digest(ingredients: dict[str, object]) -> str:
@@ -409,7 +443,8 @@ class ProviderEncoder:
         if isinstance(self.provider, FastEmbedProvider):
             self.provider.encoder.self_test()
         elif isinstance(self.provider, OpenAIProvider):
-            self.provider.probe()
+            if not self.provider.accepted:
+                self.provider.probe()
         else:
             out = np.empty((1, self.dimensions), np.float32)
             self.encode([PROBE], out)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import sqlite_reading
 from .database import DatabaseAddress, connect_postgresql
+from .errors import SchemaError
 from .records import storable_key
 from .stores import open_store
 from .stores.reading import columns_of, rows_of
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from .query_model import IndexModel
     from .retrieval import SearchReader, SearchResult
 
     Vector = npt.NDArray[np.float32]
@@ -82,6 +84,7 @@ def run_search(
     model_name: str | None = None,
     model_path: Path | None = None,
     provider: str | None = None,
+    base_url: str | None = None,
     warn: Callable[[str], None] = lambda text: None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
@@ -102,7 +105,14 @@ def run_search(
     if mode != "keyword" and text:
         made = read(address, lambda connection: index_model(connection, address.dialect))
         vector = embed_query(
-            text, made, provider=provider, model=model_name, model_path=model_path, warn=warn, meanwhile=meanwhile
+            text,
+            made,
+            provider=provider,
+            model=model_name,
+            model_path=model_path,
+            base_url=base_url,
+            warn=warn,
+            meanwhile=meanwhile,
         )
     return search_open(
         address, query, vector, mode=mode, entities=entities, limit=limit, where=where, min_score=min_score
@@ -172,6 +182,23 @@ def recent_fingerprints(address: DatabaseAddress) -> list[str]:
         return list(dict.fromkeys(row[0] for row in rows(query, {})))
 
     return read(address, work)
+
+
+def index_model_of(address: DatabaseAddress) -> tuple[bool, IndexModel | None]:
+    """Whether nothing says yet how long the vectors of an index must be, and what made those that are there.
+
+    A column of PostgreSQL says it before there is a vector.
+
+    Raises:
+        DatabaseError: The database cannot answer.
+    """
+    from .query_model import index_model
+
+    try:
+        made = read(address, lambda connection: index_model(connection, address.dialect))
+    except SchemaError:
+        return True, None
+    return made is None and address.dialect == "sqlite", made
 
 
 def run_status(address: DatabaseAddress) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import SchemaError
+from .errors import ModelError, SchemaError
 from .model_files import same_model
 from .records import storable_key
 from .settings import DEFAULT_MODEL
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Vector = npt.NDArray[np.float32]
 
-PATIENCE = {"timeout": 20.0, "max_retries": 2, "concurrency": 1}
+PATIENCE: dict[str, Any] = {"timeout": 20.0, "max_retries": 2, "concurrency": 1}
 """Of a provider's API: somebody waits for the answer."""
 
 
@@ -61,6 +61,7 @@ def embed_query(
     provider: str | None = None,
     model: str | None = None,
     model_path: Path | None = None,
+    base_url: str | None = None,
     warn: Callable[[str], None] = lambda text: None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> Vector:
@@ -71,6 +72,7 @@ def embed_query(
         provider: ``fastembed`` or ``openai``; None for the one that serves the model.
         model: Name of the model; None for that of the index.
         model_path: Directory of a FastEmbed model, instead of looking it up.
+        base_url: Address of the openai provider's API; with it that is the provider where none is named.
         warn: Called where the model is that of the index by name only.
         meanwhile: Called while the files of a FastEmbed model are verified.
 
@@ -81,13 +83,20 @@ def embed_query(
         ProviderError: The provider's API does not answer.
     """
     if provider is None:
-        provider = "openai" if model_path is None and _is_openais(made, model) else "fastembed"
-    name = model or _name_of(made, provider)
+        provider = "openai" if base_url or (model_path is None and _is_openais(made, model)) else "fastembed"
+    name = model or _name_of(
+        made, provider, provider == "openai" and bool(base_url or os.environ.get("OPENAI_BASE_URL"))
+    )
     if provider == "openai":
-        return _by_openai(query, made, name, warn)
+        return _by_openai(query, made, name, warn, **({"base_url": base_url} if base_url else {}))
     from .models import resolve
 
-    found = resolve(name or DEFAULT_MODEL, model_path, meanwhile=meanwhile)
+    try:
+        found = resolve(name or DEFAULT_MODEL, model_path, meanwhile=meanwhile)
+    except ModelError as error:
+        if name and made and name == made.name:
+            error.remedy += " If a server made this index's vectors, give its address: --base-url, or OPENAI_BASE_URL."
+        raise
     from .encoder import Encoder, EncoderSpec
 
     _check(made, found.name, found.dimensions, {found.fingerprint()}, warn)
@@ -95,13 +104,15 @@ def embed_query(
     return vector
 
 
-def _by_openai(query: str, made: IndexModel | None, name: str | None, warn: Callable[[str], None]) -> Vector:
+def _by_openai(
+    query: str, made: IndexModel | None, name: str | None, warn: Callable[[str], None], base_url: str | None = None
+) -> Vector:
     import numpy as np
 
-    from .providers import OPENAI_DIMENSIONS, OPENAI_MODEL, get_provider, provider_fingerprint
+    from .providers import OPENAI_MODEL, OpenAIProvider, provider_fingerprint
 
-    dimensions = (made and made.dimensions) or OPENAI_DIMENSIONS
-    with get_provider("openai", model=name or OPENAI_MODEL, dimensions=dimensions, **PATIENCE) as provider:
+    length: dict[str, Any] = {"dimensions": made.dimensions} if made and made.dimensions else {}
+    with OpenAIProvider(model=name or OPENAI_MODEL, base_url=base_url, **length, **PATIENCE) as provider:
         _check(made, provider.model_name, provider.dimensions, {provider_fingerprint(provider)}, warn)
         return np.asarray(provider.embed(query), np.float32)
 
@@ -119,11 +130,15 @@ def _is_openais(made: IndexModel | None, model: str | None) -> bool:
     return made.fingerprint == openai_fingerprint(name, made.dimensions, address)
 
 
-def _name_of(made: IndexModel | None, provider: str) -> str | None:
-    """The model of the index, if this provider may serve it; None for the provider's default."""
-    if made is None or made.name is None or _same(made.name, DEFAULT_MODEL):
+def _name_of(made: IndexModel | None, provider: str, served: bool) -> str | None:
+    """The model of the index, if this provider may serve it; None for the provider's default.
+
+    Args:
+        served: The address of a server was given that may serve any model.
+    """
+    if made is None or made.name is None or same_name(made.name, DEFAULT_MODEL):
         return None
-    return made.name if (provider == "openai") == _is_openais(made, None) else None
+    return made.name if (provider == "openai") == (_is_openais(made, None) or served) else None
 
 
 def _check(
@@ -143,7 +158,7 @@ def _check(
             f"{dimensions}.",
             remedy=remedy,
         )
-    if made.name is not None and not _same(made.name, name):
+    if made.name is not None and not same_name(made.name, name):
         raise SchemaError(
             f"The index holds vectors of the model {theirs}, not of {storable_key(name)}; they cannot be compared.",
             remedy=remedy,
@@ -155,7 +170,7 @@ def _check(
         )
 
 
-def _same(one: str, other: str) -> bool:
+def same_name(one: str, other: str) -> bool:
     """Whether two names mean one model: without the publisher, in any case; the index keeps 100 characters."""
     first, second = (name.lower()[:100].rpartition("/")[2] for name in (one, other))
     return first == second

@@ -14,7 +14,7 @@ from . import __version__
 from .database import DatabaseAddress
 from .encoder import CHARS_PER_TOKEN, EncoderSpec
 from .engine import Engine, InlineEngine
-from .errors import KdbFastError, StoppedError
+from .errors import KdbFastError, ModelError, StoppedError
 from .garbage import collecting_rarely
 from .models import resolve
 from .openai_inputs import PACKED_BYTES_PER_TOKEN
@@ -22,7 +22,8 @@ from .pipeline import Counts, Pipeline, Stop
 from .plan import INLINE_ROWS, Plan, inline_shape, make_plan
 from .progress import Progress, Silent
 from .provider_base import EmbeddingProvider
-from .query import forget_older, recent_fingerprints
+from .query import forget_older, index_model_of, recent_fingerprints
+from .query_model import same_name
 from .resources import peak_rss_bytes
 from .settings import DEFAULT_MODEL, ReindexOptions
 from .slab import ROW_REASONS, ROW_WORKER_DIED
@@ -161,15 +162,43 @@ def find_embedding(options: ReindexOptions, progress: Progress, records: _Record
         return Embedding(
             model.name, model.dimensions, choice.fingerprint, read_chars, choice.spec, None, choice.fidelity, choice.why
         )
-    from .providers import ProviderEncoder, get_provider, provider_fingerprint
+    from .providers import ProviderEncoder, provider_fingerprint
 
-    given = {"model": options.model} if options.model != DEFAULT_MODEL else {}
+    provider = _open_provider(options, records.address if records else None)
+    try:
+        read_chars = ProviderEncoder(provider).max_tokens * PACKED_BYTES_PER_TOKEN
+        return Embedding(
+            provider.model_name, provider.dimensions, provider_fingerprint(provider), read_chars, provider=provider
+        )
+    except BaseException:
+        provider.close()
+        raise
+
+
+def _open_provider(options: ReindexOptions, address: DatabaseAddress | None) -> EmbeddingProvider:
+    """The API's provider, for vectors of the length that was asked for, that the index has or that the model gives."""
+    from .providers import OPENAI_MODEL, OpenAIProvider, ProviderKeyError
+
+    name = options.model if options.model != DEFAULT_MODEL else OPENAI_MODEL
+    is_new, made = index_model_of(address) if address else (False, None)
+    length: dict[str, Any] = {}
+    if options.dimensions is not None:
+        length = {"dimensions": options.dimensions}
+    elif made and made.dimensions and made.name and same_name(made.name, name):
+        length = {"dimensions": made.dimensions}
     threads = options.workers or PROVIDER_THREADS
-    provider = get_provider(options.provider, max_inputs=options.batch_size, concurrency=threads, **given)
-    read_chars = ProviderEncoder(provider).max_tokens * PACKED_BYTES_PER_TOKEN
-    return Embedding(
-        provider.model_name, provider.dimensions, provider_fingerprint(provider), read_chars, provider=provider
+    provider = OpenAIProvider(
+        model=name, base_url=options.base_url, max_inputs=options.batch_size, concurrency=threads, **length
     )
+    if is_new and not length and provider.is_elsewhere:
+        try:
+            provider.settle()
+        except (ProviderKeyError, ModelError):
+            pass  # the run says so, and keeps it
+        except BaseException:
+            provider.close()
+            raise
+    return provider
 
 
 def _choose_precision(options: ReindexOptions, spec: EncoderSpec, progress: Progress, records: _Records) -> Choice:

@@ -98,6 +98,8 @@ class ReindexOptions:
         precision: ``fp32``, ``bf16``, ``int8`` or ``auto``.
         min_fidelity: Least mean cosine with fp32 that a lower precision must reach on the user's records.
         provider: ``fastembed`` or ``openai``.
+        base_url: Address of the openai provider's API; None is that of the environment, else OpenAI's.
+        dimensions: Length of a vector of the openai provider; None is that of the index, for a new one the model's.
     """
 
     entities: tuple[str, ...] = ()
@@ -112,6 +114,8 @@ class ReindexOptions:
     precision: str = "fp32"
     min_fidelity: float | None = None
     provider: str = "fastembed"
+    base_url: str | None = None
+    dimensions: int | None = None
 
     def __post_init__(self) -> None:
         if self.provider not in MAX_BATCH_SIZES:
@@ -120,6 +124,11 @@ class ReindexOptions:
             raise UsageError(f"--precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}.")
         if self.provider != "fastembed" and self.precision != "fp32":
             raise UsageError(f"--precision {self.precision} belongs to models on this machine, not to {self.provider}.")
+        for option, given in (("base-url", self.base_url), ("dimensions", self.dimensions)):
+            if given is not None and self.provider != "openai":
+                raise UsageError(f"--{option} belongs to --provider openai, not to {self.provider}.")
+        if self.dimensions is not None and self.dimensions < 1:
+            raise UsageError(f"--dimensions is {self.dimensions}; expected 1 or more.")
         if self.min_fidelity is not None and not 0 < self.min_fidelity <= 1:
             raise UsageError(f"--min-fidelity is {self.min_fidelity}; expected a cosine above 0, at most 1.")
         most = MAX_BATCH_SIZES[self.provider]

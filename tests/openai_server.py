@@ -143,7 +143,7 @@ class OpenAIServer:
                 reply.hold.wait(PATIENCE)
             time.sleep(reply.seconds)
             body = json.loads(content)
-            texts = body["input"]
+            texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
             status, answer = self._answer(path, headers, body, texts, reply)
             with self._lock:
                 self.seen.append(Seen(texts, body, headers, status))
