@@ -79,7 +79,7 @@ def prepare(store: PostgreSQLStore, dimensions: int) -> tuple[str, ...]:
                 if dimensions > 2000:
                     raise SchemaError(
                         f"The model gives {dimensions} dimensions; a pgvector HNSW index holds at most 2000.",
-                        remedy="Choose a model with at most 2000 dimensions, or ask an API for fewer: --dimensions 1536.",
+                        remedy="Choose a model with at most 2000 dimensions, or ask an API for fewer: --dimensions N.",
                     )
                 cursor.execute(target.statement(schema.POSTGRESQL_SEARCH, dimensions=str(int(dimensions))))
                 for statement in schema.POSTGRESQL_PLAIN_INDEXES.values():
