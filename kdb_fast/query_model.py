@@ -12,7 +12,7 @@ from .model_files import same_model
 from .records import storable_key
 from .settings import DEFAULT_MODEL
 from .stores.reading import columns_of, rows_of
-from .target import RUNS, TABLE, find_target
+from .target import RUNS, TABLE, find_target, other_indexes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,6 +44,9 @@ def index_model(connection: Any, dialect: str) -> IndexModel | None:
     present = columns_of(rows, target, (TABLE, RUNS))
     if TABLE not in present:
         where = "this database" if target.schema is None else f"the schema {target.shown()} of this database"
+        others = ", ".join(other_indexes(rows, target))
+        if others:
+            where += f", the one of its records; {others} is another schema's"
         raise SchemaError(f"There is no search index in {where}.", remedy="Build it: kdb-fast reindex --db …")
     fingerprint = "kdb_fast_fingerprint" if "kdb_fast_fingerprint" in present[TABLE] else "NULL"
     index, runs = target.table(TABLE), target.table(RUNS)

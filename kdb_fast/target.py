@@ -132,6 +132,20 @@ def find_target(rows: Rows, dialect: str, schema: str | None = None) -> Target:
     return Target(*found[0])
 
 
+def other_indexes(rows: Rows, target: Target) -> list[str]:
+    """Search tables in other schemas of the session's search path, as messages name them."""
+    if target.schema is None:
+        return []
+    found = rows(
+        "SELECT n.nspname::text FROM unnest(current_schemas(false)) WITH ORDINALITY path(name, place) "
+        "JOIN pg_catalog.pg_namespace n ON n.nspname = path.name AND n.oid <> pg_my_temp_schema() "
+        "JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = %(table)s "
+        "WHERE n.nspname <> %(schema)s ORDER BY place",
+        {"table": TABLE, "schema": target.schema},
+    )
+    return [Target(schema).shown(TABLE) for (schema,) in found]
+
+
 def identifier(name: str, dialect: Dialect = "postgresql") -> str:
     """A name for a statement, with or without parameters. Raises SchemaError for a name that no table can have."""
     if "\x00" in name:

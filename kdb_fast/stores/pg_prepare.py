@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import SchemaError
 from ..faults import fault
 from ..records import storable_key
-from ..target import ENTITIES, RECORDS, REJECTS, RUNS, STATE, TABLE, Target, identifier
+from ..target import ENTITIES, RECORDS, REJECTS, RUNS, STATE, TABLE, Target, identifier, other_indexes
 from . import schema
 from .base import HiddenRowsError
+from .reading import rows_of
 
 if TYPE_CHECKING:
     import psycopg
@@ -123,16 +124,8 @@ def _exists(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, table: str)
 
 
 def _others(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> tuple[str, ...]:
-    """A note on search tables in other schemas of the search path, before one is made in this schema."""
-    found = [
-        Target(row[0]).shown(TABLE)
-        for row in cursor.execute(
-            "SELECT n.nspname::text FROM unnest(current_schemas(false)) WITH ORDINALITY path(name, place) "
-            "JOIN pg_namespace n ON n.nspname = path.name AND n.oid <> pg_my_temp_schema() "
-            "JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = %s WHERE n.nspname <> %s ORDER BY place",
-            (TABLE, target.schema),
-        )
-    ]
+    """A note on other indexes that the search path shows, before one is made in this schema."""
+    found = other_indexes(rows_of(cursor.connection, target.dialect), target)
     if not found:
         return ()
     return (
