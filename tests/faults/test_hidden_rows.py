@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 from kameleon import Answer, Kameleon, close_kameleon, open_kameleon
+from search_engines import Hashes
 from servers import Server, connect_as, role_name
 
+from kdb_fast import SearchEngine
 from kdb_fast import engine as engine_module
 from kdb_fast import reindex as reindex_module
 from kdb_fast.encoder import Encoder, EncoderSpec
+from kdb_fast.errors import SchemaError
 from kdb_fast.models import Model
 from kdb_fast.stores.base import HiddenRowsError
 from kdb_fast.stores.postgresql import PostgreSQLStore
@@ -209,3 +212,17 @@ def test_a_search_shows_what_its_role_may_see(notes: Kameleon, postgres: Server)
         found.append(len(notes.kdb_fast("search", "number", "--limit", "50", "--json").json["results"]))
         notes.url = notes.url.replace(f"{name}@/", "postgres@/")
     assert found == [RECORDS + 1, RECORDS]
+
+
+def test_the_library_keeps_to_the_policies(notes: Kameleon, postgres: Server) -> None:
+    role = limited_role(postgres, notes)
+    hide(notes, "kdb_search", "content NOT LIKE '%secret%'")
+    notes.execute("UPDATE kdb_search SET content = 'a secret' WHERE content LIKE '%number 1'")
+    ((hidden,),) = notes.execute("SELECT record_id FROM kdb_search WHERE content = 'a secret'")
+    with SearchEngine(notes.url.replace("+psycopg", "").replace("postgres@/", f"{role}@/"), Hashes(384)) as search:
+        search.index_record("Extra", "1", "a new text")
+        search.index_record("Extra", "1", "a newer text")
+        with pytest.raises(SchemaError, match="row-level security"):
+            search.index_record("Note", hidden, "a text over what is hidden")
+    assert notes.execute("SELECT content FROM kdb_search WHERE entity_name = 'Extra'") == [("a newer text",)]
+    assert notes.execute("SELECT content FROM kdb_search WHERE record_id = %s", hidden) == [("a secret",)]
