@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from . import sqlite_reading
+from . import pg_session, sqlite_reading
 from .database import DatabaseAddress, connect_postgresql, opened
 from .errors import DatabaseError, SchemaError, UsageError
 from .query import open_reader
@@ -153,7 +153,6 @@ class Connections:
                 with contextlib.ExitStack() as unit:
                     unit.enter_context(_explained(store))
                     unit.enter_context(store.unit())
-                    store.connection().execute(LIMITS)
                     self._prepare_elsewhere(store)
                     stack.enter_context(unit.pop_all())
                     return store
@@ -168,7 +167,7 @@ class Connections:
 
         store = self._store
         if not isinstance(store, PostgreSQLStore) or store.connection().closed:
-            store = PostgreSQLStore(self._address, "library", borrowed=self._open())
+            store = PostgreSQLStore(self._address, "library", borrowed=self._open(), limits=LIMITS)
             self._store = store
         return store
 
@@ -206,20 +205,13 @@ class Connections:
             )
         if connection.autocommit:
             raise _commits_by_itself()
-        from psycopg.rows import tuple_row
-
         from .stores.postgresql import PostgreSQLStore
 
+        # An SQL statement of lent() begins the caller's transaction, of which the store's own is then a part.
         postgresql = PostgreSQLStore(self._address, "library", borrowed=connection)
-        with _explained(postgresql):
-            # The first statement begins the caller's transaction: in none, the unit would be one of its own.
-            cursor = connection.cursor(row_factory=tuple_row)
-            before = [(name, *cursor.execute("SELECT current_setting(%s)", (name,))) for name in PLANNER]
-            with postgresql.unit():
-                self._prepare_elsewhere(postgresql)
-                yield postgresql
-            for name, (value,) in before:
-                cursor.execute("SELECT set_config(%s, %s, true)", (name, value))
+        with _explained(postgresql), pg_session.lent(connection, self._address.display, PLANNER), postgresql.unit():
+            self._prepare_elsewhere(postgresql)
+            yield postgresql
 
     def _check_same(self, connection: sqlite3.Connection) -> None:
         if getattr(connection, "autocommit", False) is True:  # Python 3.12 and later

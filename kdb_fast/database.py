@@ -307,31 +307,42 @@ def opened(address: DatabaseAddress) -> Iterator[DatabaseAddress]:
 def connect_postgresql(
     address: DatabaseAddress, *, role: str, autocommit: bool = True
 ) -> psycopg.Connection[tuple[Any, ...]]:
-    """A connection with short time-outs and no server-side prepared statements (poolers lose them).
+    """A connection in UTF-8 with short time-outs and no server-side prepared statements (poolers lose them).
+
+    In autocommit mode each of its statements has the settings of :mod:`.pg_session`.
 
     Args:
         role: What it is for; becomes ``application_name`` as ``kdb-fast/<role>``.
 
     Raises:
         DatabaseError: The server cannot be reached, or refuses; the message holds no secret.
+        RefusedError: The database has no encoding (SQL_ASCII).
     """
     import psycopg
 
-    from . import pg_connection
+    from . import pg_connection, pg_session
 
     options: dict[str, Any] = dict(KEEPALIVE)
     given = psycopg.conninfo.conninfo_to_dict(address.conninfo)
     options = {k: v for k, v in options.items() if k not in given}
     if "connect_timeout" not in given and not os.environ.get("PGCONNECT_TIMEOUT"):
         options["connect_timeout"] = CONNECT_TIMEOUT
+    connection = None
     try:
-        return pg_connection.connect(
+        connection = pg_connection.connect(
             address.conninfo,
             autocommit=autocommit,
             prepare_threshold=None,
             application_name=f"kdb-fast/{role}",
+            client_encoding=pg_session.ENCODING,  # whatever the address, the environment or the role asks for
             **options,
         )
+        pg_session.check_encoding(connection, address.display)
+        return connection
+    except RefusedError:
+        assert connection is not None
+        connection.close()
+        raise
     except psycopg.Error as error:
         detail = " ".join(redact(str(error), address).split()).rstrip(".?")
         raise DatabaseError(

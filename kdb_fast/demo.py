@@ -12,8 +12,9 @@ import sys
 import warnings
 from typing import Any
 
-from .database import DatabaseAddress, default_data_dir, opened, parse_address
+from .database import DatabaseAddress, connect_postgresql, default_data_dir, opened, parse_address
 from .errors import EXIT_OK, EXIT_REJECTS, KdbFastError, RefusedError, ResourceError
+from .pg_session import ENCODING
 from .settings import DEFAULT_MODEL, ReindexOptions
 
 ENTITY = "PythonDoc"
@@ -49,6 +50,8 @@ def run_demo(db: str | None, *, show: bool, as_json: bool) -> int:
     say(f"database: {address.display}")
     progress: Any = None
     with opened(address) as ready:
+        if ready.dialect == "postgresql":
+            connect_postgresql(ready, role="demo").close()  # what cannot be indexed is not filled with records
         say("records: the documentation of Python's standard library")
         created = create_records(ready)
         say(f"records: {created:,} created through KameleonDB" if created else "records: already there")
@@ -126,7 +129,7 @@ def sqlalchemy_url(address: DatabaseAddress) -> Any:
 
     from psycopg.conninfo import conninfo_to_dict
 
-    parts: dict[str, Any] = dict(conninfo_to_dict(address.conninfo))
+    parts: dict[str, Any] = {**conninfo_to_dict(address.conninfo), "client_encoding": ENCODING}
     user, password = parts.pop("user", ""), parts.pop("password", "")
     name = parts.pop("dbname", "") or ""
     login = quote(str(user), safe="") + (f":{quote(str(password), safe='')}" if password else "")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
+from .pg_session import pin
 
 if TYPE_CHECKING:
     import psycopg
@@ -155,8 +156,11 @@ class Watch:
         try:
             with contextlib.closing(self._second()) as second:
                 row = second.execute(
-                    "SELECT state = 'active' AND wait_event_type IS DISTINCT FROM 'Client' "
-                    "FROM pg_stat_activity WHERE pid = %s",
+                    # Without track_activities only its locks tell: no session idles in a transaction of ours for long.
+                    "SELECT CASE WHEN state = 'disabled' "
+                    "THEN EXISTS (SELECT FROM pg_locks l WHERE l.pid = a.pid AND l.locktype = 'virtualxid') "
+                    "ELSE state = 'active' AND wait_event_type IS DISTINCT FROM 'Client' END "
+                    "FROM pg_stat_activity a WHERE pid = %s",
                     (session,),
                 ).fetchone()
         except psycopg.errors.ConnectionTimeout:
@@ -181,7 +185,7 @@ def _connection_class() -> type[Connection]:
 
 
 def connect(conninfo: str, **options: Any) -> Connection:
-    """:func:`psycopg.connect` with a :class:`Watch` over the connection.
+    """:func:`psycopg.connect` with a :class:`Watch` over the connection, and the pins of :mod:`.pg_session`.
 
     Args:
         options: Of psycopg.connect; ``application_name`` among them.
@@ -192,6 +196,7 @@ def connect(conninfo: str, **options: Any) -> Connection:
 
     def open_watched(second: Callable[[], Connection] | None, **changed: Any) -> Connection:
         connection = _connection_class().connect(conninfo, **{**options, **changed})
+        pin(connection)
         connection.watch = Watch(second)  # type: ignore[attr-defined]
         return connection
 

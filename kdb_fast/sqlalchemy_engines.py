@@ -16,9 +16,10 @@ import os
 import sqlite3
 from typing import Any
 
+from . import pg_session
 from .connections import Connections, main_file
 from .database import DatabaseAddress, connection_remedy, parse_address, redact
-from .errors import DatabaseError, UsageError
+from .errors import DatabaseError, RefusedError, UsageError
 
 MEMORY = DatabaseAddress("sqlite", ":memory:", "sqlite:///:memory:")
 
@@ -85,13 +86,19 @@ def _for_postgresql(engine: Any) -> Connections:
             connection: psycopg.Connection[tuple[Any, ...]] = held.driver_connection
             try:
                 connection.rollback()
+                pg_session.check_encoding(connection, address.display)
                 connection.autocommit = True
-                connection.execute("SELECT 1")
+                # Also to see whether it is alive.
+                connection.execute(f"SET client_encoding TO '{pg_session.ENCODING}'")
             except psycopg.OperationalError:
                 # It was cut while it lay in the pool. One after the other is thrown away, until a new one is made.
                 held.invalidate()
                 continue
+            except RefusedError:
+                held.close()
+                raise
             held.detach()
+            pg_session.pin(connection)
             connection.prepare_threshold = None  # poolers lose prepared statements
             connection.row_factory = tuple_row
             return connection

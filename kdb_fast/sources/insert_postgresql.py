@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .. import pg_session
 from ..database import DatabaseAddress, connect_postgresql, redact
 from ..errors import DatabaseError, KdbFastError, ResourceError, SchemaError
 from ..pg_connection import Patience
@@ -70,13 +71,13 @@ class PostgreSQLInserter(Inserter):
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._connection.transaction():
-            # The advisory lock makes a repeated attempt wait until the server has ended the lost one. Constraints that
-            # only the COMMIT would check could not be traced to a row.
-            self._connection.execute(
-                f"SET LOCAL lock_timeout = '30s'; SET LOCAL idle_in_transaction_session_timeout = '60s'; "
-                f"SELECT pg_advisory_xact_lock({self._lock_key}); SET CONSTRAINTS ALL IMMEDIATE"
-            )
+        # The advisory lock makes a repeated attempt wait until the server has ended the lost one. Constraints that only
+        # the COMMIT would check could not be traced to a row.
+        settings = (
+            "SET LOCAL lock_timeout = '30s'; SET LOCAL idle_in_transaction_session_timeout = '60s'; "
+            f"SELECT pg_advisory_xact_lock({self._lock_key}); SET CONSTRAINTS ALL IMMEDIATE"
+        )
+        with pg_session.transaction(self._connection, settings):
             yield
 
     def _savepoint(self) -> contextlib.AbstractContextManager[Any]:

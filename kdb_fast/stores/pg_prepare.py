@@ -63,6 +63,7 @@ def prepare(store: PostgreSQLStore, dimensions: int) -> tuple[str, ...]:
         with store.transaction() as cursor:
             if cursor.execute("SELECT current_setting('transaction_read_only')").fetchone() == ("on",):
                 raise _read_only()
+            cursor.execute("SET LOCAL default_tablespace TO DEFAULT")  # new tables are made where the user's would be
             cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
             _extension(cursor)
             target = store.find_target()

@@ -17,6 +17,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .. import pg_session
 from ..database import DatabaseAddress, connect_postgresql
 from ..errors import DatabaseError, LockedError, RecordError
 from ..faults import fault
@@ -64,6 +65,7 @@ class PostgreSQLStore(Store):
         retry_seconds: float | None = None,
         patient: bool = False,
         borrowed: psycopg.Connection[tuple[Any, ...]] | None = None,
+        limits: str = LIMITS,
     ) -> None:
         """
         Args:
@@ -71,7 +73,9 @@ class PostgreSQLStore(Store):
             role: What the connection is for; shown in the server's list of sessions.
             retry_seconds: How long a lost database is waited for; None for ``KDB_FAST_PATIENCE``.
             patient: Wait so long for the first connection too: the database was there a moment ago.
-            borrowed: A connection of the caller's to use instead of an own one, within the caller's transaction.
+            borrowed: A connection of the caller's to use instead of an own one, within the caller's transaction if
+                there is one.
+            limits: Statements that bound the waits of each transaction.
         """
         self.address = address
         self._borrowed = borrowed
@@ -81,7 +85,7 @@ class PostgreSQLStore(Store):
         self._has_rejects = True
         self._merge_all = False
         self._pieces = 1
-        self._limits = LIMITS
+        self._limits = limits
         self._session = 0
         self.on_wait: Callable[[str], None] = lambda what: None
         self.retrying("connecting", self.connection, seconds=None if patient else 0.0)
@@ -115,14 +119,9 @@ class PostgreSQLStore(Store):
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
-        """A transaction whose waits for locks and for us are bounded."""
+        """A transaction whose waits for locks and for us are bounded; within the caller's, those are the caller's."""
         connection = self.connection()
-        with connection.transaction(), connection.cursor() as cursor:
-            if self._borrowed is not None:
-                # The caller's transaction keeps the caller's settings.
-                yield cursor
-                return
-            cursor.execute(self._limits.encode())
+        with pg_session.transaction(connection, self._limits), connection.cursor() as cursor:
             yield cursor
 
     def retrying(self, what: str, work: Callable[[], T], *, rows: bool = False, seconds: float | None = None) -> T:

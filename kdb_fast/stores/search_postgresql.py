@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .. import pg_session
 from ..errors import UsageError
 from ..target import Dialect, identifier
 from .reading import Field, Params, Place
@@ -121,7 +122,7 @@ class PostgresqlReader(SearchReader):
         from ..errors import DatabaseError
 
         try:
-            with self._connection.transaction():
+            with pg_session.transaction(self._connection):
                 yield
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             raise DatabaseError("The connection to PostgreSQL was lost.", remedy="Search again.") from error
