@@ -151,7 +151,7 @@ class Connections:
             store = self._postgresql_store()
             try:
                 with contextlib.ExitStack() as unit:
-                    unit.enter_context(_explained(store))
+                    unit.enter_context(_explained(store.address))
                     unit.enter_context(store.unit())
                     self._prepare_elsewhere(store)
                     stack.enter_context(unit.pop_all())
@@ -207,11 +207,12 @@ class Connections:
             raise _commits_by_itself()
         from .stores.postgresql import PostgreSQLStore
 
-        # An SQL statement of lent() begins the caller's transaction, of which the store's own is then a part.
-        postgresql = PostgreSQLStore(self._address, "library", borrowed=connection)
-        with _explained(postgresql), pg_session.lent(connection, self._address.display, PLANNER), postgresql.unit():
-            self._prepare_elsewhere(postgresql)
-            yield postgresql
+        # A statement of lent() begins the caller's transaction, of which the store's own is then a part.
+        with _explained(self._address), pg_session.lent(connection, self._address.display, PLANNER):
+            postgresql = PostgreSQLStore(self._address, "library", borrowed=connection)
+            with postgresql.unit():
+                self._prepare_elsewhere(postgresql)
+                yield postgresql
 
     def _check_same(self, connection: sqlite3.Connection) -> None:
         if getattr(connection, "autocommit", False) is True:  # Python 3.12 and later
@@ -377,7 +378,7 @@ def _commits_by_itself() -> UsageError:
 
 
 @contextlib.contextmanager
-def _explained(store: PostgreSQLStore) -> Iterator[None]:
+def _explained(address: DatabaseAddress) -> Iterator[None]:
     """Errors of psycopg become those of kdb-fast."""
     import psycopg
 
@@ -386,7 +387,7 @@ def _explained(store: PostgreSQLStore) -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        raise explain("writing the index", error, store.address) from error
+        raise explain("writing the index", error, address) from error
 
 
 def _close(connection: Any) -> None:

@@ -27,7 +27,17 @@ from .errors import KdbFastError, RejectLimitError
 from .faults import fault
 from .flushing import MAX_WAIT_SECONDS, FlushSize
 from .messages import Finish, Finished, Flush, Flushed, PrepareIndex, SlotRows, rows_of_bits
-from .records import MAX_ENTITY_CHARS, MAX_RECORD_ID_CHARS, Record, Reject, content_hash, cut_content, unfit, was_cut
+from .records import (
+    MAX_ENTITY_CHARS,
+    MAX_RECORD_ID_CHARS,
+    Record,
+    Reject,
+    content_hash,
+    cut_content,
+    unfit,
+    unheld,
+    was_cut,
+)
 from .settings import RejectLimit
 from .sharding import SHARD_ROWS, WINDOW_ROWS, shard_numbers, text_bytes
 from .slab import NO_STAMP, ROW_REASONS, Row
@@ -296,6 +306,7 @@ class Pipeline:
         """The records that can be stored, each with its hash and its number; the others are rejected."""
         fault("pipeline.classify")
         fit: list[_Fit] = []
+        missing = self._missing_characters(page)
         self.counts.read += len(page)
         for item in page:
             self._sequence += 1
@@ -303,6 +314,8 @@ class Pipeline:
                 self._reject(item)
                 continue
             problem = unfit(item)
+            if problem is None and missing:
+                problem = unheld(item, missing, self._store.encoding)
             if problem is not None:
                 digest = content_hash(item.content) if isinstance(item.content, str) else b""
                 self._reject(Reject(item.entity, item.record_id, *problem, digest, item.position))
@@ -312,6 +325,13 @@ class Pipeline:
                 item = item._replace(content=content)
             fit.append((item, content_hash(content), self._sequence))
         return fit
+
+    def _missing_characters(self, page: list[Record | Reject]) -> frozenset[str]:
+        """Those of the page's texts and keys that the index cannot hold: told here, they cost no embedding."""
+        if self._store.encoding == "UTF8":
+            return frozenset()
+        records = (item for item in page if isinstance(item, Record))
+        return self._store.missing_characters(v for record in records for v in record[:3] if isinstance(v, str))
 
     def _take(self, fit: list[_Fit], stored: dict[Key, Stored]) -> None:
         counts = self.counts

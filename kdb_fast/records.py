@@ -134,6 +134,29 @@ def unfit(record: Record) -> tuple[str, str] | None:
     return None
 
 
+def unheld(record: Record, missing: frozenset[str], encoding: str) -> tuple[str, str] | None:
+    """Why the database cannot hold this record, as (reason, detail), or None if it can.
+
+    Args:
+        record: A fit one.
+        missing: Characters that the database's encoding has not.
+        encoding: Its name, for the detail.
+    """
+    for what, value in (("text", record.content), ("record id", record.record_id), ("entity", record.entity)):
+        if not value.isascii() and not missing.isdisjoint(value):
+            return bad_encoding(what, missing.intersection(value), encoding)
+    return None
+
+
+def bad_encoding(what: str, missing: Iterable[str], encoding: str) -> tuple[str, str]:
+    """(reason, detail) for a text with characters that the database's encoding has not; up to three are named."""
+    numbers = ", ".join(f"U+{ord(character):04X}" for character in sorted(missing)[:3])
+    return (
+        "bad_encoding",
+        f"the {what} has characters that the database's encoding {encoding} has not, such as {numbers}",
+    )
+
+
 def cut_content(content: str) -> str:
     """The content cut to :data:`MAX_CONTENT_BYTES`, on a character boundary."""
     if len(content) * 4 <= MAX_CONTENT_BYTES:

@@ -168,7 +168,8 @@ class _Asked(NamedTuple):
     depth: int
 
     def scope(self, reader: SearchReader) -> Scope:
-        return resolve_scope(reader.definitions(), self.entities, self.where)._replace(excluded=self.words.excluded)
+        scope = resolve_scope(reader.definitions(), self.entities, self.where)
+        return _holdable_scope(reader, scope)._replace(excluded=self._held_by(reader).excluded)
 
     def by_vector(self, reader: SearchReader, vector: npt.ArrayLike | None, scope: Scope) -> list[Hit]:
         if vector is None or scope.names == ():
@@ -178,7 +179,12 @@ class _Asked(NamedTuple):
     def by_keyword(self, reader: SearchReader, scope: Scope) -> list[Hit]:
         if self.mode == "vector" or not self.words.terms or scope.names == ():
             return []
-        return reader.keyword(self.words, scope, self.depth)
+        words = self._held_by(reader)
+        return reader.keyword(words, scope, self.depth) if words.terms else []
+
+    def _held_by(self, reader: SearchReader) -> Query:
+        words = self.words
+        return holdable_words(words, reader.missing_characters([words.text, *(term.text for term in words.excluded)]))
 
 
 class _Found:
@@ -332,6 +338,38 @@ def why_blank(query: Query, mode: str) -> str:
     if query.excluded:
         return "The query only excludes words; nothing in it says what to look for."
     return "The query is blank: it holds no word or number to look for."
+
+
+def holdable_words(words: Query, missing: frozenset[str]) -> Query:
+    """The words as they can be looked for in a database that cannot hold some characters.
+
+    A term with such a letter is in no text, so it is left out. Signs are no part of a term: they count as spaces.
+    """
+    if not missing:
+        return words
+    blank = {ord(character): " " for character in missing}
+    letters = {character for character in missing if WORD.match(character)}
+
+    def held(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        return tuple(t._replace(text=t.text.translate(blank)) for t in terms if letters.isdisjoint(t.text))
+
+    terms = held(words.terms)
+    text = words.text.translate(blank)
+    if len(terms) < len(words.terms):
+        text = " ".join(f'"{term.text}"' if term.phrase else term.text for term in terms)
+    return Query(text, terms, held(words.excluded))
+
+
+def _holdable_scope(reader: SearchReader, scope: Scope) -> Scope:
+    """The scope without names that no row of this database can have; with no names where no field can have a value."""
+    names = scope.names or ()
+    values = [value for _, value in scope.where if isinstance(value, str)]
+    missing = reader.missing_characters([*names, *values])
+    if not missing:
+        return scope
+    if any(not missing.isdisjoint(value) for value in values):
+        return scope._replace(names=())
+    return scope._replace(names=tuple(name for name in names if missing.isdisjoint(name)))
 
 
 def resolve_scope(definitions: Iterable[Definition], entities: Sequence[str], where: Mapping[str, Any] | None) -> Scope:

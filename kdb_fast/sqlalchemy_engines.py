@@ -12,13 +12,14 @@ engine, in memory    the engine's one connection             the same one
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 from typing import Any
 
 from . import pg_session
 from .connections import Connections, main_file
-from .database import DatabaseAddress, connection_remedy, parse_address, redact
+from .database import DatabaseAddress, connect_postgresql, connection_remedy, parse_address, redact
 from .errors import DatabaseError, RefusedError, UsageError
 
 MEMORY = DatabaseAddress("sqlite", ":memory:", "sqlite:///:memory:")
@@ -110,6 +111,11 @@ def _checked_out(engine: Any, address: DatabaseAddress) -> Any:
     try:
         return engine.raw_connection()
     except Exception as error:  # the driver's, the pool's, or that of the caller's own `creator`
+        if isinstance(error, TypeError) and address.dialect == "postgresql":
+            # psycopg gives SQLAlchemy bytes where the database has no encoding: say so.
+            with contextlib.suppress(DatabaseError, UsageError):
+                url = parse_address(engine.url.render_as_string(hide_password=False))
+                connect_postgresql(url, role="library").close()
         detail = " ".join(redact(str(getattr(error, "orig", None) or error), address).split())
         raise DatabaseError(
             f"Cannot connect to {address.display}: {detail}.",

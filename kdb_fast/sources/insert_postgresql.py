@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import secrets
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -12,6 +13,8 @@ from .. import pg_session
 from ..database import DatabaseAddress, connect_postgresql, redact
 from ..errors import DatabaseError, KdbFastError, ResourceError, SchemaError
 from ..pg_connection import Patience
+from ..records import bad_encoding
+from ..stores.pg_characters import Characters
 from ..target import Dialect, identifier
 from .insert_rows import Column, Inserter, NewRow, Outcome, Refusal, RowRefusedError
 from .kameleondb import TRANSIENT
@@ -22,7 +25,14 @@ if TYPE_CHECKING:
 DATA_FAULTS = ("09", "21", "22", "23", "27", "44", "54", "P0")
 """SQLSTATE classes that speak about a row, not about the server."""
 
-REFUSALS = {"22001": "too_long", "23502": "not_null", "23503": "foreign_key", "23505": "unique", "23514": "check"}
+REFUSALS = {
+    "22001": "too_long",
+    "22P05": "bad_encoding",
+    "23502": "not_null",
+    "23503": "foreign_key",
+    "23505": "unique",
+    "23514": "check",
+}
 
 BITS = {"int2": 15, "int4": 31, "int8": 63}
 """Bits of PostgreSQL's whole numbers beside the sign."""
@@ -58,7 +68,9 @@ class PostgreSQLInserter(Inserter):
         with self._transaction():
             if self._unconfirmed is not None and self._committed(rows, self._unconfirmed):
                 return self._unconfirmed
-            outcome = self._insert_all(rows)
+            unheld = self._unheld(rows)
+            outcome = self._insert_all([row for row in rows if row.record_id not in unheld])
+            outcome.refused.update(unheld)
             # If the answer to the COMMIT is lost, this is what became of the page, or nothing did.
             self._unconfirmed = outcome
         return outcome
@@ -68,6 +80,23 @@ class PostgreSQLInserter(Inserter):
         ids = [row.record_id for row in rows if row.record_id not in outcome.refused]
         table = self._target.table(self._table)
         return bool(ids and self._query(f"SELECT 1 FROM {table} WHERE id = ANY(%s) LIMIT 1", ids))  # noqa: S608 - quoted
+
+    def _unheld(self, rows: Sequence[NewRow]) -> dict[str, Refusal]:
+        """The rows with characters that the database's encoding has not: told at once, not by halving."""
+        if self._characters is None:
+            return {}
+        texts = {row.record_id: self._text_of(row) for row in rows}
+        missing = self._characters.missing(self._connection, texts.values())
+        return {
+            record_id: Refusal(*bad_encoding("record", missing.intersection(text), self._characters.encoding))
+            for record_id, text in texts.items()
+            if not missing.isdisjoint(text)
+        }
+
+    def _text_of(self, row: NewRow) -> str:
+        # In the shared table there is one JSON text, which has escapes for all characters beyond ASCII.
+        values = [json.dumps(json.loads(row.fields[0]), ensure_ascii=False)] if self._shared else row.fields
+        return "\n".join(value for value in values if isinstance(value, str))
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -106,6 +135,7 @@ class PostgreSQLInserter(Inserter):
 
     def _connect(self) -> None:
         self._connection = connect_postgresql(self._address, role="insert")
+        self._characters = Characters.of(self._connection)
 
     def _query(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
         return list(self._connection.execute(query.encode(), parameters).fetchall())

@@ -119,6 +119,12 @@ class Store(ABC):
     target: Target = Target()
     on_wait: Callable[[str], None]
     """Called with what is being waited for, before each pause."""
+    encoding: str = "UTF8"
+    """What the database keeps texts in, as PostgreSQL names it; any but UTF8 holds some characters only."""
+
+    def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
+        """The characters in ``texts`` that this database cannot hold; a record with one would be refused."""
+        return frozenset()
 
     @abstractmethod
     def prepare(self, dimensions: int) -> tuple[str, ...]:

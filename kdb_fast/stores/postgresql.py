@@ -26,6 +26,7 @@ from ..records import Reject, storable_key
 from ..target import REJECTS, RUNS, STATE, TABLE, Target, find_target
 from . import pg_index, pg_prepare, pg_runs
 from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored
+from .pg_characters import Characters, escaped
 from .pg_errors import classify, explain, refusal
 from .pg_flush import DROPPED, FlushWriter, delete_keys
 from .pgcopy import row_stamp
@@ -87,9 +88,13 @@ class PostgreSQLStore(Store):
         self._pieces = 1
         self._limits = limits
         self._session = 0
+        self._characters: Characters | None = None
         self.on_wait: Callable[[str], None] = lambda what: None
-        self.retrying("connecting", self.connection, seconds=None if patient else 0.0)
+        connection = self.retrying("connecting", self.connection, seconds=None if patient else 0.0)
         try:
+            self._characters = Characters.of(connection)
+            if self._characters is not None:
+                self.encoding = self._characters.encoding
             self.target = self.retrying("finding the tables", self.find_target, seconds=None if patient else 0.0)
         except BaseException:
             self.close()
@@ -123,6 +128,23 @@ class PostgreSQLStore(Store):
         connection = self.connection()
         with pg_session.transaction(connection, self._limits), connection.cursor() as cursor:
             yield cursor
+
+    def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
+        characters = self._characters
+        if characters is None:
+            return frozenset()
+        known = list(texts)
+        return self.retrying("looking at characters", lambda: characters.missing(self.connection(), known))
+
+    def _holdable(self, keys: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
+        """Those of the keys that a row can have in this database."""
+        missing = self.missing_characters(part for key in keys for part in key)
+        return [key for key in keys if missing.isdisjoint("".join(key))] if missing else keys
+
+    def _name(self, value: object, limit: int = 200) -> str:
+        """:func:`~kdb_fast.records.storable_key` as this database can hold it."""
+        text = storable_key(value, limit)
+        return escaped(text, self.missing_characters([text]))
 
     def retrying(self, what: str, work: Callable[[], T], *, rows: bool = False, seconds: float | None = None) -> T:
         """``work()``, again after a passing failure (lost connection, restart, deadlock) for a bounded time.
@@ -206,6 +228,9 @@ class PostgreSQLStore(Store):
         return self.retrying("looking at the indexes", lambda: pg_index.missing(self))
 
     def count(self, entity: str | None = None) -> int:
+        if entity is not None and self.missing_characters([entity]):
+            return 0
+
         def work() -> int:
             statement = self.target.statement(
                 "SELECT count(*) FROM {kdb_search} WHERE %s::text IS NULL OR entity_name = %s"
@@ -219,6 +244,11 @@ class PostgreSQLStore(Store):
     # -- reading ---------------------------------------------------------------------------------------
 
     def lookup(self, entity: str, record_ids: Sequence[str]) -> dict[str, Stored]:
+        if self._characters is not None:
+            record_ids = [record_id for _, record_id in self._holdable([(entity, r) for r in record_ids])]
+            if not record_ids:
+                return {}
+
         def work() -> dict[str, Stored]:
             rows = self.connection().execute(
                 # Key by key (OFFSET keeps it so): on a table without statistics the server would rather read all rows
@@ -247,6 +277,8 @@ class PostgreSQLStore(Store):
         deletes: Sequence[tuple[str, str]],
     ) -> FlushResult:
         import psycopg
+
+        deletes = self._holdable(deletes)
 
         def attempt(careful: bool) -> FlushResult:
             try:
@@ -337,8 +369,8 @@ class PostgreSQLStore(Store):
                 "rejected_at = now()"
             ),
             [
-                (storable_key(r.entity), storable_key(r.record_id), r.content_hash, r.reason,
-                 storable_key(r.detail, 500), r.position, run.number)
+                (self._name(r.entity), self._name(r.record_id), r.content_hash, r.reason,
+                 self._name(r.detail, 500), r.position, run.number)
                 for r in rows
             ],
         )  # fmt: skip
@@ -386,7 +418,7 @@ class PostgreSQLStore(Store):
                 raise RecordError(
                     f"A record was refused ({reason}): {detail}.", remedy="Nothing of the batch was stored."
                 )
-            delete_keys(cursor, self.target, deletes)
+            delete_keys(cursor, self.target, self._holdable(deletes))
 
     def prune(self, entity: str) -> int:
         return self.retrying("removing deleted records", lambda: pg_prepare.prune(self, entity))
@@ -399,6 +431,7 @@ class PostgreSQLStore(Store):
 
     def rejects(self, entity: str | None = None) -> Iterable[dict[str, Any]]:
         names = ("entity", "record_id", "reason", "detail", "position", "run", "rejected_at", "content_hash")
+        entity = None if entity is None else self._name(entity)
 
         def work() -> list[dict[str, Any]]:
             rows = self.connection().execute(
@@ -414,6 +447,8 @@ class PostgreSQLStore(Store):
         return self.retrying("reading the rejects", work)
 
     def forget_older_rejects(self, entities: Sequence[str], run: int) -> int:
+        names = [self._name(entity) for entity in entities]
+
         def work() -> int:
             return (
                 self.connection()
@@ -421,7 +456,7 @@ class PostgreSQLStore(Store):
                     self.target.statement(
                         "DELETE FROM {kdb_fast_rejects} WHERE entity_name = ANY(%s) AND run < %s AND record_id <> ''"
                     ),
-                    (list(entities), run),
+                    (names, run),
                 )
                 .rowcount
             )
@@ -429,7 +464,7 @@ class PostgreSQLStore(Store):
         return self.retrying("forgetting older rejects", work)
 
     def clear_rejects(self, keys: Iterable[tuple[str, str]] | None = None) -> int:
-        wanted = None if keys is None else list(keys)
+        wanted = None if keys is None else [(self._name(entity), self._name(key)) for entity, key in keys]
 
         def work() -> int:
             with self.transaction() as cursor:

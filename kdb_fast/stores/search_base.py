@@ -165,6 +165,10 @@ class SearchReader(ABC):
         """The entities of KameleonDB in this database."""
         return load_definitions(self._rows, self.target)
 
+    def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
+        """The characters in ``texts`` that this database cannot hold; no row and no field has one."""
+        return frozenset()
+
     @abstractmethod
     def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
         """The ``limit`` rows nearest to ``vector`` (float32, shape (dimensions,)) by cosine, best first.

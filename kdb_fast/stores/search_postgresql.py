@@ -9,13 +9,14 @@ passes the same, with one that few pass 80 to 130 ms.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import pg_session
-from ..errors import UsageError
+from ..errors import DatabaseError, UsageError
 from ..target import Dialect, identifier
+from .pg_characters import Characters
 from .reading import Field, Params, Place
 from .search_base import Hit, Key, Query, Scope, SearchReader, Term, in_order
 
@@ -43,6 +44,16 @@ class PostgresqlReader(SearchReader):
 
     dialect: ClassVar[Dialect] = "postgresql"
     _iterative: bool | None = None
+
+    def __init__(self, connection: Any) -> None:
+        super().__init__(connection)
+        self._characters = Characters.of(connection)
+
+    def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
+        if self._characters is None:
+            return frozenset()
+        with _told():
+            return self._characters.missing(self._connection, texts)
 
     def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
         import psycopg
@@ -117,15 +128,8 @@ class PostgresqlReader(SearchReader):
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        import psycopg
-
-        from ..errors import DatabaseError
-
-        try:
-            with pg_session.transaction(self._connection):
-                yield
-        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-            raise DatabaseError("The connection to PostgreSQL was lost.", remedy="Search again.") from error
+        with _told(), pg_session.transaction(self._connection):
+            yield
 
     def _set_index_scan(self, limit: int) -> None:
         if self._iterative is None:
@@ -220,3 +224,14 @@ class PostgresqlReader(SearchReader):
 def _tsquery(term: Term, params: Params, together: bool = True) -> str:
     """A term as a tsquery; its words one behind the other, or (``together`` False) anywhere in the text."""
     return f"{'phraseto' if together else 'plainto'}_tsquery('english', {params(term.text)})"
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """A lost connection as an error of kdb-fast."""
+    import psycopg
+
+    try:
+        yield
+    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        raise DatabaseError("The connection to PostgreSQL was lost.", remedy="Search again.") from error
