@@ -131,6 +131,8 @@ class Pipeline:
         fingerprint: Of the model, to tell which rows are unchanged.
         dimensions: Of the vectors.
         read_chars: Characters of a text beyond which the model reads nothing.
+        encoding: That of the index.
+        missing_characters: Which characters in texts the index cannot hold; None where it holds all.
         on_progress: Called with the counts after every step.
         should_stop: Asked often; true ends the run after what is embedded has been written.
         heartbeat: Called with the phase every few seconds.
@@ -147,6 +149,8 @@ class Pipeline:
         max_rejects: RejectLimit,
         force: bool = False,
         unique_keys: bool = False,
+        encoding: str = "UTF8",
+        missing_characters: Callable[[Iterable[str]], frozenset[str]] | None = None,
         estimate: int | None = None,
         on_progress: Callable[[Counts], None] = lambda counts: None,
         on_note: Callable[[str], None] = lambda text: None,
@@ -165,6 +169,7 @@ class Pipeline:
         self._max_rejects = max_rejects
         self._force = force
         self._unique_keys = unique_keys
+        self._encoding, self._missing = encoding, missing_characters
         self._estimate = estimate
         self._on_progress, self._on_note = on_progress, on_note
         self._should_stop, self._heartbeat = should_stop, heartbeat
@@ -315,7 +320,7 @@ class Pipeline:
                 continue
             problem = unfit(item)
             if problem is None and missing:
-                problem = unheld(item, missing, self._store.encoding)
+                problem = unheld(item, missing, self._encoding)
             if problem is not None:
                 digest = content_hash(item.content) if isinstance(item.content, str) else b""
                 self._reject(Reject(item.entity, item.record_id, *problem, digest, item.position))
@@ -328,10 +333,10 @@ class Pipeline:
 
     def _missing_characters(self, page: list[Record | Reject]) -> frozenset[str]:
         """Those of the page's texts and keys that the index cannot hold: told here, they cost no embedding."""
-        if self._store.encoding == "UTF8":
+        if self._missing is None:
             return frozenset()
         records = (item for item in page if isinstance(item, Record))
-        return self._store.missing_characters(v for record in records for v in record[:3] if isinstance(v, str))
+        return self._missing(v for record in records for v in record[:3] if isinstance(v, str))
 
     def _take(self, fit: list[_Fit], stored: dict[Key, Stored]) -> None:
         counts = self.counts

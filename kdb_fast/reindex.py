@@ -290,6 +290,8 @@ class _Run:
             max_rejects=options.max_rejects,
             force=options.force,
             unique_keys=source.unique_keys,
+            encoding=self.store.encoding,
+            missing_characters=None if self.store.encoding == "UTF8" else self.store.missing_characters,
             estimate=estimate,
             on_progress=self.progress.update,
             on_note=self.progress.note,

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from .. import pg_session
 from ..database import DatabaseAddress, connect_postgresql, redact
 from ..errors import DatabaseError, KdbFastError, ResourceError, SchemaError
+from ..pg_characters import Characters
 from ..pg_connection import Patience
 from ..records import bad_encoding
-from ..stores.pg_characters import Characters
 from ..target import Dialect, identifier
 from .insert_rows import Column, Inserter, NewRow, Outcome, Refusal, RowRefusedError
 from .kameleondb import TRANSIENT

@@ -21,12 +21,12 @@ from .. import pg_session
 from ..database import DatabaseAddress, connect_postgresql
 from ..errors import DatabaseError, LockedError, RecordError
 from ..faults import fault
+from ..pg_characters import Characters, escaped
 from ..pg_connection import Patience
 from ..records import Reject, storable_key
 from ..target import REJECTS, RUNS, STATE, TABLE, Target, find_target
 from . import pg_index, pg_prepare, pg_runs
 from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored
-from .pg_characters import Characters, escaped
 from .pg_errors import classify, explain, refusal
 from .pg_flush import DROPPED, FlushWriter, delete_keys
 from .pgcopy import row_stamp

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import pg_session
 from ..errors import DatabaseError, UsageError
+from ..pg_characters import Characters
 from ..target import Dialect, identifier
-from .pg_characters import Characters
 from .reading import Field, Params, Place
 from .search_base import Hit, Key, Query, Scope, SearchReader, Term, in_order
 
