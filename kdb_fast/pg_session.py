@@ -16,7 +16,8 @@ Left as they are set, because they change nothing that is stored or found, or be
 * ``temp_tablespaces``, ``work_mem`` and their like: where and how fast. ``ivfflat.probes``: how exact an index of the
   user's own making is.
 * ``idle_session_timeout``: a connection that was ended is opened again.
-* ``session_replication_role``, ``lc_messages``: only a superuser sets them. No message is recognised by its words.
+* ``session_replication_role``, ``lc_messages``: only a superuser sets them, and a statement's error is known by its
+  SQLSTATE.
 * Those that no statement of ours depends on, such as ``xmloption`` or ``default_text_search_config``.
 """
 
