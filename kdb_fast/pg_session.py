@@ -118,7 +118,7 @@ def _cursor_class() -> type[psycopg.Cursor[Any]]:
                         plain.execute(BEGIN)
                         plain.execute(_calls(version))
                         super().execute(query, params, prepare=prepare, binary=binary is None or binary)
-                        plain.execute("COMMIT")
+                        plain.execute("END")
                     except BaseException as caught:  # psycopg would log what the end of the pipeline says beside it
                         error = caught
             except psycopg.Error as caught:
