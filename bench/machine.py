@@ -9,7 +9,7 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from kdb_fast.resources import available_memory, cpu_quota, memory_limit, usable_cpus
+from kdb_fast.resources import WITHOUT_CPU_FLAGS, available_memory, cpu_quota, memory_limit, usable_cpus
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "i8mm", "bf16")
 """Instructions that decide how fast an encoder can be."""
@@ -31,6 +31,7 @@ def describe() -> dict[str, Any]:
         "cores": usable_cpus(),
         "cpu_quota": cpu_quota(),
         "flags": [flag for flag in FLAGS if flag in cpu.get("flags", cpu.get("Features", "")).split()],
+        "cpu_flags_set_aside": os.environ.get(WITHOUT_CPU_FLAGS, "").strip(),
         "memory_gib": round(_total_memory() / 2**30, 1),
         "memory_limit_gib": round(limit / 2**30, 1) if limit else None,
         "memory_available_gib": round(available_memory() / 2**30, 1),
@@ -52,6 +53,8 @@ def lines(machine: dict[str, Any]) -> list[str]:
         f"{machine['memory_gib']} GiB; {flags}; {machine['system']}.",
         f"Python {machine['python']}; " + ", ".join(f"{n} {v}" for n, v in machine["packages"].items()) + ".",
     ]
+    if machine["cpu_flags_set_aside"]:
+        text.append(f"**Precisions were chosen without** {machine['cpu_flags_set_aside']} ({WITHOUT_CPU_FLAGS}).")
     if machine["load_before"] > BUSY_LOAD:
         text.append(f"**The machine was busy** before the start (load {machine['load_before']}).")
     return text

@@ -25,7 +25,7 @@ from .fidelity import Fidelity
 from .model_files import check_private, sha256_of
 from .openvino_rows import TOKEN_BUDGET
 from .preparation import MANIFEST, MODEL, prepared_fingerprint, run
-from .resources import cpu_flags, usable_cpus
+from .resources import WITHOUT_CPU_FLAGS, cpu_flags, usable_cpus
 from .spawning import describe_exit, spawn, tail
 
 SAMPLE_RECORDS = 1000
@@ -74,7 +74,8 @@ class Choice:
 def unsupported(precision: str) -> str:
     """Why this machine cannot use a precision, as a clause; '' if it can."""
     if reason := missing_instructions(precision, cpu_flags()):
-        return reason
+        away = os.environ.get(WITHOUT_CPU_FLAGS, "").strip()
+        return f"{reason}, with {away} set aside ({WITHOUT_CPU_FLAGS})" if away else reason
     if not openvino_backend.installed():
         return "the Python package openvino is not installed (pip install 'kdb-fast[openvino]')"
     return ""
