@@ -302,6 +302,10 @@ class _Run:
         self.pipeline.counts.empty = source.empty
         self.progress.step("finishing the index")
         self.pipeline.finish(source.entities if source.complete else ())
+        if self.pipeline.counts.stored or self.pipeline.counts.reused:
+            for warning in self.store.altered(self.run.number):
+                self.pipeline.warnings.append(warning)
+                self.progress.note(warning)
         if source.complete:
             # What this run has read and not rejected is no longer rejected: changed, gone, or without text.
             whole = [entity for entity in source.entities if entity not in self.pipeline.not_pruned]

@@ -4,7 +4,8 @@ The state of a record lives in its row of ``kdb_search``, in four columns that K
 
 ``kdb_fast_fingerprint``  fingerprint of the model that made the vector
 ``kdb_fast_run``          number of the run that wrote the row
-``kdb_fast_at``           equals ``updated_at`` as long as nobody else has written the row
+``kdb_fast_at``           equals ``updated_at`` as long as nobody else has written the row (see :mod:`.seal` for
+                          tables whose triggers set ``updated_at``)
 ``kdb_fast_source_at``    when the record was last changed at its source, as read by that run
 
 A record is unchanged when the stored content is the same, the fingerprint is the same, the embedding is
@@ -156,6 +157,10 @@ class Store(ABC):
     @abstractmethod
     def end_run(self, run: int, state: str, receipt: dict[str, Any]) -> None:
         """Release the lock and store the receipt; ``state`` is done, stopped or failed."""
+
+    def altered(self, run: int) -> list[str]:
+        """Warnings about rows of a run that are not stored as they were written: a trigger changes them."""
+        return []
 
     @abstractmethod
     def count(self, entity: str | None = None) -> int:

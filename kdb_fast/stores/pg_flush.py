@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from ..target import Target
-from . import pgcopy
+from . import pgcopy, seal
 from .base import FlushSlot, RunSpec
 from .pg_errors import classify, refusal
 
@@ -36,13 +36,13 @@ CREATE_STAGING = (
 )
 COPY_STAGING = "COPY {staging} FROM STDIN (FORMAT BINARY)"
 MERGE_KNOWN = """
-UPDATE {kdb_search} t SET <content>embedding = s.embedding, model = %(model)s,
-  dimensions = %(dimensions)s, updated_at = now(), kdb_fast_fingerprint = %(fingerprint)s,
-  kdb_fast_run = %(run)s, kdb_fast_at = now(), kdb_fast_source_at = s.source_at
+UPDATE {kdb_search} t SET <content>embedding = s.embedding, model = %(model)s::text,
+  dimensions = %(dimensions)s::int4, updated_at = now(), kdb_fast_fingerprint = %(fingerprint)s::text,
+  kdb_fast_run = %(run)s, kdb_fast_at = now(), kdb_fast_source_at = s.source_at<set seal>
 FROM {staging} s
 WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id AND t.content <compared> s.content
   AND ((s.known AND t.updated_at IS NOT DISTINCT FROM s.stamp)
-       OR (t.kdb_fast_run = %(run)s AND t.kdb_fast_at = t.updated_at))
+       OR (t.kdb_fast_run = %(run)s AND <ours>))
 """
 MERGE_SAME_TEXT = MERGE_KNOWN.replace("<content>", "").replace("<compared>", "=")
 """Rows that only get another vector. Left out of the statement, the text costs no new ``tsv``: the server takes 20 µs a
@@ -50,23 +50,23 @@ row of 33 tokens instead of 38 to 54."""
 MERGE_NEW_TEXT = MERGE_KNOWN.replace("<content>", "content = s.content, ").replace("<compared>", "<>")
 MERGE_MISSING = """
 INSERT INTO {kdb_search} (id, entity_name, record_id, content, embedding, model, dimensions, updated_at,
-  kdb_fast_fingerprint, kdb_fast_run, kdb_fast_at, kdb_fast_source_at)
-SELECT s.id, s.entity_name, s.record_id, s.content, s.embedding, %(model)s, %(dimensions)s, now(),
-  %(fingerprint)s, %(run)s, now(), s.source_at
+  kdb_fast_fingerprint, kdb_fast_run, kdb_fast_at, kdb_fast_source_at<seal column>)
+SELECT s.id, s.entity_name, s.record_id, s.content, s.embedding, %(model)s::text, %(dimensions)s::int4, now(),
+  %(fingerprint)s::text, %(run)s, now(), s.source_at<seal>
 FROM {staging} s
 WHERE NOT EXISTS (SELECT FROM {kdb_search} t WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id)
 ON CONFLICT (entity_name, record_id) DO NOTHING
 """
 MERGE_FORCED = """
 INSERT INTO {kdb_search} (id, entity_name, record_id, content, embedding, model, dimensions, updated_at,
-  kdb_fast_fingerprint, kdb_fast_run, kdb_fast_at, kdb_fast_source_at)
-SELECT s.id, s.entity_name, s.record_id, s.content, s.embedding, %(model)s, %(dimensions)s, now(),
-  %(fingerprint)s, %(run)s, now(), s.source_at
+  kdb_fast_fingerprint, kdb_fast_run, kdb_fast_at, kdb_fast_source_at<seal column>)
+SELECT s.id, s.entity_name, s.record_id, s.content, s.embedding, %(model)s::text, %(dimensions)s::int4, now(),
+  %(fingerprint)s::text, %(run)s, now(), s.source_at<seal>
 FROM {staging} s ORDER BY s.entity_name, s.record_id
 ON CONFLICT (entity_name, record_id) DO UPDATE SET content = EXCLUDED.content, embedding = EXCLUDED.embedding,
   model = EXCLUDED.model, dimensions = EXCLUDED.dimensions, updated_at = EXCLUDED.updated_at,
   kdb_fast_fingerprint = EXCLUDED.kdb_fast_fingerprint, kdb_fast_run = EXCLUDED.kdb_fast_run,
-  kdb_fast_at = EXCLUDED.kdb_fast_at, kdb_fast_source_at = EXCLUDED.kdb_fast_source_at
+  kdb_fast_at = EXCLUDED.kdb_fast_at, kdb_fast_source_at = EXCLUDED.kdb_fast_source_at<new seal>
 """
 UNWRITTEN_ROWS = """
 SELECT s.slot, s.row, EXISTS (SELECT FROM {kdb_search} t WHERE t.entity_name = s.entity_name
@@ -77,6 +77,30 @@ WHERE NOT EXISTS (SELECT FROM {kdb_search} t WHERE t.entity_name = s.entity_name
 ORDER BY s.slot, s.row
 """
 DROPPED = ("database_refused", "a trigger or rule of kdb_search dropped the row without an error")
+
+SEAL_OF_STAGED = seal.expression(
+    "postgresql", "%(fingerprint)s::text", "%(model)s::text", "%(dimensions)s::int4", "s.content", "s.embedding"
+)
+
+
+def _variant(statement: str, sealed: bool) -> str:
+    """A merge for a table without, or with, the column for seals."""
+    parts = {
+        "set seal": f", {seal.COLUMN} = {SEAL_OF_STAGED}",
+        "seal column": f", {seal.COLUMN}",
+        "seal": f", {SEAL_OF_STAGED}",
+        "new seal": f", {seal.COLUMN} = EXCLUDED.{seal.COLUMN}",
+    }
+    for name, text in parts.items():
+        statement = statement.replace(f"<{name}>", text if sealed else "")
+    return statement.replace("<ours>", seal.ours("postgresql", (seal.COLUMN,) if sealed else (), "t."))
+
+
+FORCED = {sealed: _variant(MERGE_FORCED, sealed) for sealed in (False, True)}
+MERGES = {
+    sealed: tuple(_variant(statement, sealed) for statement in (MERGE_SAME_TEXT, MERGE_NEW_TEXT, MERGE_MISSING))
+    for sealed in (False, True)
+}
 
 Group = tuple[FlushSlot, list[int]]
 """Rows of one slot, by number."""
@@ -100,6 +124,7 @@ class FlushWriter:
         force: bool = False,
         vectors: bool = True,
         pieces: int = 1,
+        sealed: bool = False,
     ) -> None:
         """
         Args:
@@ -108,15 +133,16 @@ class FlushWriter:
             force: Overwrite a row whoever wrote it.
             vectors: False leaves embedding, model and dimensions empty.
             pieces: Statements among which the rows are divided.
+            sealed: The table has a column for seals, which COPY cannot compute: all rows are merged.
         """
         self.cursor, self.run, self.now = cursor, run, now
         self._statement = target.statement
-        self._force, self._vectors, self._pieces = force, vectors, pieces
+        self._force, self._vectors, self._pieces, self._sealed = force, vectors, pieces, sealed
         self.met_conflict = False
         self.rows = self.bytes = 0
         self.lost: list[tuple[int, int]] = []
         self.rejected: list[tuple[int, int, str, str]] = []
-        self._merge_all = merge_all
+        self._merge_all = merge_all or sealed
         self._fresh: list[Group] = []
         self._known: list[Group] = []
         stamp = pgcopy.timestamp_field(now)
@@ -199,9 +225,9 @@ class FlushWriter:
     def _merge_staged(self, staged: int, parameters: dict[str, Any]) -> int:
         if self._force:
             # One statement, so that it does not matter what other sessions insert and delete meanwhile.
-            return self.cursor.execute(self._statement(MERGE_FORCED), parameters).rowcount
+            return self.cursor.execute(self._statement(FORCED[self._sealed]), parameters).rowcount
         done = 0
-        for statement in (MERGE_SAME_TEXT, MERGE_NEW_TEXT, MERGE_MISSING):
+        for statement in MERGES[self._sealed]:
             done += self.cursor.execute(self._statement(statement), parameters).rowcount
             if done == staged:
                 break

@@ -9,7 +9,7 @@ from ..errors import SchemaError
 from ..faults import fault
 from ..records import storable_key
 from ..target import ENTITIES, RECORDS, REJECTS, RUNS, STATE, TABLE, Target, identifier, other_indexes
-from . import schema
+from . import schema, seal
 from .base import HiddenRowsError
 from .reading import rows_of
 
@@ -36,10 +36,32 @@ TIME = ("timestamp", "timestamptz")
 WRITTEN_COLUMNS: dict[str, tuple[str, ...]] = {
     "id": TEXT, "entity_name": TEXT, "record_id": TEXT, "content": TEXT, "embedding": (), "model": TEXT,
     "dimensions": ("int4",), "updated_at": TIME, "kdb_fast_fingerprint": TEXT, "kdb_fast_run": ("int8",),
-    "kdb_fast_at": TIME[1:], "kdb_fast_source_at": TIME[1:],
+    "kdb_fast_at": TIME[1:], "kdb_fast_source_at": TIME[1:], seal.COLUMN: ("bytea",),
 }  # fmt: skip
 """Columns that a run writes, with the types (or their category) that its binary COPY fits; the last one is KameleonDB's
 or our own."""
+
+
+HAS_SEAL = (
+    "EXISTS (SELECT FROM pg_catalog.pg_attribute WHERE attrelid = to_regclass(%s) "
+    f"AND attname = '{seal.COLUMN}' AND NOT attisdropped)"
+)
+"""Whether the search table (a parameter) has a column for seals."""
+
+INSERT_OR_UPDATE = 4 | 16
+"""Of ``pg_trigger.tgtype``."""
+
+CAUSES = f"""
+SELECT 'trigger ' || t.tgname FROM pg_catalog.pg_trigger t WHERE NOT t.tgisinternal AND t.tgenabled <> 'D'
+  AND t.tgtype & {INSERT_OR_UPDATE} <> 0 AND (t.tgrelid = to_regclass(%(table)s)
+    OR t.tgrelid IN (SELECT relid FROM pg_partition_tree(to_regclass(%(table)s))))
+UNION SELECT 'rule ' || rulename FROM pg_catalog.pg_rewrite
+  WHERE ev_class = to_regclass(%(table)s) AND ev_type IN ('2', '3')
+UNION SELECT 'type ' || format_type(atttypid, atttypmod) FROM pg_catalog.pg_attribute
+  WHERE attrelid = to_regclass(%(table)s) AND attname = 'updated_at'
+  AND (atttypid <> 'pg_catalog.timestamptz'::regtype OR atttypmod NOT IN (-1, 6))
+"""  # noqa: S608 - constants
+"""What may keep ``updated_at`` from being stored as it is written."""
 
 
 class Column(NamedTuple):
@@ -316,6 +338,8 @@ def _own_parts(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:
     if wanted:
         # Nullable columns without a default: no row is rewritten, the lock is held for milliseconds.
         cursor.execute(target.statement("ALTER TABLE {kdb_search} " + ", ".join(wanted)))
+    if seal.COLUMN not in have and _causes(cursor, target) and owns_table(cursor, target):
+        cursor.execute(target.statement(f"ALTER TABLE {{kdb_search}} ADD COLUMN {seal.COLUMN} bytea"))
     for table, statement in zip((RUNS, REJECTS, STATE), schema.POSTGRESQL_OWN, strict=True):
         if not _exists(cursor, target, table):
             cursor.execute(target.statement(statement))
@@ -328,6 +352,38 @@ def _own_parts(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:
                 f"The table {shown} has no column {', '.join(missing)}; expected kdb-fast's own table.",
                 remedy=f"Is it another program's? ALTER TABLE {shown} RENAME TO …; then it is made anew.",
             )
+
+
+def _causes(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> list[str]:
+    rows = cursor.execute(CAUSES.encode(), {"table": target.regclass(TABLE)}).fetchall()
+    return [storable_key(row[0]) for row in rows]
+
+
+def altered(store: PostgreSQLStore, run: int, columns: tuple[str, ...]) -> list[str]:
+    """See :meth:`kdb_fast.stores.base.Store.altered`.
+
+    Args:
+        columns: The column for seals, where the table has it.
+    """
+    target, sealed = store.target, bool(columns)
+    with store.transaction() as cursor:
+        causes = _causes(cursor, target)
+        if not causes:
+            return []
+        held = f"{seal.COLUMN} IS NOT DISTINCT FROM {seal.of_row('postgresql')}" if sealed else "true"
+        times, others = cursor.execute(
+            target.statement(
+                "SELECT count(*) FILTER (WHERE held AND kdb_fast_at IS DISTINCT FROM updated_at), "
+                "count(*) FILTER (WHERE NOT held) FROM (SELECT kdb_fast_at, updated_at, <held> AS held "
+                "FROM {kdb_search} WHERE kdb_fast_run = %s) t".replace("<held>", held)
+            ),
+            (run,),
+        ).fetchall()[0]
+    remedy = "To spare that, let a trigger leave a time alone that the writer sets: WHEN (NEW.updated_at IS NOT "
+    remedy += "DISTINCT FROM OLD.updated_at)."
+    if not sealed:
+        remedy = f"Let the owner run: ALTER TABLE {target.shown(TABLE)} ADD COLUMN {seal.COLUMN} bytea;"
+    return seal.warnings(target.shown(TABLE), causes, times, others, sealed=sealed, remedy=remedy)
 
 
 def _column_names(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, table: str) -> set[str]:

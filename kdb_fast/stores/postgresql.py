@@ -25,7 +25,7 @@ from ..pg_characters import Characters, escaped
 from ..pg_connection import Patience
 from ..records import Reject, storable_key
 from ..target import REJECTS, RUNS, STATE, TABLE, Target, find_target
-from . import pg_index, pg_prepare, pg_runs
+from . import pg_index, pg_prepare, pg_runs, seal
 from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored
 from .pg_errors import classify, explain, refusal
 from .pg_flush import DROPPED, FlushWriter, delete_keys
@@ -89,6 +89,7 @@ class PostgreSQLStore(Store):
         self._limits = limits
         self._session = 0
         self._characters: Characters | None = None
+        self._columns: tuple[str, ...] | None = None
         self.on_wait: Callable[[str], None] = lambda what: None
         connection = self.retrying("connecting", self.connection, seconds=None if patient else 0.0)
         try:
@@ -182,6 +183,7 @@ class PostgreSQLStore(Store):
     # -- before and after a run ------------------------------------------------------------------------
 
     def prepare(self, dimensions: int) -> tuple[str, ...]:
+        self._columns = None
         return self.retrying("preparing the tables", lambda: pg_prepare.prepare(self, dimensions))
 
     def is_prepared(self) -> bool:
@@ -205,6 +207,17 @@ class PostgreSQLStore(Store):
             return int(row[0]) if row else None
 
         return self.retrying("reading the table's definition", work)
+
+    def _seal_column(self) -> tuple[str, ...]:
+        """The column for seals where the table has it; asked for once."""
+        if self._columns is None:
+            statement = "SELECT " + pg_prepare.HAS_SEAL
+            row = self.connection().execute(statement.encode(), (self.target.regclass(TABLE),)).fetchone()
+            self._columns = (seal.COLUMN,) if row and row[0] else ()
+        return self._columns
+
+    def altered(self, run: int) -> list[str]:
+        return self.retrying("looking at what was stored", lambda: pg_prepare.altered(self, run, self._seal_column()))
 
     def begin_run(self, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
         return pg_runs.begin(self, fingerprint=fingerprint, model=model, dimensions=dimensions, wait=wait)
@@ -250,15 +263,16 @@ class PostgreSQLStore(Store):
                 return {}
 
         def work() -> dict[str, Stored]:
+            ours = seal.ours(self.dialect, self._seal_column())
             rows = self.connection().execute(
                 # Key by key (OFFSET keeps it so): on a table without statistics the server would rather read all rows
                 # of the entity for a thousand keys.
                 self.target.statement(
                     "SELECT t.* FROM unnest(%s::text[]) k(id), LATERAL ("
                     "SELECT record_id, sha256(convert_to(content, 'UTF8')), "
-                    "CASE WHEN embedding IS NOT NULL AND kdb_fast_at = updated_at THEN kdb_fast_fingerprint END, "
+                    "CASE WHEN embedding IS NOT NULL AND <ours> THEN kdb_fast_fingerprint END, "
                     "timestamptz_send(updated_at) "
-                    "FROM {kdb_search} WHERE entity_name = %s AND record_id = k.id OFFSET 0) t"
+                    "FROM {kdb_search} WHERE entity_name = %s AND record_id = k.id OFFSET 0) t".replace("<ours>", ours)
                 ),
                 (list(record_ids), entity),
             )
@@ -326,7 +340,15 @@ class PostgreSQLStore(Store):
             if careful:
                 # A row that only the COMMIT would refuse could not be found by halving.
                 cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
-            writer = FlushWriter(cursor, target, run, state[2], merge_all=self._merge_all, pieces=self._pieces)
+            writer = FlushWriter(
+                cursor,
+                target,
+                run,
+                state[2],
+                merge_all=self._merge_all,
+                pieces=self._pieces,
+                sealed=bool(self._seal_column()),
+            )
             for flush_slot in slots:
                 writer.add(flush_slot)
             fault("store.before_copy")
@@ -399,9 +421,12 @@ class PostgreSQLStore(Store):
         import psycopg
 
         with self.connection().cursor() as cursor:
-            row = cursor.execute("SELECT (extract(epoch FROM now()) * 1000000)::bigint").fetchone()
+            statement = f"SELECT (extract(epoch FROM now()) * 1000000)::bigint, {pg_prepare.HAS_SEAL}"  # noqa: S608
+            row = cursor.execute(statement.encode(), (self.target.regclass(TABLE),)).fetchone()
             assert row is not None
-            writer = FlushWriter(cursor, self.target, run, row[0], merge_all=True, force=True, vectors=vectors)
+            writer = FlushWriter(
+                cursor, self.target, run, row[0], merge_all=True, force=True, vectors=vectors, sealed=row[1]
+            )
             for flush_slot in slots:
                 writer.add(flush_slot)
             try:

@@ -16,7 +16,7 @@ from ..database import DatabaseAddress, connect_sqlite
 from ..errors import RecordError
 from ..faults import fault
 from ..records import Reject
-from . import sqlite_prepare, sqlite_prune, sqlite_runs
+from . import seal, sqlite_prepare, sqlite_prune, sqlite_runs
 from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored
 from .sqlite_base import select_in, translated
 from .sqlite_flush import FlushWriter, row_stamp
@@ -51,6 +51,7 @@ class SQLiteStore(Store):
         self._connection = connection
         self._owned = False
         self._full_text = FullText(connection, shared=True)
+        self._columns: tuple[str, ...] | None = None
         self.on_wait: Callable[[str], None] = lambda what: None
 
     @classmethod
@@ -76,7 +77,20 @@ class SQLiteStore(Store):
         """See :meth:`Store.prepare`. SQLite's columns are not bound to a dimension: older vectors are just stale."""
         with translated("preparing the tables"):
             sqlite_prepare.prepare(self._connection)
+        self._columns = None
         return ()
+
+    def _seal_column(self) -> tuple[str, ...]:
+        """The column for seals where the table has it; asked for once."""
+        if self._columns is None:
+            seal.register(self._connection)
+            has = seal.COLUMN in sqlite_prepare.columns(self._connection, "kdb_search")
+            self._columns = (seal.COLUMN,) if has else ()
+        return self._columns
+
+    def altered(self, run: int) -> list[str]:
+        with translated("looking at what was stored"):
+            return sqlite_prepare.altered(self._connection, run) if self._seal_column() else []
 
     def begin_run(self, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
         with translated("taking the lock"):
@@ -131,12 +145,13 @@ class SQLiteStore(Store):
     def lookup(self, entity: str, record_ids: Sequence[str]) -> dict[str, Stored]:
         result: dict[str, Stored] = {}
         with translated("looking up what is stored"):
+            ours = seal.ours("sqlite", self._seal_column())
             rows = select_in(
                 self._connection,
                 # Bytes, as they are hashed: text that is not valid UTF-8 must not end the run.
                 "SELECT record_id, CAST(coalesce(content, '') AS BLOB), CAST(updated_at AS BLOB), "
-                "CASE WHEN embedding IS NOT NULL AND kdb_fast_at = updated_at THEN kdb_fast_fingerprint END "
-                "FROM kdb_search WHERE entity_name = ? AND record_id IN (…)",
+                "CASE WHEN embedding IS NOT NULL AND <ours> THEN kdb_fast_fingerprint END "
+                "FROM kdb_search WHERE entity_name = ? AND record_id IN (…)".replace("<ours>", ours),
                 record_ids,
                 entity,
             )
@@ -171,7 +186,7 @@ class SQLiteStore(Store):
             before = sqlite_runs.fence(self._connection, run.number, number)
             if before is not None:
                 return before
-            writer = FlushWriter(self._connection, self._full_text, run)
+            writer = FlushWriter(self._connection, self._full_text, run, sealed=bool(self._seal_column()))
             fault("store.before_copy")
             for flush_slot in slots:
                 writer.write(flush_slot)
@@ -194,7 +209,8 @@ class SQLiteStore(Store):
         self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[tuple[str, str]], *, vectors: bool = True
     ) -> None:
         with translated("writing"):
-            writer = FlushWriter(self._connection, self._full_text, run, force=True, vectors=vectors)
+            sealed = bool(self._seal_column())
+            writer = FlushWriter(self._connection, self._full_text, run, force=True, vectors=vectors, sealed=sealed)
             for flush_slot in slots:
                 writer.write(flush_slot)
             if writer.rejects:

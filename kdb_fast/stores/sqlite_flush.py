@@ -16,6 +16,7 @@ import numpy as np
 
 from ..records import Reject
 from ..slab import NO_STAMP, Slot
+from . import seal
 from .base import FlushSlot, RunSpec
 from .json_vectors import json_vectors
 from .new_ids import ID_CHARS, new_ids
@@ -34,6 +35,13 @@ UPDATE = (
     "UPDATE kdb_search SET content = ?5, embedding = ?6, kdb_fast_source_at = ?7, updated_at = ?8, kdb_fast_at = ?8, "
     "model = ?9, dimensions = ?10, kdb_fast_fingerprint = ?11, kdb_fast_run = ?12 WHERE rowid = ?1"
 )
+
+SEAL = seal.expression("sqlite", "?11", "?9", "?10", "?5", "?6")
+SEALED_INSERT = INSERT.replace("kdb_fast_run) ", f"kdb_fast_run, {seal.COLUMN}) ").replace("?12)", f"?12, {SEAL})")
+SEALED_UPDATE = UPDATE.replace(" WHERE", f", {seal.COLUMN} = {SEAL} WHERE")
+
+WHOLE_SECONDS = len("2026-01-31 23:59:59")
+"""Characters of a time without a fraction: two writes within a second look alike."""
 
 RawRow = tuple[bytes, bytes, bytes]
 """Entity, record id and content, UTF-8."""
@@ -84,6 +92,7 @@ class FlushWriter:
     Args:
         force: Overwrite a row whoever wrote it.
         vectors: False leaves embedding, model and dimensions empty.
+        sealed: The table has a column for seals.
 
     Attributes:
         rows: Rows written.
@@ -102,7 +111,9 @@ class FlushWriter:
         *,
         force: bool = False,
         vectors: bool = True,
+        sealed: bool = False,
     ) -> None:
+        self._sealed = sealed
         self._connection, self._full_text, self._run = connection, full_text, run
         self._force, self._vectors = force, vectors
         self._at = now()
@@ -135,6 +146,8 @@ class FlushWriter:
 
         In one go at the end: FTS5 writes out what it has gathered at every savepoint.
         """
+        if self._sealed and self._vectors:
+            self._follow_times()
         known = [text.row for text in self._texts.values() if text.known]
         found, taken = self._full_text.locate([(row[2], row[3], row[0]) for row in known])
         add: list[FullTextRow] = []
@@ -149,6 +162,19 @@ class FlushWriter:
                 change.append((there, search_id, content))
         self._full_text.add(add)
         self._full_text.change(change)
+
+    def _follow_times(self) -> None:
+        """The copies of the vectors hold for the times that triggers have set.
+
+        A time in whole seconds does not say that no other program writes the row within that second: searches then read
+        KameleonDB's JSON text.
+        """
+        changed = "SELECT rowid, updated_at FROM kdb_search WHERE updated_at <> ? AND length(updated_at) > ? "
+        changed += "AND rowid IN (…)"
+        times = list(select_in(self._connection, changed, list(self._texts), self._at, WHOLE_SECONDS))
+        self._connection.executemany(
+            "UPDATE kdb_fast_vectors SET at = ? WHERE search_rowid = ?", [(time, rowid) for rowid, time in times]
+        )
 
     def _take_rowid(self) -> int:
         self._next_rowid += 1
@@ -169,9 +195,8 @@ class FlushWriter:
                     _Row(i, self._take_rowid(), new_id, entity, record_id, content.decode(), sources[i], False, False)
                 )
                 continue
-            rowid, search_id, updated_at, at, by, stored = found
-            own = by == run and at is not None and at == updated_at
-            if self._force or own or (known[i] and stamps[i] == row_stamp(updated_at, stored)):
+            rowid, search_id, updated_at, ours, by, stored = found
+            if self._force or (by == run and ours) or (known[i] and stamps[i] == row_stamp(updated_at, stored)):
                 same_text = stored == content
                 rows.append(_Row(i, rowid, search_id, entity, record_id, content.decode(), sources[i], True, same_text))
             else:
@@ -179,7 +204,9 @@ class FlushWriter:
         return rows
 
     def _existing(self, keys: Sequence[Key]) -> dict[Key, tuple[Any, ...]]:
-        """For each key in the table: rowid, id, updated_at, kdb_fast_at, kdb_fast_run, content as bytes."""
+        """For each key in the table: rowid, id, updated_at, whether nobody has written the row since kdb-fast did,
+        kdb_fast_run, content as bytes."""
+        ours = seal.ours("sqlite", (seal.COLUMN,) if self._sealed else ())
         by_entity: dict[str, list[str]] = {}
         for entity, record_id in keys:
             by_entity.setdefault(entity, []).append(record_id)
@@ -188,8 +215,9 @@ class FlushWriter:
             for entity, record_ids in by_entity.items()
             for row in select_in(
                 self._connection,
-                "SELECT record_id, rowid, id, CAST(updated_at AS BLOB), CAST(kdb_fast_at AS BLOB), kdb_fast_run, "
-                "CAST(coalesce(content, '') AS BLOB) FROM kdb_search WHERE entity_name = ? AND record_id IN (…)",
+                "SELECT record_id, rowid, id, CAST(updated_at AS BLOB), <ours>, kdb_fast_run, "
+                "CAST(coalesce(content, '') AS BLOB) "
+                "FROM kdb_search WHERE entity_name = ? AND record_id IN (…)".replace("<ours>", ours),
                 record_ids,
                 entity,
             )
@@ -242,7 +270,8 @@ class FlushWriter:
         for row, text in zip(rows, texts, strict=True):
             _, rowid, search_id, entity, record_id, content, source_at, is_known, _ = row
             (known if is_known else new).append((rowid, search_id, entity, record_id, content, text, source_at, *fixed))
-        for statement, parameters in ((INSERT, new), (UPDATE, known)):
+        statements = (SEALED_INSERT, SEALED_UPDATE) if self._sealed else (INSERT, UPDATE)
+        for statement, parameters in zip(statements, (new, known), strict=True):
             if parameters and self._connection.executemany(statement, parameters).rowcount != len(parameters):
                 raise RowIgnoredError("a trigger of the table left the row out")
         if self._vectors:

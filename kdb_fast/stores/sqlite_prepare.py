@@ -6,7 +6,8 @@ import re
 import sqlite3
 
 from ..errors import SchemaError
-from . import schema
+from ..records import storable_key
+from . import schema, seal
 from .sqlite_base import primary_code, quoted, table_exists, transaction
 
 NEEDED_COLUMNS = (
@@ -71,9 +72,34 @@ def _search_table(connection: sqlite3.Connection) -> None:
     for statement in schema.SQLITE_PLAIN_INDEXES.values():
         connection.execute(statement)
     have = columns(connection, "kdb_search")
-    for name, data_type in schema.SQLITE_COLUMNS.items():
+    wanted = dict(schema.SQLITE_COLUMNS)
+    if _triggers(connection):
+        wanted[seal.COLUMN] = "BLOB"
+    for name, data_type in wanted.items():
         if name not in have:
             connection.execute(f"ALTER TABLE kdb_search ADD COLUMN {name} {data_type}")
+
+
+def _triggers(connection: sqlite3.Connection) -> list[str]:
+    statement = "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = 'kdb_search' COLLATE NOCASE"
+    return [storable_key(row[0]) for row in connection.execute(statement)]
+
+
+def altered(connection: sqlite3.Connection, run: int) -> list[str]:
+    """See :meth:`kdb_fast.stores.base.Store.altered`; the table has a column for seals."""
+    causes = [f"trigger {name}" for name in _triggers(connection)]
+    if not causes:
+        return []
+    times, others = connection.execute(
+        "SELECT coalesce(sum(held AND kdb_fast_at IS NOT updated_at), 0), coalesce(sum(NOT held), 0) FROM "
+        "(SELECT kdb_fast_at, updated_at, <held> AS held FROM kdb_search WHERE kdb_fast_run = ?)".replace(
+            "<held>", f"{seal.COLUMN} IS {seal.of_row('sqlite')}"
+        ),
+        (run,),
+    ).fetchone()
+    remedy = "To spare that, let the trigger leave a time alone that the writer sets: WHEN NEW.updated_at IS "
+    remedy += "OLD.updated_at."
+    return seal.warnings("kdb_search", causes, times, others, sealed=True, remedy=remedy)
 
 
 def _own_table(connection: sqlite3.Connection, statement: str) -> None:

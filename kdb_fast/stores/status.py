@@ -12,6 +12,7 @@ from typing import Any
 
 from ..records import UNSEEN
 from ..target import REJECTS, RUNS, TABLE, Dialect, Rows, Target, find_target, identifier
+from . import seal
 from .base import EntityStatus
 from .reading import Definition, Params, Place, columns_of, json_member, load_definitions, rows_of
 
@@ -44,6 +45,8 @@ def statuses(connection: Any, dialect: str, fingerprint: str | None, *, vectors:
     """
     rows = rows_of(connection, dialect)
     target = find_target(rows, dialect)
+    if dialect == "sqlite":
+        seal.register(connection)
     present = columns_of(rows, target, (TABLE, RUNS, REJECTS))
     any_precision = fingerprint is not None
     if fingerprint is None and RUNS in present:
@@ -81,7 +84,7 @@ def _index_counts(
         other = f"kdb_fast_fingerprint {differs} {params(fingerprint)}"
         if any_precision:
             other += f" AND coalesce(kdb_fast_fingerprint, '') NOT LIKE {params(fingerprint + '-%')}"
-        stale = f"({other} OR kdb_fast_at {differs} updated_at)"
+        stale = f"({other} OR NOT coalesce({_ours(target, columns)}, false))"
     changed = "coalesce(updated_at, created_at)"
     # SQLite returns the bare column of the row that has the maximum; julianday() reads every form of timestamp.
     last = f"{changed}, max(julianday({changed}))"
@@ -132,7 +135,7 @@ def _pending(
             key = f"s.entity_name = {params(definition.entity)} AND s.record_id = r.id"
             join = f"LEFT JOIN {target.table(TABLE)} s ON {key}"
             missing = "s.embedding" if vectors else "s.id"
-            conditions.append(f"({missing} IS NULL OR {_newer(present[TABLE], dialect)})")
+            conditions.append(f"({missing} IS NULL OR {_newer(present[TABLE], target)})")
         if REJECTS in present and vectors:
             conditions.append(
                 f"NOT EXISTS (SELECT 1 FROM {target.table(REJECTS)} x "  # noqa: S608
@@ -143,14 +146,20 @@ def _pending(
     return total
 
 
-def _newer(columns: frozenset[str], dialect: str) -> str:
+def _ours(target: Target, columns: frozenset[str], alias: str = "") -> str:
+    """The condition that nobody has written a row of the index since kdb-fast did."""
+    condition = seal.ours(target.dialect, columns, alias)
+    return target.statement(condition).decode() if target.dialect == "postgresql" else condition
+
+
+def _newer(columns: frozenset[str], target: Target) -> str:
     """The condition that a record ``r`` was changed after its row ``s`` of the index was made."""
     seen = "coalesce(s.updated_at, s.created_at)"
     if {"kdb_fast_at", "kdb_fast_source_at"} <= columns:
         # Once another program has rewritten the row, its own time of writing counts.
-        ours = "s.kdb_fast_source_at IS NOT NULL AND s.kdb_fast_at = s.updated_at"
+        ours = f"s.kdb_fast_source_at IS NOT NULL AND {_ours(target, columns, 's.')}"
         seen = f"CASE WHEN {ours} THEN s.kdb_fast_source_at ELSE {seen} END"
-    if dialect == "postgresql":
+    if target.dialect == "postgresql":
         return f"(r.updated_at > {seen} AND r.updated_at < {LATEST})"
     # Reads every form of timestamp: with a T or a space, with or without fraction and time zone.
     return f"julianday(r.updated_at) > julianday({seen})"
