@@ -380,7 +380,7 @@ def altered(store: PostgreSQLStore, run: int, columns: tuple[str, ...]) -> list[
             (run,),
         ).fetchall()[0]
     remedy = "To spare that, let a trigger leave a time alone that the writer sets: WHEN (NEW.updated_at IS NOT "
-    remedy += "DISTINCT FROM OLD.updated_at)."
+    remedy += "DISTINCT FROM OLD.updated_at), on INSERT WHEN (NEW.updated_at IS NULL)."
     if not sealed:
         remedy = f"Let the owner run: ALTER TABLE {target.shown(TABLE)} ADD COLUMN {seal.COLUMN} bytea;"
     return seal.warnings(target.shown(TABLE), causes, times, others, sealed=sealed, remedy=remedy)

@@ -98,7 +98,7 @@ def altered(connection: sqlite3.Connection, run: int) -> list[str]:
         (run,),
     ).fetchone()
     remedy = "To spare that, let the trigger leave a time alone that the writer sets: WHEN NEW.updated_at IS "
-    remedy += "OLD.updated_at."
+    remedy += "OLD.updated_at, on INSERT WHEN NEW.updated_at IS NULL."
     return seal.warnings("kdb_search", causes, times, others, sealed=True, remedy=remedy)
 
 
