@@ -11,6 +11,7 @@ from ..records import storable_key
 from ..target import ENTITIES, RECORDS, REJECTS, RUNS, STATE, TABLE, Target, identifier, other_indexes
 from . import schema, seal
 from .base import HiddenRowsError
+from .pg_index_catalog import free_name
 from .reading import rows_of
 
 if TYPE_CHECKING:
@@ -106,10 +107,11 @@ def prepare(store: PostgreSQLStore, dimensions: int) -> tuple[str, ...]:
                         remedy="Choose a model with at most 2000 dimensions, or ask an API for fewer: --dimensions N.",
                     )
                 cursor.execute(target.statement(schema.POSTGRESQL_SEARCH, dimensions=str(int(dimensions))))
-                for statement in schema.POSTGRESQL_PLAIN_INDEXES.values():
-                    cursor.execute(target.statement(statement))
-                for statement in schema.POSTGRESQL_SEARCH_INDEXES.values():
-                    cursor.execute(target.statement(statement))
+                home = str(target.schema)
+                for name, using in {**schema.POSTGRESQL_PLAIN_INDEXES, **schema.POSTGRESQL_SEARCH_USING}.items():
+                    # An earlier table that was renamed keeps its indexes, and so their names.
+                    on = f"CREATE INDEX {identifier(free_name(cursor, home, name))} ON {{kdb_search}} "
+                    cursor.execute(target.statement(on + using))
             _own_parts(cursor, target)
             _check_rights(cursor, target)
         return notes
@@ -267,9 +269,17 @@ def _check_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, dimens
         (oid,),
     ).fetchone()
     if not (row and row[0]):
+        foreign = cursor.execute(
+            "SELECT string_agg(relid::text, ', ') FROM pg_partition_tree(%s) t JOIN pg_class c ON c.oid = t.relid "
+            "WHERE c.relkind = 'f'",
+            (oid,),
+        ).fetchone()
         raise SchemaError(
             f"{shown} has no unique constraint on (entity_name, record_id); without it records could be doubled.",
-            remedy=f"Run: ALTER TABLE {shown} ADD UNIQUE (entity_name, record_id);",
+            remedy=f"Run: ALTER TABLE {shown} ADD UNIQUE (entity_name, record_id);"
+            if not (foreign and foreign[0])
+            else f"A partition that is a foreign table ({foreign[0]}) can have none: detach it, then run: "
+            f"ALTER TABLE {shown} ADD UNIQUE (entity_name, record_id);",
         )
 
 
@@ -519,8 +529,9 @@ def _prune_statement(
             f"AND NOT EXISTS (SELECT FROM {table} r WHERE r.id = t.record_id)))"
         )
     statement = target.statement(
-        "DELETE FROM {kdb_search} WHERE ctid = ANY (ARRAY(SELECT t.ctid FROM {kdb_search} t "
-        "WHERE t.entity_name = %(entity)s AND NOT {live} LIMIT %(batch)s))",
+        # By their keys: in another partition another row has the same ctid.
+        "DELETE FROM {kdb_search} WHERE entity_name = %(entity)s AND record_id = ANY (ARRAY(SELECT t.record_id "
+        "FROM {kdb_search} t WHERE t.entity_name = %(entity)s AND NOT {live} LIMIT %(batch)s))",
         live=live,
     )
     return statement, {"entity": entity, "entity_id": entity_id, "batch": PRUNE_BATCH}

@@ -235,7 +235,7 @@ class PostgreSQLStore(Store):
         return self.retrying("dropping the vector index", lambda: pg_index.defer(self))
 
     def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
-        return self.retrying("building the vector index", lambda: pg_index.finish(self, beat))
+        return pg_index.finish(self, beat)
 
     def index_missing(self) -> bool:
         return self.retrying("looking at the indexes", lambda: pg_index.missing(self))

@@ -30,13 +30,16 @@ CREATE TABLE IF NOT EXISTS {kdb_search} (
 """
 
 POSTGRESQL_PLAIN_INDEXES = {
-    "ix_kdb_search_entity": "CREATE INDEX IF NOT EXISTS ix_kdb_search_entity ON {kdb_search} (entity_name)",
-    "ix_kdb_search_record": "CREATE INDEX IF NOT EXISTS ix_kdb_search_record ON {kdb_search} (record_id)",
+    "ix_kdb_search_entity": "USING btree (entity_name)",
+    "ix_kdb_search_record": "USING btree (record_id)",
 }
 
+POSTGRESQL_SEARCH_USING = {
+    FTS_INDEX: "USING gin (tsv)",
+    VECTOR_INDEX: "USING hnsw (embedding {pgvector}vector_cosine_ops)",
+}
 POSTGRESQL_SEARCH_INDEXES = {
-    FTS_INDEX: f"CREATE INDEX {FTS_INDEX} ON {{kdb_search}} USING gin (tsv)",
-    VECTOR_INDEX: f"CREATE INDEX {VECTOR_INDEX} ON {{kdb_search}} USING hnsw (embedding {{pgvector}}vector_cosine_ops)",
+    name: f"CREATE INDEX {name} ON {{kdb_search}} {using}" for name, using in POSTGRESQL_SEARCH_USING.items()
 }
 """The indexes that are dropped and rebuilt around a large load, in the order of building."""
 
@@ -103,10 +106,8 @@ CREATE TABLE IF NOT EXISTS kdb_search (
 )
 """
 
-SQLITE_PLAIN_INDEXES = {
-    "ix_kdb_search_entity": "CREATE INDEX IF NOT EXISTS ix_kdb_search_entity ON kdb_search (entity_name)",
-    "ix_kdb_search_record": "CREATE INDEX IF NOT EXISTS ix_kdb_search_record ON kdb_search (record_id)",
-}
+SQLITE_PLAIN_INDEXES = {"ix_kdb_search_entity": "entity_name", "ix_kdb_search_record": "record_id"}
+"""Name and column."""
 
 SQLITE_FTS = """
 CREATE VIRTUAL TABLE IF NOT EXISTS kdb_search_fts USING fts5(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sqlite3
 
@@ -69,8 +70,7 @@ def _search_table(connection: sqlite3.Connection) -> None:
         _check_search_table(connection)
     else:
         connection.execute(schema.SQLITE_SEARCH)
-    for statement in schema.SQLITE_PLAIN_INDEXES.values():
-        connection.execute(statement)
+    _plain_indexes(connection)
     have = columns(connection, "kdb_search")
     wanted = dict(schema.SQLITE_COLUMNS)
     if _triggers(connection):
@@ -100,6 +100,15 @@ def altered(connection: sqlite3.Connection, run: int) -> list[str]:
     remedy = "To spare that, let the trigger leave a time alone that the writer sets: WHEN NEW.updated_at IS "
     remedy += "OLD.updated_at, on INSERT WHEN NEW.updated_at IS NULL."
     return seal.warnings("kdb_search", causes, times, others, sealed=True, remedy=remedy)
+
+
+def _plain_indexes(connection: sqlite3.Connection) -> None:
+    """Make those that are missing. An earlier table that was renamed keeps its indexes, and so their names."""
+    tables = dict(connection.execute("SELECT lower(name), lower(tbl_name) FROM sqlite_master"))
+    for name, column in schema.SQLITE_PLAIN_INDEXES.items():
+        candidates = itertools.chain([name], (f"{name}{number}" for number in itertools.count(1)))
+        free = next(c for c in candidates if tables.get(c, "kdb_search") == "kdb_search")
+        connection.execute(f"CREATE INDEX IF NOT EXISTS {free} ON kdb_search ({column})")
 
 
 def _own_table(connection: sqlite3.Connection, statement: str) -> None:

@@ -627,6 +627,17 @@ def test_a_flush_waits_for_readers_of_a_file_without_a_write_ahead_log(index: In
     index.assert_in_step()
 
 
+def test_a_table_that_was_moved_away_keeps_its_indexes_and_the_new_one_gets_its_own(index: Index) -> None:
+    index.connection.execute("ALTER TABLE kdb_search RENAME TO kdb_search_old")
+    for _ in range(2):
+        index.store.prepare(DIMENSIONS)
+        found = index.rows("SELECT tbl_name, name FROM sqlite_master WHERE name LIKE 'ix%' ORDER BY 1, 2")
+        assert found == [
+            ("kdb_search", "ix_kdb_search_entity1"), ("kdb_search", "ix_kdb_search_record1"),
+            ("kdb_search_old", "ix_kdb_search_entity"), ("kdb_search_old", "ix_kdb_search_record"),
+        ]  # fmt: skip
+
+
 def test_a_table_made_by_kameleondb_is_taken_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "made.db"
     kameleon = KameleonDB(path)
