@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         RejectLimitError,
         ResourceError,
         SchemaError,
+        SearchWarning,
         StoppedError,
         UsageError,
     )
@@ -61,6 +62,7 @@ __all__ = [
     "SchemaError",
     "SearchEngine",
     "SearchResult",
+    "SearchWarning",
     "StoppedError",
     "UsageError",
     "get_provider",

@@ -541,13 +541,13 @@ def search(
     means either. A record that holds an identifier of the query (ERR_CONN_1111, nginx.conf, "a phrase") comes first.
     """
     from .query import import_ahead, run_search
-    from .report import print_results
+    from .report import print_results, printable
     from .retrieval import check_query
 
     check_query(query, mode, min_score)
     alone = click.get_current_context().obj
     with database(db) as address:
-        results = run_search(
+        results, missed = run_search(
             address,
             query,
             mode=mode,
@@ -559,11 +559,13 @@ def search(
             model_path=model_path,
             provider=provider,
             base_url=base_url,
-            warn=lambda text: complain(f"warning: {text}"),
             meanwhile=import_ahead if alone else lambda: None,
         )
+    for part in missed:
+        complain(f"warning: {printable(str(part), 1000)}")
     if as_json:
-        print(json.dumps({"query": query, "mode": mode, "results": results}, default=str))
+        left_out = [part._asdict() for part in missed]
+        print(json.dumps({"query": query, "mode": mode, "results": results, "left_out": left_out}, default=str))
     else:
         print_results(query, results)
 

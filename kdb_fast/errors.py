@@ -46,6 +46,10 @@ class KdbFastError(Exception):
         return f"{self.message} {self.remedy}".rstrip()
 
 
+class SearchWarning(UserWarning):
+    """A search has left rows out of the ranking by vector, since another model has made theirs."""
+
+
 class UsageError(KdbFastError):
     """The command or one of its options makes no sense."""
 

@@ -71,7 +71,7 @@ class Model:
         """16 hex digits that differ as soon as anything that has a part in the vectors differs.
 
         The directory has no part in it, so the same model has one fingerprint on all machines. Of a lower precision it
-        is that of fp32 with ``-bf16`` or the like behind it (see :func:`same_model`).
+        is that of fp32 with ``-bf16`` or the like behind it (see :func:`~kdb_fast.origins.same_model`).
         """
         files = dict(self.files)
         if self.source:
@@ -89,11 +89,6 @@ class Model:
         canonical = json.dumps(ingredients, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:16]
         return digest if precision == "fp32" else f"{digest}-{precision}"
-
-
-def same_model(fingerprint: str, other: str) -> bool:
-    """Whether two fingerprints differ at most in precision, so that vectors of both may be compared with each other."""
-    return fingerprint.partition("-")[0] == other.partition("-")[0]
 
 
 def pull_remedy(name: str) -> str:

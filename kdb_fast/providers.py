@@ -25,6 +25,7 @@ from .errors import ModelError, UsageError
 from .models import directory_name, resolve
 from .openai_api import PROBE, EmbeddingsAPI
 from .openai_inputs import MAX_INPUT_TOKENS, MAX_INPUTS, unfit, unfit_for_api
+from .origins import BY_NAME
 from .provider_base import (
     EmbeddingProvider,
     EmbeddingResult,
@@ -362,12 +363,13 @@ def provider_fingerprint(provider: EmbeddingProvider) -> str:
     """16 hex digits that differ as soon as anything differs that has a part in the vectors, as far as is known.
 
     For FastEmbed it is the model's own (see :meth:`~kdb_fast.models.Model.fingerprint`). The key has no part in it.
+    Of a provider of the caller's own nothing is known but names and length; BY_NAME before the digits says so.
     """
     if isinstance(provider, FastEmbedProvider):
         return provider.spec.model.fingerprint()
     if isinstance(provider, OpenAIProvider):
         return openai_fingerprint(provider.model_name, provider.dimensions, provider.base_url, provider.max_tokens)
-    return _digest(
+    return BY_NAME + _digest(
         {
             "class": f"{type(provider).__module__}.{type(provider).__qualname__}",
             "model": provider.model_name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,15 +14,16 @@ from .database import DatabaseAddress, connect_postgresql
 from .errors import SchemaError
 from .records import storable_key
 from .stores import open_store
-from .stores.reading import columns_of, rows_of
+from .stores.reading import columns_of, load_definitions, rows_of
 from .target import RUNS, find_target
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from .origins import Origin, QueryVector
     from .query_model import IndexModel
-    from .retrieval import SearchReader, SearchResult
+    from .retrieval import LeftOut, SearchReader, SearchResult
 
     Vector = npt.NDArray[np.float32]
     Vectors = npt.NDArray[np.float32]
@@ -85,44 +87,58 @@ def run_search(
     model_path: Path | None = None,
     provider: str | None = None,
     base_url: str | None = None,
-    warn: Callable[[str], None] = lambda text: None,
     meanwhile: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:
-    """Results as plain dictionaries with the fields of SearchResult.
+) -> tuple[list[dict[str, Any]], list[LeftOut]]:
+    """Results as plain dictionaries with the fields of SearchResult, and what could not be ranked by vector.
 
-    Without a model and a provider the query is embedded by the model that made the index; ``meanwhile`` is called while
-    its files are verified.
+    Without a model and a provider the query is embedded by every model that made vectors of what is searched;
+    ``meanwhile`` is called while the first one's files are verified.
 
     Raises:
-        SchemaError: There is no index, or its vectors are another model's.
-        KdbFastError: As :func:`kdb_fast.query_model.embed_query`.
+        SchemaError: There is no index; its vectors are another model's; a search by vector can compare none.
+        KdbFastError: As :func:`kdb_fast.query_model.query_vectors`.
     """
-    from .query_model import embed_query, index_model
-    from .retrieval import meaning
+    from .query_model import query_vectors
+    from .retrieval import left_out, meaning, resolve_scope
+    from .stores.search_base import count_origins
 
+    vectors: list[QueryVector] | None = None
+    missed: list[LeftOut] = []
     text = meaning(query)
-    vector = None
     if mode != "keyword" and text:
-        made = read(address, lambda connection: index_model(connection, address.dialect))
-        vector = embed_query(
+
+        def count(connection: Any) -> dict[tuple[str, Origin], int]:
+            rows = rows_of(connection, address.dialect)
+            target = find_target(rows, address.dialect)
+            scope = resolve_scope(load_definitions(rows, target), entities, where)
+            return {key: number for key, number in count_origins(rows, target).rows.items() if scope.admits(key[0])}
+
+        counts = read(address, count)
+        origins: Counter[Origin] = Counter()
+        for (_, origin), number in counts.items():
+            origins[origin] += number
+        vectors, why = query_vectors(
             text,
-            made,
+            origins,
             provider=provider,
             model=model_name,
             model_path=model_path,
             base_url=base_url,
-            warn=warn,
             meanwhile=meanwhile,
         )
-    return search_open(
-        address, query, vector, mode=mode, entities=entities, limit=limit, where=where, min_score=min_score
+        missed = left_out(counts, why)
+        if mode == "vector" and missed and all(map(why, origins)):
+            raise SchemaError(str(missed[0])[:1].upper() + str(missed[0])[1:])
+    results = search_open(
+        address, query, vectors, mode=mode, entities=entities, limit=limit, where=where, min_score=min_score
     )
+    return results, missed
 
 
 def search_open(
     address: DatabaseAddress,
     query: str,
-    vector: Vector | None,
+    vector: Vector | list[QueryVector] | None,
     *,
     mode: str = "hybrid",
     entities: Sequence[str] = (),
@@ -130,7 +146,11 @@ def search_open(
     where: Mapping[str, Any] | None = None,
     min_score: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """:func:`run_search` with the query's vector at hand (float32, dimensions; None for keywords only)."""
+    """Results as plain dictionaries with the fields of SearchResult.
+
+    Args:
+        vector: As of :func:`kdb_fast.retrieval.search`; None for keywords only.
+    """
     from .retrieval import search
 
     def work(connection: Any) -> list[SearchResult]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import ModelError, SchemaError
-from .model_files import same_model
+from .errors import KdbFastError, ModelError, SchemaError
+from .origins import Maker, Origin, QueryVector, same_name
 from .records import storable_key
 from .settings import DEFAULT_MODEL
 from .stores.reading import columns_of, rows_of
@@ -30,6 +30,10 @@ class IndexModel(NamedTuple):
     name: str | None
     dimensions: int | None
     fingerprint: str | None
+
+    @classmethod
+    def of(cls, origin: Origin) -> IndexModel:
+        return cls(origin.model, origin.dimensions, origin.fingerprint)
 
 
 def index_model(connection: Any, dialect: str) -> IndexModel | None:
@@ -57,6 +61,94 @@ def index_model(connection: Any, dialect: str) -> IndexModel | None:
     return IndexModel(*found[0]) if found else None
 
 
+def query_vectors(
+    query: str,
+    origins: Mapping[Origin, int],
+    *,
+    provider: str | None = None,
+    model: str | None = None,
+    model_path: Path | None = None,
+    base_url: str | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> tuple[list[QueryVector], Callable[[Origin], str]]:
+    """The query's vector by each model that made rows of ``origins``, or by the one that is asked for.
+
+    Args:
+        origins: What made the vectors that are searched, with the number of rows.
+        provider: ``fastembed`` or ``openai``; None for the one that serves the model.
+        model: Name of the only model; None for all of the index.
+        model_path: Directory of a FastEmbed model, instead of looking it up.
+        base_url: Address of the openai provider's API; with it that is the provider where none is named.
+        meanwhile: Called while the files of a FastEmbed model are verified.
+
+    Returns:
+        The vectors, and a function that says why rows of an origin can be compared with none of them; '' if they can.
+
+    Raises:
+        KdbFastError: As :func:`embed_query`, if the model that is asked for, or every model of the index, is not to be
+            had.
+    """
+    if not origins:
+        return [], lambda origin: ""
+    one = any((provider, model, model_path, base_url))
+    # Those with a fingerprint first: it may tell the address that serves a name.
+    order = sorted(origins, key=lambda origin: (origin.fingerprint is None, -origins[origin]))
+    named = [origin for origin in order if origin.model]
+    if one:
+        if model:
+            fit = [origin for origin in named if same_name(origin.model or "", model)]
+        else:
+            served = provider or ("openai" if base_url else "fastembed")
+            fit = [origin for origin in named if _serves(served, IndexModel.of(origin), base_url)]
+        named = (fit or named)[:1]
+    vectors: list[QueryVector] = []
+    makers: list[Maker] = []
+    failed: dict[Origin, KdbFastError] = {}
+
+    def known(origin: Origin) -> bool:
+        """Whether a model of this name was found, be it of other files."""
+        return any(m.dimensions == origin.dimensions and same_name(m.model, origin.model or "") for m in makers)
+
+    for origin in named:
+        if known(origin) or any(maker.has_made(origin) for maker in makers):
+            continue
+        about = IndexModel.of(origin)
+        try:
+            vector, maker = embed_query(
+                query,
+                about,
+                provider=provider,
+                model=model,
+                model_path=model_path,
+                base_url=base_url,
+                meanwhile=meanwhile,
+            )
+        except KdbFastError as error:
+            failed[origin] = error
+            continue
+        makers.append(maker)
+        if any(maker.has_made(other) for other in origins):
+            vectors.append(QueryVector(vector, maker))
+    if failed and not makers:
+        raise next(iter(failed.values()))
+
+    def why(origin: Origin) -> str:
+        if any(maker.has_made(origin) for maker in makers):
+            return ""
+        if origin.model is None:
+            return (
+                "nothing tells which. Index them again, or name it: "
+                "UPDATE kdb_search SET model = '…' WHERE model IS NULL."
+            )
+        if origin in failed:
+            return str(failed[origin])
+        if known(origin):
+            return "of other files, or at another address, than are in use now. Index them again."
+        return "another one was asked for."
+
+    return vectors, why
+
+
 def embed_query(
     query: str,
     made: IndexModel | None,
@@ -65,18 +157,16 @@ def embed_query(
     model: str | None = None,
     model_path: Path | None = None,
     base_url: str | None = None,
-    warn: Callable[[str], None] = lambda text: None,
     meanwhile: Callable[[], None] = lambda: None,
-) -> Vector:
-    """The query's vector (float32, dimensions), always in fp32.
+) -> tuple[Vector, Maker]:
+    """The query's vector (float32, dimensions), always in fp32, and the model that made it.
 
     Args:
-        made: What made the vectors of the index.
+        made: What made the vectors that it is for.
         provider: ``fastembed`` or ``openai``; None for the one that serves the model.
         model: Name of the model; None for that of the index.
         model_path: Directory of a FastEmbed model, instead of looking it up.
         base_url: Address of the openai provider's API; with it that is the provider where none is named.
-        warn: Called where the model is that of the index by name only.
         meanwhile: Called while the files of a FastEmbed model are verified.
 
     Raises:
@@ -91,7 +181,7 @@ def embed_query(
         made, provider, provider == "openai" and bool(base_url or os.environ.get("OPENAI_BASE_URL"))
     )
     if provider == "openai":
-        return _by_openai(query, made, name, warn, **({"base_url": base_url} if base_url else {}))
+        return _by_openai(query, made, name, **({"base_url": base_url} if base_url else {}))
     from .models import resolve
 
     try:
@@ -102,22 +192,32 @@ def embed_query(
         raise
     from .encoder import Encoder, EncoderSpec
 
-    _check(made, found.name, found.dimensions, {found.fingerprint()}, warn)
-    vector: Vector = Encoder(EncoderSpec(found, batch_size=1)).embed([query])[0]
-    return vector
+    _check(made, found.name, found.dimensions)
+    vector = Encoder(EncoderSpec(found, batch_size=1)).embed([query])[0]
+    return vector, Maker(found.fingerprint(), found.name, found.dimensions)
 
 
 def _by_openai(
-    query: str, made: IndexModel | None, name: str | None, warn: Callable[[str], None], base_url: str | None = None
-) -> Vector:
+    query: str, made: IndexModel | None, name: str | None, base_url: str | None = None
+) -> tuple[Vector, Maker]:
     import numpy as np
 
     from .providers import OPENAI_MODEL, OpenAIProvider, provider_fingerprint
 
     length: dict[str, Any] = {"dimensions": made.dimensions} if made and made.dimensions else {}
     with OpenAIProvider(model=name or OPENAI_MODEL, base_url=base_url, **length, **PATIENCE) as provider:
-        _check(made, provider.model_name, provider.dimensions, {provider_fingerprint(provider)}, warn)
-        return np.asarray(provider.embed(query), np.float32)
+        _check(made, provider.model_name, provider.dimensions)
+        maker = Maker(provider_fingerprint(provider), provider.model_name, provider.dimensions)
+        return np.asarray(provider.embed(query), np.float32), maker
+
+
+def _serves(provider: str, made: IndexModel, base_url: str | None = None) -> bool:
+    """Whether this provider is the one for a model of the index."""
+    if base_url and made.name and made.dimensions:
+        from .providers import openai_fingerprint
+
+        return made.fingerprint == openai_fingerprint(made.name, made.dimensions, base_url)
+    return (provider == "openai") == _is_openais(made, None)
 
 
 def _is_openais(made: IndexModel | None, model: str | None) -> bool:
@@ -144,9 +244,7 @@ def _name_of(made: IndexModel | None, provider: str, served: bool) -> str | None
     return made.name if (provider == "openai") == (_is_openais(made, None) or served) else None
 
 
-def _check(
-    made: IndexModel | None, name: str, dimensions: int, fingerprints: set[str], warn: Callable[[str], None]
-) -> None:
+def _check(made: IndexModel | None, name: str, dimensions: int) -> None:
     """Raises SchemaError if the vectors of the index cannot be compared with those of this model."""
     if made is None:
         return
@@ -166,14 +264,3 @@ def _check(
             f"The index holds vectors of the model {theirs}, not of {storable_key(name)}; they cannot be compared.",
             remedy=remedy,
         )
-    if made.fingerprint and not any(same_model(made.fingerprint, known) for known in fingerprints):
-        warn(
-            f"the index was made with other files or another address of {storable_key(name)} than are in use now, so "
-            "results may be worse. A reindex makes it anew."
-        )
-
-
-def same_name(one: str, other: str) -> bool:
-    """Whether two names mean one model: without the publisher, in any case; the index keeps 100 characters."""
-    first, second = (name.lower()[:100].rpartition("/")[2] for name in (one, other))
-    return first == second

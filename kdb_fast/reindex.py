@@ -18,12 +18,12 @@ from .errors import KdbFastError, ModelError, StoppedError
 from .garbage import collecting_rarely
 from .models import resolve
 from .openai_inputs import PACKED_BYTES_PER_TOKEN
+from .origins import same_name
 from .pipeline import Counts, Pipeline, Stop
 from .plan import INLINE_ROWS, Plan, inline_shape, make_plan
 from .progress import Progress, Silent
 from .provider_base import EmbeddingProvider
 from .query import forget_older, index_model_of, recent_fingerprints
-from .query_model import same_name
 from .resources import peak_rss_bytes
 from .settings import DEFAULT_MODEL, ReindexOptions
 from .slab import ROW_REASONS, ROW_WORKER_DIED

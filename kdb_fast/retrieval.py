@@ -21,12 +21,15 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .errors import UsageError
+from .origins import Origin, QueryVector
 from .stores.reading import Definition
 from .stores.search_base import MAX_TERMS, WORD, Hit, Key, Query, Scope, SearchReader, Term
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    Embedded = npt.ArrayLike | list[QueryVector]
 
 __all__ = ["IndexStatus", "Mode", "SearchReader", "SearchResult", "fuse", "search"]
 
@@ -91,7 +94,7 @@ def search(
     reader: SearchReader,
     query: str,
     *,
-    query_vector: npt.ArrayLike | Callable[[], npt.ArrayLike | None] | None,
+    query_vector: Embedded | Callable[[], Embedded | None] | None,
     mode: Mode = "hybrid",
     entities: Sequence[str] = (),
     limit: int = 10,
@@ -106,8 +109,9 @@ def search(
         query: What to look for. ``"a phrase"`` in quotes stays together, ``-word`` excludes in every mode (but
             ``-20`` is a number), ``or`` between words means either; in every other way any text is allowed. A query
             that says nothing (:func:`why_blank`) finds nothing.
-        query_vector: Embedding of its :func:`meaning`, shape (dimensions,), or a function that gives it, called once
-            at most. Without it hybrid search is by keyword only.
+        query_vector: Embeddings of its :func:`meaning`, one for each model that has made vectors of the index, each of
+            which ranks the rows of its own model; or one row of numbers, which ranks all rows; or a function that gives
+            either, called once at most. Without it hybrid search is by keyword only.
         mode: ``hybrid``, ``vector`` or ``keyword``.
         entities: Names of the entities to search; empty means all.
         limit: Most results, 1 or more.
@@ -142,7 +146,8 @@ def search(
         ranking = _in_turn(asked, reader, embed)
     else:
         ranking = _side_by_side(asked, reader, beside, embed)
-    ranked = [(key, score) for key, score in fuse(ranking.by_vector, ranking.by_keyword) if score >= min_score]
+    fused = fuse(*(ranking.by_vector or [[]])[:1], ranking.by_keyword, *ranking.by_vector[1:])
+    ranked = [(key, score) for key, score in fused if score >= min_score]
     found = ranking.found
 
     results: list[SearchResult] = []
@@ -154,7 +159,7 @@ def search(
     return results[:limit]
 
 
-Embed = Callable[[], "npt.ArrayLike | None"]
+Embed = Callable[[], "Embedded | None"]
 
 
 class _Asked(NamedTuple):
@@ -171,10 +176,15 @@ class _Asked(NamedTuple):
         scope = resolve_scope(reader.definitions(), self.entities, self.where)
         return _holdable_scope(reader, scope)._replace(excluded=self._held_by(reader).excluded)
 
-    def by_vector(self, reader: SearchReader, vector: npt.ArrayLike | None, scope: Scope) -> list[Hit]:
-        if vector is None or scope.names == ():
+    def by_vector(self, reader: SearchReader, embedded: Embedded | None, scope: Scope) -> list[list[Hit]]:
+        """A ranking for each embedding of the query."""
+        if embedded is None or scope.names == ():
             return []
-        return reader.vector(checked_vector(vector), scope, self.depth)
+        several = isinstance(embedded, list) and all(isinstance(item, QueryVector) for item in embedded)
+        vectors: list[QueryVector] = embedded if several else [QueryVector(embedded, None)]  # type: ignore[assignment, arg-type]
+        return [
+            reader.vector(checked_vector(vector), scope._replace(maker=maker), self.depth) for vector, maker in vectors
+        ]
 
     def by_keyword(self, reader: SearchReader, scope: Scope) -> list[Hit]:
         if self.mode == "vector" or not self.words.terms or scope.names == ():
@@ -205,10 +215,10 @@ class _Found:
 
 
 class _Ranking(NamedTuple):
-    """The two rankings, and what was read of their records meanwhile."""
+    """The rankings, by vector one for each embedding of the query, and what was read of their records meanwhile."""
 
     scope: Scope
-    by_vector: list[Hit]
+    by_vector: list[list[Hit]]
     by_keyword: list[Hit]
     found: _Found
 
@@ -243,22 +253,24 @@ def _side_by_side(asked: _Asked, reader: SearchReader, beside: SearchReader, emb
         keyword_side = pool.submit(rank_by_keyword)
         vector = embed()
         by_vector = asked.by_vector(reader, vector, scoped.result())
-        read_if_first(reader, by_vector)
+        read_if_first(reader, by_vector[0] if by_vector else [])
         return _Ranking(scoped.result(), by_vector, keyword_side.result(), found)
 
 
-def fuse(by_vector: Sequence[Hit], by_keyword: Sequence[Hit]) -> list[tuple[Key, float]]:
-    """Reciprocal rank fusion of two rankings: keys with their scores, best first.
+def fuse(by_vector: Sequence[Hit], by_keyword: Sequence[Hit], *others: Sequence[Hit]) -> list[tuple[Key, float]]:
+    """Reciprocal rank fusion of rankings: keys with their scores, best first.
+
+    ``others`` are rankings by vector of rows that other models made: none of these is in two, so the scale stays.
 
     Ties go to an exact hit, then to the more similar vector (a record without one comes last), then to the smaller
     key. Where the ranking by keyword holds exact hits only, the best of them has at least 1/61 and a record that is
     none at most that, so one of them is first.
     """
     scores: dict[Key, float] = {}
-    for ranking in (by_vector, by_keyword):
+    for ranking in (by_vector, by_keyword, *others):
         for rank, hit in enumerate(ranking, start=1):
             scores[hit.key] = scores.get(hit.key, 0.0) + 1 / (RRF_K + rank)
-    similarity = {hit.key: hit.similarity for hit in by_vector}
+    similarity = {hit.key: hit.similarity for ranking in (by_vector, *others) for hit in ranking}
     exact = {hit.key for hit in by_keyword if hit.exact}
     return sorted(
         scores.items(),
@@ -370,6 +382,38 @@ def _holdable_scope(reader: SearchReader, scope: Scope) -> Scope:
     if any(not missing.isdisjoint(value) for value in values):
         return scope._replace(names=())
     return scope._replace(names=tuple(name for name in names if missing.isdisjoint(name)))
+
+
+class LeftOut(NamedTuple):
+    """Rows that a ranking by vector could not compare with the query.
+
+    Attributes:
+        entities: Names of their entities.
+        model: Name of the model that made their vectors; None if nothing tells it.
+        rows: Their number in the index.
+        reason: Why, as the end of a sentence.
+    """
+
+    entities: list[str]
+    model: str | None
+    rows: int
+    reason: str
+
+    def __str__(self) -> str:
+        names = ", ".join(self.entities[:3]) + (", …" if len(self.entities) > 3 else "")
+        made = f"the model {self.model}" if self.model else "an unknown model"
+        counted = f"{self.rows:,} row{'s' if self.rows != 1 else ''} of {names}"
+        return f"left out of the ranking by meaning: {counted}, embedded by {made}: {self.reason}"
+
+
+def left_out(counts: Mapping[tuple[str, Origin], int], why: Callable[[Origin], str]) -> list[LeftOut]:
+    """What of an index was not compared, by model and reason; ``why`` gives '' for an origin that was."""
+    found: dict[tuple[str | None, str], dict[str, int]] = {}
+    for (entity, origin), rows in sorted(counts.items(), key=lambda item: item[0][0]):
+        if reason := why(origin):
+            entities = found.setdefault((origin.model, reason), {})
+            entities[entity] = entities.get(entity, 0) + rows
+    return [LeftOut(list(rows), model, sum(rows.values()), reason) for (model, reason), rows in found.items()]
 
 
 def resolve_scope(definitions: Iterable[Definition], entities: Sequence[str], where: Mapping[str, Any] | None) -> Scope:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from .batches import BatchWriter, Operation, SlotEncoder, as_delete, as_list, as_put, as_puts
 from .encoder import EncoderSpec
-from .errors import UsageError
+from .errors import SearchWarning, UsageError
+from .origins import Maker, QueryVector
 from .providers import (
     EmbeddingProvider,
     FastEmbedProvider,
@@ -27,7 +28,7 @@ from .providers import (
     as_provider,
     provider_fingerprint,
 )
-from .retrieval import IndexStatus, SearchReader, SearchResult, meaning
+from .retrieval import IndexStatus, LeftOut, SearchReader, SearchResult, left_out, meaning, resolve_scope
 from .retrieval import search as ranked_search
 from .session_batch import SessionBatch, sqlalchemy_session
 from .sqlalchemy_engines import connections_for
@@ -195,22 +196,30 @@ class SearchEngine:
                 entity has.
             DatabaseError: The database cannot answer.
             ProviderError: The embedding provider failed.
+
+        Warns:
+            SearchWarning: Rows were left out of the ranking by vector, since another model than the provider's has made
+                theirs. By keyword they are found.
         """
         if isinstance(entities, str):
             raise UsageError(f"entities is the string {entities!r}; expected a list of names.")
         names = [*([entity] if entity else []), *(entities or [])]
 
         @functools.cache
-        def query_vector() -> npt.NDArray[np.float32] | None:
+        def query_vector() -> list[QueryVector] | None:
             return self._query_vector(meaning(query))
 
-        def work(reader: SearchReader, beside: SearchReader | None) -> list[SearchResult]:
-            return ranked_search(
+        def work(reader: SearchReader, beside: SearchReader | None) -> tuple[list[SearchResult], list[LeftOut]]:
+            results = ranked_search(
                 reader, query, query_vector=query_vector if self._provider else None, mode="hybrid", entities=names,
                 limit=limit, min_score=min_score, where=where, beside=beside,
             )  # fmt: skip
+            return results, self._left_out(reader, names) if self._provider and query_vector() else []
 
-        return self._connections.search(work)
+        results, missed = self._connections.search(work)
+        for part in missed:
+            warnings.warn(str(part), SearchWarning, stacklevel=2)
+        return results
 
     def get_status(self, entity: str | None = None) -> list[IndexStatus]:
         """State of the index for each entity, or for one, by name.
@@ -272,7 +281,18 @@ class SearchEngine:
         with self._connections.borrowed(connection) as store:
             self._writer(store).write(operations)
 
-    def _query_vector(self, text: str) -> npt.NDArray[np.float32] | None:
+    def _left_out(self, reader: SearchReader, entities: Sequence[str]) -> list[LeftOut]:
+        """The rows of these entities that another model than the provider's has made."""
+        assert self._provider is not None
+        maker = _maker_of(self._provider)
+        counts = {key: rows for key, rows in reader.origins().items() if not maker.has_made(key[1])}
+        if not counts:
+            return []
+        scope = resolve_scope(reader.definitions(), entities, None)
+        searched = {key: rows for key, rows in counts.items() if scope.admits(key[0])}
+        return left_out(searched, lambda origin: f"the provider's is {maker.model}. Index them again with it.")
+
+    def _query_vector(self, text: str) -> list[QueryVector] | None:
         """The embedding of a query; None where there is nothing to rank by: no provider, no text, no direction."""
         provider = self._provider
         if provider is None or not text:
@@ -284,7 +304,11 @@ class SearchEngine:
                 f"{type(provider).__name__}.embed gave a vector of shape {vector.shape}; expected "
                 f"{provider.dimensions} finite numbers."
             )
-        return vector if vector.any() else None
+        return [QueryVector(vector, _maker_of(provider))] if vector.any() else None
+
+
+def _maker_of(provider: EmbeddingProvider) -> Maker:
+    return Maker(provider_fingerprint(provider), provider.model_name, int(provider.dimensions))
 
 
 def _encoder_of(provider: EmbeddingProvider) -> SlotEncoder:

@@ -152,7 +152,7 @@ class PostgresqlReader(SearchReader):
         return self._rows(
             f"SELECT s.entity_name, s.record_id, {distance} FROM {self._index} s "  # noqa: S608
             f"WHERE s.embedding IS NOT NULL AND {self._named(scope, params)} AND {self._living(scope, params)} "
-            f"AND {self._without(scope.excluded, params)} ORDER BY {distance} LIMIT {params(limit)}",
+            f"AND {self._fit(scope, params)} ORDER BY {distance} LIMIT {params(limit)}",
             params.values,
         )
 

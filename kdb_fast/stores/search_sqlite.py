@@ -188,13 +188,17 @@ class SqliteReader(SearchReader):
         self._vectors.keeps = True
         return in_order(hits)[:limit]
 
+    def _file_state(self) -> object:
+        (version,) = self._rows("PRAGMA data_version", {})[0]  # changes with commits of other connections
+        return version, self._connection.total_changes
+
     def _passing(self, best: dict[int, float], scope: Scope) -> list[Hit]:
         params = Params(self.dialect)
         statement = (
             f"SELECT s.rowid, s.entity_name, s.record_id FROM json_each({params(json.dumps(list(best)))}) k "  # noqa: S608
             f"CROSS JOIN {TABLE} s ON s.rowid = k.value "
             f"WHERE {self._named(scope, params)} AND {self._living(scope, params)} "
-            f"AND {self._without(scope.excluded, params)}"
+            f"AND {self._fit(scope, params)}"
         )
         return [Hit(entity, record, best[rowid]) for rowid, entity, record in self._rows(statement, params.values)]
 

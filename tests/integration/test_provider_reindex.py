@@ -377,15 +377,48 @@ def test_models_whose_vectors_cannot_be_compared_are_refused(
     assert found_ids(find("marine mammal")) == ["1"]
 
 
-def test_another_address_of_the_model_is_a_warning(
+def test_each_row_is_compared_with_the_query_of_its_own_model(
+    server: OpenAIServer, address: DatabaseAddress, run: Run, find: Run, minilm: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(TEXTS[:5])
+    with SearchEngine(address, FastEmbedProvider(minilm.name)) as search:
+        search.index_records_batch([("Sea", "1", "a whale"), ("Sea", "2", "a ledger of debts")])
+    del server.seen[:]
+    answer = find(f"text: {TEXTS[3]}", "--mode", "vector", "--limit", "7")
+    assert (answer.err, len(server.seen)) == ("", 1)
+    assert "r3" in found_ids(answer)[:2]
+    assert {result["score"] for result in json.loads(answer.out)["results"][:2]} == {1 / 61}, "first of each model"
+    assert json.loads(answer.out)["left_out"] == []
+    assert found_ids(find("marine mammal", "--mode", "vector", "--entity", "Sea")) == ["1", "2"]
+    assert len(server.seen) == 1, "the other model made nothing of what is searched"
+    own = find("marine mammal", "--entity", "Sea", "--model", minilm.name, "--mode", "vector")
+    assert (found_ids(own), own.err) == (["1", "2"], "")
+    one = find("marine mammal", "--model", minilm.name, "--mode", "vector")
+    assert found_ids(one) == ["1", "2"]
+    note = f"5 rows of Note, embedded by the model {MODEL}: another one was asked for."
+    assert one.err == f"warning: left out of the ranking by meaning: {note}\n"
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    lacking = find("marine mammal")
+    assert found_ids(lacking)[0] == "1"
+    assert f"5 rows of Note, embedded by the model {MODEL}: There is no OpenAI API key." in lacking.err
+
+
+def test_vectors_of_another_address_of_the_model_are_left_out_and_counted(
     server: OpenAIServer, run: Run, find: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(TEXTS[:5])
     with OpenAIServer(server_vectors) as other:
         monkeypatch.setenv("OPENAI_BASE_URL", other.url)
         answer = find(f"text: {TEXTS[3]}", "--limit", "1")
-    assert found_ids(answer) == ["r3"]
-    assert answer.err.startswith(f"warning: the index was made with other files or another address of {MODEL}")
+        by_vector = find(f"text: {TEXTS[3]}", "--mode", "vector")
+    assert found_ids(answer) == ["r3"], "by keyword"
+    note = f"left out of the ranking by meaning: 5 rows of Note, embedded by the model {MODEL}: of other files, or at"
+    assert answer.err.startswith(f"warning: {note}")
+    (left_out,) = json.loads(answer.out)["left_out"]
+    assert (left_out["entities"], left_out["model"], left_out["rows"]) == (["Note"], MODEL, 5)
+    assert by_vector.code == 4
+    assert note[1:] in by_vector.err
 
 
 def test_search_without_a_key_says_so_and_by_keyword_needs_none(

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from kdb_fast.database import DatabaseAddress, connect_postgresql, opened, parse_address
 from kdb_fast.errors import SchemaError, UsageError
+from kdb_fast.origins import Maker, Origin, QueryVector
 from kdb_fast.retrieval import SearchReader, SearchResult, check_query, meaning, parse_query, resolve_scope, search
 from kdb_fast.stores import schema, search_postgresql, sqlite_vectors
 from kdb_fast.stores.base import EntityStatus
@@ -1179,6 +1180,111 @@ def test_databases_find_what_the_documents_say(
     db.index("File", "1", text, None)
     expected = in_postgresql if db.postgresql else in_sqlite
     assert ("found" if db.ids(query, mode="keyword") else "not found") == expected
+
+
+class TestTwoModels:
+    """Each row is ranked by vector only against a query of its own model."""
+
+    A, B = Maker("aaaa", "publisher/first", DIMENSIONS), Maker("bbbb", "second", DIMENSIONS)
+
+    def fill(self, db: Database, second: range) -> npt.NDArray[np.float32]:
+        """400 rows, those of ``second`` by the model B."""
+        vectors = random_vectors(ROWS, seed=31)
+        db.run("BEGIN")
+        for row, vector in enumerate(vectors):
+            maker, suffix = (self.B, "") if row in second else (self.A, "-int8" if row % 2 else "")
+            columns = {"kdb_fast_fingerprint": maker.fingerprint + suffix, "model": maker.model}
+            db.index_ours("Second" if row in second else "First", f"{row:03}", "words", vector, **columns)
+        db.run("COMMIT")
+        return vectors
+
+    @pytest.mark.parametrize("second", [range(0, ROWS, 2), range(7, ROWS, 20), range(5, 8)])
+    def test_each_row_meets_the_query_of_its_model_only(self, db: Database, second: range) -> None:
+        vectors = self.fill(db, second)
+        first = [row for row in range(ROWS) if row not in second]
+        for a, b in zip(random_vectors(3, seed=32), random_vectors(3, seed=33), strict=True):
+            both = [QueryVector(a, self.A), QueryVector(b, self.B)]
+            for options in ({}, {"entities": ["First", "Second"]}, {"limit": 40}):
+                found = db.search("q", both, mode="vector", **options)
+                limit = options.get("limit", 10)
+                expected = {
+                    (f"{row:03}", 1 / (61 + place))
+                    for order in (nearest(vectors, a, first), nearest(vectors, b, second))
+                    for place, row in enumerate(order[:limit])
+                }
+                right = sum((result.id, result.score) in expected for result in found)
+                assert right >= (len(found) if not db.postgresql else 0.9 * len(found))
+                assert found[0].score == found[1].score == 1 / 61
+            only = [int(i) for i in db.ids("q", [QueryVector(b, self.B)], mode="vector", limit=len(second))]
+            assert only == nearest(vectors, b, second)
+
+    def test_another_model_takes_no_place_in_the_ranking(self, db: Database) -> None:
+        for row in range(300):  # nearer to the query than any row of its own model
+            db.index_ours("First", f"a{row:03}", "words", unit(0), kdb_fast_fingerprint="aaaa", model="first")
+        for row in range(5):
+            near = unit(1, 2, row / 10)
+            db.index_ours("Second", f"b{row}", "words", near, kdb_fast_fingerprint="bbbb", model="second")
+        query = [QueryVector(unit(0, 1, 0.1), self.B)]
+        assert db.ids("q", query, mode="vector") == [f"b{row}" for row in range(5)]
+
+    def test_rows_of_other_programs_are_known_by_the_name_of_their_model(self, db: Database) -> None:
+        db.index("E", "named", "words", unit(0), model="first")
+        db.index("E", "other", "words", unit(0), model="second")
+        db.index("E", "nobody", "words", unit(0))
+        # KameleonDB rewrote this one after us: what we wrote beside it is not true any more.
+        db.index_ours("E", "rewritten", "words", unit(0), kdb_fast_fingerprint="bbbb", model="first", updated_at=LATER)
+        db.index_ours("E", "files", "words", unit(0), kdb_fast_fingerprint="cccc", model="first")
+        db.index_ours("E", "own provider", "words", unit(0), kdb_fast_fingerprint="name:0123", model="First")
+        found = db.ids("q", [QueryVector(unit(0), self.A)], mode="vector")
+        assert sorted(found) == ["named", "own provider", "rewritten"]
+        own = Maker("name:4567", "first", DIMENSIONS)
+        found = db.ids("q", [QueryVector(unit(0), own)], mode="vector")
+        assert sorted(found) == ["files", "named", "own provider", "rewritten"]
+        counts = {origin: rows for (_, origin), rows in db.reader().origins().items()}
+        assert sum(counts.values()) == 6
+        assert [sum(n for o, n in counts.items() if maker.has_made(o)) for maker in (self.A, own)] == [3, 4]
+
+    def test_index_that_only_kameleondb_has_written_is_compared_by_name(self, empty: Database) -> None:
+        empty.create_index(own=False)
+        empty.index("E", "1", "words", unit(0), model="first")
+        empty.index("E", "2", "words", unit(0), model="second")
+        assert empty.ids("q", [QueryVector(unit(0), self.A)], mode="vector") == ["1"]
+
+    def test_counts_follow_what_is_written(self, db: Database) -> None:
+        reader = db.reader()
+        assert reader.origins() == {}
+        for row in range(3):
+            db.index_ours("E", str(row), "words", unit(0), kdb_fast_fingerprint="aaaa", model="first")
+            reader._count_again = 0.0  # on a busy machine counting may have taken long
+            reader._count_again = 0.0  # on a busy machine counting may have taken long
+            assert reader.origins() == {("E", Origin("aaaa", "first", DIMENSIONS)): row + 1}
+
+    def test_database_without_an_index_has_nothing_to_count(self, empty: Database) -> None:
+        with pytest.raises(SchemaError, match="There is no search index"):
+            empty.reader().origins()
+
+    def test_vector_index_is_used_through_the_filter(
+        self, postgresql: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        postgresql.create_index()
+        postgresql.create_kameleon()
+        self.fill(postgresql, range(0, ROWS, 2))
+        postgresql.run("ANALYZE kdb_search")
+        reader, plans = postgresql.reader(), []
+        plain = reader._rows
+
+        def explained(statement: str, params: Any) -> Any:
+            if "ORDER BY s.embedding" in statement:
+                plans.append("\n".join(row[0] for row in plain(f"EXPLAIN {statement}", params)))
+            return plain(statement, params)
+
+        monkeypatch.setattr(reader, "_rows", explained)
+        # Without the filter the planner takes the index for this table as well, so it is not turned away by it.
+        postgresql.run("SET enable_seqscan = off; SET enable_bitmapscan = off")
+        search(reader, "q", query_vector=[QueryVector(unit(0), self.B)], mode="vector")
+        assert len(plans) == 1
+        assert "Index Scan using ix_kdb_search_vector" in plans[0]
+        assert "Sort" not in plans[0]
 
 
 class TestScale:

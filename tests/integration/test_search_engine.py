@@ -42,7 +42,7 @@ import kdb_fast
 from kdb_fast import batches, connections, transactions
 from kdb_fast.batches import BatchWriter
 from kdb_fast.database import DatabaseAddress
-from kdb_fast.errors import DatabaseError, RecordError, SchemaError, UsageError
+from kdb_fast.errors import DatabaseError, RecordError, SchemaError, SearchWarning, UsageError
 from kdb_fast.models import Model
 from kdb_fast.providers import FastEmbedProvider, ProviderError, ProviderInputError
 from kdb_fast.search import IndexStatus, SearchEngine, SearchResult
@@ -614,6 +614,23 @@ def test_status_tells_vectors_of_another_model(library: SearchEngine, engine: sq
     other.index_record("Song", "s0", "a song about rivers")
     assert [(s.entity, s.stale) for s in library.get_status()] == [("Book", 0), ("Film", 0), ("Song", 1)]
     assert [(s.entity, s.stale) for s in other.get_status()] == [("Book", 30), ("Film", 30), ("Song", 0)]
+
+
+def test_rows_of_another_model_are_left_out_of_the_ranking_by_vector_and_counted(
+    library: SearchEngine, engine: sqlalchemy.Engine, build: Build
+) -> None:
+    hashes = Hashes()
+    other = build(engine, hashes)
+    other.index_record("Song", "s0", "a song about rivers")
+    with pytest.warns(SearchWarning, match="1 row of Song, embedded by the model hashes: the provider's is") as told:
+        assert "s0" not in ids(library.search("nosuchword", limit=100))
+    assert told[0].filename == __file__
+    with pytest.warns(SearchWarning, match="1 row of Song"):
+        assert "s0" in ids(library.search("rivers", limit=2)), "by keyword"
+    assert library.search("whales", entity="Book"), "nothing is left out of this entity"
+    assert ids(other.search("nosuchword", entity="Song")) == ["s0"]
+    with pytest.warns(SearchWarning, match="60 rows of Book, Film, embedded by the model words"):
+        assert ids(other.search("nosuchword")) == ["s0"]
 
 
 def test_status_of_a_keyword_index_counts_its_rows(engine: sqlalchemy.Engine, build: Build) -> None:

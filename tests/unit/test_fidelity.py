@@ -8,8 +8,8 @@ import pytest
 from kdb_fast.encoder import pack_batches
 from kdb_fast.errors import UsageError
 from kdb_fast.fidelity import overlap, unit
-from kdb_fast.model_files import same_model
 from kdb_fast.openvino_rows import SIZES, STEP, row_numbers
+from kdb_fast.origins import same_model
 from kdb_fast.preparation import prepared_fingerprint
 from kdb_fast.quantise import activation_grid, round_weights, smoothing, weight_scale
 from kdb_fast.settings import ReindexOptions

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from kdb_fast import query_model
-from kdb_fast.errors import SchemaError
+from kdb_fast.errors import ModelError, SchemaError
 from kdb_fast.models import Model
+from kdb_fast.origins import Maker, Origin
 from kdb_fast.providers import openai_fingerprint
-from kdb_fast.query_model import IndexModel, embed_query, index_model
+from kdb_fast.query_model import IndexModel, embed_query, index_model, query_vectors
 from kdb_fast.settings import DEFAULT_MODEL
 from kdb_fast.stores import schema
 
@@ -26,9 +27,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     """Collects (provider, model) instead of asking OpenAI."""
     asked: list[tuple[str, str | None]] = []
 
-    def ask(query: str, made: Any, name: str | None, warn: Any) -> Any:
+    def ask(query: str, made: Any, name: str | None) -> Any:
         asked.append(("openai", name))
-        return np.ones(8, np.float32)
+        return np.ones(8, np.float32), Maker("x", name or "", 8)
 
     monkeypatch.setattr(query_model, "_by_openai", ask)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
@@ -68,18 +69,61 @@ def test_openai_is_asked_for_its_models(
     ],
 )
 def test_default_model_serves_an_index_that_it_may_have_made(minilm: Model, asked: list[Any], made: Any) -> None:
-    warned: list[str] = []
-    vector = embed_query("words", made, warn=warned.append)
-    assert (vector.shape, vector.dtype, asked, warned) == ((384,), np.float32, [], [])
+    vector, maker = embed_query("words", made)
+    assert (vector.shape, vector.dtype, asked) == ((384,), np.float32, [])
+    assert maker == Maker(minilm.fingerprint(), minilm.name, 384)
 
 
-def test_fingerprint_of_any_precision_is_the_models(minilm: Model) -> None:
-    warned: list[str] = []
-    for precision in ("fp32", "int8"):
-        embed_query("words", IndexModel(minilm.name, 384, minilm.fingerprint(precision)), warn=warned.append)
-    assert warned == []
-    embed_query("words", IndexModel(minilm.name, 384, "of other files"), warn=warned.append)
-    assert len(warned) == 1
+def test_fingerprint_of_any_precision_is_the_models_and_that_of_other_files_is_not(minilm: Model) -> None:
+    mine = [Origin(minilm.fingerprint(precision), minilm.name, 384) for precision in ("fp32", "int8", "bf16")]
+    named = [
+        Origin(None, minilm.name, 384),
+        Origin(None, "all-minilm-l6-V2", None),
+        Origin("name:0123", minilm.name, 384),
+    ]
+    other = Origin("of other files", minilm.name, 384)
+    origins = dict.fromkeys([*mine, *named, other], 1)
+    (vector,), why = query_vectors("words", origins)
+    assert vector.maker == Maker(minilm.fingerprint(), minilm.name, 384)
+    assert [why(origin) for origin in [*mine, *named]] == [""] * 6
+    assert why(other).startswith("of other files")
+    assert query_vectors("words", {other: 1})[0] == []
+
+
+def test_what_nobody_names_is_compared_with_nothing(minilm: Model) -> None:
+    unnamed = Origin(None, None, 384)
+    for options in ({}, {"model": minilm.name}, {"provider": "fastembed"}):
+        vectors, why = query_vectors("words", {unnamed: 3}, **options)  # type: ignore[arg-type]
+        assert vectors == []
+        assert "nothing tells which" in why(unnamed)
+
+
+def test_each_model_of_an_index_embeds_the_query_once(minilm: Model, asked: list[Any]) -> None:
+    small, local = Origin("x", SMALL, 8), Origin(minilm.fingerprint(), minilm.name, 384)
+    vectors, why = query_vectors("words", {small: 1, small._replace(fingerprint=None): 2, local: 3})
+    assert [vector.maker.model for vector in vectors if vector.maker] == [minilm.name, SMALL]
+    assert asked == [("openai", SMALL)]
+    assert why(small) == why(local) == ""
+
+
+def test_model_that_is_not_to_be_had_leaves_its_rows_out(minilm: Model) -> None:
+    gone, there = Origin("f", "some/other", 384), Origin(minilm.fingerprint(), minilm.name, 384)
+    vectors, why = query_vectors("words", {gone: 9, there: 1})
+    assert [vector.maker and vector.maker.model for vector in vectors] == [minilm.name]
+    assert why(there) == ""
+    assert "some/other" in why(gone)
+    with pytest.raises(ModelError, match="some/other"):
+        query_vectors("words", {gone: 9})
+
+
+def test_one_model_that_is_asked_for_leaves_the_others_out(minilm: Model, asked: list[Any]) -> None:
+    small, local = Origin("x", SMALL, 8), Origin(minilm.fingerprint(), minilm.name, 384)
+    for options in ({"model": minilm.name}, {"provider": "fastembed"}):
+        vectors, why = query_vectors("words", {small: 5, local: 1}, **options)
+        assert [vector.maker and vector.maker.model for vector in vectors] == [minilm.name]
+        assert (why(local), why(small), asked) == ("", "another one was asked for.", [])
+    with pytest.raises(SchemaError, match="vectors of the model"):
+        query_vectors("words", {Origin("x", "some/other", 384): 1}, model=minilm.name)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+"""What made the vectors of an index: a row is ranked only against a query that the same model has embedded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+BY_NAME = "name:"
+"""Beginning of the fingerprint of a provider that is the caller's own: nothing but its name tells its model."""
+
+NAME_CHARS = 100
+"""Of a model's name the index keeps so many characters: KameleonDB's column."""
+
+
+class Origin(NamedTuple):
+    """What a row says of its vector.
+
+    Attributes:
+        fingerprint: That of the model; None where another program has written the row.
+        model: Name of the model; None if nothing tells it.
+        dimensions: Length of the vector, if the row tells it.
+    """
+
+    fingerprint: str | None
+    model: str | None
+    dimensions: int | None
+
+
+class Maker(NamedTuple):
+    """A model that embeds: its fingerprint, its name and the length of its vectors."""
+
+    fingerprint: str
+    model: str
+    dimensions: int
+
+    @property
+    def by_name(self) -> bool:
+        """Whether its name is all that is known of it."""
+        return self.fingerprint.startswith(BY_NAME)
+
+    def has_made(self, origin: Origin) -> bool:
+        """Whether a vector of this origin may be compared with those of this model.
+
+        By fingerprint, in whatever precision, where both sides have one that follows from the model itself; else by
+        name.
+        """
+        theirs = origin.fingerprint
+        if origin.dimensions not in (None, self.dimensions):
+            return False
+        if theirs and not self.by_name and not theirs.startswith(BY_NAME):
+            return same_model(theirs, self.fingerprint)
+        return origin.model is not None and same_name(origin.model, self.model)
+
+
+class QueryVector(NamedTuple):
+    """Embedding of a query, float32, shape (dimensions,), and the model that made it.
+
+    None instead of a model: it may be compared with every row.
+    """
+
+    vector: npt.NDArray[np.float32]
+    maker: Maker | None
+
+
+def base_of(fingerprint: str) -> str:
+    """The fingerprint without the precision."""
+    return fingerprint.partition("-")[0]
+
+
+def same_model(fingerprint: str, other: str) -> bool:
+    """Whether two fingerprints differ at most in precision, so that vectors of both may be compared with each other."""
+    return base_of(fingerprint) == base_of(other)
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two names mean one model: without the publisher, in any case; the index keeps NAME_CHARS characters."""
+    first, second = (name.lower()[:NAME_CHARS].rpartition("/")[2] for name in (one, other))
+    return first == second
