@@ -92,7 +92,7 @@ def run_search(
     """Results as plain dictionaries with the fields of SearchResult, and what could not be ranked by vector.
 
     Without a model and a provider the query is embedded by every model that made vectors of what is searched;
-    ``meanwhile`` is called while the first one's files are verified.
+    ``meanwhile`` is called while its files are verified, if it is the only one.
 
     Raises:
         SchemaError: There is no index; its vectors are another model's; a search by vector can compare none.

@@ -79,7 +79,7 @@ def query_vectors(
         model: Name of the only model; None for all of the index.
         model_path: Directory of a FastEmbed model, instead of looking it up.
         base_url: Address of the openai provider's API; with it that is the provider where none is named.
-        meanwhile: Called while the files of a FastEmbed model are verified.
+        meanwhile: Called while the files of a FastEmbed model are verified, if it is the only model.
 
     Returns:
         The vectors, and a function that says why rows of an origin can be compared with none of them; '' if they can.
@@ -109,8 +109,11 @@ def query_vectors(
         """Whether a model of this name was found, be it of other files."""
         return any(m.dimensions == origin.dimensions and same_name(m.model, origin.model or "") for m in makers)
 
+    if len({origin.model for origin in named}) > 1:
+        meanwhile = lambda: None  # noqa: E731
+        failed = _not_to_be_had(named)
     for origin in named:
-        if known(origin) or any(maker.has_made(origin) for maker in makers):
+        if origin in failed or known(origin) or any(maker.has_made(origin) for maker in makers):
             continue
         about = IndexModel.of(origin)
         try:
@@ -147,6 +150,20 @@ def query_vectors(
         return "another one was asked for."
 
     return vectors, why
+
+
+def _not_to_be_had(origins: list[Origin]) -> dict[Origin, KdbFastError]:
+    """Why FastEmbed models are not to be had. Asked before any is loaded: a process that embeds fetches none."""
+    from .models import resolve
+
+    failed: dict[Origin, KdbFastError] = {}
+    for origin in origins:
+        if _serves("fastembed", IndexModel.of(origin)):
+            try:
+                resolve(origin.model or "")
+            except KdbFastError as error:
+                failed[origin] = error
+    return failed
 
 
 def embed_query(
