@@ -11,8 +11,8 @@ from .errors import KdbFastError, ModelError, SchemaError
 from .origins import Maker, Origin, QueryVector, same_name
 from .records import storable_key
 from .settings import DEFAULT_MODEL
-from .stores.reading import columns_of, rows_of
-from .target import RUNS, TABLE, find_target, other_indexes
+from .stores.reading import columns_of, no_index, rows_of
+from .target import RUNS, TABLE, find_target
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,11 +47,7 @@ def index_model(connection: Any, dialect: str) -> IndexModel | None:
     target = find_target(rows, dialect)
     present = columns_of(rows, target, (TABLE, RUNS))
     if TABLE not in present:
-        where = "this database" if target.schema is None else f"the schema {target.shown()} of this database"
-        others = ", ".join(other_indexes(rows, target))
-        if others:
-            where += f", the one of its records; {others} is another schema's"
-        raise SchemaError(f"There is no search index in {where}.", remedy="Build it: kdb-fast reindex --db …")
+        raise no_index(rows, target)
     fingerprint = "kdb_fast_fingerprint" if "kdb_fast_fingerprint" in present[TABLE] else "NULL"
     index, runs = target.table(TABLE), target.table(RUNS)
     found = rows(f"SELECT model, dimensions, {fingerprint} FROM {index} WHERE embedding IS NOT NULL LIMIT 1", {})  # noqa: S608

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import DatabaseError, SchemaError
-from ..target import ENTITIES, FIELDS, KAMELEON_TABLES, RECORDS, Rows, Target
+from ..target import ENTITIES, FIELDS, KAMELEON_TABLES, RECORDS, Rows, Target, other_indexes
 
 
 class Field(NamedTuple):
@@ -121,6 +121,15 @@ def _postgresql_rows(connection: Any) -> Rows:
             raise DatabaseError(f"The PostgreSQL database cannot be read: {detail}.") from error
 
     return rows
+
+
+def no_index(rows: Rows, target: Target) -> SchemaError:
+    """The error that says that there is no search index here, and in which schema there is one."""
+    where = "this database" if target.schema is None else f"the schema {target.shown()} of this database"
+    others = ", ".join(other_indexes(rows, target))
+    if others:
+        where += f", the one of its records; {others} is another schema's"
+    return SchemaError(f"There is no search index in {where}.", remedy="Build it: kdb-fast reindex --db …")
 
 
 def columns_of(rows: Rows, target: Target, tables: Iterable[str]) -> dict[str, frozenset[str]]:

@@ -11,10 +11,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ..errors import SchemaError
 from ..origins import BY_NAME, NAME_CHARS, Maker, Origin, base_of, same_name
 from ..target import TABLE, Dialect, Rows, Target, find_target
-from .reading import Definition, Field, Params, Place, columns_of, load_definitions, rows_of
+from .reading import Definition, Field, Params, Place, columns_of, load_definitions, no_index, rows_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -170,8 +169,7 @@ def count_origins(rows: Rows, target: Target) -> Origins:
     """
     columns = columns_of(rows, target, (TABLE,)).get(TABLE)
     if columns is None:
-        where = "this database" if target.schema is None else f"the schema {target.shown()} of this database"
-        raise SchemaError(f"There is no search index in {where}.", remedy="Build it: kdb-fast reindex --db …")
+        raise no_index(rows, target)
     tracked = {"kdb_fast_fingerprint", "kdb_fast_at"} <= columns
     ours = "CASE WHEN kdb_fast_at = updated_at THEN kdb_fast_fingerprint END" if tracked else "NULL"
     found: Counter[tuple[str, Origin]] = Counter()
