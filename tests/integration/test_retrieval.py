@@ -178,8 +178,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DatabaseAddress
 @pytest.fixture
 def postgresql(server: DatabaseAddress) -> Iterator[Database]:
     with connect_postgresql(server, role="test") as connection:
-        connection.execute("DROP SCHEMA IF EXISTS scratch CASCADE; CREATE SCHEMA scratch")
-        connection.execute("SET search_path = scratch, public; SET TimeZone = 'UTC'; SET synchronous_commit = off")
+        for statement in (
+            "DROP SCHEMA IF EXISTS scratch CASCADE",
+            "CREATE SCHEMA scratch",
+            "SET search_path = scratch, public",
+            "SET TimeZone = 'UTC'",
+            "SET synchronous_commit = off",
+        ):
+            connection.execute(statement)
         yield Database("postgresql", connection)
 
 
@@ -311,7 +317,8 @@ class TestPostgresqlRanking:
 
     def test_the_index_is_used_through_all_filters(self, postgresql: Database, monkeypatch: pytest.MonkeyPatch) -> None:
         vectors = fill(postgresql)
-        postgresql.run("SET enable_seqscan = off; SET enable_bitmapscan = off")
+        postgresql.run("SET enable_seqscan = off")
+        postgresql.run("SET enable_bitmapscan = off")
         reader, plans = postgresql.reader(), []
         plain = reader._rows
 
@@ -1280,7 +1287,8 @@ class TestTwoModels:
 
         monkeypatch.setattr(reader, "_rows", explained)
         # Without the filter the planner takes the index for this table as well, so it is not turned away by it.
-        postgresql.run("SET enable_seqscan = off; SET enable_bitmapscan = off")
+        postgresql.run("SET enable_seqscan = off")
+        postgresql.run("SET enable_bitmapscan = off")
         search(reader, "q", query_vector=[QueryVector(unit(0), self.B)], mode="vector")
         assert len(plans) == 1
         assert "Index Scan using ix_kdb_search_vector" in plans[0]
