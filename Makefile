@@ -1,6 +1,6 @@
 # Needs only Python >= 3.11, make and a package index. Everything is installed into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check unit soak bench gate format clean
+.PHONY: help setup demo test check unit elsewhere soak bench gate format clean
 
 help:           ## Show what can be made
 	@grep -hE '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/: *.*##/\t/' | expand -t 12
@@ -13,6 +13,7 @@ test:           ## Set everything up and run all checks and tests
 	@tools/setup dev
 	@tools/check
 	@.venv/bin/pytest
+	@.venv/bin/python tools/elsewhere.py
 
 setup:          ## Only set up .venv for development
 	@tools/setup dev
@@ -24,6 +25,10 @@ check:          ## Lint, format and types
 unit:           ## Only the tests without processes and servers
 	@tools/setup dev
 	@.venv/bin/pytest tests/unit
+
+elsewhere:      ## Only the tests on another PostgreSQL, as another user, of the wheel on other Pythons
+	@tools/setup dev
+	@.venv/bin/python tools/elsewhere.py
 
 soak:           ## Ten minutes of reindexing while processes and the database are killed
 	@tools/setup dev

@@ -44,6 +44,9 @@ LOCAL_HOSTS = ("localhost", "::1")
 EMBEDDED_PATH_BYTES = 800
 """PostgreSQL's paths end at 1,024 bytes, beyond which its initdb crashes; the files in the directory need some."""
 
+OLDEST_SQLITE = (3, 30)
+"""NULLS LAST; everything else (upserts, row values, functions for JSON) is older. The oldest that is tested is 3.40."""
+
 SQLITE_BUSY_TIMEOUT = 30.0
 """Seconds to wait for another process that is writing the same SQLite file."""
 
@@ -124,6 +127,12 @@ def parse_address(url: str | None) -> DatabaseAddress:
             raise UsageError(f"--db names a directory of {length} bytes; at most {EMBEDDED_PATH_BYTES} are possible.")
         return DatabaseAddress("postgresql", "", _shown(f"embedded:{path}"), path)
     if re.match(r"sqlite(\+\w+)?:", url):
+        if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+            oldest = ".".join(map(str, OLDEST_SQLITE))
+            raise RefusedError(
+                f"This Python's SQLite is {sqlite3.sqlite_version}; kdb-fast needs {oldest} or newer.",
+                remedy="Use another Python, or PostgreSQL: --db postgresql://… or embedded:DIR.",
+            )
         return _parse_sqlite(url)
     if re.match(r"(postgresql|postgres)(\+\w+)?://", url):
         return _parse_postgresql(re.sub(r"^(postgresql|postgres)(\+\w+)?://", "postgresql://", url))

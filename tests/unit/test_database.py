@@ -20,7 +20,7 @@ from kdb_fast.database import (
     parse_address,
     redact,
 )
-from kdb_fast.errors import DatabaseError, KdbFastError, UsageError
+from kdb_fast.errors import DatabaseError, KdbFastError, RefusedError, UsageError
 
 if TYPE_CHECKING:
     from servers import Server
@@ -365,3 +365,11 @@ def test_what_keeps_a_connection_from_being_made_is_what_the_remedy_is_about(
         connect_postgresql(address, role="test")
     assert said in caught.value.message
     assert remedy in caught.value.remedy
+
+
+def test_an_sqlite_that_is_too_old_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 29, 0))
+    monkeypatch.setattr(sqlite3, "sqlite_version", "3.29.0")
+    with pytest.raises(RefusedError, match=r"SQLite is 3\.29\.0; kdb-fast needs 3\.30 or newer"):
+        parse_address(f"sqlite:///{tmp_path}/new.db")
+    assert not list(tmp_path.iterdir())
