@@ -109,6 +109,7 @@ def parse_address(url: str | None) -> DatabaseAddress:
     """Read a database address. None means the embedded server in the user's data directory.
 
     Raises:
+        RefusedError: It is an SQLite file, and this Python's SQLite is too old.
         UsageError: The address is malformed. The message never contains any part of it beyond the scheme:
             libpq's own messages quote pieces of the password.
     """

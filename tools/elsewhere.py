@@ -39,8 +39,9 @@ USER_TESTS = (
     "tests/unit/test_models.py",
     "tests/unit/test_slab.py",
     "tests/faults/test_host_limits.py::test_a_read_only_disk_is_refused_before_anything_is_done",
-    "tests/faults/test_host_limits.py::test_a_disk_that_fills_up_keeps_what_was_committed_and_the_rerun_does_the_rest",
-    *MAIN_JOB,
+    "tests/faults/test_host_limits.py::test_a_disk_that_fills_up_keeps_what_was_committed_and_the_rerun_does_the_rest"
+    "[processes-full in the middle]",
+    MAIN_JOB[0],
 )
 """The embedded server, modes of files and whose they are, shared memory, mounts, the main job."""
 
