@@ -156,7 +156,7 @@ def wheel() -> int:
     chosen = dict([min(found.items()), max(found.items())])
     with tempfile.TemporaryDirectory(prefix="kdb-fast-wheel-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-qq"]
         subprocess.run([*pip, "wheel", "--no-deps", "-w", str(folder), str(ROOT)], check=True)
         (built,) = folder.glob("*.whl")
         say(f"{built.name} on Python {' and '.join(f'{a}.{b}' for a, b in sorted(chosen))}")
