@@ -38,8 +38,9 @@ WORD = re.compile(r"[^\W_]+")
 EDGES = re.compile(r"^[\W_]+|[\W_]+$")
 """What stands around a word: brackets, commas, a question mark."""
 
-IDENTIFYING = re.compile(r"\d|[^\W_][_\-./:@#]+[^\W_]")
-"""What makes a word an identifier: a digit, or one of these marks inside (``ERR_CONN``, ``nginx.conf``, ``#4711``)."""
+IDENTIFYING = re.compile(r"\d.*[^\W_]|[^\W_].*\d|[^\W_][_.:@#]+[^\W_]|/.*/")
+"""What makes a word an identifier: a digit beside another one or a letter, or one of these marks inside (``ERR_CONN``,
+``nginx.conf``). ``1``, ``third-party`` and ``and/or`` are words like others."""
 
 
 class Hit(NamedTuple):
@@ -71,10 +72,12 @@ class Term(NamedTuple):
 
     @property
     def telling(self) -> bool:
-        """Whether it is an identifier that is hardly met by chance: not ``3``, ``2nd``, ``read-only`` or ``e.g.``."""
+        """Whether it is an identifier that a text about something else hardly holds: no bare number or ``sys.path``."""
         core = EDGES.sub("", self.text)
-        digit, mark = re.search(r"\d", core), re.search(r"[_.:@#]|/.*/", core)
-        known = (digit and mark) or ((digit or mark) and sum(map(str.isalnum, core)) >= 4)
+        size = sum(map(str.isalnum, core))
+        digit, letter = re.search(r"\d", core), re.search(r"[^\W\d_]", core)
+        mark = re.search(r"[_.:@#/-]", core) or self.text.startswith("#")
+        known = (digit and mark) or (size >= 4 and ((digit and letter) or re.search(r"[_@]|/.*/", core)))
         return self.phrase or bool(known)
 
     @property
