@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from . import __version__
-from .console import command_line, complain, flush_or_discard, open_standard_streams, reader_has_gone, unexpected
+from .console import (
+    command_line,
+    complain,
+    flush_or_discard,
+    open_standard_streams,
+    reader_has_gone,
+    remember,
+    unexpected,
+    with_database,
+)
 from .errors import EXIT_OK, EXIT_PIPE, EXIT_REJECTS, KdbFastError, UsageError
 from .settings import DEFAULT_BATCH_SIZE, DEFAULT_MODEL, PRECISIONS, ExpectedCount, ReindexOptions, RejectLimit
 
@@ -47,6 +56,7 @@ def run(arguments: list[str], *, alone: bool = False) -> int:
 
 def _run(arguments: list[str], alone: bool) -> int:
     as_json = "--json" in arguments
+    remember(arguments)
     try:
         result = cli.main(args=arguments, prog_name="kdb-fast", standalone_mode=False, obj=alone)
         sys.stdout.flush()
@@ -83,6 +93,7 @@ def _usage_hint(error: click.ClickException) -> str:
 
 def _fail(error: KdbFastError, as_json: bool, arguments: list[str]) -> int:
     receipt: dict[str, Any] | None = getattr(error, "receipt", None)
+    error.remedy = with_database(error.remedy)
     line = str(error)
     if receipt is not None:
         done = receipt["stored"] + receipt["reused"]
@@ -158,8 +169,12 @@ def _provider(provider: str | None, base_url: str | None) -> str:
 
 
 @contextlib.contextmanager
-def database(url: str | None) -> Iterator[DatabaseAddress]:
-    """The opened database of ``--db``; warns when a password stands on the command line."""
+def database(url: str | None, *, reads: bool = False) -> Iterator[DatabaseAddress]:
+    """The opened database of ``--db``; warns when a password stands on the command line.
+
+    Args:
+        reads: The command only reads, so it must not make an embedded server's data.
+    """
     from .database import opened, parse_address, secrets_of, unverified_server
 
     address = parse_address(url)
@@ -175,7 +190,7 @@ def database(url: str | None) -> Iterator[DatabaseAddress]:
             "add ?sslmode=verify-full to the address.",
             file=sys.stderr,
         )
-    with opened(address) as ready:
+    with opened(address, create=not reads) as ready:
         yield ready
 
 
@@ -430,7 +445,7 @@ def rejects_list(db: str | None, entity: str | None, limit: int, as_json: bool) 
     from .rejects import list_rejects
     from .report import print_rejects
 
-    with database(db) as address:
+    with database(db, reads=True) as address:
         rows = list_rejects(address, entity)
     if as_json:
         print(json.dumps({"total": len(rows), "rejects": rows[:limit]}, default=str))
@@ -446,7 +461,7 @@ def rejects_clear(db: str | None, entity: str | None, as_json: bool) -> None:
     """Forget rejected records. The records themselves stay as they are; a reindex would reject them again."""
     from .rejects import clear_rejects
 
-    with database(db) as address:
+    with database(db, reads=True) as address:
         count = clear_rejects(address, entity)
     print(json.dumps({"cleared": count}) if as_json else f"{count:,} rejects forgotten")
 
@@ -489,7 +504,7 @@ def rejects_retry(
     )
     progress = shown.choose(not no_progress)
     try:
-        with database(db) as address:
+        with database(db, reads=True) as address:
             result = retry_rejects(address, options, progress, model=model)
             name = address.display
     finally:
@@ -546,7 +561,7 @@ def search(
 
     check_query(query, mode, min_score)
     alone = click.get_current_context().obj
-    with database(db) as address:
+    with database(db, reads=True) as address:
         results, missed = run_search(
             address,
             query,
@@ -590,7 +605,7 @@ def status(db: str | None, as_json: bool) -> None:
     from .query import run_status
     from .report import print_status
 
-    with database(db) as address:
+    with database(db, reads=True) as address:
         result = run_status(address)
         name = address.display
     if as_json:

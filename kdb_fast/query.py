@@ -255,3 +255,15 @@ def forget_older(address: DatabaseAddress, entities: list[str], run: int) -> int
     """
     with contextlib.closing(open_store(address, "rejects", patient=True)) as store:
         return store.forget_older_rejects([storable_key(entity) for entity in entities], run)
+
+
+def forget_older_of_input(address: DatabaseAddress, entity: str, name: str, run: int) -> int:
+    """Forget what earlier runs rejected of an input of this name, now that ``run`` has read it to its end.
+
+    Lines that became no record have no key by which they could be found again.
+
+    Returns:
+        How many were forgotten.
+    """
+    with contextlib.closing(open_store(address, "rejects", patient=True)) as store:
+        return store.forget_rejects_of_input(storable_key(entity), name, run)

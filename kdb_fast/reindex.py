@@ -23,7 +23,7 @@ from .pipeline import Counts, Pipeline, Stop
 from .plan import INLINE_ROWS, Plan, inline_shape, make_plan
 from .progress import Progress, Silent
 from .provider_base import EmbeddingProvider
-from .query import forget_older, index_model_of, recent_fingerprints
+from .query import forget_older, forget_older_of_input, index_model_of, recent_fingerprints
 from .resources import peak_rss_bytes
 from .settings import DEFAULT_MODEL, ReindexOptions
 from .slab import ROW_REASONS, ROW_WORKER_DIED
@@ -310,6 +310,8 @@ class _Run:
             # What this run has read and not rejected is no longer rejected: changed, gone, or without text.
             whole = [entity for entity in source.entities if entity not in self.pipeline.not_pruned]
             forget_older(self.address, whole, self.run.number)
+        elif source.input and options.limit is None:
+            forget_older_of_input(self.address, source.entities[0], source.input, self.run.number)
 
     def _start_engine(self, rows: int, more: bool) -> Engine:
         began = time.monotonic()
@@ -398,6 +400,7 @@ class _Run:
             "run": run.number,
             "schema": self.address.schema,
             "state": state,
+            "input": self.source.input,
             "read": counts.read,
             "stored": counts.stored,
             "unchanged": counts.unchanged,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .console import shell_word
+from .console import shell_word, with_database
 from .progress import clock
 from .records import storable_key
 from .target import Target
@@ -73,7 +73,7 @@ def print_receipt(receipt: Mapping[str, Any], database: str) -> None:
     for warning in receipt["warnings"]:
         print(f"  note: {printable(warning, NOTE_CHARS)}")
     if receipt["rejected"]:
-        print("  See the rejected records: kdb-fast rejects list")
+        print(with_database("  See the rejected records: kdb-fast rejects list"))
 
 
 def _with_schema(database: str, schema: str | None) -> str:
@@ -179,13 +179,15 @@ def print_retried(result: Mapping[str, Any], database: str) -> None:
     for entity, count in result["lines_of_inserts"].items():
         name = printable(entity, 60)
         word = shell_word(entity)
+        forget = with_database(f"kdb-fast rejects clear --entity {word}")
         print(
             f"{count:,} rejected lines for {name} became no record: correct them and insert only them "
-            f"(kdb-fast insert {word} FILE), then forget these: kdb-fast rejects clear --entity {word}"
+            f"({with_database('kdb-fast insert')} {word} FILE), then forget these: {forget}"
         )
     for entity, count in result["lines_of_files"].items():
         name = printable(entity, 60)
+        again = with_database("kdb-fast reindex")
         print(
             f"{count:,} rejected lines of {name} are of a file and not in the database: correct them, then run "
-            f"kdb-fast reindex --from FILE --entity {shell_word(entity)} again (what is stored is skipped)"
+            f"{again} --from FILE --entity {shell_word(entity)} again (what is stored is skipped)"
         )

@@ -18,12 +18,14 @@ class Source(ABC):
         complete: The source lists every live record of its entities, so index rows without a record may
             be removed (:meth:`kdb_fast.stores.base.Store.prune`).
         unique_keys: No key occurs twice.
+        input: Name of what is read, if reading it again gives the same records or corrected ones; '' if it does not.
         empty: Records read so far that have no text at all; KameleonDB does not index these.
     """
 
     complete = False
     unique_keys = False
     empty = 0
+    input = ""
 
     @property
     @abstractmethod

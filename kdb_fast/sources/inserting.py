@@ -70,6 +70,7 @@ class InsertingSource(JsonlSource):
 
     def __init__(self, address: DatabaseAddress, entity: str, path: Path | str, max_rejects: RejectLimit) -> None:
         super().__init__(path, entity)
+        self.input = ""  # what was inserted is not inserted again: another reading is of other records
         self._max_rejects = max_rejects
         self.read = self.line = self.inserted = self.rejected = 0
         self.rejects: list[Reject] = []

@@ -29,6 +29,9 @@ SAMPLE_BYTES = 1 << 16
 """Start of a file that is read to estimate its number of records."""
 
 
+PATH_CHARS = 4096
+"""Longest path of a file that Linux opens."""
+
 NAMES_KEPT, NAMES_SHOWN = 1000, 10
 """Names of fields that were left out, kept and shown: an object may have its data as names."""
 
@@ -92,6 +95,7 @@ class JsonlSource(Source):
         self._limit = limit
         self._path: Path | None = None if str(path) == "-" else Path(path)
         self._display = "standard input" if self._path is None else storable_key(str(self._path))
+        self.input = self._display if self._path is None else storable_key(str(self._path.absolute()), PATH_CHARS)
         self._stream, self._opened = self._open()
         self._held: deque[_Page] = deque()
         self._rest: Iterator[_Page] | None = None

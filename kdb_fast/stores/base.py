@@ -15,6 +15,7 @@ hash, so an edit by another program can never look unchanged.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -67,6 +68,11 @@ class FlushSlot(NamedTuple):
         for start, stop, crc in self.crcs:
             if self.slot.checksum(start, stop) != crc:
                 raise RuntimeError(f"vectors {start}:{stop} of slot {self.slot.number} are not what the worker wrote")
+
+
+def runs_of_input(receipts: Iterable[tuple[int, str | None]], name: str) -> list[int]:
+    """The runs whose receipt (JSON) names this input."""
+    return [run for run, receipt in receipts if receipt and json.loads(receipt).get("input") == name]
 
 
 class FlushResult(NamedTuple):
@@ -240,6 +246,10 @@ class Store(ABC):
     @abstractmethod
     def forget_older_rejects(self, entities: Sequence[str], run: int) -> int:
         """Delete rejects of records of these entities (as the table names them) by runs before ``run``; how many."""
+
+    @abstractmethod
+    def forget_rejects_of_input(self, entity: str, name: str, run: int) -> int:
+        """Delete rejects of an entity by runs before ``run`` whose receipt names this input; how many."""
 
     @abstractmethod
     def clear_rejects(self, keys: Iterable[tuple[str, str]] | None = None) -> int:

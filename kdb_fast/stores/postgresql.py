@@ -26,7 +26,7 @@ from ..pg_connection import Patience
 from ..records import Reject, storable_key
 from ..target import REJECTS, RUNS, STATE, TABLE, Target, find_target
 from . import pg_index, pg_prepare, pg_runs, seal
-from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored
+from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored, runs_of_input
 from .pg_errors import classify, explain, refusal
 from .pg_flush import DROPPED, FlushWriter, delete_keys
 from .pgcopy import row_stamp
@@ -485,6 +485,23 @@ class PostgreSQLStore(Store):
                 )
                 .rowcount
             )
+
+        return self.retrying("forgetting older rejects", work)
+
+    def forget_rejects_of_input(self, entity: str, name: str, run: int) -> int:
+        entity = self._name(entity)
+
+        def work() -> int:
+            receipts = self.connection().execute(
+                self.target.statement(
+                    "SELECT n.run, n.receipt FROM {kdb_fast_runs} n WHERE n.run < %s AND n.run IN "
+                    "(SELECT r.run FROM {kdb_fast_rejects} r WHERE r.entity_name = %s)"
+                ),
+                (run, entity),
+            )
+            runs = runs_of_input(receipts.fetchall(), name)
+            forget = "DELETE FROM {kdb_fast_rejects} WHERE entity_name = %s AND run = ANY(%s)"
+            return self.connection().execute(self.target.statement(forget), (entity, runs)).rowcount if runs else 0
 
         return self.retrying("forgetting older rejects", work)
 

@@ -17,7 +17,7 @@ from ..errors import RecordError
 from ..faults import fault
 from ..records import Reject
 from . import seal, sqlite_prepare, sqlite_prune, sqlite_runs
-from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored
+from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored, runs_of_input
 from .sqlite_base import select_in, translated
 from .sqlite_flush import FlushWriter, row_stamp
 from .sqlite_fts import FullText
@@ -247,6 +247,18 @@ class SQLiteStore(Store):
             return self._connection.executemany(
                 "DELETE FROM kdb_fast_rejects WHERE entity_name = ? AND run < ? AND record_id <> ''",
                 [(entity, run) for entity in entities],
+            ).rowcount
+
+    def forget_rejects_of_input(self, entity: str, name: str, run: int) -> int:
+        with translated("forgetting older rejects"):
+            receipts = self._connection.execute(
+                "SELECT n.run, n.receipt FROM kdb_fast_runs n WHERE n.run < ? AND n.run IN "
+                "(SELECT r.run FROM kdb_fast_rejects r WHERE r.entity_name = ?)",
+                (run, entity),
+            )
+            runs = runs_of_input(receipts.fetchall(), name)
+            return self._connection.executemany(
+                "DELETE FROM kdb_fast_rejects WHERE entity_name = ? AND run = ?", [(entity, number) for number in runs]
             ).rowcount
 
     def clear_rejects(self, keys: Iterable[tuple[str, str]] | None = None) -> int:

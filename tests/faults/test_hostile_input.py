@@ -705,3 +705,77 @@ def test_a_hostile_server_cannot_write_to_the_terminal(postgres: Server, capsys:
         assert all(line.isprintable() for line in capsys.readouterr().err.split("\n"))
     finally:
         postgres.drop_database(address)
+
+
+# -- what was rejected, and what a message tells to type -------------------------------------------------------------
+
+FAULTY = b'{"id": "1", "text": "one"}\nbroken\n{"text": "no id"}\n{"id": "2", "text": 3}\n'
+CORRECTED = lines(*({"id": str(i), "text": f"t{i}"} for i in range(4)))
+
+
+def test_rejected_lines_are_listed_until_their_input_was_read_without_them(database: Kameleon, tmp_path: Path) -> None:
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+
+    def read(file: Path | None, content: bytes, *options: str) -> list[tuple[Any, ...]]:
+        if file is not None:
+            file.write_bytes(content)
+        source = ("reindex", "--from", str(file or "-"), "--entity", "N", "--max-rejects", "9", *options)
+        assert database.kdb_fast(*source, stdin=content).code in (0, 3)
+        return sorted(execute(database.address, "SELECT position, record_id, reason FROM kdb_fast_rejects"))
+
+    first = [(2, "", "invalid_json"), (3, "", "missing_id"), (4, "2", "wrong_type")]
+    assert read(one, FAULTY) == first
+    assert read(other, b'{"id": "7", "text": "x"}\nbroken too\n') == [first[0], first[0], *first[1:]]
+    assert read(one, b'{"id": "1", "text": "one"}\nbroken\n', "--limit", "1") == [first[0], first[0], *first[1:]]
+    assert read(one, b'{"id": "1", "text": "one"}\nbroken\n') == [first[0], first[0]], "what is still wrong stays"
+    assert read(one, CORRECTED) == [first[0]], "and so does what was wrong in another file"
+    assert read(other, CORRECTED) == []
+    assert read(None, FAULTY) == first
+    assert read(None, CORRECTED) == []
+
+
+@pytest.mark.parametrize("form", ["--db {}", "--db={}"])
+def test_a_hint_names_the_database_that_the_command_was_given(
+    tmp_path: Path, stubbed: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    import re
+    import shlex
+
+    from kdb_fast.cli import run as command
+
+    (tmp_path / "n.jsonl").write_bytes(FAULTY)
+    url = f"sqlite:///{tmp_path}/it's here.db"
+    option = [part.format(url) for part in form.split(" ")]
+    job = ["reindex", "--from", str(tmp_path / "n.jsonl"), "--entity", "N", "--no-progress"]
+    for limit, code, stream in (("0", 8, 1), ("9", 3, 0)):
+        assert command([*job, *option, "--max-rejects", limit]) == code
+        hint = re.search(r"kdb-fast (rejects list [^`\n]*)", capsys.readouterr()[stream])
+        assert hint
+        assert command(shlex.split(hint[1])) == 0, "as it can be typed in a shell"
+        assert "invalid_json" in capsys.readouterr().out
+    monkeypatch.setenv("KDB_FAST_DB", url)
+    assert command([*job, "--max-rejects", "9"]) == 3
+    assert "kdb-fast rejects list\n" in capsys.readouterr().out, "what the environment names needs no naming"
+
+
+def test_a_hint_names_no_password(capsys: pytest.CaptureFixture[str]) -> None:
+    from kdb_fast import console
+
+    console.remember(["status", "--db", "postgresql://u:pw@h/d"])
+    assert console.with_database("See `kdb-fast rejects list`.") == "See `kdb-fast rejects list --db $KDB_FAST_DB`."
+    console.remember(["status", "--db", "postgresql://u@h/d"])
+    assert console.with_database("Run: kdb-fast reindex --db …") == "Run: kdb-fast reindex --db postgresql://u@h/d"
+    console.remember(["search", "--", "--db", "x"])
+    assert console.with_database("kdb-fast status") == "kdb-fast status"
+
+
+@pytest.mark.parametrize("command", [["search", "x"], ["status"], ["rejects", "list"], ["rejects", "retry"],
+                                     ["rejects", "clear"], ["models", "list"]])  # fmt: skip
+def test_commands_that_only_read_make_no_database(tmp_path: Path, command: list[str]) -> None:
+    for db in (f"sqlite:///{tmp_path}/none.db", f"embedded:{tmp_path}/none", None):
+        option = ["--db", db] if db and command[0] != "models" else []
+        done = limited.run(*command, *option, stub=False, KDB_FAST_HOME=tmp_path / "home")
+        if command[0] != "models":
+            assert done.code == 5, done
+            assert done.complaint.startswith("kdb-fast: There is no ")
+        assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -566,7 +567,7 @@ def test_a_stopped_insert_says_how_to_complete_it_and_from_where_to_go_on(
     assert receipt["pending"] == 20 - receipt["stored"]
     assert receipt["error"]["remedy"].startswith("20 records were inserted, all of the input up to line 20")
     url = notes.url.replace("+psycopg", "")
-    again = "$KDB_FAST_DB" if "@" in url else url
+    again = shlex.quote(url)
     assert answer.err.rstrip().endswith(f"To carry on: kdb-fast reindex Note --db {again}")
 
     monkeypatch.undo()
