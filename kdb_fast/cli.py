@@ -24,7 +24,7 @@ from .console import (
     unexpected,
     with_database,
 )
-from .errors import EXIT_OK, EXIT_PIPE, EXIT_REJECTS, KdbFastError, UsageError
+from .errors import EXIT_OK, EXIT_PIPE, EXIT_REJECTS, PIPED, KdbFastError, UsageError
 from .settings import DEFAULT_BATCH_SIZE, DEFAULT_MODEL, PRECISIONS, ExpectedCount, ReindexOptions, RejectLimit
 
 if TYPE_CHECKING:
@@ -91,9 +91,21 @@ def _usage_hint(error: click.ClickException) -> str:
     return f"See: {context.command_path} --help" if context is not None else ""
 
 
+def _reading_a_pipe(arguments: list[str], file: Path | None) -> list[str]:
+    """The command with standard input in place of its file."""
+    if file is None:
+        return arguments
+    piped = ["-" if not argument.startswith("-") and Path(argument) == file else argument for argument in arguments]
+    return ["--from=-" if a.startswith("--from=") and Path(a.removeprefix("--from=")) == file else a for a in piped]
+
+
 def _fail(error: KdbFastError, as_json: bool, arguments: list[str]) -> int:
     receipt: dict[str, Any] | None = getattr(error, "receipt", None)
-    error.remedy = with_database(error.remedy)
+    if PIPED in error.remedy:
+        piped = _reading_a_pipe(arguments, getattr(error, "file", None))
+        error.remedy = error.remedy.replace(PIPED, command_line(piped))
+    else:
+        error.remedy = with_database(error.remedy)
     line = str(error)
     if receipt is not None:
         done = receipt["stored"] + receipt["reused"]

@@ -27,6 +27,10 @@ EXIT_PIPE = 141
 """The reader of standard output has gone (``| head``): what a shell says of a process that SIGPIPE ended."""
 
 
+PIPED = "kdb-fast … -"
+"""In a remedy: this command, reading standard input. The command line puts its own arguments there."""
+
+
 class KdbFastError(Exception):
     """Base of all errors that kdb-fast raises on purpose.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shlex
 import stat
 import sys
 from collections import Counter, deque
@@ -12,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ..errors import ResourceError, UsageError
+from ..errors import PIPED, ResourceError, UsageError
 from ..records import MAX_ENTITY_CHARS, Record, Reject, content_from_fields, storable_key, unfit
 from .base import PAGE_ROWS, Source
-from .json_records import check_head, iter_json_items, iter_json_records, kind
+from .json_records import HEAD_BYTES, check_head, iter_json_items, iter_json_records, kind
 
 __all__ = ["JsonlSource", "iter_json_records"]
 
@@ -224,6 +225,13 @@ class JsonlSource(Source):
             return sys.stdin.buffer, None
         try:
             stream = open(self._path, "rb")  # noqa: SIM115 — closed by close()
+        except IsADirectoryError:
+            directory = UsageError(
+                f"Cannot read {self._display}: it is a directory; expected a file.",
+                remedy=f"Read all of its files: cat {shlex.quote(str(self._path))}/*.jsonl | {PIPED}",
+            )
+            directory.file = self._path  # type: ignore[attr-defined]
+            raise directory from None
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"Cannot read {self._display}: {getattr(error, 'strerror', None) or error}.",
@@ -232,9 +240,10 @@ class JsonlSource(Source):
         try:
             opened = os.fstat(stream.fileno())
             if stat.S_ISREG(opened.st_mode):  # a pipe is looked at when it is read: it may be slow to start
-                check_head(os.pread(stream.fileno(), 8, 0))
-        except BaseException:
+                check_head(os.pread(stream.fileno(), HEAD_BYTES, 0), shlex.quote(str(self._path)))
+        except BaseException as error:
             stream.close()
+            error.file = self._path  # type: ignore[attr-defined]
             raise
         return stream, opened
 

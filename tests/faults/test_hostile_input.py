@@ -779,3 +779,66 @@ def test_commands_that_only_read_make_no_database(tmp_path: Path, command: list[
             assert done.code == 5, done
             assert done.complaint.startswith("kdb-fast: There is no ")
         assert list(tmp_path.iterdir()) == []
+
+
+# -- files of another form ---------------------------------------------------------------------------------------------
+
+QUOTED = b'\xef\xbb\xbfid,text,note\r\n1,"a, ""b""\nc",x\r\n2,two,\r\n'
+TABLES: dict[str, tuple[str, bytes, dict[str, str]]] = {
+    "a.csv": ("CSV", QUOTED, {"1": 'text: a, "b"\nc | note: x', "2": "text: two"}),
+    "it's b.tsv": ("TSV", b"id\ttext\n1\tone, two\n", {"1": "text: one, two"}),
+    "c.txt": ("CSV with semicolons", "id;Überschrift 1\n1;zwei\n".encode(), {"1": "Überschrift 1: zwei"}),
+    "one column.csv": ("CSV", b"id\n1\n", {}),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_told_with_a_command_that_reads_it(tmp_path: Path, name: str) -> None:
+    what, content, expected = TABLES[name]
+    (tmp_path / name).write_bytes(content)
+    db = f"sqlite:///{tmp_path}/a.db"
+    refused = limited.run("reindex", "--from", tmp_path / name, "--entity", "N", "--db", db, "--json")
+    assert refused.code == 2
+    assert f"The input is {what}, by its first line" in refused.complaint
+    (tmp_path / "kdb-fast").write_text(f"#!{sys.executable}\n{limited.STUBBED}\n")
+    (tmp_path / "kdb-fast").chmod(0o755)
+    command = json.loads(refused.out)["error"]["remedy"].partition("on the way: ")[2]
+    done = limited.run(script=command, PATH=f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin")
+    assert done.code == 0, done
+    rows = index_rows(parse_address(db))
+    assert {key[1]: row.content for key, row in rows.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"PAR1\x15\x04", "is Parquet.*pip install pyarrow.*ParquetFile"),
+        (b"ARROW1\0\0", "is Arrow"),
+        (b"PK\x03\x04\x14\0\x06\0\x08\0\0\0!\0[Content_Types].xml", "is an Excel workbook.*openpyxl"),
+        (b"PK\x03\x04\x14\0notes.jsonl", r"compressed \(zip\).*unzip -p"),
+        (b"SQLite format 3\0", "is an SQLite database.*--db sqlite:///"),
+        (b"%PDF-1.7", "is a PDF"),
+        (None, r"it is a directory.*cat .*/\*.jsonl \| kdb-fast insert N - --db"),
+    ],
+)
+def test_what_is_no_json_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, says: str
+) -> None:
+    import re
+
+    from kdb_fast.cli import run as command
+
+    path = tmp_path / "given"
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert command(["insert", "N", str(path), "--db", f"sqlite:///{tmp_path}/a.db", "--no-progress"]) == 2
+    assert re.search(says, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("line", [b"hello, world", b"not json", b"null", b'"a"', b"Dear Sir, or Madam; I write", b"-"])
+def test_a_first_line_that_is_no_table_is_a_reject(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "n.jsonl"
+    path.write_bytes(line + b"\n" + b'{"id": 1, "text": "x"}\n')
+    source = JsonlSource(path, "N")
+    (page,) = source.pages()
+    source.close()
+    assert [type(item) for item in page] == [Reject, Record]
