@@ -186,8 +186,9 @@ def print_retried(result: Mapping[str, Any], database: str) -> None:
         )
     for entity, count in result["lines_of_files"].items():
         name = printable(entity, 60)
-        again = with_database("kdb-fast reindex")
+        where = with_database("kdb-fast reindex").removeprefix("kdb-fast reindex")
         print(
             f"{count:,} rejected lines of {name} are of a file and not in the database: correct them, then run "
-            f"{again} --from FILE --entity {shell_word(entity)} again (what is stored is skipped)"
+            f"kdb-fast reindex --from FILE --entity {shell_word(entity)} again{where and ' with'}{where} "
+            "(what is stored is skipped)"
         )
