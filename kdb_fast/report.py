@@ -176,19 +176,18 @@ def print_retried(result: Mapping[str, Any], database: str) -> None:
     if result["receipt"] is not None:
         print_receipt(result["receipt"], database)
         print(f"{result['remaining']:,} rejected records remain")
+    there = with_database("kdb-fast status").removeprefix("kdb-fast status")
     for entity, count in result["lines_of_inserts"].items():
         name = printable(entity, 60)
         word = shell_word(entity)
-        forget = with_database(f"kdb-fast rejects clear --entity {word}")
         print(
             f"{count:,} rejected lines for {name} became no record: correct them and insert only them "
-            f"({with_database('kdb-fast insert')} {word} FILE), then forget these: {forget}"
+            f"(kdb-fast insert {word} FILE{there}), then forget these: kdb-fast rejects clear --entity {word}{there}"
         )
     for entity, count in result["lines_of_files"].items():
         name = printable(entity, 60)
-        where = with_database("kdb-fast reindex").removeprefix("kdb-fast reindex")
         print(
             f"{count:,} rejected lines of {name} are of a file and not in the database: correct them, then run "
-            f"kdb-fast reindex --from FILE --entity {shell_word(entity)} again{where and ' with'}{where} "
+            f"kdb-fast reindex --from FILE --entity {shell_word(entity)} again{there and ' with'}{there} "
             "(what is stored is skipped)"
         )

@@ -58,9 +58,8 @@ class JsonlSource(Source):
     keys with a text value but ``id_field``, in the order of the object. A null or missing field is left
     out. A whole number as id becomes its decimal text, so 1 and "1" are the same record.
 
-    A record whose fields are all null or blank is in no page but among :meth:`take_empty`. One that has no field at all,
-    or none of the named ones, is a Record without content, which is rejected: a name that is mistyped must remove
-    nothing.
+    A record whose fields are all null or blank is in no page but among :meth:`take_empty`. One that has no field at
+    all, or none of the named ones, is a Record without content, which is rejected: a mistyped name must remove nothing.
 
     Besides the reasons of :func:`iter_json_records`, a record is rejected for ``missing_id`` (or null),
     ``bad_id`` (not text or a whole number) and ``wrong_type`` (a named field that is not text, or no field that is).
