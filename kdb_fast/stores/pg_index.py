@@ -196,7 +196,11 @@ class _Tree:
 
 def _remembered(cursor: Cursor, target: Target) -> list[SearchIndex]:
     row = cursor.execute(target.statement("SELECT value FROM {kdb_fast_state} WHERE key = %s"), (STATE_KEY,)).fetchone()
-    return [SearchIndex.from_json(values) for values in json.loads(row[0])] if row else []
+    remembered = json.loads(row[0]) if row else []
+    if isinstance(remembered, dict):
+        # By a version that kept the definition alone, by name; its run was killed before the indexes were built again.
+        return [SearchIndex.from_definition(str(target.schema), *index) for index in remembered.items()]
+    return [SearchIndex.from_json(values) for values in remembered]
 
 
 def missing(store: PostgreSQLStore) -> bool:

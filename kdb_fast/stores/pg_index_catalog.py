@@ -76,6 +76,13 @@ class SearchIndex:
         parent = values["parent"]
         return SearchIndex(**{**values, "parent": None if parent is None else (parent[0], parent[1])})
 
+    @staticmethod
+    def from_definition(schema: str, name: str, definition: str) -> SearchIndex:
+        """An index of the search table by the statement that the server gave for it."""
+        on, _, using = definition.partition(" USING ")
+        vector = using.startswith(("hnsw", "ivfflat"))
+        return SearchIndex(schema, TABLE, name, f"USING {using}", vector, partitioned=" ON ONLY " in on)
+
 
 @dataclass(frozen=True)
 class Relation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -219,6 +220,20 @@ def test_a_tree_that_was_left_half_built_is_completed_by_whoever_comes_next(
         other.finish_index(no_beat)
         assert execute(database, "SELECT * FROM kdb_fast_state") == []
     assert snapshot(database) == before
+
+
+def test_definitions_that_an_earlier_version_remembered_are_built(database: DatabaseAddress, make: Make) -> None:
+    store = make(PLAIN)
+    fill(database)
+    execute(database, "DROP INDEX ix_kdb_search_vector, ix_kdb_search_fts")
+    execute(database, "CREATE INDEX mine ON kdb_search USING hnsw (embedding vector_ip_ops) WITH (m='8')")
+    (definition,) = [row[2] for row in snapshot(database) if row[1] == "mine"]
+    execute(database, "DROP INDEX mine")
+    remembered = json.dumps({"mine": definition})
+    execute(database, "INSERT INTO kdb_fast_state VALUES ('dropped_indexes', %s)", remembered)
+    assert pg_index.finish(store, no_beat).text == "built ix_kdb_search_fts, mine"
+    assert definition in [row[2] for row in snapshot(database)]
+    assert execute(database, "SELECT count(*) FROM kdb_fast_state WHERE key = 'dropped_indexes'") == [(0,)]
 
 
 def test_a_partition_that_comes_during_the_load_gets_its_index(database: DatabaseAddress, make: Make) -> None:
