@@ -199,7 +199,9 @@ def _remembered(cursor: Cursor, target: Target) -> list[SearchIndex]:
     remembered = json.loads(row[0]) if row else []
     if isinstance(remembered, dict):
         # By a version that kept the definition alone, by name; its run was killed before the indexes were built again.
-        return [SearchIndex.from_definition(str(target.schema), *index) for index in remembered.items()]
+        quoted = cursor.execute("SELECT quote_ident(%s)", (target.pgvector,)).fetchone()
+        pgvector = str(quoted and quoted[0])
+        return [SearchIndex.from_definition(str(target.schema), pgvector, *index) for index in remembered.items()]
     return [SearchIndex.from_json(values) for values in remembered]
 
 

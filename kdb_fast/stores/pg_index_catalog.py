@@ -7,6 +7,7 @@ tree is read into :class:`SearchIndex`, so that an index can be dropped, remembe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -77,9 +78,11 @@ class SearchIndex:
         return SearchIndex(**{**values, "parent": None if parent is None else (parent[0], parent[1])})
 
     @staticmethod
-    def from_definition(schema: str, name: str, definition: str) -> SearchIndex:
-        """An index of the search table by the statement that the server gave for it."""
+    def from_definition(schema: str, pgvector: str, name: str, definition: str) -> SearchIndex:
+        """An index of the search table by the statement that the server gave for it, without schemas of operator
+        classes: ``pgvector`` is that of pgvector's."""
         on, _, using = definition.partition(" USING ")
+        using = re.sub(r"(?<![.\w])(?=(?:vector|halfvec|sparsevec|bit)_\w+_ops\b)", f"{pgvector}.", using)
         vector = using.startswith(("hnsw", "ivfflat"))
         return SearchIndex(schema, TABLE, name, f"USING {using}", vector, partitioned=" ON ONLY " in on)
 
