@@ -86,7 +86,8 @@ def user() -> int:
             return 0
         command = ["unshare", "--mount", sys.executable, __file__, "user"]
         try:
-            return subprocess.run(command, env={**os.environ, "KDB_FAST_ELSEWHERE": "1"}, check=False).returncode
+            with tempfile.TemporaryDirectory(prefix="kdb-fast-tests-") as layers:
+                return subprocess.run(command, env={**os.environ, "KDB_FAST_ELSEWHERE": layers}, check=False).returncode
         except FileNotFoundError:
             say(f"left out: {USER} cannot run {sys.executable}, and there is no `unshare` to open its directory")
             return 0
@@ -134,7 +135,8 @@ def open_to_all(path: Path) -> None:
     for directory in [*reversed(path.resolve().parents), path.resolve()]:
         if directory.stat().st_mode & stat.S_IXOTH:
             continue
-        layer = Path(tempfile.mkdtemp(prefix="kdb-fast-tests-"))
+        # Seen from outside, this directory stays empty, and whoever made it removes it.
+        layer = Path(os.environ["KDB_FAST_ELSEWHERE"])
         mount = ("mount", "-t")
         options = f"lowerdir={directory},upperdir={layer}/upper,workdir={layer}/work"
         if subprocess.run([*mount, "tmpfs", "tmpfs", str(layer)], capture_output=True, check=False).returncode == 0:
