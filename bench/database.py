@@ -77,8 +77,8 @@ def reset(conninfo: str) -> None:
 def create_table(connection: psycopg.Connection[Any], *, search_indexes: bool) -> None:
     """KameleonDB's search table with its plain indexes, and with the HNSW and GIN index if asked for."""
     connection.execute(TARGET.statement(schema.POSTGRESQL_SEARCH, dimensions=str(DIMENSIONS)))
-    for statement in schema.POSTGRESQL_PLAIN_INDEXES.values():
-        connection.execute(TARGET.statement(statement))
+    for name, using in schema.POSTGRESQL_PLAIN_INDEXES.items():
+        connection.execute(TARGET.statement(f"CREATE INDEX {name} ON {{kdb_search}} {using}"))
     if search_indexes:
         create_search_indexes(connection)
 
