@@ -42,6 +42,9 @@ IDENTIFYING = re.compile(r"\d.*[^\W_]|[^\W_].*\d|[^\W_][_.:@#]+[^\W_]|/.*/")
 """What makes a word an identifier: a digit beside another one or a letter, or one of these marks inside (``ERR_CONN``,
 ``nginx.conf``). ``1``, ``third-party`` and ``and/or`` are words like others."""
 
+NUMBERED_WORD = re.compile(r"[^\W\d_]{3,}\d{1,3}")
+"""A word with a short number behind it, such as ``Base64``, ``sha256`` and ``utf8``: texts of many kinds hold it."""
+
 
 class Hit(NamedTuple):
     """One place in a ranking. ``similarity`` orders it (higher is better); its scale depends on the ranking.
@@ -72,8 +75,11 @@ class Term(NamedTuple):
 
     @property
     def telling(self) -> bool:
-        """Whether it is an identifier that a text about something else hardly holds: no bare number or ``sys.path``."""
+        """Whether it is an identifier that a text about something else hardly holds: no bare number, ``sys.path`` or
+        ``Base64``."""
         core = EDGES.sub("", self.text)
+        if NUMBERED_WORD.fullmatch(core) and not self.phrase:
+            return False
         size = sum(map(str.isalnum, core))
         digit, letter = re.search(r"\d", core), re.search(r"[^\W\d_]", core)
         mark = re.search(r"[_.:@#/-]", core) or self.text.startswith("#")
