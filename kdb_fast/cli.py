@@ -55,7 +55,7 @@ def run(arguments: list[str], *, alone: bool = False) -> int:
 
 
 def _run(arguments: list[str], alone: bool) -> int:
-    as_json = "--json" in arguments
+    as_json = "--json" in arguments or (arguments[:1] == ["kameleondb"] and "-j" in arguments)
     remember(arguments)
     try:
         result = cli.main(args=arguments, prog_name="kdb-fast", standalone_mode=False, obj=alone)
@@ -569,7 +569,7 @@ def search(
     """
     from .query import import_ahead, run_search
     from .report import print_results, printable
-    from .retrieval import check_query
+    from .retrieval import check_query, parse_where
 
     check_query(query, mode, min_score)
     alone = click.get_current_context().obj
@@ -580,7 +580,7 @@ def search(
             mode=mode,
             entities=entities,
             limit=limit,
-            where=_where(where),
+            where=parse_where(where),
             min_score=min_score,
             model_name=model,
             model_path=model_path,
@@ -595,18 +595,6 @@ def search(
         print(json.dumps({"query": query, "mode": mode, "results": results, "left_out": left_out}, default=str))
     else:
         print_results(query, results)
-
-
-def _where(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"--where is not JSON: {error}.", remedy='Expected an object: {"city": "Oslo"}') from None
-    if not isinstance(value, dict):
-        raise UsageError(f'--where is a JSON {type(value).__name__}; expected an object such as {{"city": "Oslo"}}.')
-    return value
 
 
 @cli.command()
@@ -624,6 +612,24 @@ def status(db: str | None, as_json: bool) -> None:
         print(json.dumps(result, default=str))
     else:
         print_status(result, name)
+
+
+@cli.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="ARGS…")
+def kameleondb(arguments: tuple[str, ...]) -> int:
+    """Run KameleonDB's own command line on kdb-fast: alias kameleondb='kdb-fast kameleondb'.
+
+    Its data insert, embeddings reindex, embeddings status and search use kdb-fast's engine; all else is as it was.
+    KAMELEONDB_URL names the database; with KAMELEONDB_EMBEDDINGS=0 nothing is indexed.
+    """
+    # Before KameleonDB's command line is imported, which needs its packages.
+    from .kameleondb import needed
+
+    needed("kameleondb")
+    needed("typer")
+    from .kameleondb_cli import run as run_kameleondb
+
+    return run_kameleondb(list(arguments))
 
 
 @cli.group()

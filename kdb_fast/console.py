@@ -127,7 +127,8 @@ def without_secrets(text: str, arguments: list[str]) -> str:
     """``text`` without the passwords of the addresses that were given, and without the key of an API."""
     from .database import parse_address, redact
 
-    for url in [*(argument.removeprefix("--db=") for argument in arguments), os.environ.get("KDB_FAST_DB")]:
+    environment = (os.environ.get("KDB_FAST_DB"), os.environ.get("KAMELEONDB_URL"))
+    for url in [*(argument.removeprefix("--db=").removeprefix("--database=") for argument in arguments), *environment]:
         with contextlib.suppress(KdbFastError):
             text = redact(text, parse_address(url)) if url else text
     key = os.environ.get("OPENAI_API_KEY")

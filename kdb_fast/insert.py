@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from .database import DatabaseAddress
 from .errors import KdbFastError, RejectLimitError, StoppedError
 from .progress import Progress
 from .records import storable_key
-from .reindex import Receipt, reindex
+from .reindex import Embedding, Receipt, reindex
 from .rejects import list_rejects
 from .settings import ReindexOptions, RejectLimit
 from .sources.inserting import REJECTS_KEPT, InsertingSource
@@ -33,9 +34,12 @@ class _ShareOfInput(RejectLimit):
 def insert(
     address: DatabaseAddress,
     entity: str,
-    path: Path | str,
+    path: Path | str | BinaryIO,
     options: ReindexOptions,
     progress: Progress | None = None,
+    *,
+    created_by: str | None = None,
+    embedding: Embedding | None = None,
 ) -> Receipt:
     """Insert the records of a JSON Lines file or JSON array as new records of an entity, and index them.
 
@@ -45,24 +49,27 @@ def insert(
     Args:
         address: The database; an embedded server must be running.
         entity: Name of an entity that KameleonDB has defined there.
-        path: The file, or ``"-"`` for standard input.
+        path: The file, ``"-"`` for standard input, or an open stream, which is not closed.
         options: As for a reindex; ``force``, ``limit`` and ``entities`` have no meaning here.
         progress: Shows a person what happens meanwhile.
+        created_by: Who creates the records, for KameleonDB's column of that name.
+        embedding: As for a reindex.
 
     Returns:
-        The receipt of the run, with ``inserted``, ``pending`` (inserted and not indexed, although it has text) and
-        ``rejects`` (the first 100: ``line``; ``record_id``, '' where none was inserted; ``reason``; ``detail``).
+        The receipt of the run, with ``inserted``, ``ids`` (the first IDS_KEPT of these), ``pending`` (inserted and not
+        indexed, although it has text) and ``rejects`` (the first 100: ``line``; ``record_id``, '' where none was
+        inserted; ``reason``; ``detail``).
 
     Raises:
         KdbFastError: One of its subclasses; its ``receipt`` has the same keys when the run had begun. When records
             had been inserted by then, ``completed_by_reindex`` is true on it and its remedy says how to go on; so
             on any other exception.
     """
-    source = InsertingSource(address, entity, path, options.max_rejects)
+    source = InsertingSource(address, entity, path, options.max_rejects, created_by)
     with contextlib.closing(source):
         limited = replace(options, max_rejects=_ShareOfInput(limit=options.max_rejects, source=source))
         try:
-            receipt = reindex(address, lambda: source, limited, progress)
+            receipt = reindex(address, lambda: source, limited, progress, embedding)
         except Exception as error:
             found: Receipt | None = getattr(error, "receipt", None)
             if found is not None:
@@ -96,6 +103,7 @@ def _extended(receipt: Receipt, source: InsertingSource, address: DatabaseAddres
     return {
         **receipt,
         "inserted": source.inserted,
+        "ids": source.ids,
         "pending": max(0, source.inserted - source.empty - indexed - rejected_later),
         "rejects": rejects,
     }

@@ -189,7 +189,7 @@ def embed_query(
         ProviderError: The provider's API does not answer.
     """
     if provider is None:
-        provider = "openai" if base_url or (model_path is None and _is_openais(made, model)) else "fastembed"
+        provider = "openai" if base_url or (model_path is None and is_openais(made, model)) else "fastembed"
     name = model or _name_of(
         made, provider, provider == "openai" and bool(base_url or os.environ.get("OPENAI_BASE_URL"))
     )
@@ -233,7 +233,7 @@ def _serves(provider: str, made: IndexModel, base_url: str | None = None) -> boo
     return (provider == "openai") == _is_openais(made, None)
 
 
-def _is_openais(made: IndexModel | None, model: str | None) -> bool:
+def is_openais(made: IndexModel | None, model: str | None) -> bool:
     """Whether the model is OpenAI's by its name, or has been asked for at the address that is set now."""
     name = model or (made and made.name) or ""
     if name.startswith("text-embedding-"):
@@ -254,7 +254,7 @@ def _name_of(made: IndexModel | None, provider: str, served: bool) -> str | None
     """
     if made is None or made.name is None or same_name(made.name, DEFAULT_MODEL):
         return None
-    return made.name if (provider == "openai") == (_is_openais(made, None) or served) else None
+    return made.name if (provider == "openai") == (is_openais(made, None) or served) else None
 
 
 def _check(made: IndexModel | None, name: str, dimensions: int) -> None:
@@ -264,7 +264,7 @@ def _check(made: IndexModel | None, name: str, dimensions: int) -> None:
     theirs = storable_key(made.name or "an unknown model")
     remedy = (
         "Leave out --model and --provider to search with the index's own model, or make the index anew with this one: "
-        f"kdb-fast reindex {'--provider openai ' if _is_openais(None, name) else ''}--model {storable_key(name)}"
+        f"kdb-fast reindex {'--provider openai ' if is_openais(None, name) else ''}--model {storable_key(name)}"
     )
     if made.dimensions not in (None, dimensions):
         raise SchemaError(

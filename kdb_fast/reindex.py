@@ -57,6 +57,7 @@ def reindex(
     open_source: Callable[[], Source],
     options: ReindexOptions,
     progress: Progress | None = None,
+    embedding: Embedding | None = None,
 ) -> Receipt:
     """Embed every record of a source that is new or has changed, and store it.
 
@@ -65,6 +66,7 @@ def reindex(
         open_source: Opens the records to read; called once the database and model were found fit.
         options: What was asked for.
         progress: Shows a person what happens meanwhile.
+        embedding: What gives the vectors, in place of what the options name; it stays the caller's to close.
 
     Returns:
         The receipt, with the keys of ``kdb-fast reindex --json``.
@@ -92,9 +94,10 @@ def reindex(
         stack.callback(source.close)
         progress.step("loading the model")
         began = time.monotonic()
-        embedding = find_embedding(options, progress, _Records(address, source, lambda: stop.count > 0))
+        if embedding is None:
+            embedding = find_embedding(options, progress, _Records(address, source, lambda: stop.count > 0))
+            stack.callback(embedding.close)
         embedding = replace(embedding, seconds=time.monotonic() - began)
-        stack.callback(embedding.close)
         notes = store.prepare(embedding.dimensions)
         run = store.begin_run(
             fingerprint=embedding.fingerprint,

@@ -10,6 +10,7 @@ at the top of both rankings scores 2/61, at the top of one 1/61.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import threading
@@ -276,6 +277,23 @@ def fuse(by_vector: Sequence[Hit], by_keyword: Sequence[Hit], *others: Sequence[
         scores.items(),
         key=lambda item: (-item[1], item[0] not in exact, -similarity.get(item[0], -math.inf), item[0]),
     )
+
+
+def parse_where(text: str | None) -> dict[str, Any] | None:
+    """The fields of ``--where``, a JSON object; None without one.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--where is not JSON: {error}.", remedy='Expected an object: {"city": "Oslo"}') from None
+    if not isinstance(value, dict):
+        raise UsageError(f'--where is a JSON {type(value).__name__}; expected an object such as {{"city": "Oslo"}}.')
+    return value
 
 
 def check_query(query: str, mode: str, min_score: float) -> None:

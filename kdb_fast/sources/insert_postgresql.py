@@ -43,10 +43,10 @@ class PostgreSQLInserter(Inserter):
 
     dialect: ClassVar[Dialect] = "postgresql"
 
-    def __init__(self, address: DatabaseAddress, entity: str) -> None:
+    def __init__(self, address: DatabaseAddress, entity: str, created_by: str | None = None) -> None:
         self._lock_key = secrets.randbits(62)
         self._unconfirmed: Outcome | None = None
-        super().__init__(address, entity)
+        super().__init__(address, entity, created_by)
 
     def insert(self, rows: Sequence[NewRow]) -> Outcome:
         import psycopg

@@ -84,8 +84,9 @@ class Inserter(ABC):
 
     dialect: ClassVar[Dialect]
 
-    def __init__(self, address: DatabaseAddress, entity: str) -> None:
+    def __init__(self, address: DatabaseAddress, entity: str, created_by: str | None = None) -> None:
         self._address = address
+        self._created_by = created_by
         self._connection: Any = None
         self._connect()
         try:
@@ -203,10 +204,13 @@ class Inserter(ABC):
 
     def _layout(self, at: Any) -> tuple[list[str], tuple[Any, ...]]:
         """The columns of a row in order, and the values that come after its id and fields."""
+        columns = ["id", *(["data"] if self._shared else self._types), "created_at", "updated_at", "is_deleted"]
+        constant: tuple[Any, ...] = (at, at, False)
         if self._shared:
-            columns = ["id", "data", "created_at", "updated_at", "is_deleted", "entity_id"]
-            return columns, (at, at, False, self.definition.id)
-        return ["id", *self._types, "created_at", "updated_at", "is_deleted"], (at, at, False)
+            columns, constant = [*columns, "entity_id"], (*constant, self.definition.id)
+        if self._created_by is not None:
+            columns, constant = [*columns, "created_by"], (*constant, self._created_by)
+        return columns, constant
 
     # -- what differs between the dialects -------------------------------------------------------------
 
@@ -256,12 +260,12 @@ def _rules(
     return rules
 
 
-def open_inserter(address: DatabaseAddress, entity: str) -> Inserter:
+def open_inserter(address: DatabaseAddress, entity: str, created_by: str | None = None) -> Inserter:
     """The inserter for this database; see :class:`Inserter`."""
     if address.dialect == "postgresql":
         from .insert_postgresql import PostgreSQLInserter
 
-        return PostgreSQLInserter(address, entity)
+        return PostgreSQLInserter(address, entity, created_by)
     from .insert_sqlite import SQLiteInserter
 
-    return SQLiteInserter(address, entity)
+    return SQLiteInserter(address, entity, created_by)

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from uuid import uuid4
 
 from ..database import DatabaseAddress
@@ -21,6 +21,9 @@ from .jsonl import PAGE_CHARS, JsonlSource
 
 REJECTS_KEPT = 100
 """Rejects of the input that are kept for showing; all of them are counted, and stored with the run."""
+
+IDS_KEPT = 5
+"""Ids of new records that are kept for showing: as many as KameleonDB shows."""
 
 _ESCAPES = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 """Only JSON text with one of these can give a NUL or half a surrogate pair."""
@@ -50,13 +53,15 @@ class InsertingSource(JsonlSource):
     Args:
         address: The database, running.
         entity: Name of an entity of KameleonDB.
-        path: The file, or ``"-"`` for standard input.
+        path: The file, ``"-"`` for standard input, or an open stream, which is not closed.
         max_rejects: When to give up on bad input.
+        created_by: Who creates the records; None leaves it open.
 
     Attributes:
         read: Records of the input that were read, rejected ones included.
         line: Line where the last record begins that was inserted or rejected: what follows is still to be done.
         inserted: Records inserted and committed.
+        ids: The ids of the first IDS_KEPT of these.
         rejected: Records of the input that were rejected.
         rejects: The first REJECTS_KEPT of these.
 
@@ -68,15 +73,23 @@ class InsertingSource(JsonlSource):
 
     unique_keys = True
 
-    def __init__(self, address: DatabaseAddress, entity: str, path: Path | str, max_rejects: RejectLimit) -> None:
+    def __init__(
+        self,
+        address: DatabaseAddress,
+        entity: str,
+        path: Path | str | BinaryIO,
+        max_rejects: RejectLimit,
+        created_by: str | None = None,
+    ) -> None:
         super().__init__(path, entity)
         self.input = ""  # what was inserted is not inserted again: another reading is of other records
         self._max_rejects = max_rejects
         self.read = self.line = self.inserted = self.rejected = 0
         self.rejects: list[Reject] = []
+        self.ids: list[str] = []
         self._ignored: dict[str, int] = {}
         try:
-            self._inserter = open_inserter(address, entity)
+            self._inserter = open_inserter(address, entity, created_by)
         except BaseException:
             super().close()
             raise
@@ -156,6 +169,9 @@ class InsertingSource(JsonlSource):
             return [item for item in items if isinstance(item, Reject)]
         at, refused = self._inserter.insert(rows)
         self.inserted += len(rows) - len(refused)
+        if len(self.ids) < IDS_KEPT:
+            new = [row.record_id for row in rows if row.record_id not in refused]
+            self.ids += new[: IDS_KEPT - len(self.ids)]
         page: list[Record | Reject] = []
         for item in items:
             if isinstance(item, Reject):

@@ -127,7 +127,8 @@ def _converted(program: str, file: str) -> str:
 def iter_json_records(stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | Reject]]:
     """The objects of JSON Lines or of one JSON array, each with the number of the line where it starts.
 
-    It is an array if the first character is ``[`` and the next is ``{`` or ``]`` or on another line.
+    It is an array if the first character is ``[`` and the next is ``{`` or ``]`` or on another line. An object that
+    begins on the first line may go on over several, as pretty-printed JSON does, up to MAX_LINE_BYTES.
     Blank lines are skipped. A byte order mark at the start is accepted.
 
     A Reject has no entity and no record id; its hash is SHA-256 of the line without its end, or of the
@@ -149,7 +150,9 @@ def iter_json_items(stream: BinaryIO) -> Iterator[Item]:
     """As :func:`iter_json_records`, and with the bytes that the hash of a Reject is made of."""
     number = 0
     first = True
-    while raw := stream.readline(MAX_LINE_BYTES + 1):
+    ahead = b""
+    while raw := ahead or stream.readline(MAX_LINE_BYTES + 1):
+        ahead = b""
         number += 1
         if number == 1:
             check_head(raw[:HEAD_BYTES])
@@ -166,6 +169,11 @@ def iter_json_items(stream: BinaryIO) -> Iterator[Item]:
             if _starts_array(raw[:CHUNK_BYTES]):
                 yield from _Array(stream, raw, number).items()
                 return
+            if _goes_on(raw):
+                whole, lines, ahead = _rest_of_object(stream, raw)
+                yield number, _parse(whole.rstrip(), ended=bool(ahead)), whole.rstrip()
+                number += lines
+                continue
         ended = raw.endswith(b"\n")
         raw = raw.rstrip(b"\r\n")
         yield number, _parse(raw, ended=ended), raw
@@ -177,6 +185,42 @@ def _starts_array(head: bytes) -> bool:
         return False
     rest = text[1:].lstrip()
     return not rest or rest[:1] in b"{]"
+
+
+def _goes_on(line: bytes) -> bool:
+    """Whether a line is the beginning of an object that goes on: it ends with ``{``, ``[``, ``,`` or ``:``."""
+    text = line.strip()
+    if not text.startswith(b"{") or not line.endswith(b"\n") or text[-1:] not in b"{[,:":
+        return False
+    try:
+        json.JSONDecoder().raw_decode(text.decode())
+    except (ValueError, RecursionError):  # a complete object with a comma behind it is a mistake of its own
+        return True
+    return False
+
+
+def _rest_of_object(stream: BinaryIO, first: bytes) -> tuple[bytes, int, bytes]:
+    """An object to the line of its end, the number of lines after the first, and a line that belongs to it no more.
+
+    A line that begins with ``{``, without a blank, is the next record: the first one was broken.
+    """
+    parts, size, lines = [first], len(first), 0
+    depth = _depth(first)
+    while depth > 0 and size <= MAX_LINE_BYTES and (line := stream.readline(MAX_LINE_BYTES + 1)):
+        if line.startswith(b"{"):
+            return b"".join(parts), lines, line
+        parts.append(line)
+        size, lines, depth = size + len(line), lines + 1, depth + _depth(line)
+    return b"".join(parts), lines, b""
+
+
+def _depth(line: bytes) -> int:
+    """Brackets that a line opens, less those it closes: no string of JSON goes on over the end of a line."""
+    bare = _STRINGS.sub(b"", line)
+    return sum(bare.count(c) for c in (b"{", b"[")) - sum(bare.count(c) for c in (b"}", b"]"))
+
+
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
 
 
 def _skip_line(stream: BinaryIO, raw: bytes) -> Reject:

@@ -65,7 +65,7 @@ class JsonlSource(Source):
     ``bad_id`` (not text or a whole number) and ``wrong_type`` (a named field that is not text, or no field that is).
 
     Args:
-        path: The file, or ``"-"`` for standard input.
+        path: The file, ``"-"`` for standard input, or an open stream, which is not closed.
         entity: Name of the entity that the records belong to.
         id_field: Key of the record id.
         fields: Keys to embed; empty means every text but the id.
@@ -77,7 +77,7 @@ class JsonlSource(Source):
 
     def __init__(
         self,
-        path: Path | str,
+        path: Path | str | BinaryIO,
         entity: str,
         id_field: str = "id",
         fields: Sequence[str] = (),
@@ -94,10 +94,12 @@ class JsonlSource(Source):
         self._id_field = id_field
         self._fields = tuple(dict.fromkeys(fields))
         self._limit = limit
-        self._path: Path | None = None if str(path) == "-" else Path(path)
+        self._path: Path | None = None
+        if isinstance(path, (str, Path)) and str(path) != "-":
+            self._path = Path(path)
         self._display = "standard input" if self._path is None else storable_key(str(self._path))
         self.input = self._display if self._path is None else storable_key(str(self._path.absolute()), PATH_CHARS)
-        self._stream, self._opened = self._open()
+        self._stream, self._opened = self._open() if isinstance(path, (str, Path)) else (path, None)
         self._held: deque[_Page] = deque()
         self._rest: Iterator[_Page] | None = None
         self._emptied: list[tuple[str, str]] = []
