@@ -41,6 +41,12 @@ def main() -> None:
     sys.exit(run(sys.argv[1:], alone=True))
 
 
+def kameleondb_main() -> None:
+    """Entry point for a KameleonDB that hands its command line over: ``kdb-fast kameleondb`` with its arguments."""
+    open_standard_streams()
+    sys.exit(run(["kameleondb", *sys.argv[1:]], alone=True))
+
+
 def run(arguments: list[str], *, alone: bool = False) -> int:
     """Run a command line and return its exit code; every error becomes one line on standard error.
 
@@ -384,7 +390,7 @@ def insert(
 ) -> int:
     """Create records of an ENTITY of KameleonDB from JSON, and index them in the same go.
 
-    FILE is JSON Lines or one JSON array of objects with the entity's fields; without it, or as -, standard input is
+    FILE is JSON Lines, one JSON array or one object, with the entity's fields; without it, or as -, standard input is
     read. Every record gets a new id.
 
     A record is created before it is embedded. After an interrupted run do not insert the same records again, or

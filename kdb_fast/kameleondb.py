@@ -78,6 +78,16 @@ def installed() -> bool:
     return _installed is not None
 
 
+class EmbeddingsOffError(UsageError, RuntimeError):
+    """The embeddings of a ``KameleonDB`` are off; a RuntimeError too, as in KameleonDB."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} needs embeddings, which are off.",
+            remedy="Turn them on: KameleonDB(…, embeddings=True), or KAMELEONDB_EMBEDDINGS=1.",
+        )
+
+
 def embeddings_on() -> bool:
     """Whether the environment leaves embeddings on: KAMELEONDB_EMBEDDINGS is not set, or not to 0."""
     return os.environ.get("KAMELEONDB_EMBEDDINGS", "1").strip().lower() not in OFF
@@ -279,13 +289,11 @@ class _Installation:
             (unchanged) and ``rejected`` records.
 
         Raises:
-            RuntimeError: The embeddings of this ``KameleonDB`` are off.
+            EmbeddingsOffError: The embeddings of this ``KameleonDB`` are off.
             KdbFastError: As ``kdb-fast reindex``, with its receipt.
         """
         if not vars(db).get("_embeddings_enabled", embeddings_on()):
-            raise RuntimeError(
-                "A reindex needs embeddings: KameleonDB(…, embeddings=True), or KAMELEONDB_EMBEDDINGS=1."
-            )
+            raise EmbeddingsOffError("A reindex")
         address = address_of(db)
         if address is None:
             raise UsageError(
@@ -324,11 +332,11 @@ class _Installation:
         """The best records as dictionaries; arguments and errors as those of ``SearchEngine.search``.
 
         Raises:
-            RuntimeError: The embeddings of this ``KameleonDB`` are off.
+            EmbeddingsOffError: The embeddings of this ``KameleonDB`` are off.
         """
         engine = self.engine_of(db)
         if engine is None:
-            raise RuntimeError("Search needs embeddings: KameleonDB(…, embeddings=True), or KAMELEONDB_EMBEDDINGS=1.")
+            raise EmbeddingsOffError("A search")
         return [asdict(result) for result in engine.search(query, entity, entities, limit, min_score, where)]
 
     def embedding_status(self, db: Any, entity_name: str | None = None) -> list[dict[str, Any]]:

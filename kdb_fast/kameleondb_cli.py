@@ -124,9 +124,7 @@ def _database(context: typer.Context) -> Iterator[tuple[Any, Any]]:
     formatter = OutputFormatter(context.obj.json_output)
     try:
         yield context.obj.get_db(), formatter
-    except (KameleonDBError, SQLAlchemyError, RuntimeError) as error:
-        if isinstance(error, (KdbFastError, typer.Exit)):
-            raise
+    except (KameleonDBError, SQLAlchemyError) as error:
         formatter.print_error(error)
         raise typer.Exit(1) from None
     finally:

@@ -52,10 +52,19 @@ class Kameleon:
 
     def kdb_fast(self, *arguments: str, stdin: bytes | None = None) -> Answer:
         """Run a command on this database."""
+        return self._run([*arguments, "--db", self.url.replace("+psycopg", "")], stdin)
+
+    def kameleondb(self, *arguments: str, stdin: bytes | None = None) -> Answer:
+        """Run a command of KameleonDB's own on this database, as ``kdb-fast kameleondb``."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KAMELEONDB_URL", self.url)
+            return self._run(["kameleondb", *arguments], stdin)
+
+    def _run(self, arguments: list[str], stdin: bytes | None) -> Answer:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin or b"")))
             self._capture.readouterr()
-            code = run([*arguments, "--db", self.url.replace("+psycopg", "")])
+            code = run(arguments)
         return Answer(code, *self._capture.readouterr())
 
     def insert(self, entity: str, records: Iterable[Any] | bytes, *options: str) -> Answer:

@@ -197,7 +197,8 @@ def test_nobody_imports_openvino_past_the_place_that_silences_it() -> None:
 @pytest.mark.parametrize(
     ("module", "unloaded"),
     [
-        ("kdb_fast.cli", {"numpy", "psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy"}),
+        ("kdb_fast.cli", {"numpy", "psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy", "kameleondb", "typer"}),
+        ("kdb_fast.kameleondb", {"numpy", "psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy", "kameleondb"}),
         ("kdb_fast.supervisor", {"psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy"}),
         ("kdb_fast.worker", {"psycopg", "rich", "sqlalchemy", "kdb_fast.writer", "kdb_fast.stores.postgresql"}),
         ("kdb_fast.writer", {"onnxruntime", "fastembed", "rich", "sqlalchemy", "kdb_fast.worker"}),

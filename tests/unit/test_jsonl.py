@@ -411,3 +411,26 @@ class TestChangedFile:
         assert "replaced" in self.warned(made)[0]
         (tmp_path / "records.jsonl").unlink()
         assert "removed" in made.warnings()[0]
+
+
+# -- one object over several lines ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            '{\n  "id": "a",\n  "list": [\n    {"x": "}{"},\n    {}\n  ]\n}\n',
+            [(1, {"id": "a", "list": [{"x": "}{"}, {}]})],
+        ),
+        ('{"id": "a",\n"b": 2}\n{"id": "c"}\n', [(1, {"id": "a", "b": 2}), (3, {"id": "c"})]),
+        ('{"id": "a", "b": {\n "c": 1\n}}', [(1, {"id": "a", "b": {"c": 1}})]),
+        ('{"id": "a",\n{"id": "b"}\n', [(1, "invalid_json"), (2, {"id": "b"})]),
+        ('{"id": "a"},\n{"id": "b"}\n', [(1, "invalid_json"), (2, {"id": "b"})]),
+        ('{"id": "a"}\n{\n', [(1, {"id": "a"}), (2, "invalid_json")]),
+        ('{\n  "id": "a"\n', [(1, "truncated_input")]),
+    ],
+)
+def test_an_object_may_go_on_over_several_lines(text: str, expected: list[Any]) -> None:
+    found = list(iter_json_records(io.BytesIO(text.encode())))
+    assert [(n, data if isinstance(data, dict) else data.reason) for n, data in found] == expected
