@@ -74,9 +74,10 @@ def provider_for(provider: Any, db: Any, model: str | None = None, dimensions: i
 
 def _of_index(db: Any) -> EmbeddingProvider:
     """The provider of the model that made the index; of the default one for a new index."""
+    from .origins import same_name
     from .providers import FastEmbedProvider, OpenAIProvider
     from .query import index_model_of
-    from .query_model import is_openais, same_name
+    from .query_model import is_openais
 
     address = address_of(db)
     made = index_model_of(address)[1] if address is not None else None

@@ -230,7 +230,7 @@ def _serves(provider: str, made: IndexModel, base_url: str | None = None) -> boo
         from .providers import openai_fingerprint
 
         return made.fingerprint == openai_fingerprint(made.name, made.dimensions, base_url)
-    return (provider == "openai") == _is_openais(made, None)
+    return (provider == "openai") == is_openais(made, None)
 
 
 def is_openais(made: IndexModel | None, model: str | None) -> bool:
