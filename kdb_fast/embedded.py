@@ -251,7 +251,8 @@ class EmbeddedServer:
                 done = self._run("initdb", *INITDB_OPTIONS, f"--locale={locale}", "-D", self.directory)
                 if done.returncode == 0:
                     return
-                lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+                # The first says why, be it PostgreSQL's word or that a process was killed; clearing up comes behind it.
+                lines = [line for line in done.stderr.splitlines() if re.search("error|FATAL|child process", line)]
                 said = lines[0] if lines else f"initdb ended with {done.returncode}"
                 if "locale" not in said:
                     break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -363,7 +364,7 @@ def test_models_whose_vectors_cannot_be_compared_are_refused(
         assert answer.code in (2, 4), answer
         if "--model-path" not in options:
             assert f"holds vectors of the model {MODEL}, not of {minilm.name}; they cannot be compared" in answer.err
-            assert f"kdb-fast reindex --model {minilm.name}" in answer.err
+            assert re.search(rf"kdb-fast reindex --db \S+ --model {minilm.name}", answer.err)
     assert server.seen == []
     execute(address, "DELETE FROM kdb_search")
     execute(address, "DELETE FROM kdb_fast_runs")
@@ -372,7 +373,7 @@ def test_models_whose_vectors_cannot_be_compared_are_refused(
     answer = find("text", "--provider", "openai")
     assert answer.code == 4
     assert f"holds vectors of the model {minilm.name}, not of {MODEL}" in answer.err
-    assert f"kdb-fast reindex --provider openai --model {MODEL}" in answer.err
+    assert re.search(rf"kdb-fast reindex --db \S+ --provider openai --model {MODEL}", answer.err)
     assert server.seen == []
     assert found_ids(find("marine mammal")) == ["1"]
 
