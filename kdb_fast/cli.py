@@ -167,7 +167,7 @@ def provider_option(command: F) -> F:
         "--provider",
         type=click.Choice(["fastembed", "openai"]),
         help="What gives the vectors: a model on this machine, or an API; OpenAI's own needs OPENAI_API_KEY. "
-        "[default: fastembed; openai with --base-url]",
+        "[default: fastembed; openai with --base-url, but not with OPENAI_BASE_URL alone]",
     )(command)
 
 

@@ -109,6 +109,8 @@ def find_entry(name: str) -> CatalogueEntry:
     close += [short[key] for key in difflib.get_close_matches(name.lower().rpartition("/")[2], short, n=3, cutoff=0.6)]
     names = [entries[key].name for key in dict.fromkeys(close)][:3]
     guess = f"Did you mean {' or '.join(names)}? " if names else ""
+    if os.environ.get("OPENAI_BASE_URL"):
+        guess += "For a model of the server that OPENAI_BASE_URL names, add --provider openai. "
     raise ModelError(f"There is no model {name!r}.", remedy=f"{guess}All names: kdb-fast models list")
 
 

@@ -148,7 +148,15 @@ def test_unknown_name_suggests_close_ones(typed: str, meant: str, home: Path) ->
     assert meant in caught.value.remedy
 
 
-def test_name_like_no_other_suggests_the_list(home: Path) -> None:
+def test_name_of_a_servers_model_says_how_to_ask_the_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:11434/v1")
+    with pytest.raises(ModelError) as caught:
+        models.resolve("nomic-embed-text")
+    assert "add --provider openai" in caught.value.remedy
+
+
+def test_name_like_no_other_suggests_the_list(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(ModelError) as caught:
         models.resolve("zzzzzzzz")
     assert caught.value.remedy == "All names: kdb-fast models list"
