@@ -122,6 +122,26 @@ class Catalog:
                 )
         return cls(found, frozenset(row[1] for row in entities if not row[4]), target)
 
+    def check_fields(self, connection: Any, display: str) -> None:
+        """Raise SchemaError where this role may not see every field of the entities that it sees.
+
+        A text made of some of its fields would replace the whole one, and a record whose fields are all hidden would
+        look as if its text had been emptied.
+        """
+        if self.target.dialect == "sqlite":
+            return
+        with translated(display):
+            active, role = connection.execute(
+                "SELECT row_security_active(to_regclass(%s)), current_user::text", (self.target.regclass(FIELDS),)
+            ).fetchone()
+        if active:
+            raise SchemaError(
+                f"Row level security on {self.target.shown(FIELDS)} lets the role {role} see only a part of it; the "
+                "text of a record is made of all fields.",
+                remedy=f"Run as a role that sees all of it: the owner (without FORCE ROW LEVEL SECURITY), or one with "
+                f"BYPASSRLS (ALTER ROLE {role} BYPASSRLS;).",
+            )
+
     def select(self, names: Sequence[str] = ()) -> tuple[EntityDefinition, ...]:
         """The named entities in that order, each once; all by name if none is named.
 

@@ -158,14 +158,24 @@ class PostgreSQLInserter(Inserter):
         return columns
 
     def _check_rights(self) -> None:
-        (may, user), *_ = self._query(
-            "SELECT has_any_column_privilege(to_regclass(%s), 'INSERT'), current_user",
-            self._target.regclass(self._table),
+        table = self._target.regclass(self._table)
+        (may, filtered, user), *_ = self._query(
+            "SELECT has_any_column_privilege(to_regclass(%s), 'INSERT'), row_security_active(to_regclass(%s)), "
+            "current_user",
+            table,
+            table,
         )
         if not may:
             raise SchemaError(
                 f"The role {user!r} may not insert into {self._target.shown(self._table)}.",
                 remedy=f"Let the owner run: GRANT INSERT ON {self._target.shown(self._table)} TO {user};",
+            )
+        if filtered:
+            raise SchemaError(
+                f"Row level security is active for the role {user} on {self._target.shown(self._table)}, where COPY is "
+                "not allowed then.",
+                remedy="Insert with KameleonDB and then reindex, or run as a role with BYPASSRLS or as the table's "
+                "owner (without FORCE ROW LEVEL SECURITY).",
             )
 
     def _moment(self, text: str) -> datetime:

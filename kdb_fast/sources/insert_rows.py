@@ -93,6 +93,7 @@ class Inserter(ABC):
             catalog = Catalog.load(self._connection, self.dialect, address.display)
             self._target = catalog.target
             (self.definition,) = catalog.select([entity])
+            catalog.check_fields(self._connection, address.display)
             self._table = self.definition.places[0].table
             self._shared = self._table == RECORDS
             with translated(address.display):

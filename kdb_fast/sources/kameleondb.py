@@ -76,6 +76,7 @@ class KameleonDBSource(Source):
         try:
             self.catalog = Catalog.load(self._connection, self._dialect, address.display)
             self._entities = self.catalog.select(entities)
+            self.catalog.check_fields(self._connection, address.display)
         except BaseException:
             self.close()
             raise

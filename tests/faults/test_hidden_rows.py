@@ -193,6 +193,32 @@ def test_a_run_that_would_see_a_part_of_the_index_is_refused_first(notes: Kamele
     assert reindex_as(notes, role, "--json").json["unchanged"] == RECORDS + 1
 
 
+def test_a_run_that_would_not_see_every_field_is_refused_first(notes: Kameleon, postgres: Server) -> None:
+    role = limited_role(postgres, notes)
+    before = notes.execute("SELECT record_id, content FROM kdb_search ORDER BY 1")
+    hide(notes, "kdb_field_definitions", "false")
+    answer = reindex_as(notes, role)
+    assert answer.code == 4
+    assert f"Row level security on public.kdb_field_definitions lets the role {role} see only a part" in answer.err
+    assert notes.execute("SELECT record_id, content FROM kdb_search ORDER BY 1") == before
+    assert notes.reindex()["unchanged"] == RECORDS + 1
+
+
+@pytest.mark.parametrize("table", ["kdb_records", "kdb_note"])
+def test_insert_under_row_level_security_is_refused_first(
+    notes: Kameleon, postgres: Server, tmp_path: Path, table: str
+) -> None:
+    if table == "kdb_note":
+        move_to_a_table(notes)
+    role = limited_role(postgres, notes)
+    hide(notes, table, "true")
+    path = tmp_path / "new.jsonl"
+    path.write_text('{"title": "new"}\n')
+    notes.url = notes.url.replace("postgres@/", f"{role}@/")
+    answer = notes.kdb_fast("insert", "Note", str(path))
+    assert (answer.code, f"active for the role {role} on public.{table}" in answer.err) == (4, True)
+
+
 def test_rules_that_no_merge_can_heed_are_refused_first(notes: Kameleon) -> None:
     for event in ("INSERT", "UPDATE"):
         notes.execute(f"CREATE RULE quietly AS ON {event} TO kdb_search DO INSTEAD NOTHING")
