@@ -203,8 +203,8 @@ def vector_version(cursor: psycopg.Cursor[tuple[Any, ...]]) -> tuple[int, ...]:
     return tuple(int(part) for part in str(row[0] if row else "0").split(".") if part.isdigit())
 
 
-RELATIONS = {"v": "view", "m": "materialized view", "f": "foreign table", "S": "sequence", "c": "composite type",
-             "i": "index", "I": "partitioned index"}  # fmt: skip
+RELATIONS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence",
+             "c": "a composite type", "i": "an index", "I": "a partitioned index"}  # fmt: skip
 """What a name may belong to instead of a table, by ``pg_class.relkind``."""
 
 
@@ -213,7 +213,7 @@ def _check_kind(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, table: 
     row = cursor.execute(statement, (target.regclass(table),)).fetchone()
     if row and row[0] in RELATIONS:
         raise SchemaError(
-            f"{target.shown(table)} is a {RELATIONS[row[0]]}; expected a table.",
+            f"{target.shown(table)} is {RELATIONS[row[0]]}; expected a table.",
             remedy="Rename it, or use another schema or database for this index.",
         )
 

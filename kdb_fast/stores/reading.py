@@ -113,9 +113,14 @@ def _postgresql_rows(connection: Any) -> Rows:
                 cursor.execute(statement.encode(), params)
                 result: list[tuple[Any, ...]] = cursor.fetchall()
                 return result
-        except (errors.UndefinedTable, errors.UndefinedColumn, errors.InsufficientPrivilege) as error:
+        except (errors.UndefinedTable, errors.UndefinedColumn, errors.WrongObjectType) as error:
             detail = error.diag.message_primary
             raise SchemaError(f"The search index cannot be read: {detail}.", remedy=_NO_INDEX) from None
+        except errors.InsufficientPrivilege as error:
+            raise SchemaError(
+                f"The search index cannot be read: {error.diag.message_primary}.",
+                remedy="Let its owner grant this role SELECT on it, and USAGE on its schema.",
+            ) from None
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             detail = error.diag.message_primary or "the connection is closed"
             raise DatabaseError(f"The PostgreSQL database cannot be read: {detail}.") from error

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 from search_engines import Hashes, new_database, sqlalchemy_url
-from servers import execute
+from servers import Server, execute, role_name
 
 from kdb_fast import cli
 from kdb_fast.database import DatabaseAddress
 from kdb_fast.errors import SchemaError
-from kdb_fast.query import run_status
+from kdb_fast.query import run_search, run_status
 from kdb_fast.search import SearchEngine
 from kdb_fast.stores import open_store, schema
 
@@ -39,6 +39,10 @@ def index(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Database
 def prepare(address: DatabaseAddress) -> None:
     with contextlib.closing(open_store(address, "test")) as store:
         store.prepare(DIMENSIONS)
+
+
+def search_for_tea(address: DatabaseAddress) -> list[dict[str, Any]]:
+    return run_search(address, "tea", mode="keyword", entities=(), limit=3, where=None, min_score=0.0)
 
 
 def refused(address: DatabaseAddress) -> SchemaError:
@@ -68,8 +72,28 @@ def test_a_name_that_is_no_tables_is_said_to_be_what_it_is(index: DatabaseAddres
                    "model text, dimensions int, created_at timestamptz, updated_at timestamptz)")  # fmt: skip
     execute(index, OTHERS[what].format(name=name))
     error = refused(index)
-    assert f"{name} is a {what}; expected a table." in error.message
+    article = "an" if what == "index" else "a"
+    assert f"{name} is {article} {what}; expected a table." in error.message
     assert "ALTER TABLE" not in error.remedy
+
+
+@pytest.mark.parametrize("what", ["sequence", "composite type", "index"])
+@pytest.mark.parametrize("kind", ["postgresql"])
+def test_a_search_of_a_name_that_is_no_tables(index: DatabaseAddress, what: str) -> None:
+    execute(index, f"CREATE TABLE made (id text); {OTHERS[what].format(name='kdb_search')}")
+    with pytest.raises(SchemaError, match="The search index cannot be read"):
+        search_for_tea(index)
+
+
+@pytest.mark.parametrize("kind", ["postgresql"])
+def test_a_search_by_a_role_that_may_not_read(index: DatabaseAddress, postgres: Server) -> None:
+    prepare(index)
+    role = postgres.create_role(index)
+    with pytest.raises(SchemaError, match="permission denied") as caught:
+        search_for_tea(role)
+    assert "grant this role SELECT" in caught.value.remedy
+    execute(index, f"GRANT SELECT ON kdb_search TO {role_name(role)}")
+    assert search_for_tea(role) == []
 
 
 @pytest.mark.parametrize(
