@@ -94,7 +94,14 @@ def _run(arguments: list[str], alone: bool) -> int:
 
 def _usage_hint(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
-    return f"See: {context.command_path} --help" if context is not None else ""
+    if context is None:
+        return ""
+    hint = f"See: {context.command_path} --help"
+    short = isinstance(error, click.NoSuchOption) and not error.option_name.startswith("--")
+    if short and any(parameter.name == "query" for parameter in context.command.params):
+        # A query such as -20 is taken for options.
+        hint = f'A query that begins with a dash goes behind --: {context.command_path} -- "-word …". {hint}'
+    return hint
 
 
 def _reading_a_pipe(arguments: list[str], file: Path | None) -> list[str]:

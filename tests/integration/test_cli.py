@@ -112,6 +112,8 @@ def test_rejected_records_give_exit_code_3_and_too_many_8(tmp_path: Path) -> Non
         (["search", "x", "--where", "[1]", "--db", "sqlite:///missing.db"], 2, "expected an object"),
         (["search", "", "--mode", "vector", "--db", "sqlite:///missing.db"], 2, "The query is blank"),
         (["search", " \n", "--db", "sqlite:///missing.db"], 2, "The query is blank"),
+        (["search", "-20", "--db", "sqlite:///m.db"], 2, 'behind --: kdb-fast search --db sqlite:///m.db -- "-word'),
+        (["search", "-noisy pump"], 2, "A query that begins with a dash goes behind --"),
         (["search", "?!", "--mode", "keyword", "--db", "sqlite:///missing.db"], 2, "The query is blank"),
         (["search", "--db", "sqlite:///missing.db", "--", "-pump"], 2, "The query only excludes words"),
         (
