@@ -414,8 +414,8 @@ def connect_sqlite(address: DatabaseAddress, *, must_exist: bool = True) -> sqli
         check_sqlite_file(address)
     if address.read_only:
         raise RefusedError(
-            f"{address.display} is to be read only (mode=ro), and this would write it.",
-            remedy="Leave mode=ro out of the address.",
+            f"{address.display} is to be read only, and this would write it.",
+            remedy="Leave mode=ro or immutable=1 out of the address.",
         )
     connection = None
     try:
