@@ -135,6 +135,11 @@ def without_secrets(text: str, arguments: list[str]) -> str:
     return text.replace(key, "********") if key else text
 
 
+ADDRESS_LEFT_OUT = '"${KDB_FAST_DB:?}"'
+"""Stands for an address with a password. Where the variable is not set the shell says so; an empty ``--db`` would mean
+the default database."""
+
+
 def command_line(arguments: list[str]) -> str:
     """A command to be typed again; an address that may hold a password is left out."""
     return "kdb-fast " + " ".join(_shown(argument) for argument in arguments)
@@ -142,7 +147,7 @@ def command_line(arguments: list[str]) -> str:
 
 def _shown(argument: str) -> str:
     if "://" in argument and ("@" in argument or "password" in argument) and _may_hold_a_secret(argument):
-        return "--db $KDB_FAST_DB" if argument.startswith("--db=") else "$KDB_FAST_DB"
+        return f"--db {ADDRESS_LEFT_OUT}" if argument.startswith("--db=") else ADDRESS_LEFT_OUT
     return shell_word(argument)
 
 

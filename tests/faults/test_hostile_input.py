@@ -436,7 +436,10 @@ def test_the_command_that_carries_on_can_be_typed_again(capsys: pytest.CaptureFi
     done = subprocess.run(["bash", "-c", script], capture_output=True, env={"LC_ALL": "C.UTF-8"}, check=True)
     assert done.stdout.decode().split("\0")[:-1] == arguments
     secret = command_line(["reindex", "--db=postgresql://u:pw@h/d", "--db", "postgresql://u:pw@h/d"])
-    assert secret == "kdb-fast reindex --db $KDB_FAST_DB --db $KDB_FAST_DB"
+    assert secret == 'kdb-fast reindex --db "${KDB_FAST_DB:?}" --db "${KDB_FAST_DB:?}"'
+    unset = subprocess.run(["bash", "-c", secret], capture_output=True, text=True, env={}, check=False)
+    assert unset.returncode
+    assert "KDB_FAST_DB" in unset.stderr, "the default database is not taken instead"
 
 
 TABLES = [
@@ -762,7 +765,9 @@ def test_a_hint_names_no_password(capsys: pytest.CaptureFixture[str]) -> None:
     from kdb_fast import console
 
     console.remember(["status", "--db", "postgresql://u:pw@h/d"])
-    assert console.with_database("See `kdb-fast rejects list`.") == "See `kdb-fast rejects list --db $KDB_FAST_DB`."
+    assert (
+        console.with_database("See `kdb-fast rejects list`.") == 'See `kdb-fast rejects list --db "${KDB_FAST_DB:?}"`.'
+    )
     console.remember(["status", "--db", "postgresql://u@h/d"])
     assert console.with_database("Run: kdb-fast reindex --db …") == "Run: kdb-fast reindex --db postgresql://u@h/d"
     console.remember(["search", "--", "--db", "x"])

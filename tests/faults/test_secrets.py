@@ -239,7 +239,7 @@ def test_a_run_that_fails_leaves_no_password_in_output_or_database(
     assert done.code == FAULTS[fault], done
     check_secret(done.out, done.err, *(file.read_text(errors="replace") for file in home.rglob("*") if file.is_file()))
     assert ("To carry on: kdb-fast reindex" in done.err) == bool(fault)
-    assert ("--db '$KDB_FAST_DB'" in done.err or "--db $KDB_FAST_DB" in done.err) == bool(fault)
+    assert ('--db "${KDB_FAST_DB:?}"' in done.err) == bool(fault)
     check_database(database)
 
 
