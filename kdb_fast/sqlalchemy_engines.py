@@ -86,7 +86,8 @@ def _for_postgresql(engine: Any) -> Connections:
             held = _checked_out(engine, address)
             connection: psycopg.Connection[tuple[Any, ...]] = held.driver_connection
             try:
-                connection.rollback()
+                # What the engine's listeners have set for this connection, such as a tenant's search_path, stays.
+                connection.commit()
                 pg_session.check_encoding(connection, address.display)
                 connection.autocommit = True
                 # Also to see whether it is alive.

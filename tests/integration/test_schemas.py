@@ -275,6 +275,28 @@ def test_each_connection_that_an_engine_lends_has_a_schema_of_its_own(kameleon: 
         assert indexes(kameleon, name) >= INDEXES
 
 
+@pytest.mark.parametrize("when", ["connect", "checkout"])
+def test_a_search_path_set_by_a_listener_of_the_engine_is_kept(kameleon: Kameleon, when: str) -> None:
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    kameleon.execute("CREATE SCHEMA listened; CREATE TABLE listened.kdb_records (id text)")
+    engine = sqlalchemy.create_engine(kameleon.url)
+
+    @sqlalchemy.event.listens_for(engine, when)
+    def to_the_tenant(connection: Any, *others: Any) -> None:
+        # Not committed, as such listeners are often written.
+        connection.execute("SET search_path = listened, public")
+
+    with SearchEngine(engine, Hashes(8)) as search:
+        search.index_record("Note", "1", "tea")
+        assert [result.matched_text for result in search.search("tea")] == ["tea"]
+    engine.dispose()
+    tables = kameleon.execute("SELECT schemaname FROM pg_tables WHERE tablename = 'kdb_search'")
+    assert ("listened",) in tables
+    assert kameleon.execute("SELECT count(*) FROM listened.kdb_search") == [(1,)]
+    if ("public",) in tables:
+        assert kameleon.execute("SELECT count(*) FROM public.kdb_search") == [(0,)]
+
+
 def test_a_source_and_a_store_find_the_same_schema(two: Kameleon) -> None:
     source = KameleonDBSource(two.address)
     store = PostgreSQLStore(two.address, "test")
