@@ -93,7 +93,7 @@ def test_a_search_by_a_role_that_may_not_read(index: DatabaseAddress, postgres: 
         search_for_tea(role)
     assert "grant this role SELECT" in caught.value.remedy
     execute(index, f"GRANT SELECT ON kdb_search TO {role_name(role)}")
-    assert search_for_tea(role) == []
+    assert search_for_tea(role) == ([], [])
 
 
 @pytest.mark.parametrize(
