@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from servers import Oracle, Server
 
     from kdb_fast.database import DatabaseAddress
+    from kdb_fast.encoder import Encoder
     from kdb_fast.models import Model
 
 
@@ -32,6 +33,27 @@ def minilm(kdb_fast_home: Path) -> Model:
     from kdb_fast.settings import DEFAULT_MODEL
 
     return resolve(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def encoder(minilm: Model) -> Encoder:
+    """all-MiniLM-L6-v2 in this process, loaded once."""
+    from kdb_fast.encoder import Encoder, EncoderSpec
+
+    return Encoder(EncoderSpec(minilm, 100))
+
+
+@pytest.fixture
+def loaded_once(monkeypatch: pytest.MonkeyPatch, minilm: Model, encoder: Encoder) -> None:
+    """Runs in this process share one loaded model; one that is named by its directory is looked up as ever."""
+    from kdb_fast import engine, reindex
+    from kdb_fast.models import resolve
+
+    def found(name: str, path: Path | None, report: Any) -> Model:
+        return resolve(name, path, report=report) if path else minilm
+
+    monkeypatch.setattr(reindex, "resolve", found)
+    monkeypatch.setattr(engine, "Encoder", lambda spec: encoder)
 
 
 @pytest.fixture(scope="session")

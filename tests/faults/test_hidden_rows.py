@@ -12,32 +12,19 @@ from search_engines import Hashes
 from servers import Server, connect_as, role_name
 
 from kdb_fast import SearchEngine
-from kdb_fast import engine as engine_module
-from kdb_fast import reindex as reindex_module
-from kdb_fast.encoder import Encoder, EncoderSpec
 from kdb_fast.errors import SchemaError
-from kdb_fast.models import Model
 from kdb_fast.stores.base import HiddenRowsError
 from kdb_fast.stores.postgresql import PostgreSQLStore
 
 pytest.importorskip("kameleondb")
-pytestmark = pytest.mark.filterwarnings("ignore:The default datetime adapter is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("loaded_once"),
+    pytest.mark.filterwarnings("ignore:The default datetime adapter is deprecated:DeprecationWarning"),
+]
 
 RECORDS = 6
 KAMELEON_TABLES = ("kdb_entity_definitions", "kdb_field_definitions", "kdb_records")
 INDEX_TABLES = ("kdb_search", "kdb_fast_runs", "kdb_fast_rejects", "kdb_fast_state")
-
-
-@pytest.fixture(scope="module")
-def encoder(minilm: Model) -> Encoder:
-    return Encoder(EncoderSpec(minilm, 100))
-
-
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch: pytest.MonkeyPatch, minilm: Model, encoder: Encoder) -> None:
-    """Runs in this process share one loaded model."""
-    monkeypatch.setattr(reindex_module, "resolve", lambda name, path, report: minilm)
-    monkeypatch.setattr(engine_module, "Encoder", lambda spec: encoder)
 
 
 @pytest.fixture(params=["postgresql"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from compatible_servers import LENGTH, SERVERS, CompatibleServer, LlamaCpp, LMStudio, Ollama, vectors
+from kameleon import Answer
 from openai_server import OpenAIServer, hashed, shortened
 from servers import index_rows
 
@@ -21,17 +21,6 @@ from kdb_fast.providers import OpenAIProvider, get_provider, provider_fingerprin
 TEXTS = [f"text number {i}" for i in range(70)]
 LONG = "a long story of a kettle " * 400
 """10,000 bytes, 2,500 tokens of the servers' counting."""
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.out)
-        return found
 
 
 @pytest.fixture(autouse=True)

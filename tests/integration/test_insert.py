@@ -18,12 +18,8 @@ from kameleon import Kameleon, close_kameleon, open_kameleon
 from servers import Oracle, Server, index_rows
 
 from kdb_fast import cli, faults
-from kdb_fast import engine as engine_module
-from kdb_fast import reindex as reindex_module
 from kdb_fast.database import DatabaseAddress
-from kdb_fast.encoder import Encoder, EncoderSpec
 from kdb_fast.errors import SchemaError
-from kdb_fast.models import Model, resolve
 from kdb_fast.records import Record
 from kdb_fast.settings import RejectLimit
 from kdb_fast.sources import inserting, kameleondb
@@ -33,7 +29,10 @@ from kdb_fast.sources.inserting import InsertingSource
 pytest.importorskip("kameleondb")
 
 # KameleonDB hands datetimes to sqlite3 as they are, which Python 3.12 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:The default datetime adapter is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("loaded_once"),
+    pytest.mark.filterwarnings("ignore:The default datetime adapter is deprecated:DeprecationWarning"),
+]
 
 FIELDS: list[dict[str, Any]] = [
     {"name": "title", "type": "string", "required": True},
@@ -67,22 +66,6 @@ TEXTS = {
     "title: \\N",
 }
 COLUMNS = ["title", "price", "stock", "active", "since", "owner", "extra", "body", "is_deleted", "created_by"]
-
-
-@pytest.fixture(scope="module")
-def encoder(minilm: Model) -> Encoder:
-    return Encoder(EncoderSpec(minilm, 100))
-
-
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch: pytest.MonkeyPatch, minilm: Model, encoder: Encoder) -> None:
-    """Runs in this process share one loaded model."""
-
-    def found(name: str, path: Path | None, report: Any) -> Model:
-        return resolve(name, path, report=report) if path else minilm
-
-    monkeypatch.setattr(reindex_module, "resolve", found)
-    monkeypatch.setattr(engine_module, "Encoder", lambda spec: encoder)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -16,7 +16,7 @@ from development import develop
 from kameleon import Kameleon, close_kameleon, open_kameleon
 
 from kdb_fast import faults
-from kdb_fast.encoder import Encoder, EncoderSpec
+from kdb_fast.encoder import Encoder
 from kdb_fast.errors import LockedError
 from kdb_fast.kameleondb import installed
 from kdb_fast.models import Model
@@ -31,11 +31,6 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "kameleondb.md"
 RECORDS = [{"name": "Alice", "note": "sells coffee"}, {"name": "Bob", "note": "repairs bicycles"}, {"age": 7}]
 FIELDS = [{"name": "name", "type": "string"}, {"name": "age", "type": "int"}, {"name": "note", "type": "text"}]
 LINES = b"".join(json.dumps(record).encode() + b"\n" for record in RECORDS)
-
-
-@pytest.fixture(scope="module")
-def encoder(minilm: Model) -> Encoder:
-    return Encoder(EncoderSpec(minilm, 100))
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,12 @@ import psutil
 import pytest
 from servers import ListSource, Oracle, engine_processes, eventually, execute, index_rows, mixed_texts, records_of
 
-from kdb_fast import engine as engine_module
 from kdb_fast import flushing
 from kdb_fast import reindex as reindex_module
 from kdb_fast.database import DatabaseAddress
-from kdb_fast.encoder import Encoder, EncoderSpec
+from kdb_fast.encoder import EncoderSpec
 from kdb_fast.errors import LockedError, ModelError, RejectLimitError, SchemaError, StoppedError
-from kdb_fast.models import Model, resolve
+from kdb_fast.models import Model
 from kdb_fast.records import Record, Reject
 from kdb_fast.reindex import Receipt, reindex
 from kdb_fast.settings import ReindexOptions, RejectLimit
@@ -29,23 +28,9 @@ from kdb_fast.stores import open_store
 from kdb_fast.stores.base import RunSpec
 from kdb_fast.supervisor import ProcessEngine
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 PARTS = ("stored", "unchanged", "reused", "superseded", "rejected")
-
-
-@pytest.fixture(scope="module")
-def encoder(minilm: Model) -> Encoder:
-    return Encoder(EncoderSpec(minilm, 100))
-
-
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch: pytest.MonkeyPatch, minilm: Model, encoder: Encoder) -> None:
-    """Runs in this process share one loaded model."""
-
-    def found(name: str, path: Path | None, report: Any) -> Model:
-        return resolve(name, path, report=report) if path else minilm
-
-    monkeypatch.setattr(reindex_module, "resolve", found)
-    monkeypatch.setattr(engine_module, "Encoder", lambda spec: encoder)
 
 
 @pytest.fixture

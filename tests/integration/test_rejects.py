@@ -12,7 +12,7 @@ from servers import ListSource
 
 from kdb_fast import engine as engine_module
 from kdb_fast import reindex as reindex_module
-from kdb_fast.encoder import Encoder, EncoderSpec
+from kdb_fast.encoder import Encoder
 from kdb_fast.models import Model, resolve
 from kdb_fast.query import forget_older
 from kdb_fast.records import Reject
@@ -24,11 +24,6 @@ pytest.importorskip("kameleondb")
 
 # KameleonDB hands datetimes to sqlite3 as they are, which Python 3.12 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:The default datetime adapter is deprecated:DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def encoder(minilm: Model) -> Encoder:
-    return Encoder(EncoderSpec(minilm, 100))
 
 
 @pytest.fixture(autouse=True)

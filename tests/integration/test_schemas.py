@@ -15,32 +15,18 @@ from search_engines import Hashes
 from servers import Server, connect_as, execute
 
 from kdb_fast import FastEmbedProvider, SearchEngine, SearchWarning
-from kdb_fast import engine as engine_module
-from kdb_fast import reindex as reindex_module
 from kdb_fast.database import DatabaseAddress
-from kdb_fast.encoder import Encoder, EncoderSpec
 from kdb_fast.models import Model
 from kdb_fast.sources.kameleondb import KameleonDBSource
 from kdb_fast.stores.postgresql import PostgreSQLStore
 from kdb_fast.target import Target, identifier
 
 pytest.importorskip("kameleondb")
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 INDEXES = {"ix_kdb_search_entity", "ix_kdb_search_record", "ix_kdb_search_fts", "ix_kdb_search_vector"}
 
 Tenant = Callable[[str | None], Kameleon]
-
-
-@pytest.fixture(scope="module")
-def encoder(minilm: Model) -> Encoder:
-    return Encoder(EncoderSpec(minilm, 100))
-
-
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch: pytest.MonkeyPatch, minilm: Model, encoder: Encoder) -> None:
-    """Runs in this process share one loaded model."""
-    monkeypatch.setattr(reindex_module, "resolve", lambda name, path, report: minilm)
-    monkeypatch.setattr(engine_module, "Encoder", lambda spec: encoder)
 
 
 @pytest.fixture
