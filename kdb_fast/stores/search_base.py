@@ -170,7 +170,7 @@ class Origins(NamedTuple):
 
 
 def count_origins(rows: Rows, target: Target) -> Origins:
-    """Count what made the vectors of the index, by reading all rows: 100,000 take 20 ms on PostgreSQL, 0.4 s on SQLite.
+    """Count what made the vectors of the index, by reading all rows: 100,000 take 50 ms on PostgreSQL, 270 on SQLite.
 
     Raises:
         SchemaError: There is no index.
