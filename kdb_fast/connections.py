@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from . import pg_session, sqlite_reading
+from . import pg_settings, sqlite_reading
 from .database import DatabaseAddress, connect_postgresql, opened
 from .errors import DatabaseError, SchemaError, UsageError
 from .query import open_reader
@@ -208,7 +208,7 @@ class Connections:
         from .stores.postgresql import PostgreSQLStore
 
         # A statement of lent() begins the caller's transaction, of which the store's own is then a part.
-        with _explained(self._address), pg_session.lent(connection, self._address.display, PLANNER):
+        with _explained(self._address), pg_settings.lent(connection, self._address.display, PLANNER):
             postgresql = PostgreSQLStore(self._address, "library", borrowed=connection)
             with postgresql.unit():
                 self._prepare_elsewhere(postgresql)

@@ -328,7 +328,7 @@ def connect_postgresql(
 ) -> psycopg.Connection[tuple[Any, ...]]:
     """A connection in UTF-8 with short time-outs and no server-side prepared statements (poolers lose them).
 
-    In autocommit mode each of its statements has the settings of :mod:`.pg_session`.
+    In autocommit mode each of its statements has the settings of :mod:`.pg_settings`.
 
     Args:
         role: What it is for; becomes ``application_name`` as ``kdb-fast/<role>``.
@@ -339,7 +339,7 @@ def connect_postgresql(
     """
     import psycopg
 
-    from . import pg_connection, pg_session
+    from . import pg_connection, pg_settings
 
     options: dict[str, Any] = dict(KEEPALIVE)
     given = psycopg.conninfo.conninfo_to_dict(address.conninfo)
@@ -353,10 +353,10 @@ def connect_postgresql(
             autocommit=autocommit,
             prepare_threshold=None,
             application_name=f"kdb-fast/{role}",
-            client_encoding=pg_session.ENCODING,  # whatever the address, the environment or the role asks for
+            client_encoding=pg_settings.ENCODING,  # whatever the address, the environment or the role asks for
             **options,
         )
-        pg_session.check_encoding(connection, address.display)
+        pg_settings.check_encoding(connection, address.display)
         return connection
     except RefusedError:
         assert connection is not None

@@ -14,7 +14,7 @@ from typing import Any
 
 from .database import DatabaseAddress, connect_postgresql, default_data_dir, opened, parse_address
 from .errors import EXIT_OK, EXIT_REJECTS, KdbFastError, RefusedError, ResourceError
-from .pg_session import ENCODING
+from .pg_settings import ENCODING
 from .settings import DEFAULT_MODEL, ReindexOptions
 
 ENTITY = "PythonDoc"

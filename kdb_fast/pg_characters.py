@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .pg_session import ENCODING, server_encoding
+from .pg_settings import ENCODING, server_encoding
 
 if TYPE_CHECKING:
     import psycopg

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
-from .pg_session import pin
+from .pg_settings import pin
 
 if TYPE_CHECKING:
     import psycopg
@@ -185,7 +185,7 @@ def _connection_class() -> type[Connection]:
 
 
 def connect(conninfo: str, **options: Any) -> Connection:
-    """:func:`psycopg.connect` with a :class:`Watch` over the connection, and the pins of :mod:`.pg_session`.
+    """:func:`psycopg.connect` with a :class:`Watch` over the connection, and the pins of :mod:`.pg_settings`.
 
     Args:
         options: Of psycopg.connect; ``application_name`` among them.

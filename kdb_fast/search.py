@@ -160,7 +160,7 @@ class SearchEngine:
         key = ("kdb_fast", id(self))
         batch = real.info.get(key)
         if not isinstance(batch, SessionBatch):
-            batch = real.info[key] = SessionBatch(self, real)
+            batch = real.info[key] = SessionBatch(self._write_on, real)
         return batch
 
     # -- reading ---------------------------------------------------------------------------------------

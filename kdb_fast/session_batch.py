@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from .batches import Operation, as_delete, as_list, as_put, as_puts
 from .errors import UsageError
-
-if TYPE_CHECKING:
-    from .search import SearchEngine
 
 
 class SessionBatch:
@@ -17,12 +14,16 @@ class SessionBatch:
 
     They stay in memory until then. A savepoint that is rolled back takes with it what was queued since it began.
     ``len()`` is the number of operations queued.
+
+    Args:
+        write: Writes operations within the transaction of a connection of the database's driver.
+        session: The SQLAlchemy ``Session``.
     """
 
-    def __init__(self, search: SearchEngine, session: Any) -> None:
+    def __init__(self, write: Callable[[Any, Sequence[Operation]], None], session: Any) -> None:
         from sqlalchemy import event
 
-        self._search, self._session = search, session
+        self._write_on, self._session = write, session
         self._operations: list[Operation] = []
         self._savepoints: dict[Any, int] = {}
         self._committing = False
@@ -66,7 +67,7 @@ class SessionBatch:
     def _write(self) -> None:
         if not self._operations:
             return
-        self._search._write_on(self._session.connection().connection.driver_connection, self._operations)
+        self._write_on(self._session.connection().connection.driver_connection, self._operations)
         # Only now: after an error the caller may mend the cause and commit again.
         self._operations.clear()
 

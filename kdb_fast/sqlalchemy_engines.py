@@ -17,7 +17,7 @@ import os
 import sqlite3
 from typing import Any
 
-from . import pg_session
+from . import pg_settings
 from .connections import Connections, main_file
 from .database import DatabaseAddress, connect_postgresql, connection_remedy, parse_address, redact
 from .errors import DatabaseError, RefusedError, UsageError
@@ -88,10 +88,10 @@ def _for_postgresql(engine: Any) -> Connections:
             try:
                 # What the engine's listeners have set for this connection, such as a tenant's search_path, stays.
                 connection.commit()
-                pg_session.check_encoding(connection, address.display)
+                pg_settings.check_encoding(connection, address.display)
                 connection.autocommit = True
                 # Also to see whether it is alive.
-                connection.execute(f"SET client_encoding TO '{pg_session.ENCODING}'")
+                connection.execute(f"SET client_encoding TO '{pg_settings.ENCODING}'")
             except psycopg.OperationalError:
                 # It was cut while it lay in the pool. One after the other is thrown away, until a new one is made.
                 held.invalidate()
@@ -100,7 +100,7 @@ def _for_postgresql(engine: Any) -> Connections:
                 held.close()
                 raise
             held.detach()
-            pg_session.pin(connection)
+            pg_settings.pin(connection)
             connection.prepare_threshold = None  # poolers lose prepared statements
             connection.row_factory = tuple_row
             return connection

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .. import pg_session
+from .. import pg_settings
 from ..database import DatabaseAddress, connect_postgresql, redact
 from ..errors import DatabaseError, KdbFastError, ResourceError, SchemaError
 from ..pg_characters import Characters
@@ -106,7 +106,7 @@ class PostgreSQLInserter(Inserter):
             "SET LOCAL lock_timeout = '30s'; SET LOCAL idle_in_transaction_session_timeout = '60s'; "
             f"SELECT pg_advisory_xact_lock({self._lock_key}); SET CONSTRAINTS ALL IMMEDIATE"
         )
-        with pg_session.transaction(self._connection, settings):
+        with pg_settings.transaction(self._connection, settings):
             yield
 
     def _savepoint(self) -> contextlib.AbstractContextManager[Any]:

@@ -259,14 +259,3 @@ def _rules(
         must = must or (column.not_null and not column.has_default)
         rules[field.name] = FieldRule(field.name, field.column_name, field.type, must, column.max_chars, column.bounds)
     return rules
-
-
-def open_inserter(address: DatabaseAddress, entity: str, created_by: str | None = None) -> Inserter:
-    """The inserter for this database; see :class:`Inserter`."""
-    if address.dialect == "postgresql":
-        from .insert_postgresql import PostgreSQLInserter
-
-        return PostgreSQLInserter(address, entity, created_by)
-    from .insert_sqlite import SQLiteInserter
-
-    return SQLiteInserter(address, entity, created_by)

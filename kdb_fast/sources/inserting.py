@@ -15,7 +15,7 @@ from ..records import Record, Reject, content_from_fields
 from ..settings import RejectLimit
 from .base import PAGE_ROWS
 from .field_values import SYSTEM_FIELDS, UnfitError, check_record
-from .insert_rows import NewRow, open_inserter
+from .insert_rows import Inserter, NewRow
 from .json_records import iter_json_items
 from .jsonl import PAGE_CHARS, JsonlSource
 
@@ -191,3 +191,14 @@ class InsertingSource(JsonlSource):
         self.rejected += len(rejects)
         self.rejects += rejects[: REJECTS_KEPT - len(self.rejects)]
         return page
+
+
+def open_inserter(address: DatabaseAddress, entity: str, created_by: str | None = None) -> Inserter:
+    """The inserter for this database; see :class:`Inserter`."""
+    if address.dialect == "postgresql":
+        from .insert_postgresql import PostgreSQLInserter
+
+        return PostgreSQLInserter(address, entity, created_by)
+    from .insert_sqlite import SQLiteInserter
+
+    return SQLiteInserter(address, entity, created_by)

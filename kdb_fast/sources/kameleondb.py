@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from .. import pg_session
+from .. import pg_settings
 from ..database import DatabaseAddress, connect_postgresql, connect_sqlite, redact
 from ..errors import DatabaseError, KdbFastError
 from ..pg_connection import Patience
@@ -257,7 +257,7 @@ class KameleonDBSource(Source):
         milliseconds = max(50, int(1000 * (deadline - time.monotonic())))
         try:
             # SET LOCAL, since a pooler may give the next statement another session.
-            with pg_session.transaction(self._connection, f"SET LOCAL statement_timeout = {milliseconds}"):
+            with pg_settings.transaction(self._connection, f"SET LOCAL statement_timeout = {milliseconds}"):
                 return int(self._connection.execute(query, parameters).fetchone()[0])
         except psycopg.errors.QueryCanceled:
             plan = self._fetch(b"EXPLAIN (FORMAT JSON) " + query.replace(b"count(*)", b"1", 1), parameters)[0][0]

@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .. import pg_session
+from .. import pg_settings
 from ..database import DatabaseAddress, connect_postgresql
 from ..errors import DatabaseError, LockedError, RecordError
 from ..faults import fault
@@ -127,7 +127,7 @@ class PostgreSQLStore(Store):
     def transaction(self) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
         """A transaction whose waits for locks and for us are bounded; within the caller's, those are the caller's."""
         connection = self.connection()
-        with pg_session.transaction(connection, self._limits), connection.cursor() as cursor:
+        with pg_settings.transaction(connection, self._limits), connection.cursor() as cursor:
             yield cursor
 
     def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .. import pg_session
+from .. import pg_settings
 from ..errors import DatabaseError, UsageError
 from ..pg_characters import Characters
 from ..target import Dialect, identifier
@@ -128,7 +128,7 @@ class PostgresqlReader(SearchReader):
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with _told(), pg_session.transaction(self._connection):
+        with _told(), pg_settings.transaction(self._connection):
             yield
 
     def _set_index_scan(self, limit: int) -> None:

@@ -18,10 +18,10 @@ from search_engines import Words, sqlalchemy_url
 from servers import Server, database_name, eventually, execute, index_rows, role_name
 from sqlalchemy.orm import Session
 
-from kdb_fast import pg_session
+from kdb_fast import pg_settings
 from kdb_fast.database import DatabaseAddress, connect_postgresql
 from kdb_fast.errors import LockedError
-from kdb_fast.pg_session import PINNED, pinned
+from kdb_fast.pg_settings import PINNED, pinned
 from kdb_fast.search import SearchEngine
 from kdb_fast.stores import open_store
 from kdb_fast.stores.pg_prepare import DDL_LOCK
@@ -260,7 +260,7 @@ def test_every_statement_has_the_pins_and_the_session_keeps_its_own(
         assert [s.partition(",")[0] for s in settings] == wanted
         assert connection.execute("SHOW transaction_isolation").fetchone() == ("read committed",)
         assert connection.execute("SELECT 0.1::float8 + 0.2").fetchone() == (0.1 + 0.2,)
-        with pg_session.transaction(connection, "SET LOCAL lock_timeout = '7s'"):
+        with pg_settings.transaction(connection, "SET LOCAL lock_timeout = '7s'"):
             settings = [row[0] for row in connection.execute(show, (names,)).fetchall()]
             assert [s.partition(",")[0] for s in settings] == wanted
             assert connection.execute("SHOW transaction_isolation").fetchone() == ("read committed",)
@@ -342,7 +342,7 @@ def test_a_reader_does_not_wait_for_a_safe_snapshot(postgres: Server, database: 
         writer.execute("INSERT INTO other VALUES (1)")
         psycopg.Cursor(reader).execute("SET statement_timeout = '5s'")
         assert reader.execute("SELECT 1").fetchone() == (1,)
-        with pg_session.transaction(reader):
+        with pg_settings.transaction(reader):
             assert reader.execute("SHOW transaction_read_only").fetchone() == ("on",)  # that is somebody's wish
 
 

@@ -23,8 +23,7 @@ from kdb_fast.errors import SchemaError
 from kdb_fast.records import Record
 from kdb_fast.settings import RejectLimit
 from kdb_fast.sources import inserting, kameleondb
-from kdb_fast.sources.insert_rows import open_inserter
-from kdb_fast.sources.inserting import InsertingSource
+from kdb_fast.sources.inserting import InsertingSource, open_inserter
 
 pytest.importorskip("kameleondb")
 
