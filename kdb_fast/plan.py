@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .encoder import TOKEN_BUDGET
+from .batching import TOKEN_BUDGET
 from .resources import available_memory, cpu_list, cpu_quota, usable_cpus
 from .sharding import SHARD_ROWS
 from .slab import SlabShape

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from kdb_fast.encoder import TOKEN_BUDGET, Encoder, EncoderSpec
+from kdb_fast.batching import TOKEN_BUDGET
+from kdb_fast.encoder import Encoder, EncoderSpec
 from kdb_fast.errors import KdbFastError
 from kdb_fast.models import Model, resolve
 from kdb_fast.offline import import_fastembed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kdb_fast.encoder import pack_batches
+from kdb_fast.batching import pack_batches
 from kdb_fast.errors import UsageError
 from kdb_fast.fidelity import overlap, unit
 from kdb_fast.openvino_rows import SIZES, STEP, row_numbers

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb_fast import plan
-from kdb_fast.encoder import TOKEN_BUDGET
+from kdb_fast.batching import TOKEN_BUDGET
 from kdb_fast.plan import FLUSH_SLOTS, INLINE_ROWS, MEMORY_FOR_SLAB, WORKER_BYTES, Plan, inline_shape, make_plan
 from kdb_fast.sharding import SHARD_ROWS
 from kdb_fast.slab import SlabShape
