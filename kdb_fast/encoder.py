@@ -46,7 +46,7 @@ class EncoderSpec:
     """All a process needs to build an encoder. Small and picklable.
 
     ``precision`` other than fp32 runs on OpenVINO: the model's own file, or the quantised ``prepared`` in its place.
-    ``rest`` is what int8 leaves unquantised, attention above all, is computed in: fp32 or bf16.
+    ``unquantised_precision`` is what int8 leaves unquantised, attention above all, is computed in: fp32 or bf16.
     """
 
     model: Model
@@ -55,7 +55,7 @@ class EncoderSpec:
     threads: int = 1
     precision: str = "fp32"
     prepared: Path | None = None
-    rest: str = "fp32"
+    unquantised_precision: str = "fp32"
 
 
 Matrix = npt.NDArray[np.float32]
@@ -338,7 +338,7 @@ def _openvino(inner: Any, spec: EncoderSpec) -> _OnnxBackend:
         )
     inner.tokenizer, inner.special_token_to_id = load_tokenizer(model_dir=spec.model.path)
     path = spec.prepared or spec.model.path / spec.model.model_file
-    hint = "bf16" if "bf16" in (spec.precision, spec.rest) else "f32"
+    hint = "bf16" if "bf16" in (spec.precision, spec.unquantised_precision) else "f32"
     session = OpenVinoSession(path, precision=spec.precision, hint=hint, threads=spec.threads)
     return _OnnxBackend(inner, session, WIDTH_CLASS)
 

@@ -89,12 +89,12 @@ def missing_instructions(precision: str, flags: frozenset[str]) -> str:
     return f"this CPU has no {kind} instructions (none of {wanted})"
 
 
-def _rest(spec: EncoderSpec) -> str:
-    """Ending of names for int8 whose rest is not computed in fp32: its vectors are others."""
-    return "" if spec.rest == "fp32" else f"-{spec.rest}"
+def _unquantised_suffix(spec: EncoderSpec) -> str:
+    """Ending of names for int8 whose unquantised part is not computed in fp32: its vectors are others."""
+    return "" if spec.unquantised_precision == "fp32" else f"-{spec.unquantised_precision}"
 
 
-class Chooser:
+class PrecisionSelector:
     """Finds the precision for one index.
 
     Args:
@@ -163,7 +163,7 @@ class Chooser:
         spec = replace(self._spec, precision=precision, token_budget=TOKEN_BUDGET)
         fidelity = None
         if precision == "int8":
-            spec = replace(spec, rest="fp32" if missing_instructions("bf16", cpu_flags()) else "bf16")
+            spec = replace(spec, unquantised_precision="fp32" if missing_instructions("bf16", cpu_flags()) else "bf16")
             if known := self._find_prepared():
                 spec = replace(spec, prepared=known / MODEL)
         if precision != "int8" or spec.prepared:
@@ -187,7 +187,7 @@ class Chooser:
     def _fingerprint(self, spec: EncoderSpec) -> str:
         if spec.prepared is None:
             return spec.model.fingerprint(spec.precision)
-        return spec.prepared.parent.name + _rest(spec)
+        return spec.prepared.parent.name + _unquantised_suffix(spec)
 
     # --- what is kept ---
 
@@ -223,7 +223,7 @@ class Chooser:
 
     def _fidelity_file(self, spec: EncoderSpec) -> Path:
         directory = spec.prepared.parent if spec.prepared else self._directory / spec.model.fingerprint(spec.precision)
-        return directory / f"fidelity-{self._index}{_rest(spec)}.json"
+        return directory / f"fidelity-{self._index}{_unquantised_suffix(spec)}.json"
 
     def _read_fidelity(self, spec: EncoderSpec) -> Fidelity | None:
         with contextlib.suppress(OSError, ValueError, TypeError):

@@ -13,8 +13,10 @@ depend on what else is in its batch. Four steps, each of which answers a known c
    making good for the errors of those before it (Frantar et al. 2022, "GPTQ").
 
 Everything outside of dense layers (attention scores, softmax, layer norm, embeddings) stays in floating point (fp32, or
-bf16 where the CPU can: ``EncoderSpec.rest``): it is 2 % of the work. Measured on 63,000 package records, MiniLM: see
-:data:`ALPHAS`.
+bf16 where the CPU can: ``EncoderSpec.unquantised_precision``): it is 2 % of the work. Measured on 63,000 package
+records, MiniLM: see :data:`ALPHAS`.
+
+The graph is changed here; what a scale, a step or a rounded weight is, :mod:`kdb_fast.quantised_weights` computes.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ModelError
+from .quantised_weights import Floats, activation_grid, output_error, round_weights, smoothing, weight_scale
 from .telemetry import import_openvino
 
 FORMAT = 2
@@ -49,10 +52,6 @@ BLOCK_ROWS = 512
 PASS_BYTES = 256 << 20
 """Memory for the statistics of one pass over the texts; a larger model needs more passes."""
 
-WEIGHT_ERROR = 0.25
-"""Weight of the rounding error of weights beside that of activations when exponents are compared: step 4 halves it
-afterwards, so its square counts a quarter."""
-
 OUTLIER = 5.0
 """A channel is split if it moves the output by more than this many times what the 99th percentile of them does."""
 
@@ -62,9 +61,6 @@ OUTLIER_PARTS = 2.0
 MAX_EXTRA = 64
 """Most copies in a layer: 4 % of MiniLM's 1,536 channels."""
 
-DAMPING = 0.01
-"""Share of the mean of the diagonal added to the second moments, as in GPTQ, so that they can be inverted."""
-
 MIN_CHANNELS = 64
 """Smaller products are left as they are: they cost nothing."""
 
@@ -73,8 +69,6 @@ ELEMENTWISE = frozenset(
 )
 
 Feed = dict[str, npt.NDArray[np.int64]]
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
 
 
 @dataclass
@@ -312,7 +306,7 @@ def _need_weight(node: Any) -> Floats:
     return weight
 
 
-# --- numbers ---
+# --- from fp32 to int8 ---
 
 
 def _quantise_source(source: _Source, name: str) -> None:
@@ -321,7 +315,7 @@ def _quantise_source(source: _Source, name: str) -> None:
     weight = np.concatenate(weights, axis=1)
     smooth = min(
         (smoothing(source.low, source.high, weight, alpha) for alpha in ALPHAS),
-        key=lambda s: _error(np.concatenate(source.rows), source.low, source.high, weight, s),
+        key=lambda s: output_error(np.concatenate(source.rows), source.low, source.high, weight, s),
     )
     step, zero = activation_grid(source.low / smooth, source.high / smooth)
     low, high = (
@@ -343,62 +337,3 @@ def _quantise_source(source: _Source, name: str) -> None:
         product = opset13.matmul(activation, restored, False, False, name=f"{label}/product")
         for use in list(node.output(0).get_target_inputs()):
             use.replace_source_output(product.output(0))
-
-
-def smoothing(low: Floats, high: Floats, weight: Floats, alpha: float) -> Floats:
-    """SmoothQuant's divisor of each input channel; its geometric mean is 1. float32 [in]."""
-    activation = np.maximum(np.maximum(-low, high), 1e-5)
-    result = activation**alpha / np.maximum(np.abs(weight).max(axis=1), 1e-5) ** (1 - alpha)
-    scaled: Floats = (result / np.exp(np.log(result).mean())).astype(np.float32)
-    return scaled
-
-
-def activation_grid(low: Floats, high: Floats) -> tuple[np.float32, np.float32]:
-    """(step, zero point) of uint8 values that cover all channels; 0.0 is one of them exactly."""
-    smallest, largest = min(0.0, float(low.min())), max(0.0, float(high.max()))
-    step = np.float32(max(largest - smallest, 1e-6) / 255)
-    return step, np.float32(np.round(-smallest / step))
-
-
-def weight_scale(weight: Floats) -> Floats:
-    """Step of the int8 grid, −127 … 127, of each output channel. float32 [out]."""
-    scale: Floats = np.maximum(np.abs(weight).max(axis=0), 1e-12).astype(np.float32) / np.float32(127)
-    return scale
-
-
-def _error(rows: Floats, low: Floats, high: Floats, weight: Floats, smooth: Floats) -> float:
-    """Squared error of the layer's output over ``rows`` with nearest rounding."""
-    step, zero = activation_grid(low / smooth, high / smooth)
-    rows, weight = rows / smooth, weight * smooth[:, None]
-    scale = weight_scale(weight)
-    activation_error = (np.clip(np.round(rows / step) + zero, 0, 255) - zero) * step - rows
-    weight_error = np.round(weight / scale) * scale - weight
-    return float(((activation_error @ weight) ** 2).sum() + WEIGHT_ERROR * ((rows @ weight_error) ** 2).sum())
-
-
-def round_weights(weight: Floats, moments: Floats, scale: Floats) -> npt.NDArray[np.int8]:
-    """GPTQ: round one input channel after the other; those that follow make good for the error. int8 [in, out].
-
-    Args:
-        weight: float32 [in, out].
-        moments: Second moments of the layer's inputs, float32 [in, in].
-        scale: Step of the grid of each output channel, float32 [out].
-    """
-    block, inputs = 64, len(weight)
-    order = np.argsort(-np.diag(moments), kind="stable")  # the most used channels first: they get the freest choice
-    rest: Doubles = weight[order].astype(np.float64)
-    hessian: Doubles = moments[np.ix_(order, order)].astype(np.float64)
-    diagonal = np.diag(hessian).copy()
-    hessian[np.diag_indices(inputs)] += DAMPING * diagonal.mean() + (diagonal == 0) + 1e-12
-    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
-    result = np.empty(weight.shape, np.int8)
-    for start in range(0, inputs, block):
-        stop = min(start + block, inputs)
-        errors = np.empty((stop - start, weight.shape[1]))
-        for i in range(start, stop):
-            rounded = np.clip(np.round(rest[i] / scale), -127, 127)
-            result[order[i]] = rounded
-            errors[i - start] = (rest[i] - rounded * scale) / upper[i, i]
-            rest[i + 1 : stop] -= np.outer(upper[i, i + 1 : stop], errors[i - start])
-        rest[stop:] -= upper[start:stop, stop:].T @ errors
-    return result

@@ -205,10 +205,10 @@ def _open_provider(options: ReindexOptions, address: DatabaseAddress | None) -> 
 
 
 def _choose_precision(options: ReindexOptions, spec: EncoderSpec, progress: Progress, records: _Records) -> Choice:
-    from .precision import Chooser
+    from .precision import PrecisionSelector
 
     progress.step("choosing the precision")
-    chooser = Chooser(
+    selector = PrecisionSelector(
         spec,
         index=" ".join(filter(None, (records.address.display, records.address.schema))),
         history=recent_fingerprints(records.address),
@@ -216,7 +216,7 @@ def _choose_precision(options: ReindexOptions, spec: EncoderSpec, progress: Prog
         report=progress.note,
         should_stop=records.should_stop,
     )
-    return chooser.choose(options.precision, options.min_fidelity)
+    return selector.choose(options.precision, options.min_fidelity)
 
 
 class _Run:

@@ -80,9 +80,9 @@ def encode(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prepared(spec: EncoderSpec, params: dict[str, Any]) -> EncoderSpec:
-    from kdb_fast.precision import Chooser
+    from kdb_fast.precision import PrecisionSelector
 
-    chooser = Chooser(
+    selector = PrecisionSelector(
         spec,
         index=f"benchmark {Path(params['data']).stem.split('-')[0]}",
         history=(),
@@ -90,7 +90,7 @@ def _prepared(spec: EncoderSpec, params: dict[str, Any]) -> EncoderSpec:
         report=lambda text: None,
     )
     try:
-        return chooser.choose(params["precision"]).spec
+        return selector.choose(params["precision"]).spec
     except KdbFastError as error:
         raise Skip(f"{params['precision']}: {error.message.rstrip('.')}") from None
 

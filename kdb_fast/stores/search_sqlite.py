@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ..target import TABLE, Dialect, identifier
 from .reading import Field, Params, Place, json_member
 from .search_base import Hit, Key, Query, Scope, SearchReader, Term, in_order
-from .sqlite_vectors import VectorCache
+from .sqlite_vectors import ExactVectorSearch
 
 FTS = "kdb_search_fts"
 CANDIDATES_PER_ROW = 2
@@ -172,7 +172,7 @@ class SqliteReader(SearchReader):
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         super().__init__(connection)
-        self._vectors = VectorCache(connection)
+        self._vectors = ExactVectorSearch(connection)
 
     def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
         unit = (vector / np.linalg.norm(vector.astype(np.float64))).astype(np.float32)

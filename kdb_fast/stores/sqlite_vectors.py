@@ -77,8 +77,8 @@ class Block(NamedTuple):
         return Block(self.rowids[where], self.entities[where], self.usable[where], self.matrix[where])
 
 
-class VectorCache:
-    """The vectors of one connection's database.
+class ExactVectorSearch:
+    """Finds the nearest vectors in the database of one connection.
 
     Attributes:
         keeps: Whether to fill the matrix, if it is not too large, even where sqlite-vec is at hand. Set after the

@@ -25,7 +25,7 @@ from kdb_fast.demo_docs import records as library_records
 from kdb_fast.encoder import Encoder, EncoderSpec
 from kdb_fast.errors import ModelError, StoppedError
 from kdb_fast.models import Model
-from kdb_fast.precision import CPU_FLAGS, Choice, Chooser, missing_instructions, unsupported
+from kdb_fast.precision import CPU_FLAGS, Choice, PrecisionSelector, missing_instructions, unsupported
 from kdb_fast.reindex import reindex
 from kdb_fast.resources import WITHOUT_CPU_FLAGS, cpu_flags
 from kdb_fast.settings import ReindexOptions
@@ -58,9 +58,9 @@ def prepared_here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take_away(NO_BF16, monkeypatch)
 
 
-def chooser(model: Model, texts: list[str], *, history: tuple[str, ...] = (), **options: object) -> Chooser:
+def selector(model: Model, texts: list[str], *, history: tuple[str, ...] = (), **options: object) -> PrecisionSelector:
     given = {"index": "sqlite:///an index", "report": str, "sample": lambda rows: texts[:rows], **options}
-    return Chooser(EncoderSpec(model, 100), history=history, **given)  # type: ignore[arg-type]
+    return PrecisionSelector(EncoderSpec(model, 100), history=history, **given)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def int8(minilm: Model, texts: list[str], home: Path) -> Iterator[Choice]:
         patch.setenv("KDB_FAST_HOME", str(home))
         take_away(NO_BF16, patch)
         needs("int8")
-        yield chooser(minilm, texts).choose("int8")
+        yield selector(minilm, texts).choose("int8")
 
 
 def test_int8_is_close_to_fp32_on_records_it_was_not_calibrated_on(int8: Choice, minilm: Model) -> None:
@@ -98,7 +98,7 @@ def test_bf16_is_close_to_fp32_and_the_same_in_every_batch(
 ) -> None:
     take_away("", monkeypatch)
     needs("bf16")
-    choice = chooser(minilm, texts).choose("bf16")
+    choice = selector(minilm, texts).choose("bf16")
     assert choice.fidelity is not None
     assert choice.fidelity.cosine_mean >= 0.9999
     encoder = Encoder(choice.spec)
@@ -114,7 +114,7 @@ def test_int8_computes_the_rest_in_bf16_where_the_cpu_can(
     notes: list[str] = []
     take_away("", monkeypatch)
     needs("bf16")
-    choice = chooser(minilm, texts, report=notes.append).choose("int8")
+    choice = selector(minilm, texts, report=notes.append).choose("int8")
     # The same quantised model, compared anew: its vectors are others, and an index is not filled with both.
     assert choice.spec.prepared == int8.spec.prepared
     assert choice.fingerprint == f"{int8.fingerprint}-bf16"
@@ -128,17 +128,17 @@ def test_int8_computes_the_rest_in_bf16_where_the_cpu_can(
     assert np.abs(together[:40] - alone).max() < 1e-6
     # Back on a machine without BF16 the first comparison still holds.
     take_away(NO_BF16, monkeypatch)
-    assert chooser(minilm, texts, history=(choice.fingerprint,)).choose("int8") == int8
+    assert selector(minilm, texts, history=(choice.fingerprint,)).choose("int8") == int8
 
 
 def test_prepared_once_for_an_index(int8: Choice, minilm: Model, texts: list[str]) -> None:
     def never(rows: int) -> list[str]:
         raise AssertionError("records were read again")
 
-    again = chooser(minilm, texts, sample=never).choose("int8")
+    again = selector(minilm, texts, sample=never).choose("int8")
     assert again == int8
     # Another index starts with the model of its earlier runs, but compares it on records of its own.
-    other = chooser(minilm, texts[200:], index="another", history=(int8.fingerprint,)).choose("int8")
+    other = selector(minilm, texts[200:], index="another", history=(int8.fingerprint,)).choose("int8")
     assert other.fingerprint == int8.fingerprint
     assert other.fidelity != int8.fidelity
 
@@ -153,16 +153,16 @@ def test_a_changed_file_is_not_used(int8: Choice, minilm: Model, home: Path, mon
     weights.write_bytes(data)
     notes: list[str] = []
     with pytest.raises(ModelError, match="too few"):
-        chooser(minilm, ["a"], history=(int8.fingerprint,), report=notes.append).choose("int8")
+        selector(minilm, ["a"], history=(int8.fingerprint,), report=notes.append).choose("int8")
     assert "model.bin has changed" in notes[0]
 
 
 def test_refused_below_the_floor_and_auto_falls_back(int8: Choice, minilm: Model, texts: list[str]) -> None:
     with pytest.raises(ModelError, match="not close enough") as refused:
-        chooser(minilm, texts).choose("int8", 0.99999)
+        selector(minilm, texts).choose("int8", 0.99999)
     assert "expected a mean cosine of at least 0.99999" in refused.value.message
     notes: list[str] = []
-    auto = chooser(minilm, texts, report=notes.append).choose("auto", 0.99999)
+    auto = selector(minilm, texts, report=notes.append).choose("auto", 0.99999)
     assert auto.spec.precision == "fp32"
     assert auto.fingerprint == minilm.fingerprint()
     assert any("not close enough" in note for note in notes)
@@ -205,11 +205,11 @@ def test_what_the_cpu_lacks_is_refused_and_auto_takes_fp32(
     for precision in refused:
         kind = {"int8": "VNNI", "bf16": "BF16"}[precision]
         with pytest.raises(ModelError, match=rf"--precision {precision}: this CPU has no {kind} instructions") as error:
-            chooser(minilm, [], sample=never).choose(precision)
+            selector(minilm, [], sample=never).choose(precision)
         assert error.value.remedy == "Use --precision fp32 or auto."
     if refused == ["int8", "bf16"]:
         notes: list[str] = []
-        choice = chooser(minilm, [], sample=never, report=notes.append).choose("auto")
+        choice = selector(minilm, [], sample=never, report=notes.append).choose("auto")
         assert choice.spec.precision == "fp32"
         assert [note.partition(" instructions")[0] for note in notes] == [
             "Not int8: this CPU has no VNNI",
@@ -234,7 +234,7 @@ def test_what_is_not_installed_is_refused(minilm: Model, texts: list[str], monke
         pytest.skip(f"refused for another reason: {reason}")
     monkeypatch.setattr(precision_module.openvino_backend, "installed", lambda: False)
     with pytest.raises(ModelError, match=r"pip install 'kdb-fast\[openvino\]'"):
-        chooser(minilm, texts).choose("int8")
+        selector(minilm, texts).choose("int8")
 
 
 def test_int8_needs_vnni_since_it_saturates_on_avx2(
@@ -260,7 +260,7 @@ def test_fp32_on_avx2_gives_the_same_vectors(minilm: Model, texts: list[str], tm
 def test_too_few_records(minilm: Model) -> None:
     needs("int8")
     with pytest.raises(ModelError, match="3 records are too few"):
-        chooser(minilm, ["a", "b", "c"], index="new").choose("int8")
+        selector(minilm, ["a", "b", "c"], index="new").choose("int8")
 
 
 def test_a_stop_ends_the_preparation(minilm: Model, texts: list[str], tmp_path: Path,
@@ -268,7 +268,7 @@ def test_a_stop_ends_the_preparation(minilm: Model, texts: list[str], tmp_path: 
     needs("int8")
     monkeypatch.setenv("KDB_FAST_HOME", str(tmp_path))
     with pytest.raises(StoppedError):
-        chooser(minilm, texts, index="new", should_stop=lambda: True).choose("int8")
+        selector(minilm, texts, index="new", should_stop=lambda: True).choose("int8")
     assert not list(tmp_path.glob("prepared/*/model.xml"))
 
 

@@ -699,20 +699,20 @@ class TestSqliteCache:
     ) -> None:
         reader = indexed.reader()
         self.nearest(reader, 0)
-        monkeypatch.setattr(sqlite_vectors.VectorCache, "_read", None)
+        monkeypatch.setattr(sqlite_vectors.ExactVectorSearch, "_read", None)
         assert [self.nearest(reader, axis) for axis in range(4)] == list("0123")
 
     def test_only_changed_rows_are_read_again(self, indexed: Database, monkeypatch: pytest.MonkeyPatch) -> None:
         reader = indexed.reader()
         self.nearest(reader, 0)
         read: list[Any] = []
-        original = sqlite_vectors.VectorCache._read
+        original = sqlite_vectors.ExactVectorSearch._read
 
         def spy(self: Any, dimensions: int, rowids: Any) -> Any:
             read.append(rowids)
             return original(self, dimensions, rowids)
 
-        monkeypatch.setattr(sqlite_vectors.VectorCache, "_read", spy)
+        monkeypatch.setattr(sqlite_vectors.ExactVectorSearch, "_read", spy)
         indexed.index("E", "9", "words", unit(7), updated_at=LATER)
         assert self.nearest(reader, 7) == "9"
         assert read == [[5]]
@@ -795,7 +795,7 @@ class TestSqliteVec:
     def by_sqlite_vec(db: Database, **options: Any) -> list[SearchResult]:
         """The first search of a reader, which must not have read all rows."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sqlite_vectors.VectorCache, "_blocks", None)
+            patch.setattr(sqlite_vectors.ExactVectorSearch, "_blocks", None)
             return db.search(mode="vector", **options)
 
     @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from kdb_fast.fidelity import overlap, unit
 from kdb_fast.openvino_rows import SIZES, STEP, row_numbers
 from kdb_fast.origins import same_model
 from kdb_fast.preparation import prepared_fingerprint
-from kdb_fast.quantise import activation_grid, round_weights, smoothing, weight_scale
+from kdb_fast.quantised_weights import activation_grid, round_weights, smoothing, weight_scale
 from kdb_fast.settings import ReindexOptions
 
 RNG = np.random.default_rng(7)
