@@ -23,8 +23,9 @@ import numpy as np
 from .encoder import Encoder, EncoderSpec, Matrix, Tally
 from .errors import ModelError, UsageError
 from .models import directory_name, resolve
-from .openai_api import PROBE, EmbeddingsAPI
+from .openai_api import EmbeddingsAPI
 from .openai_inputs import MAX_INPUT_TOKENS, MAX_INPUTS, unfit, unfit_for_api
+from .openai_requests import PROBE
 from .origins import BY_NAME
 from .provider_base import (
     EmbeddingProvider,

@@ -17,7 +17,7 @@ from openai_server import KEY, MODEL, Items, OpenAIServer, Reply, hashed, shorte
 from kdb_fast.encoder import Encoder, EncoderSpec, Tally
 from kdb_fast.errors import KdbFastError, ModelError
 from kdb_fast.models import Model
-from kdb_fast.openai_api import MAX_BACKOFF_SECONDS, PROBE
+from kdb_fast.openai_requests import MAX_BACKOFF_SECONDS, PROBE
 from kdb_fast.providers import (
     OpenAIProvider,
     ProviderEncoder,
@@ -329,7 +329,7 @@ def test_rate_limit_holds_for_the_other_requests_too(server: OpenAIServer, build
             sent_meanwhile.append(len(server.seen))
         time.now = max(time.now, 1008.0)
 
-    provider._api._sleep = sleep
+    provider._api._requests.sleep = sleep
     provider.embed("one")
     assert time.waits == [8, 8]
     assert sent_meanwhile == [2]

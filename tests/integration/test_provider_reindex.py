@@ -20,7 +20,7 @@ from kdb_fast import cli
 from kdb_fast.database import DatabaseAddress
 from kdb_fast.errors import SchemaError
 from kdb_fast.models import Model
-from kdb_fast.openai_api import PROBE
+from kdb_fast.openai_requests import PROBE
 from kdb_fast.providers import FastEmbedProvider, OpenAIProvider, ProviderKeyError
 from kdb_fast.reindex import reindex
 from kdb_fast.search import SearchEngine
