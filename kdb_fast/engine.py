@@ -11,7 +11,7 @@ from collections import deque
 from typing import NamedTuple
 
 from .encoder import Encoder, EncoderSpec
-from .messages import Embed, Embedded, Finish, Finished, Flush, Flushed, PrepareIndex
+from .messages import Embed, Embedded, Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex
 from .sharding import SHARD_CHARS
 from .slab import Slab, SlabShape
 from .stores.base import RunSpec, Store
@@ -35,7 +35,7 @@ class Note(NamedTuple):
     text: str
 
 
-Event = SlotFilled | Flushed | Finished | Note
+Event = SlotFilled | Flushed | IndexPrepared | Finished | Note
 
 
 class Engine(ABC):
@@ -67,7 +67,7 @@ class Engine(ABC):
 
     @abstractmethod
     def request(self, message: PrepareIndex | Finish) -> None:
-        """Ask the writer for something else; a Finished follows. One at a time, not beside a flush."""
+        """Ask the writer for something else; its answer follows. One at a time, not beside a flush."""
 
     @property
     @abstractmethod
@@ -120,7 +120,7 @@ class InlineEngine(Engine):
 
     def poll(self, timeout: float) -> list[Event]:
         from .worker import embed_rows
-        from .writer import finish, flush, prepare_index
+        from .writer import finish, flush
 
         if self._requests:
             message = self._requests[0]
@@ -128,7 +128,7 @@ class InlineEngine(Engine):
             if isinstance(message, Flush):
                 answer = flush(self.slab, self._store, self._run, message)
             elif isinstance(message, PrepareIndex):
-                answer = prepare_index(self._store, message)
+                answer = IndexPrepared(self._store.defer_index())
             else:
                 answer = finish(self._store, message, lambda what: None)
             self._requests.popleft()

@@ -7,10 +7,13 @@ message names a slot with its generation, so that an answer about an earlier use
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import KdbFastError
 from .records import Reject
+
+if TYPE_CHECKING:
+    from .stores.index_policy import IndexOutcome
 
 FAILED_CHARS = 2000
 """Of a message to the parent about an error."""
@@ -115,9 +118,13 @@ def rows_of_bits(bits: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
 
 
 class PrepareIndex(NamedTuple):
-    """Parent → writer: drop the vector index before a large load (``drop``), or leave it."""
+    """Parent → writer: drop the search indexes before a large load."""
 
-    drop: bool
+
+class IndexPrepared(NamedTuple):
+    """Writer → parent: the answer to PrepareIndex."""
+
+    outcome: IndexOutcome
 
 
 class Finish(NamedTuple):
@@ -128,10 +135,10 @@ class Finish(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """Writer → parent: the answer to Finish or PrepareIndex; ``outcome`` says what became of the index."""
+    """Writer → parent: the answer to Finish; ``outcome`` says what became of the indexes."""
 
     deleted: int
-    outcome: str
+    outcome: IndexOutcome
     seconds: float
     warnings: tuple[str, ...] = ()
     not_pruned: tuple[str, ...] = ()

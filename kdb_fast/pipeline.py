@@ -26,7 +26,7 @@ from .engine import Engine, Event, Note, SlotFilled
 from .errors import KdbFastError, RejectLimitError
 from .faults import fault
 from .flushing import MAX_WAIT_SECONDS, FlushSize
-from .messages import Finish, Finished, Flush, Flushed, PrepareIndex, SlotRows, rows_of_bits
+from .messages import Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex, SlotRows, rows_of_bits
 from .records import (
     MAX_ENTITY_CHARS,
     MAX_RECORD_ID_CHARS,
@@ -42,7 +42,7 @@ from .settings import RejectLimit
 from .sharding import SHARD_ROWS, WINDOW_ROWS, shard_numbers, text_bytes
 from .slab import NO_STAMP, ROW_REASONS, Row
 from .stores.base import Store, Stored
-from .stores.pg_index import should_defer
+from .stores.index_policy import IndexAction, IndexRecord, decide
 from .vectors import VectorCache
 
 EMBEDDED, REUSED = 0, 1
@@ -158,7 +158,7 @@ class Pipeline:
         heartbeat: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.counts = Counts()
-        self.index_text = ""
+        self.index = IndexRecord()
         self.warnings: list[str] = []
         self.engine: Engine | None = None
         self.flush_size: FlushSize | None = None
@@ -199,7 +199,6 @@ class Pipeline:
         self._seen: dict[int, str] = {}
         self._generation = 0
         self._last_flush = time.monotonic()
-        self._deferred: bool | None = None
         self._finished: Finished | None = None
         self.not_pruned: set[str] = set()
         self._rows_at_start: int | None = None
@@ -274,11 +273,7 @@ class Pipeline:
         while (part := _first_of(prune, MESSAGE_BYTES)) < len(prune):
             self._ask(Finish(prune[:part], False))
             prune = prune[part:]
-        done = self._ask(Finish(prune, build_index))
-        if self._deferred and "kept" not in done.outcome:
-            self.index_text = f"{self.index_text}; {done.outcome}"
-        elif not self.index_text or done.outcome != "kept":
-            self.index_text = done.outcome
+        self.index.finished = self._ask(Finish(prune, build_index)).outcome
 
     def _ask(self, message: Finish) -> Finished:
         """Have the writer do something after the last flush."""
@@ -290,7 +285,7 @@ class Pipeline:
         done: Finished = self._finished
         self.counts.deleted += done.deleted
         self.counts.index_seconds += done.seconds
-        self.warnings += done.warnings
+        self.warnings += done.warnings + done.outcome.warnings
         self.not_pruned |= set(done.not_pruned)
         return done
 
@@ -626,27 +621,22 @@ class Pipeline:
                 self._forget(key)
 
     def _index_decision(self, engine: Engine) -> bool:
-        """Ask the writer to drop the vector index if most of the table will be written. True if it was asked."""
-        # A run that is being stopped will not be there to build it again.
-        if self._deferred or self._stopping or not self._store.has_vector_index:
+        """Ask the writer to drop the search indexes if most of the table will be written. True if it was asked."""
+        # A run that is being stopped will not be there to build them again.
+        if self.index.deferred or self._stopping or not self._store.has_vector_index:
             return False
         counts = self.counts
-        to_write = counts.read - counts.unchanged - counts.rejected - counts.superseded
-        remaining = max(0, (self._estimate or 0) - counts.read)
-        expected = to_write + (remaining * to_write // counts.read if counts.read else 0)
-        written = counts.stored + counts.reused
-        rows_after = max(self._rows_at_start or 0, self._estimate or 0, to_write)
-        if not should_defer(expected - written, rows_after):
-            self._deferred = False if self._deferred is None else self._deferred
-            self.index_text = self.index_text or (
-                f"kept: about {expected} of {rows_after} rows change, under a quarter"
-                if expected * 4 < rows_after
-                else f"kept: only about {expected} rows change"
-            )
+        decision = decide(
+            rows_in_index=self._rows_at_start or 0,
+            estimate=self._estimate,
+            read=counts.read,
+            to_write=counts.read - counts.unchanged - counts.rejected - counts.superseded,
+            written=counts.stored + counts.reused,
+        )
+        self.index.decided(decision)
+        if decision.action is IndexAction.KEPT:
             return False
-        self._deferred = True
-        self.index_text = f"deferred: about {expected} of {rows_after} rows change, a quarter or more"
-        engine.request(PrepareIndex(True))
+        engine.request(PrepareIndex())
         return True
 
     # -- what has happened -----------------------------------------------------------------------------
@@ -656,9 +646,9 @@ class Pipeline:
             self._slot_filled(event)
         elif isinstance(event, Flushed):
             self._flushed(event)
+        elif isinstance(event, IndexPrepared):
+            self.index.dropped = event.outcome
         elif isinstance(event, Finished):
-            if event.outcome.startswith("kept:"):
-                self.index_text = event.outcome
             self._finished = event
         else:
             assert isinstance(event, Note)

@@ -428,7 +428,7 @@ class _Run:
             "flushes": counts.flushes,
             "flush_size": flush,
             "bytes_written": counts.bytes_written,
-            "index": pipeline.index_text if pipeline else "",
+            "index": pipeline.index.text if pipeline else "",
             "phases": {
                 "prepare": round(self.embedding.seconds, 3),
                 "start": round(self.start_seconds, 3),

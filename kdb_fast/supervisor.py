@@ -29,7 +29,19 @@ from .encoder import EncoderSpec
 from .engine import Engine, Event, Note, filled
 from .errors import KdbFastError, ResourceError
 from .faults import fault
-from .messages import Embed, Embedded, Failed, Finish, Finished, Flush, Flushed, PrepareIndex, Ready, Stop
+from .messages import (
+    Embed,
+    Embedded,
+    Failed,
+    Finish,
+    Finished,
+    Flush,
+    Flushed,
+    IndexPrepared,
+    PrepareIndex,
+    Ready,
+    Stop,
+)
 from .resources import oom_kills
 from .slab import ROW_WORKER_DIED, Slab, SlabShape
 from .spawning import describe_exit, spawn, tail
@@ -236,7 +248,7 @@ class ProcessEngine(Engine):
             if child is not self._writer:
                 self._starts_failed = 0
             self._feed()
-        elif isinstance(message, (Flushed, Finished)):
+        elif isinstance(message, (Flushed, IndexPrepared, Finished)):
             if self._request is not None:
                 self._request = None
                 self._events.append(message)

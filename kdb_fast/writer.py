@@ -12,11 +12,12 @@ from typing import Any
 from .child import enter_child
 from .database import DatabaseAddress
 from .faults import fault
-from .messages import Busy, Failed, Finish, Finished, Flush, Flushed, PrepareIndex, Ready, Stop, row_bits
+from .messages import Busy, Failed, Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex, Ready, Stop, row_bits
 from .records import storable_key
 from .slab import Slab, SlabHandle
 from .stores import open_store
-from .stores.base import FlushSlot, HiddenRowsError, IndexOutcome, RunSpec, Store
+from .stores.base import FlushSlot, HiddenRowsError, RunSpec, Store
+from .stores.index_policy import IndexAction, IndexOutcome
 
 BEAT_SECONDS = 2.0
 """How often a busy writer says that it is alive."""
@@ -91,12 +92,12 @@ def serve(connection: Connection, sender: _Sender, slab: Slab, store: Store, spe
             return
         fault("writer.received")
         with sender.beating(type(message).__name__.lower()):
-            answer: Flushed | Finished
+            answer: Flushed | IndexPrepared | Finished
             if isinstance(message, Flush):
                 answer = flush(slab, store, spec, message)
                 fault("writer.flushed")
             elif isinstance(message, PrepareIndex):
-                answer = prepare_index(store, message)
+                answer = IndexPrepared(store.defer_index())
             else:
                 answer = finish(store, message, sender.say)
         sender.send(answer)
@@ -124,13 +125,6 @@ def flush(slab: Slab, store: Store, spec: RunSpec, message: Flush) -> Flushed:
     )
 
 
-def prepare_index(store: Store, message: PrepareIndex) -> Finished:
-    """Drop the vector index before a large load, where the parent decided so."""
-    started = time.perf_counter()
-    text = store.defer_index() if message.drop else "kept"
-    return Finished(0, text, time.perf_counter() - started)
-
-
 def finish(store: Store, message: Finish, beat: Any) -> Finished:
     """Remove what has no record any more, then build what index is missing."""
     started = time.perf_counter()
@@ -148,8 +142,8 @@ def finish(store: Store, message: Finish, beat: Any) -> Finished:
         for why, entities in hidden.items()
     )
     kept = tuple(entity for entities in hidden.values() for entity in entities)
-    outcome = store.finish_index(beat) if message.build_index else IndexOutcome("not built")
-    return Finished(deleted, outcome.text, time.perf_counter() - started, warnings + outcome.warnings, kept)
+    outcome = store.finish_index(beat) if message.build_index else IndexOutcome(IndexAction.NOT_BUILT)
+    return Finished(deleted, outcome, time.perf_counter() - started, warnings, kept)
 
 
 def _names(entities: list[str]) -> str:

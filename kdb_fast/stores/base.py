@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import SchemaError
 from ..records import Reject
 from ..target import Target
+from .index_policy import IndexOutcome
 
 if TYPE_CHECKING:
     from ..slab import Slot
@@ -81,13 +82,6 @@ class FlushResult(NamedTuple):
     deleted: int
     lost: tuple[tuple[int, int], ...]
     rejected: tuple[tuple[int, int, str, str], ...]
-
-
-class IndexOutcome(NamedTuple):
-    """What was done with the vector index, in words, and the warnings that the server gave."""
-
-    text: str
-    warnings: tuple[str, ...] = ()
 
 
 class HiddenRowsError(SchemaError):
@@ -216,7 +210,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def defer_index(self) -> str:
+    def defer_index(self) -> IndexOutcome:
         """Drop the vector index (and full-text index) before a large load; remembers how to build it again."""
 
     @abstractmethod

@@ -1,8 +1,6 @@
-"""PostgreSQL: keep the vector index during a small change, drop and rebuild it around a large load.
+"""PostgreSQL: drop the search indexes before a large load, and build whatever index is missing.
 
-A live HNSW index costs about 1 ms of a core for each row written; building it afterwards costs 0.28 ms for
-each row of the table, on all builders together (30,000 × 384, pgvector 0.8.5). So the break-even is where the
-rows to write are about a quarter of the rows that the table will hold.
+When they are dropped: :mod:`.index_policy`.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from ..pg_connection import name_session
 from ..resources import available_memory, usable_cpus
 from ..target import TABLE, Target
 from . import schema
-from .base import IndexOutcome
+from .index_policy import IndexAction, IndexOutcome
 from .pg_index_catalog import (
     Name,
     Relation,
@@ -41,12 +39,6 @@ if TYPE_CHECKING:
 
     Cursor = psycopg.Cursor[tuple[Any, ...]]
 
-DEFER_SHARE = 0.25
-"""Share of rows to write from which the index is dropped and rebuilt: 0.28 ms ÷ 1 ms, rounded down."""
-
-DEFER_FLOOR = 200
-"""Below this many rows to write the index is kept in any case: 0.2 s of work."""
-
 ROW_BYTES_IN_BUILD = 1.3
 """pgvector keeps elements and neighbour lists in memory while building: about 1.3 × the vectors at m = 16."""
 
@@ -54,11 +46,6 @@ DROP_PATIENCE_MS = 2000
 """How long the dropping of the index waits for other sessions' transactions."""
 
 STATE_KEY = "dropped_indexes"
-
-
-def should_defer(to_write: int, rows_after: int) -> bool:
-    """Whether ``to_write`` rows of ``rows_after`` are enough to drop the index and build it again."""
-    return to_write >= DEFER_FLOOR and to_write >= DEFER_SHARE * rows_after
 
 
 @dataclass
@@ -212,17 +199,21 @@ def missing(store: PostgreSQLStore) -> bool:
     return bool(tree.uncovered(True)) or any(index.vector for index in (*tree.lost(), *tree.broken()))
 
 
-def defer(store: PostgreSQLStore) -> str:
+def defer(store: PostgreSQLStore) -> IndexOutcome:
     """Drop the vector and full-text indexes; what they were is remembered in the same transaction."""
     import psycopg
 
     try:
         return _drop(store)
     except psycopg.errors.LockNotAvailable:
-        return f"kept: another session is using {store.target.shown(TABLE)}, so the index could not be dropped"
+        return _kept(f"another session is using {store.target.shown(TABLE)}, so the index could not be dropped")
 
 
-def _drop(store: PostgreSQLStore) -> str:
+def _kept(why: str) -> IndexOutcome:
+    return IndexOutcome(IndexAction.KEPT, why)
+
+
+def _drop(store: PostgreSQLStore) -> IndexOutcome:
     target = store.target
     with store.transaction() as cursor:
         # While this waits for a table, everybody else waits behind it.
@@ -230,10 +221,10 @@ def _drop(store: PostgreSQLStore) -> str:
         tree = _Tree.read(cursor, target)
         reason = obstacle(cursor, target, tree.present)
         if reason is not None:
-            return f"kept: {reason}, so it cannot drop and rebuild the index"
+            return _kept(f"{reason}, so it cannot drop and rebuild the index")
         fixed = [index.name for index in tree.present if index.fixed]
         if fixed:
-            return f"kept: {', '.join(fixed)} cannot be dropped, since something else depends on it"
+            return _kept(f"{', '.join(fixed)} cannot be dropped, since something else depends on it")
         # An invalid copy of a valid index is nobody's wish; it is left alone.
         valid = {(index.place, index.using) for index in (*tree.dropped, *tree.present) if index.valid}
         dropped = [
@@ -254,7 +245,7 @@ def _drop(store: PostgreSQLStore) -> str:
             if index.parent is None:  # its parts go with it
                 cursor.execute(f"DROP INDEX IF EXISTS {qualified(index.key)}".encode())
         fault("store.index_dropped")
-    return "dropped for the load"
+    return IndexOutcome(IndexAction.DROPPED)
 
 
 def finish(store: PostgreSQLStore, beat: Callable[[str], None]) -> IndexOutcome:
@@ -270,13 +261,12 @@ def _finish(store: PostgreSQLStore, builder: _Builder) -> IndexOutcome:
         tree = _Tree.read(cursor, target)
         if not tree.unfinished() and not builder.has_built:
             _forget(cursor, target)
-            return IndexOutcome("kept")
+            return IndexOutcome(IndexAction.KEPT)
         reason = obstacle(cursor, target, tree.dropped)
     if reason is not None:
         statements = [f"{index.statement(index.name)};" for index in _wanted(tree, target) if index.parent is None]
-        return IndexOutcome(
-            f"not built: {reason}", (f"Let the owner run: {' '.join(statements) or 'kdb-fast reindex'}",)
-        )
+        owner = f"Let the owner run: {' '.join(statements) or 'kdb-fast reindex'}"
+        return IndexOutcome(IndexAction.NOT_BUILT, reason, warnings=(owner,))
     # Full text first: it takes a second, and keyword search works while the vector index is built.
     for vector in (False, True):
         for index in (i for i in tree.broken() if i.vector == vector):
@@ -454,15 +444,14 @@ class _Builder:
             self._warnings.append(
                 f"The index {index.name} was not built again: its table {qualified(index.place)} is gone."
             )
-        parts = [f"built {text}"] if good else []
-        if bad:
-            names = ", ".join(name for _, name in bad)
-            parts.append(f"not valid: {names}")
+        invalid = tuple(name for _, name in bad)
+        if invalid:
             self._warnings.append(
-                f"{names}: looked at after building, the index is not there or not valid. Another session may have "
-                "changed it; run the same command again."
+                f"{', '.join(invalid)}: looked at after building, the index is not there or not valid. Another session "
+                "may have changed it; run the same command again."
             )
-        return IndexOutcome("; ".join(parts) or "kept", tuple(self._warnings))
+        action = IndexAction.BUILT if self._built else IndexAction.KEPT
+        return IndexOutcome(action, text, invalid, tuple(self._warnings))
 
 
 def _free_equal(tree: _Tree, place: Name, whole: SearchIndex) -> SearchIndex | None:

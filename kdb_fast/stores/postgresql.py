@@ -26,7 +26,8 @@ from ..pg_connection import Patience
 from ..records import Reject, storable_key
 from ..target import REJECTS, RUNS, STATE, TABLE, Target, find_target
 from . import pg_index, pg_prepare, pg_runs, seal
-from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored, runs_of_input
+from .base import FlushResult, FlushSlot, RunSpec, Store, Stored, runs_of_input
+from .index_policy import IndexOutcome
 from .pg_errors import classify, explain, refusal
 from .pg_flush import DROPPED, FlushWriter, delete_keys
 from .pgcopy import row_stamp
@@ -231,7 +232,7 @@ class PostgreSQLStore(Store):
     def end_run(self, run: int, state: str, receipt: dict[str, Any]) -> None:
         pg_runs.end(self, run, state, receipt)
 
-    def defer_index(self) -> str:
+    def defer_index(self) -> IndexOutcome:
         return self.retrying("dropping the vector index", lambda: pg_index.defer(self))
 
     def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:

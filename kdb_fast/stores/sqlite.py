@@ -17,7 +17,8 @@ from ..errors import RecordError
 from ..faults import fault
 from ..records import Reject
 from . import seal, sqlite_prepare, sqlite_prune, sqlite_runs
-from .base import FlushResult, FlushSlot, IndexOutcome, RunSpec, Store, Stored, runs_of_input
+from .base import FlushResult, FlushSlot, RunSpec, Store, Stored, runs_of_input
+from .index_policy import IndexAction, IndexOutcome
 from .sqlite_base import select_in, translated
 from .sqlite_flush import FlushWriter, row_stamp
 from .sqlite_fts import FullText
@@ -115,8 +116,8 @@ class SQLiteStore(Store):
         with translated("recording the end of the run"):
             sqlite_runs.end(self._connection, run, state, receipt)
 
-    def defer_index(self) -> str:
-        return "none"
+    def defer_index(self) -> IndexOutcome:
+        return IndexOutcome(IndexAction.NONE)
 
     def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
         if self.count() >= ANALYZE_ROWS:
@@ -125,7 +126,7 @@ class SQLiteStore(Store):
                 # A sample of 1,000 rows of each index: milliseconds, whatever the size of the table.
                 self._connection.execute("PRAGMA analysis_limit = 1000")
                 self._connection.execute("ANALYZE kdb_search")
-        return IndexOutcome("exact search on SQLite, no vector index")
+        return IndexOutcome(IndexAction.NONE, "exact search on SQLite, no vector index")
 
     def index_missing(self) -> bool:
         return False

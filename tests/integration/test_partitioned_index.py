@@ -92,7 +92,7 @@ def no_beat(what: str) -> None:
 
 def load(store: PostgreSQLStore) -> tuple[str, tuple[str, ...]]:
     """Drop, write, build; what was said about it."""
-    assert store.defer_index() == "dropped for the load"
+    assert store.defer_index().text == "dropped for the load"
     assert search_indexes(store.address) == []
     fill(store.address)
     outcome = store.finish_index(no_beat)
@@ -216,7 +216,7 @@ def test_a_tree_that_was_left_half_built_is_completed_by_whoever_comes_next(
     with contextlib.closing(other):
         if after % 2:
             # A run that loads again remembers what is there now and what was there before.
-            assert other.defer_index() == "dropped for the load"
+            assert other.defer_index().text == "dropped for the load"
         other.finish_index(no_beat)
         assert execute(database, "SELECT * FROM kdb_fast_state") == []
     assert snapshot(database) == before
@@ -402,7 +402,7 @@ def test_what_cannot_be_made_again_is_not_dropped(database: DatabaseAddress, mak
     load(store)
     assert snapshot(database) == before
     execute(database, "ALTER INDEX ix_kdb_search_vector DEPENDS ON EXTENSION vector")
-    assert store.defer_index().startswith("kept: ix_kdb_search_vector cannot be dropped")
+    assert store.defer_index().text.startswith("kept: ix_kdb_search_vector cannot be dropped")
     assert snapshot(database) == before
 
 
@@ -423,7 +423,7 @@ def test_what_the_role_could_not_make_again_is_not_dropped(
         else:
             execute(database, "ALTER TABLE kdb_search_rest OWNER TO postgres")
         before = snapshot(database)
-        text = store.defer_index()
+        text = store.defer_index().text
         assert text.startswith("kept: this role ")
         assert lacking in text
         assert snapshot(database) == before

@@ -344,7 +344,7 @@ def test_role_that_only_writes_leaves_the_index_to_the_owner(
     assert flush(writer, run, slot_of(known(writer, ("a", "three")))).rows == 1
     assert contents(database) == {"a": "three", "b": "two"}
     before = index_definitions(database)
-    assert writer.defer_index().startswith("kept: this role does not own public.kdb_search")
+    assert writer.defer_index().text.startswith("kept: this role does not own public.kdb_search")
     assert index_definitions(database) == before
     execute(database, "DROP INDEX ix_kdb_search_vector")
     outcome = writer.finish_index(lambda what: None)
@@ -928,7 +928,7 @@ def test_index_is_built_again_exactly_as_it_was_even_after_a_crash(
     before = index_definitions(database)
     assert "m='8', ef_construction='32'" in before["ix_kdb_search_vector"]
     run = begin(first)
-    assert first.defer_index() == "dropped for the load"
+    assert first.defer_index().text == "dropped for the load"
     assert set(before) - set(index_definitions(database)) == {"ix_kdb_search_vector", "ix_kdb_search_fts", "my_words"}
     flush(first, run, slot_of(fresh(*((f"k{i}", f"text {i}") for i in range(50)))))
     first.close()  # as a crash does: nothing was said to the database
@@ -936,7 +936,7 @@ def test_index_is_built_again_exactly_as_it_was_even_after_a_crash(
     second = open_store(database)
     second.prepare(DIMENSIONS)
     assert second.index_missing()
-    assert second.defer_index() == "dropped for the load"
+    assert second.defer_index().text == "dropped for the load"
     beats: list[str] = []
     outcome = second.finish_index(beats.append)
     assert outcome.text.startswith("built ")

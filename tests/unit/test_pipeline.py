@@ -26,13 +26,13 @@ from kdb_fast import pipeline as module
 from kdb_fast.engine import Engine, Event, Note, SlotFilled
 from kdb_fast.errors import RejectLimitError
 from kdb_fast.flushing import FlushSize
-from kdb_fast.messages import Finish, Finished, Flush, Flushed, PrepareIndex, row_bits, rows_of_bits
+from kdb_fast.messages import Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex, row_bits, rows_of_bits
 from kdb_fast.pipeline import Counts, Pipeline, Stop, limited
 from kdb_fast.records import MAX_CONTENT_BYTES, Record, Reject, content_hash, unfit
 from kdb_fast.settings import RejectLimit
 from kdb_fast.slab import NO_STAMP, ROW_NOT_FINITE, Slab, SlabShape
 from kdb_fast.stores.base import Store, Stored
-from kdb_fast.stores.pg_index import DEFER_FLOOR, should_defer
+from kdb_fast.stores.index_policy import IndexAction, IndexOutcome
 from kdb_fast.vectors import VectorCache
 
 FINGERPRINT = "of this model"
@@ -113,8 +113,8 @@ class FakeEngine(Engine):
         self.delivered: set[Key] = set()
         self.requests: list[Flush | PrepareIndex | Finish] = []
         self.starts: list[tuple[int, bool]] = []
-        self.prepare_outcome = "dropped for the load"
-        self.finish_outcome = "kept"
+        self.prepare_outcome = IndexOutcome(IndexAction.DROPPED)
+        self.finish_outcome = IndexOutcome(IndexAction.KEPT)
         self.before_poll: Callable[[], None] = lambda: None
         self.notes: list[str] = []
         self._orders: dict[int, tuple[int, int, list[tuple[bytes, bytes, bytes]]]] = {}
@@ -188,12 +188,12 @@ class FakeEngine(Engine):
         self._crcs[number, generation] = crcs
         return SlotFilled(number, generation, 3 * rows, 4 * rows, 0, 0.01, crcs)
 
-    def _answer(self) -> Flushed | Finished:
+    def _answer(self) -> Flushed | IndexPrepared | Finished:
         message, self._request = self._request, None
         if isinstance(message, Flush):
             return self._write(message)
         if isinstance(message, PrepareIndex):
-            return Finished(0, self.prepare_outcome, 0.0)
+            return IndexPrepared(self.prepare_outcome)
         assert isinstance(message, Finish)
         return Finished(len(message.prune), self.finish_outcome, 0.5, ("said at the end",))
 
@@ -1073,22 +1073,6 @@ def test_engine_is_told_how_many_rows_wait_and_whether_more_may_come() -> None:
 # -- the vector index --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("to_write", "rows_after", "defer"),
-    [
-        (DEFER_FLOOR, DEFER_FLOOR, True),
-        (DEFER_FLOOR - 1, DEFER_FLOOR - 1, False),
-        (1000, 4000, True),
-        (999, 4000, False),
-        (0, 0, False),
-        (30_000, 30_000, True),
-        (10, 1_000_000, False),
-    ],
-)
-def test_index_is_dropped_from_a_quarter_of_the_rows(to_write: int, rows_after: int, defer: bool) -> None:
-    assert should_defer(to_write, rows_after) is defer
-
-
 def with_vector_index(stored: int, **options: Any) -> Run:
     """A run into an index of so many rows that nobody reads here, and that has a vector index."""
     index = Index(run=2, has_vector_index=True)
@@ -1103,13 +1087,13 @@ def kinds(run: Run) -> list[str]:
 
 def test_a_first_load_drops_the_index_before_the_first_flush_and_builds_it_at_the_end() -> None:
     run = with_vector_index(0, estimate=1000).go([record(n, f"text {n}") for n in range(1000)], page=100)
-    run.engine.finish_outcome = "built ix_kdb_search_vector"
+    run.engine.finish_outcome = IndexOutcome(IndexAction.BUILT, "ix_kdb_search_vector")
     run.pipeline.finish(())
     assert kinds(run)[:2] == ["PrepareIndex", "Flush"]
     assert kinds(run).count("PrepareIndex") == 1
-    assert run.engine.requests[0] == PrepareIndex(True)
+    assert run.engine.requests[0] == PrepareIndex()
     assert run.engine.requests[-1] == Finish((), True)
-    text = run.pipeline.index_text
+    text = run.pipeline.index.text
     assert text.startswith("deferred: about 1000 of 1000 rows change, a quarter or more")
     assert text.endswith("; built ix_kdb_search_vector")
     assert len(run.index.rows) == 1000
@@ -1119,13 +1103,13 @@ def test_a_small_change_of_a_large_index_keeps_it() -> None:
     run = with_vector_index(5000, estimate=300).go([record(n, f"text {n}") for n in range(300)], page=50)
     run.pipeline.finish(())
     assert "PrepareIndex" not in kinds(run)
-    assert run.pipeline.index_text == "kept: about 300 of 5000 rows change, under a quarter"
+    assert run.pipeline.index.text == "kept: about 300 of 5000 rows change, under a quarter"
 
 
 def test_a_handful_of_rows_keeps_the_index_whatever_their_share() -> None:
     run = with_vector_index(0, estimate=50).go([record(n, f"text {n}") for n in range(50)])
     assert "PrepareIndex" not in kinds(run)
-    assert run.pipeline.index_text == "kept: only about 50 rows change"
+    assert run.pipeline.index.text == "kept: only about 50 rows change"
 
 
 def test_unchanged_records_do_not_count_as_rows_to_write() -> None:
@@ -1135,7 +1119,7 @@ def test_unchanged_records_do_not_count_as_rows_to_write() -> None:
     run.go([record(n, f"text {n}") for n in range(1000)], page=1000)
     assert run.counts.unchanged == 900
     assert "PrepareIndex" not in kinds(run)
-    assert run.pipeline.index_text == "kept: about 100 of 1000 rows change, under a quarter"
+    assert run.pipeline.index.text == "kept: about 100 of 1000 rows change, under a quarter"
 
 
 def test_a_load_that_turns_out_large_on_the_way_drops_the_index_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1147,7 +1131,7 @@ def test_a_load_that_turns_out_large_on_the_way_drops_the_index_then(monkeypatch
     run.go([record(n, f"text {n}") for n in range(3000)], page=100)
     assert kinds(run)[0] == "Flush", "one in ten of the first records has changed"
     assert kinds(run).count("PrepareIndex") == 1
-    assert run.pipeline.index_text.startswith("deferred: ")
+    assert run.pipeline.index.text.startswith("deferred: ")
     assert run.index.contents() == {("E", f"r{n}"): f"text {n}" for n in range(3000)}
 
 
@@ -1161,16 +1145,17 @@ def test_a_store_without_a_vector_index_is_never_asked_to_drop_it() -> None:
     run.index.has_vector_index = False
     run.go([record(n, f"text {n}") for n in range(1000)], page=100)
     assert set(kinds(run)) == {"Flush"}
-    assert run.pipeline.index_text == ""
+    assert run.pipeline.index.text == ""
 
 
 def test_an_index_that_could_not_be_dropped_is_told() -> None:
     run = with_vector_index(0, estimate=1000)
-    run.engine.prepare_outcome = "kept: this role does not own kdb_search, so it cannot drop and rebuild the index"
+    reason = "this role does not own kdb_search, so it cannot drop and rebuild the index"
+    run.engine.prepare_outcome = IndexOutcome(IndexAction.KEPT, reason)
     run.go([record(n, f"text {n}") for n in range(1000)], page=100)
     run.pipeline.finish(())
     assert kinds(run).count("PrepareIndex") == 1
-    assert run.pipeline.index_text == run.engine.prepare_outcome
+    assert run.pipeline.index.text == f"kept: {reason}"
     assert len(run.index.rows) == 1000
 
 
@@ -1186,13 +1171,13 @@ def test_a_run_that_is_being_stopped_does_not_drop_the_index() -> None:
 
 def test_finish_prunes_counts_and_collects_what_the_server_said() -> None:
     run = Run().go([record(1, "text")])
-    run.engine.finish_outcome = "built ix_kdb_search_fts"
+    run.engine.finish_outcome = IndexOutcome(IndexAction.BUILT, "ix_kdb_search_fts")
     run.pipeline.finish(("E", "F"))
     assert run.engine.requests[-1] == Finish(("E", "F"), True)
     assert run.counts.deleted == 2
     assert run.counts.index_seconds == 0.5
     assert run.pipeline.warnings == ["said at the end"]
-    assert run.pipeline.index_text == "built ix_kdb_search_fts"
+    assert run.pipeline.index.text == "built ix_kdb_search_fts"
     assert run.phases == {"embed", "index"}
 
 
@@ -1238,7 +1223,7 @@ def test_finish_of_an_unchanged_index_still_looks_after_the_index() -> None:
     run.pipeline.finish(())
     assert run.engine.starts == [(0, False)]
     assert run.engine.requests == [Finish((), True)]
-    assert run.pipeline.index_text == "kept"
+    assert run.pipeline.index.text == "kept"
 
 
 def test_finish_with_nothing_to_do_starts_nothing() -> None:

@@ -1,0 +1,123 @@
+"""When a load drops the search indexes, and how what became of them is told."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from kdb_fast.stores.index_policy import (
+    DEFER_FLOOR,
+    IndexAction,
+    IndexDecision,
+    IndexOutcome,
+    IndexRecord,
+    decide,
+    should_defer,
+)
+
+KEPT = IndexOutcome(IndexAction.KEPT)
+BUILT = IndexOutcome(IndexAction.BUILT, "ix_a, ix_b")
+DROPPED = IndexOutcome(IndexAction.DROPPED)
+FEW = IndexDecision(IndexAction.KEPT, 300, 5000)
+MOST = IndexDecision(IndexAction.DEFERRED, 1000, 1000)
+
+
+@pytest.mark.parametrize(
+    ("to_write", "rows_after", "defer"),
+    [
+        (DEFER_FLOOR, DEFER_FLOOR, True),
+        (DEFER_FLOOR - 1, DEFER_FLOOR - 1, False),
+        (1000, 4000, True),
+        (999, 4000, False),
+        (0, 0, False),
+        (30_000, 30_000, True),
+        (10, 1_000_000, False),
+    ],
+)
+def test_index_is_dropped_from_a_quarter_of_the_rows(to_write: int, rows_after: int, defer: bool) -> None:
+    assert should_defer(to_write, rows_after) is defer
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        # Nothing is known but what was read.
+        ({"rows_in_index": 0, "estimate": None, "read": 500, "to_write": 500, "written": 0}, (True, 500, 500)),
+        # What is left is like what was read.
+        ({"rows_in_index": 0, "estimate": 1000, "read": 100, "to_write": 50, "written": 0}, (True, 500, 1000)),
+        ({"rows_in_index": 4000, "estimate": 1000, "read": 100, "to_write": 50, "written": 0}, (False, 500, 4000)),
+        # Dropping the index saves nothing for what is written already.
+        ({"rows_in_index": 0, "estimate": 1000, "read": 900, "to_write": 900, "written": 850}, (False, 1000, 1000)),
+        # More came than were expected.
+        ({"rows_in_index": 0, "estimate": 10, "read": 700, "to_write": 700, "written": 0}, (True, 700, 700)),
+        ({"rows_in_index": 9, "estimate": 0, "read": 0, "to_write": 0, "written": 0}, (False, 0, 9)),
+    ],
+)
+def test_the_decision_counts_what_is_left_to_write(seen: dict[str, int], expected: tuple[bool, int, int]) -> None:
+    drop, to_write, rows_after = expected
+    action = IndexAction.DEFERRED if drop else IndexAction.KEPT
+    assert decide(**seen) == IndexDecision(action, to_write, rows_after)  # type: ignore[arg-type]
+
+
+def test_a_decision_names_its_reason() -> None:
+    assert MOST.text == "deferred: about 1000 of 1000 rows change, a quarter or more"
+    assert FEW.text == "kept: about 300 of 5000 rows change, under a quarter"
+    assert IndexDecision(IndexAction.KEPT, 50, 50).text == "kept: only about 50 rows change"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "text"),
+    [
+        (KEPT, "kept"),
+        (IndexOutcome(IndexAction.KEPT, "it is used"), "kept: it is used"),
+        (DROPPED, "dropped for the load"),
+        (BUILT, "built ix_a, ix_b"),
+        (IndexOutcome(IndexAction.BUILT, "ix_a", ("ix_b", "ix_c")), "built ix_a; not valid: ix_b, ix_c"),
+        (IndexOutcome(IndexAction.BUILT, "", ("ix_b",)), "not valid: ix_b"),
+        (IndexOutcome(IndexAction.NOT_BUILT), "not built"),
+        (IndexOutcome(IndexAction.NOT_BUILT, "no right to"), "not built: no right to"),
+        (IndexOutcome(IndexAction.NONE), "none"),
+        (IndexOutcome(IndexAction.NONE, "exact search"), "exact search"),
+    ],
+)
+def test_an_outcome_is_told_in_words_and_crosses_a_pipe(outcome: IndexOutcome, text: str) -> None:
+    assert outcome.text == text
+    assert pickle.loads(pickle.dumps(outcome)) == outcome
+
+
+@pytest.mark.parametrize(
+    ("decisions", "dropped", "finished", "text"),
+    [
+        ([], None, None, ""),
+        ([], None, KEPT, "kept"),
+        ([], None, BUILT, "built ix_a, ix_b"),
+        ([FEW], None, None, FEW.text),
+        ([FEW], None, KEPT, FEW.text),
+        ([FEW], None, BUILT, "built ix_a, ix_b"),
+        ([FEW, FEW, MOST], DROPPED, None, MOST.text),
+        ([MOST], DROPPED, BUILT, f"{MOST.text}; built ix_a, ix_b"),
+        # Another program has built them meanwhile.
+        ([MOST], DROPPED, KEPT, MOST.text),
+        ([MOST], IndexOutcome(IndexAction.KEPT, "it is used"), KEPT, "kept: it is used"),
+        ([MOST], IndexOutcome(IndexAction.KEPT, "it is used"), BUILT, "kept: it is used; built ix_a, ix_b"),
+        # The words of an outcome are not read: an index may have any name.
+        ([MOST], DROPPED, IndexOutcome(IndexAction.BUILT, "ix_kept"), f"{MOST.text}; built ix_kept"),
+    ],
+)
+def test_a_run_tells_what_it_decided_and_what_came_of_it(
+    decisions: list[IndexDecision], dropped: IndexOutcome | None, finished: IndexOutcome | None, text: str
+) -> None:
+    record = IndexRecord()
+    for decision in decisions:
+        record.decided(decision)
+    record.dropped, record.finished = dropped, finished
+    assert record.text == text
+    assert record.deferred is (MOST in decisions)
+
+
+def test_the_first_reason_to_keep_the_index_stays() -> None:
+    record = IndexRecord()
+    record.decided(FEW)
+    record.decided(IndexDecision(IndexAction.KEPT, 400, 5000))
+    assert record.decision == FEW
