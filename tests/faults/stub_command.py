@@ -21,7 +21,7 @@ import psycopg  # noqa: F401 - imported once for all commands
 from kdb_fast import cli, database, engine, faults, flushing, pipeline, plan, progress, report, sources, supervisor
 from kdb_fast import reindex as reindex_module
 from kdb_fast.models import Model
-from kdb_fast.stores import open_store, pg_index, pg_runs, postgresql, sqlite, sqlite_runs
+from kdb_fast.stores import index_policy, open_store, pg_runs, postgresql, sqlite, sqlite_runs
 
 __all__ = ["database", "open_store", "pipeline", "postgresql", "progress", "report", "sources", "sqlite"]
 
@@ -39,7 +39,7 @@ def use_stubs() -> None:
     )
     plan.SHARD_ROWS = SHARD_ROWS
     flushing.FLOOR_BYTES = 25_000  # about 15 rows
-    pg_index.DEFER_FLOOR = 10
+    index_policy.DEFER_FLOOR = 10
     supervisor.STOPPED_SECONDS, supervisor.CHECK_SECONDS = 0.3, 0.1
     seconds = json.loads(os.environ.get("LC_SECONDS", "{}"))
     pg_runs.STALE_SECONDS = sqlite_runs.STALE_SECONDS = seconds.get("stale", pg_runs.STALE_SECONDS)

@@ -406,7 +406,7 @@ def test_stopped_writer_does_not_block_the_parent_that_has_thousands_of_rejects_
 def test_writer_killed_while_it_changes_the_index(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
-    monkeypatch.setattr("kdb_fast.stores.pg_index.DEFER_FLOOR", 10)
+    monkeypatch.setattr("kdb_fast.stores.index_policy.DEFER_FLOOR", 10)
     runs.fault(f"{point}:1:kill", tmp_path)
     receipt = runs.run()
     assert (tmp_path / "fired").exists()
