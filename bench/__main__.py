@@ -25,7 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="runs of each contender (default 3)")
     parser.add_argument("--sweep", action="store_true", help="part embed: also try token budgets")
     parser.add_argument("--sets", nargs="+", choices=STRESS_SETS, default=STRESS_SETS, help="part stress: only these")
-    parser.add_argument("--against", type=Path, metavar="DIR", help="part search: also a checkout of another version")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="parts search, engine, scale: also a checkout of another version, run in turn",
+    )
     parser.add_argument("--seed", type=int, default=1, help="seed of the data sets")
     parser.add_argument("--out", type=Path, help="directory of the results (default bench/results)")
     given = parser.parse_args(arguments)

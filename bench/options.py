@@ -20,7 +20,7 @@ class Options:
         quick: Tiny sizes and one run: says whether everything works, measures nothing.
         sweep: Also try token budgets (part ``embed``).
         sets: Data sets of the part ``stress``.
-        against: Checkout of another version, measured in turn with this one (part ``search``).
+        against: Checkout of another version, measured in turn with this one (parts ``search``, ``engine``, ``scale``).
         seed: Of the data sets.
         out: Directory of the results.
     """

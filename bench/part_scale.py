@@ -7,6 +7,7 @@ from typing import Any
 from kdb_fast.resources import usable_cpus
 
 from .chart import Bar
+from .compare import no_worse, other
 from .measure import Spread, pairwise, spread
 from .options import Options
 from .results import Requirement, Result, Table
@@ -38,15 +39,13 @@ def run(options: Options) -> Result:
         many = s.dataset("contacts", options.size(MANY, 3000))
         database: dict[str, Any] = {"conninfo": s.conninfo}
         free = {**database, "free_encoder": True, "build_index": False}
-        workers = alternate(
-            [
-                Contender(f"{n} worker{'s' if n > 1 else ''}", "reindex",
-                          {**tickets.params(), **database, "workers": n}, ours=True)
-                for n in worker_counts(usable_cpus())
-            ],
-            s.runs,
-            s.reset,
-        )  # fmt: skip
+        by_workers = [
+            Contender(f"{n} worker{'s' if n > 1 else ''}", "reindex",
+                      {**tickets.params(), **database, "workers": n}, ours=True)
+            for n in worker_counts(usable_cpus())
+        ]  # fmt: skip
+        both = alternate([*by_workers, *other(by_workers[-1], options)], s.runs, s.reset)
+        workers = {c.label: both[c.label] for c in by_workers}
         a_few = {**tickets.params(), "records": options.size(ALONE, 220)}
         encoders = alternate(
             [Contender(f"encoder alone, {n}", "encode", {**a_few, "workers": n}, ours=True)
@@ -99,8 +98,9 @@ def run(options: Options) -> Result:
             )
             for label, o in workers.items()
             if o is not first
-        ],
-        raw={"workers": raw(workers.values()), "encoders": raw(encoders.values()), "sizes": raw(sizes.values())},
+        ]
+        + no_worse(both),
+        raw={"workers": raw(both.values()), "encoders": raw(encoders.values()), "sizes": raw(sizes.values())},
     )  # fmt: skip
 
 

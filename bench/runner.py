@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -67,12 +68,13 @@ class Outcome:
 
 
 def run_once(name: str, params: dict[str, Any], *, timeout: float = TIMEOUT, root: Path = ROOT) -> dict[str, Any]:
-    """The report of one contender, with ``peak_pss_bytes`` of its whole tree of processes added.
+    """The report of one contender, with what its whole tree of processes took: ``peak_pss_bytes`` and ``cpu_seconds``.
 
     Raises:
         BenchError: It failed, or took longer than ``timeout`` seconds.
     """
     command = [sys.executable, "-W", "ignore", "-m", "bench.contender", name, json.dumps(params)]
+    before = _cpu_seconds()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(command, cwd=root, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=_clean())
         sampler = Sampler(lambda: {str(pid): pid for pid in tree(process.pid)})
@@ -94,7 +96,14 @@ def run_once(name: str, params: dict[str, Any], *, timeout: float = TIMEOUT, roo
             raise BenchError(f"{name} ended with exit code {code}: {err.read()[-2000:]}")
     report: dict[str, Any] = json.loads(printed[-1])
     report["peak_pss_bytes"] = sampler.peak_sum
+    report["cpu_seconds"] = _cpu_seconds() - before
     return report
+
+
+def _cpu_seconds() -> float:
+    """Of all children that have ended so far, with theirs; a database server is none of them."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def alternate(
