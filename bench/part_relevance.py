@@ -44,6 +44,13 @@ BATCH = 32
 TITLE_WORDS = (4, 14)
 """A title of fewer words fits many records; one of more is hardly typed by anybody."""
 
+PEOPLE = ("Anna", "Ben", "Cleo", "Dan", "Eve")
+DEVICES = ("boiler", "chiller", "dryer", "feeder", "grinder", "heater", "mixer")
+VERBS = ("checks", "opens", "cleans", "replaces")
+COLOURS = ("red", "blue", "green", "black", "white", "grey", "yellow", "brown", "pink", "orange")
+METALS = ("iron", "steel", "brass", "copper", "zinc", "tin", "lead", "nickel", "silver", "gold")
+PARTS = ("valve", "pipe", "hose", "gasket", "bolt", "flange", "spring", "lever")
+
 IDENTIFIERS: dict[str, Callable[[int], str]] = {
     "error code": lambda n: f"ERR_CONN_{1000 + n}",
     "hyphenated code": lambda n: f"CVE-2024-{1000 + n}",
@@ -57,13 +64,6 @@ IDENTIFIERS: dict[str, Callable[[int], str]] = {
     "quoted phrase": lambda n: f'"{COLOURS[n % 10]} {METALS[n // 10 % 10]} {PARTS[n // 100]}"',
 }
 """Kind → the n-th identifier, as it is asked for; a record holds it without quotes."""
-
-PEOPLE = ("Anna", "Ben", "Cleo", "Dan", "Eve")
-DEVICES = ("boiler", "chiller", "dryer", "feeder", "grinder", "heater", "mixer")
-VERBS = ("checks", "opens", "cleans", "replaces")
-COLOURS = ("red", "blue", "green", "black", "white", "grey", "yellow", "brown", "pink", "orange")
-METALS = ("iron", "steel", "brass", "copper", "zinc", "tin", "lead", "nickel", "silver", "gold")
-PARTS = ("valve", "pipe", "hose", "gasket", "bolt", "flange", "spring", "lever")
 
 
 class Case(NamedTuple):

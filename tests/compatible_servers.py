@@ -17,7 +17,8 @@ WINDOW = 512
 def vectors(texts: Sequence[str]) -> Matrix:
     """Vectors of unit length that no argument makes shorter."""
     found = hashed(texts, LENGTH)
-    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+    units: Matrix = (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+    return units
 
 
 def answered(status: int, body: Any) -> tuple[int, bytes]:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kdb_fast.database import DatabaseAddress
+
 if TYPE_CHECKING:
+    from commands import Commands, MakeJob
     from servers import Oracle, Server
 
-    from kdb_fast.database import DatabaseAddress
     from kdb_fast.encoder import Encoder
     from kdb_fast.models import Model
 
@@ -72,6 +74,45 @@ def database(postgres: Server) -> Iterator[DatabaseAddress]:
     address = postgres.create_database()
     yield address
     postgres.drop_database(address)
+
+
+@pytest.fixture
+def sqlite_database(tmp_path: Path) -> DatabaseAddress:
+    """A SQLite database that is made when it is first written to."""
+    return DatabaseAddress("sqlite", str(tmp_path / "index.db"), f"sqlite:///{tmp_path / 'index.db'}")
+
+
+@pytest.fixture(params=["postgresql", "sqlite"])
+def index(request: pytest.FixtureRequest) -> DatabaseAddress:
+    """An empty database of each kind."""
+    name = "database" if request.param == "postgresql" else "sqlite_database"
+    address: DatabaseAddress = request.getfixturevalue(name)
+    return address
+
+
+@pytest.fixture
+def address(index: DatabaseAddress) -> DatabaseAddress:
+    """The same."""
+    return index
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Commands with a stub for the model; none of their processes outlives the module. For tests/faults."""
+    from commands import Commands
+
+    found = Commands(tmp_path_factory.mktemp("commands"))
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def make_job(commands: Commands, tmp_path: Path) -> Iterator[MakeJob]:
+    """Makes a job of texts in a file; its processes end with the test. For tests/faults."""
+    from commands import FileJob
+
+    yield lambda database, texts: FileJob(commands, database, tmp_path, texts)
+    commands.clear()
 
 
 @pytest.fixture(scope="session")

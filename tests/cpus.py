@@ -125,7 +125,7 @@ def embed_with_avx2(
         model, path: Name and directory of the model.
         prepared: The quantised model, for int8 with all else in fp32.
     """
-    command = [emulator(), "-cpu", AVX2_CPU, sys.executable, "-c", PROGRAM,
+    command = [str(emulator()), "-cpu", AVX2_CPU, sys.executable, "-c", PROGRAM,
                model, str(path), str(prepared or ""), str(out), *texts]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ), check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -38,7 +38,7 @@ class Kameleon:
         from kameleondb import KameleonDB
 
         self.address, self.url = address, url
-        self.client = KameleonDB(url)
+        self.client: Any = KameleonDB(url)  # of which kdb_fast.kameleondb.install() changes the methods
         self._capture = capture
         self._folder = folder
 

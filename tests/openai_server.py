@@ -197,7 +197,7 @@ class OpenAIServer:
 
     def _items(self, body: dict[str, Any], texts: list[str]) -> Items:
         vectors = self.vectors(texts)
-        vectors = shortened(vectors, body.get("dimensions", vectors.shape[1]))
+        vectors = shortened(vectors, body.get("dimensions") or vectors.shape[1])
         as_text = body.get("encoding_format") == "base64" and not self.always_lists
         return [
             {

@@ -131,7 +131,7 @@ def execute(address: DatabaseAddress, statement: str, *parameters: Any) -> list[
             return list(connection.execute(statement.replace("%s", "?"), parameters))
     import psycopg
 
-    with psycopg.connect(address.conninfo, autocommit=True) as connection, connection.cursor() as cursor:
+    with psycopg.connect(address.conninfo, autocommit=True) as server, server.cursor() as cursor:
         cursor.execute(statement.encode(), parameters or None)
         return cursor.fetchall() if cursor.description else []
 
@@ -247,7 +247,8 @@ class Oracle:
 
     def vector(self, text: str) -> Vector:
         if text not in self._vectors:
-            self._vectors[text] = next(iter(self._model.embed([text])))
+            (vector,) = self._model.embed([text])
+            self._vectors[text] = vector.astype(np.float32, copy=False)
         return self._vectors[text]
 
     def check(self, rows: Mapping[Key, IndexRow], records: Iterable[Record]) -> None:

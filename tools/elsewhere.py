@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path(os.environ.get("KDB_FAST_HOME") or Path.home() / ".cache" / "kdb-fast-tests")
@@ -53,9 +54,9 @@ def say(text: str) -> None:
     print(f"elsewhere: {text}", file=sys.stderr, flush=True)
 
 
-def pytest(*arguments: str, **how: object) -> int:
+def pytest(*arguments: str, **how: Any) -> int:
     command = [sys.executable, "-m", "pytest", "-q", *arguments]
-    return subprocess.run(command, **{"cwd": ROOT, **how}, check=False).returncode  # type: ignore[call-overload]
+    return subprocess.run(command, **{"cwd": ROOT, **how}, check=False).returncode
 
 
 # -- another server ----------------------------------------------------------------------------------------

@@ -86,7 +86,9 @@ def _strace() -> tuple[str, ...]:
 def _namespace() -> tuple[str, ...]:
     """The command that gives a program a network of its own; () where that is forbidden."""
     unshare = shutil.which("unshare")
-    for options in (("--net",), ("--map-root-user", "--net")) if unshare else ():
+    if unshare is None:
+        return ()
+    for options in (("--net",), ("--map-root-user", "--net")):
         if subprocess.run([unshare, *options, "true"], capture_output=True, check=False).returncode == 0:
-            return (str(unshare), *options)
+            return (unshare, *options)
     return ()

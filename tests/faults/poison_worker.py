@@ -87,5 +87,5 @@ def _first_death() -> bool:
 
 def run(connection: Connection, slab: SlabHandle, spec: EncoderSpec, cpu: int | None, stderr: Any) -> None:
     """Entry point of the process."""
-    worker.Encoder = StubEncoder  # type: ignore[assignment, misc]
+    worker.Encoder = StubEncoder  # type: ignore[attr-defined, assignment]
     worker.run(connection, slab, spec, cpu, stderr)

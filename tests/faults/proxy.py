@@ -57,7 +57,7 @@ class Proxy:
         from psycopg.conninfo import conninfo_to_dict
 
         parts = conninfo_to_dict(address.conninfo)
-        host, port = str(parts["host"]), int(parts["port"])
+        host, port = str(parts["host"]), int(parts["port"] or 0)
         self._target: str | tuple[str, int] = f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port)
         self._server = address
         self.mode = PASS

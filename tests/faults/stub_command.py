@@ -32,17 +32,18 @@ SHARD_ROWS = 8
 
 def use_stubs() -> None:
     """Replace the model, and make shards, flushes and waiting times small; ``LC_SECONDS`` may set more of these."""
-    reindex_module.resolve = lambda *args, **options: MODEL
-    engine.Encoder = poison_worker.StubEncoder  # type: ignore[assignment, misc]
+    reindex_module.resolve = lambda *args, **options: MODEL  # type: ignore[attr-defined]
+    engine.Encoder = poison_worker.StubEncoder  # type: ignore[attr-defined, assignment]
     supervisor.ProcessEngine.__init__ = functools.partialmethod(  # type: ignore[assignment, method-assign]
         supervisor.ProcessEngine.__init__, worker_target=poison_worker.run
     )
-    plan.SHARD_ROWS = SHARD_ROWS
+    plan.SHARD_ROWS = SHARD_ROWS  # type: ignore[attr-defined]
     flushing.FLOOR_BYTES = 25_000  # about 15 rows
     index_policy.DEFER_FLOOR = 10
     supervisor.STOPPED_SECONDS, supervisor.CHECK_SECONDS = 0.3, 0.1
     seconds = json.loads(os.environ.get("LC_SECONDS", "{}"))
-    pg_runs.STALE_SECONDS = sqlite_runs.STALE_SECONDS = seconds.get("stale", pg_runs.STALE_SECONDS)
+    pg_runs.STALE_SECONDS = seconds.get("stale", pg_runs.STALE_SECONDS)
+    sqlite_runs.STALE_SECONDS = pg_runs.STALE_SECONDS  # type: ignore[attr-defined]
     postgresql.LIMITS = postgresql.LIMITS.replace("'30s'", f"'{seconds.get('lock', 30)}s'")
     database.SQLITE_BUSY_TIMEOUT = seconds.get("busy", database.SQLITE_BUSY_TIMEOUT)
     pipeline.DRAIN_SECONDS = seconds.get("drain", pipeline.DRAIN_SECONDS)

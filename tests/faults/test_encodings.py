@@ -174,7 +174,12 @@ def test_a_page_full_of_what_cannot_be_stored_costs_no_embedding_and_few_questio
     texts = {f"b{i}": "".join(letters[(7 * i + j) % 2000] for j in range(50)) for i in range(1500)}
     asked = []
     real = Characters.missing
-    monkeypatch.setattr(Characters, "missing", lambda *a: asked.append(1) or real(*a))
+
+    def noted(*arguments: Any) -> Any:
+        asked.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(Characters, "missing", noted)
     receipt = database.kdb_fast(
         "reindex", "--from", "-", "--entity", "N", "--json", "--no-progress", "--max-rejects", "2000",
         stdin="".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in [*texts.items(), ("ok", LATIN1)]),

@@ -133,7 +133,7 @@ def test_a_read_only_disk_is_refused_before_anything_is_done(notes: Path, tmp_pa
     needs_private_mounts()
     assert reindex(notes, tmp_path / "a.db").code == 3
     script = 'mount --bind "$DISK" "$DISK" && mount -o remount,bind,ro "$DISK" || exit 99; exec "$@"'
-    read_only = {"script": script, "private_mounts": True, "DISK": tmp_path}
+    read_only: dict[str, Any] = {"script": script, "private_mounts": True, "DISK": tmp_path}
     for db in ("a.db", "new.db"):
         done = reindex(notes, tmp_path / db, **read_only)
         assert done.code == 4, done
@@ -412,7 +412,7 @@ def test_a_reader_that_has_gone_ends_the_command_quietly(notes: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("environment", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}])
-def test_any_locale_stores_and_shows_all_of_unicode(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_any_locale_stores_and_shows_all_of_unicode(tmp_path: Path, environment: dict[str, Any]) -> None:
     file = tmp_path / "notes.jsonl"
     file.write_text('{"id": "Zürich 東京", "text": "naïve café 🙂"}\n', encoding="utf-8")
     db = f"sqlite:///{tmp_path}/ä.db"

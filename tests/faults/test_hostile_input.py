@@ -260,7 +260,7 @@ def test_a_number_and_its_text_are_one_key_of_which_the_later_wins_and_it_is_tol
 
 def test_each_kind_of_unfit_record_costs_itself_alone(database: Kameleon) -> None:
     good = records_of([f"good {i}" for i in range(40)], "E")
-    unfit = [
+    unfit: list[Record | Reject] = [
         Record("E", "nul", "a\0b"),
         Record("E", "surrogate", "a\ud800b"),
         Record("E", "empty", ""),
@@ -789,7 +789,7 @@ def test_commands_that_only_read_make_no_database(tmp_path: Path, command: list[
 # -- files of another form ---------------------------------------------------------------------------------------------
 
 QUOTED = b'\xef\xbb\xbfid,text,note\r\n1,"a, ""b""\nc",x\r\n2,two,\r\n'
-TABLES: dict[str, tuple[str, bytes, dict[str, str]]] = {
+FILES: dict[str, tuple[str, bytes, dict[str, str]]] = {
     "a.csv": ("CSV", QUOTED, {"1": 'text: a, "b"\nc | note: x', "2": "text: two"}),
     "it's b.tsv": ("TSV", b"id\ttext\n1\tone, two\n", {"1": "text: one, two"}),
     "c.txt": ("CSV with semicolons", "id;Überschrift 1\n1;zwei\n".encode(), {"1": "Überschrift 1: zwei"}),
@@ -797,9 +797,9 @@ TABLES: dict[str, tuple[str, bytes, dict[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", FILES)
 def test_a_table_is_told_with_a_command_that_reads_it(tmp_path: Path, name: str) -> None:
-    what, content, expected = TABLES[name]
+    what, content, expected = FILES[name]
     (tmp_path / name).write_bytes(content)
     db = f"sqlite:///{tmp_path}/a.db"
     refused = limited.run("reindex", "--from", tmp_path / name, "--entity", "N", "--db", db, "--json")

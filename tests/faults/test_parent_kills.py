@@ -9,8 +9,10 @@ import signal
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import poison_worker
 import psutil
@@ -33,6 +35,9 @@ ORPHAN_SECONDS = 2.0
 KILLED, REJECTS, LOCKED = -9, 3, 6
 """Exit codes."""
 
+SLOWLY: dict[str, Any] = {poison_worker.EACH_SECONDS: "0.005"}
+"""Environment of a run that can be interrupted."""
+
 
 # -- killed ------------------------------------------------------------------------------------------------
 
@@ -48,7 +53,7 @@ def test_killed_again_and_again_and_started_at_once(index: DatabaseAddress, make
     killed = 0
 
     def start() -> Command:
-        return job.start("--workers", "2", **{poison_worker.EACH_SECONDS: "0.005"})
+        return job.start("--workers", "2", **SLOWLY)
 
     command = start()
     for _ in range(KILLS):
@@ -57,7 +62,7 @@ def test_killed_again_and_again_and_started_at_once(index: DatabaseAddress, make
         command.send(signal.SIGKILL)
         killed_at = time.monotonic()
         next_command = start()
-        eventually(lambda gone=children: not any(is_alive(child) for child in gone))
+        eventually(partial(_are_gone, children))
         lives.append(time.monotonic() - killed_at)
         killed += command.wait() == KILLED
         assert command.wait() in (KILLED, 0), command.err
@@ -102,6 +107,10 @@ def _sleep_some_of_a_run(chance: random.Random, command: Command, job: FileJob) 
     time.sleep(chance.uniform(0.0, 0.2))
 
 
+def _are_gone(processes: Sequence[psutil.Process]) -> bool:
+    return not any(is_alive(process) for process in processes)
+
+
 def _children(pid: int) -> list[psutil.Process]:
     with contextlib.suppress(psutil.Error):
         return psutil.Process(pid).children(recursive=True)
@@ -137,7 +146,7 @@ def test_stopped_again_and_again(index: DatabaseAddress, make_job: MakeJob) -> N
     chance = random.Random(index.dialect)
     stopped = 0
     for _ in range(KILLS):
-        command = job.start("--workers", "2", **{poison_worker.EACH_SECONDS: "0.005"})
+        command = job.start("--workers", "2", **SLOWLY)
         _sleep_some_of_a_run(chance, command, job)
         command.send(signal.SIGTERM)
         assert command.wait() in (143, 0, -signal.SIGTERM), command.err

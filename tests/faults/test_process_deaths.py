@@ -92,7 +92,11 @@ class Runs:
         self.engines.append(engine)
         if engine.act is not None:
             # What is to be sabotaged must be there: work is given only once all are ready.
-            eventually(lambda: engine._step(0.05) or all(child.ready for child in engine._children()), 60)
+            def all_are_ready() -> bool:
+                engine._step(0.05)
+                return all(child.ready for child in engine._children())
+
+            eventually(all_are_ready, 60)
         return engine
 
     def fault(self, fault: str, directory: Path | None) -> None:

@@ -422,6 +422,6 @@ def test_an_engine_of_the_callers_with_odd_settings(postgres: Server, database: 
             assert connection.info.encoding == "iso8859-1"
         assert [r.id for r in search.search("See")][:1] == ["é1"]
     with closing(psycopg.connect(database.conninfo)) as plain:
-        stored = dict(plain.execute("SELECT record_id, content FROM kdb_search WHERE record_id LIKE 'é%'").fetchall())
-    assert stored == {"é1": "Zürich am See", "é2": "日本 Zürich"}
+        stored = plain.execute("SELECT record_id, content FROM kdb_search WHERE record_id LIKE 'é%'").fetchall()
+    assert dict(stored) == {"é1": "Zürich am See", "é2": "日本 Zürich"}
     engine.dispose()

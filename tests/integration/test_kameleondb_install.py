@@ -176,7 +176,12 @@ def test_uninstall_restores_everything_and_a_second_install_is_none(kameleon: Ka
 
 def test_threads_share_one_engine(kameleon: Kameleon, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    monkeypatch.setattr("kdb_fast.search.SearchEngine", lambda *a: made.append(a) or SearchEngine(*a))
+
+    def noted(*arguments: Any) -> SearchEngine:
+        made.append(arguments)
+        return SearchEngine(*arguments)
+
+    monkeypatch.setattr("kdb_fast.search.SearchEngine", noted)
     contacts = kameleon.client.entity("Contact")
     start, errors = threading.Barrier(4), []
 
@@ -247,6 +252,7 @@ def test_in_memory_records_are_indexed_and_a_reindex_is_refused() -> None:
     from kameleondb import KameleonDB
 
     install(Words())
+    client: Any
     with KameleonDB("sqlite:///:memory:") as client:
         client.create_entity("Contact", fields=FIELDS).insert_many(RECORDS)
         assert client.search("coffee", limit=1)[0]["data"]["name"] == "Alice"
@@ -267,7 +273,8 @@ def test_the_development_branch_gets_our_engine_and_keeps_its_providers(
     install(Words(8))
     assert search.SearchEngine is SearchEngine
     assert isinstance(old._search_engine, SearchEngine)
-    assert old._search_engine.embedding_provider is theirs
+    provider: object = old._search_engine.embedding_provider
+    assert provider is theirs
     own = Words(4)
     new = first(f"sqlite:///{tmp_path / 'b.db'}", embeddings=True, embedding_provider=own)
     assert new._search_engine.embedding_provider is own
@@ -276,7 +283,8 @@ def test_the_development_branch_gets_our_engine_and_keeps_its_providers(
     off = first(f"sqlite:///{tmp_path / 'd.db'}")
     assert off._search_engine is None
     uninstall()
-    assert search.SearchEngine is TheirEngine
+    installed: object = search.SearchEngine
+    assert installed is TheirEngine
     assert isinstance(old._search_engine, TheirEngine)
     assert off._search_engine is None
     for client in (old, new, given, off):

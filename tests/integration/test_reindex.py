@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kdb_fast.database import DatabaseAddress
 from kdb_fast.encoder import EncoderSpec
 from kdb_fast.errors import LockedError, ModelError, RejectLimitError, SchemaError, StoppedError
 from kdb_fast.models import Model
+from kdb_fast.progress import Silent
 from kdb_fast.records import Record, Reject
 from kdb_fast.reindex import Receipt, reindex
 from kdb_fast.settings import ReindexOptions, RejectLimit
@@ -40,12 +42,8 @@ def sqlite_database(tmp_path: Path) -> DatabaseAddress:
     return DatabaseAddress("sqlite", str(path), f"sqlite:///{path}")
 
 
-@pytest.fixture(params=["postgresql", "sqlite"])
-def index(request: pytest.FixtureRequest) -> DatabaseAddress:
-    """An empty database of each kind."""
-    name = "database" if request.param == "postgresql" else "sqlite_database"
-    address: DatabaseAddress = request.getfixturevalue(name)
-    return address
+def is_pinned(process: psutil.Process, cpu: int) -> bool:
+    return process.cpu_affinity() == [cpu]
 
 
 def run(
@@ -230,7 +228,7 @@ def test_edited_row_is_brought_back_to_its_record(index: DatabaseAddress, oracle
     oracle.check(index_rows(index), records)
 
 
-UNFIT = [
+UNFIT: list[Record | Reject] = [
     Record("Note", "nul", "a\x00b"),
     Record("Note", "half", "\ud800 alone"),
     Record("Note", "blank", " \n"),
@@ -336,7 +334,7 @@ def test_signal_ends_a_run_after_writing_what_is_embedded(
     oracle.check(index_rows(index), records)
 
 
-class StopAfterFirstRows(reindex_module.Silent):
+class StopAfterFirstRows(Silent):
     """Sends a signal to this process once something was stored, as a person does who has seen enough."""
 
     def __init__(self, signum: signal.Signals) -> None:
@@ -452,7 +450,7 @@ def test_workers_see_no_credentials_and_keep_to_one_cpu_each(
     for number in range(workers):
         process = psutil.Process(pids[f"worker-{number + 1}"])
         # A worker pins itself before it loads anything heavy.
-        eventually(lambda p=process, cpu=cpus[number]: p.cpu_affinity() == [cpu])
+        eventually(partial(is_pinned, process, cpus[number]))
         environment = process.environ()
         assert not [name for name in environment if name.startswith("PG") or name in SECRETS]
         assert "s3cret" not in str(environment) + str(process.cmdline())

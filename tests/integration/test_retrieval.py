@@ -6,7 +6,7 @@ import json
 import math
 import sqlite3
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,14 +135,14 @@ class Database:
                 record_id, entity, json.dumps(data), at, at, deleted,
             )  # fmt: skip
 
-    def index(self, entity: str, record_id: str, content: str, vector: Sequence[float] | None, **columns: Any) -> None:
+    def index(self, entity: str, record_id: str, content: str, vector: npt.ArrayLike | None, **columns: Any) -> None:
         """A row of the index as KameleonDB writes it, with more columns if given."""
         row = {
             "id": f"{entity}/{record_id}"[:36],
             "entity_name": entity,
             "record_id": record_id,
             "content": content,
-            "embedding": None if vector is None else json.dumps([float(x) for x in vector]),
+            "embedding": None if vector is None else json.dumps(np.asarray(vector, np.float64).tolist()),
             "dimensions": DIMENSIONS,
             "created_at": AT,
             "updated_at": AT,
@@ -151,7 +151,7 @@ class Database:
         if not self.postgresql:
             self.run("INSERT INTO kdb_search_fts VALUES (?, ?, ?, ?)", row["id"], entity, record_id, content)
 
-    def index_ours(self, entity: str, record_id: str, content: str, vector: Sequence[float], **columns: Any) -> None:
+    def index_ours(self, entity: str, record_id: str, content: str, vector: npt.ArrayLike, **columns: Any) -> None:
         ours = {"kdb_fast_fingerprint": "now", "kdb_fast_run": 1, "kdb_fast_at": AT, "kdb_fast_source_at": EARLIER}
         self.index(entity, record_id, content, vector, **(ours | columns))
 
@@ -329,8 +329,9 @@ class TestPostgresqlRanking:
 
         monkeypatch.setattr(reader, "_rows", explained)
         query = random_vectors(1, seed=7)[0]
-        for options in ({}, {"entities": ["Even", "Odd"]}, {"where": {"group": 5}}):
-            found = search(reader, "q", query_vector=query, mode="vector", **options)  # type: ignore[arg-type]
+        given: list[dict[str, Any]] = [{}, {"entities": ["Even", "Odd"]}, {"where": {"group": 5}}]
+        for options in given:
+            found = search(reader, "q", query_vector=query, mode="vector", **options)
             rows = range(5, ROWS, 40) if "where" in options else range(ROWS)
             assert [int(r.id) for r in found] == nearest(vectors, query, rows)[:10]
         assert len(plans) == 3
@@ -396,7 +397,8 @@ class TestRows:
     def test_a_database_without_kameleondb_is_searched_as_it_is(self, empty: Database) -> None:
         empty.create_index()
         empty.index("File", "1", "some words", unit(0))
-        assert empty.search(vector=unit(0)) == [SearchResult("File", "1", pytest.approx(2 / 61), {}, "some words")]
+        score: Any = pytest.approx(2 / 61)
+        assert empty.search(vector=unit(0)) == [SearchResult("File", "1", score, {}, "some words")]
         with pytest.raises(UsageError, match="'name'"):
             empty.search(where={"name": "x"})
 
@@ -478,7 +480,7 @@ class TestWhere:
     @pytest.fixture(params=["shared", "dedicated"])
     def typed(self, request: pytest.FixtureRequest, db: Database) -> Database:
         db.define("E", self.FIELDS, table="kdb_e" if request.param == "dedicated" else None)
-        rows = {
+        rows: dict[str, dict[str, Any]] = {
             "one": {"text": "1", "whole": 1, "real": 1.0, "flag": True},
             "two": {"text": "Two", "whole": 2, "real": 0.1, "flag": False},
             "none": {"text": None},
@@ -888,7 +890,7 @@ class TestWithoutSqliteVec:
         def load(connection: sqlite3.Connection) -> None:
             raise sqlite3.OperationalError("no such file")
 
-        monkeypatch.setitem(sys.modules, "sqlite_vec", None if missing == "package" else SimpleNamespace(load=load))  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, "sqlite_vec", None if missing == "package" else SimpleNamespace(load=load))
         sqlite.create_index()
         for axis in range(4):
             sqlite.index("E", str(axis), "words", unit(axis))
@@ -903,7 +905,7 @@ class TestWithoutSqliteVec:
 
     def test_the_callers_connection_in_memory_is_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         loaded: list[Any] = []
-        monkeypatch.setitem(sys.modules, "sqlite_vec", SimpleNamespace(load=loaded.append))  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, "sqlite_vec", SimpleNamespace(load=loaded.append))
         connection = sqlite3.connect(":memory:")
         assert not sqlite_vectors.load_sqlite_vec(connection)
         assert loaded == []
@@ -1041,7 +1043,7 @@ def codes(number: int) -> str:
     return f"{who} {verb} the {what} and says the pump restarts every hour with code ERR_CONN_{1000 + number}"
 
 
-IDENTIFIERS = {
+IDENTIFIERS: dict[str, Callable[[int], str]] = {
     "error code": lambda n: f"ERR_CONN_{1000 + n}",
     "hyphenated code": lambda n: f"ERR-{1000 + n}",
     "SKU": lambda n: f"AB-{1000 + n}-X",
@@ -1210,7 +1212,8 @@ class TestTwoModels:
         first = [row for row in range(ROWS) if row not in second]
         for a, b in zip(random_vectors(3, seed=32), random_vectors(3, seed=33), strict=True):
             both = [QueryVector(a, self.A), QueryVector(b, self.B)]
-            for options in ({}, {"entities": ["First", "Second"]}, {"limit": 40}):
+            given: list[dict[str, Any]] = [{}, {"entities": ["First", "Second"]}, {"limit": 40}]
+            for options in given:
                 found = db.search("q", both, mode="vector", **options)
                 limit = options.get("limit", 10)
                 expected = {

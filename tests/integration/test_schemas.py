@@ -181,13 +181,13 @@ def test_a_temporary_table_shadows_nothing(kameleon: Kameleon) -> None:
     sqlalchemy = pytest.importorskip("sqlalchemy")
     engine = sqlalchemy.create_engine(kameleon.url)
 
-    @sqlalchemy.event.listens_for(engine, "connect")
     def shadow(connection: Any, record: Any) -> None:
         for table in ("kdb_search", "kdb_records", "kdb_entity_definitions", "kdb_field_definitions", "kdb_fast_runs"):
             connection.execute(f"CREATE TEMP TABLE {table} (id text)")
         connection.execute("SET search_path = pg_temp, public")
         connection.commit()
 
+    sqlalchemy.event.listen(engine, "connect", shadow)
     with SearchEngine(engine, Hashes(384)) as search:
         search.index_record("Extra", "1", "an extra record")
         assert {status.entity: status.indexed for status in search.get_status()} == {"Contact": 3, "Extra": 1}
@@ -267,11 +267,11 @@ def test_a_search_path_set_by_a_listener_of_the_engine_is_kept(kameleon: Kameleo
     kameleon.execute("CREATE SCHEMA listened; CREATE TABLE listened.kdb_records (id text)")
     engine = sqlalchemy.create_engine(kameleon.url)
 
-    @sqlalchemy.event.listens_for(engine, when)
     def to_the_tenant(connection: Any, *others: Any) -> None:
         # Not committed, as such listeners are often written.
         connection.execute("SET search_path = listened, public")
 
+    sqlalchemy.event.listen(engine, when, to_the_tenant)
     with SearchEngine(engine, Hashes(8)) as search:
         search.index_record("Note", "1", "tea")
         assert [result.matched_text for result in search.search("tea")] == ["tea"]

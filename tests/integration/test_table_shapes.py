@@ -41,7 +41,7 @@ def prepare(address: DatabaseAddress) -> None:
         store.prepare(DIMENSIONS)
 
 
-def search_for_tea(address: DatabaseAddress) -> list[dict[str, Any]]:
+def search_for_tea(address: DatabaseAddress) -> object:
     return run_search(address, "tea", mode="keyword", entities=(), limit=3, where=None, min_score=0.0)
 
 
@@ -218,7 +218,7 @@ def test_a_generated_column_of_sqlite(index: DatabaseAddress) -> None:
 
 # -- times that Python does not know -----------------------------------------------------------------------
 
-TIMES = {
+TIMES: dict[str, list[Any]] = {
     "postgresql": ["infinity", "-infinity", "294276-12-31 23:59:59.999999+00", "9999-12-31 23:59:59+00",
                    "0044-03-15 BC", "4713-01-01 BC"],
     "sqlite": ["infinity", "-infinity", "294276-12-31 23:59:59", "9999-12-31T23:59:59-14:00", "0000-00-00 00:00:00",

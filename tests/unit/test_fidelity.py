@@ -71,7 +71,7 @@ def test_overlap_leaves_the_query_out_and_counts_shared_neighbours() -> None:
 
 
 def test_activation_grid_holds_zero_exactly_and_covers_the_range() -> None:
-    low, high = np.float32([-0.3, -1.7]), np.float32([2.5, 0.4])
+    low, high = np.array([-0.3, -1.7], np.float32), np.array([2.5, 0.4], np.float32)
     step, zero = activation_grid(low, high)
     assert 0 <= zero <= 255
     assert (0 - zero) * step <= low.min() + step

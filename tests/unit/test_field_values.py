@@ -130,13 +130,14 @@ def test_what_kameleondb_gives_itself_is_ignored() -> None:
 @pytest.mark.parametrize("bad", ["\x00", "a\ud800", "\udc00b"])
 @pytest.mark.parametrize("where", ["value", "key", "deep", "deep key", "ignored"])
 def test_text_that_no_database_stores_is_refused_wherever_it_is(bad: str, where: str) -> None:
-    data: dict[str, Any] = {
+    places: dict[str, dict[str, Any]] = {
         "value": {"title": bad},
         "key": {bad: 1},
         "deep": {"extra": [1, {"a": [bad]}]},
         "deep key": {"extra": {"a": {bad: 1}}},
         "ignored": {"id": bad},
-    }[where]
+    }
+    data = places[where]
     assert json.loads(json.dumps(data)) == data
     reason, detail = fault(data)
     assert reason == ("nul_byte" if bad == "\x00" else "lone_surrogate")

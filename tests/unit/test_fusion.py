@@ -118,7 +118,7 @@ class TestSearch:
     def test_each_mode_uses_its_rankings_and_the_same_scale(self) -> None:
         reader = MemoryReader(ranking("v", "both"), ranking("k", "both"))
         ids = {
-            mode: [r.id for r in search(reader, "q", query_vector=VECTOR, mode=mode)]  # type: ignore[arg-type]
+            mode: [r.id for r in search(reader, "q", query_vector=VECTOR, mode=mode)]
             for mode in ("hybrid", "vector", "keyword")
         }
         assert ids == {"hybrid": ["both", "v", "k"], "vector": ["v", "both"], "keyword": ["k", "both"]}

@@ -57,7 +57,7 @@ def test_index_is_dropped_from_a_quarter_of_the_rows(to_write: int, rows_after: 
 def test_the_decision_counts_what_is_left_to_write(seen: dict[str, int], expected: tuple[bool, int, int]) -> None:
     drop, to_write, rows_after = expected
     action = IndexAction.DEFERRED if drop else IndexAction.KEPT
-    assert decide(**seen) == IndexDecision(action, to_write, rows_after)  # type: ignore[arg-type]
+    assert decide(**seen) == IndexDecision(action, to_write, rows_after)
 
 
 def test_a_decision_names_its_reason() -> None:

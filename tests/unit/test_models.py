@@ -412,7 +412,7 @@ def onnx_with_data(location: str, *, in_subgraph: bool = False) -> bytes:
         branch = helper.make_graph([helper.make_node("Constant", [], ["y"], value=tensor)], "branch", [], [])
         nodes, tensors = [helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)], []
     graph = helper.make_graph(nodes, "graph", [], [], tensors)
-    return helper.make_model(graph).SerializeToString()
+    return bytes(helper.make_model(graph).SerializeToString())
 
 
 @pytest.mark.parametrize("in_subgraph", [False, True])
@@ -455,7 +455,7 @@ def test_file_that_is_cut_short_or_no_onnx_file_is_refused(content: bytes, tmp_p
 def test_field_numbers_are_those_of_the_onnx_format() -> None:
     import onnx
 
-    messages = {
+    messages: dict[str, Any] = {
         "model": onnx.ModelProto,
         "graph": onnx.GraphProto,
         "function": onnx.FunctionProto,

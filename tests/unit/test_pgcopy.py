@@ -5,12 +5,12 @@ import uuid
 from datetime import UTC, datetime, timedelta, timezone
 
 import numpy as np
-import psycopg
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from psycopg.adapt import PyFormat
+from psycopg.adapt import PyFormat, Transformer
+from psycopg.types import numeric
 
 from kdb_fast.slab import NO_STAMP
 from kdb_fast.stores.pgcopy import (
@@ -33,7 +33,7 @@ MICROSECONDS = st.datetimes(timezones=st.just(UTC)).map(lambda moment: (moment -
 
 def dumped(value: object) -> bytes:
     """What psycopg's own binary dumper sends for a value, with its length."""
-    transformer = psycopg.adapt.Transformer()
+    transformer = Transformer()
     raw = transformer.get_dumper(value, PyFormat.BINARY).dump(value)
     assert raw is not None
     return struct.pack(">i", len(raw)) + bytes(raw)
@@ -54,19 +54,19 @@ def test_text_is_what_psycopg_sends(value: str) -> None:
 @settings(deadline=None)
 @given(st.integers(-(2**15), 2**15 - 1))
 def test_int2_is_what_psycopg_sends(value: int) -> None:
-    assert int_field(value, 2) == dumped(psycopg.types.numeric.Int2(value))
+    assert int_field(value, 2) == dumped(numeric.Int2(value))
 
 
 @settings(deadline=None)
 @given(st.integers(-(2**31), 2**31 - 1))
 def test_int4_is_what_psycopg_sends(value: int) -> None:
-    assert int_field(value, 4) == dumped(psycopg.types.numeric.Int4(value))
+    assert int_field(value, 4) == dumped(numeric.Int4(value))
 
 
 @settings(deadline=None)
 @given(INT64)
 def test_int8_is_what_psycopg_sends(value: int) -> None:
-    assert int_field(value, 8) == dumped(psycopg.types.numeric.Int8(value))
+    assert int_field(value, 8) == dumped(numeric.Int8(value))
 
 
 @pytest.mark.parametrize(("value", "size"), [(2**15, 2), (2**31, 4), (2**63, 8), (-(2**63) - 1, 8)])
@@ -153,8 +153,8 @@ def test_ids_are_text_values_with_their_length() -> None:
 
 
 def test_a_row_is_its_number_of_fields_and_then_the_fields() -> None:
-    parts = [[text_field("a"), text_field("b")], NULL, [memoryview(int_field(1, 4)), memoryview(int_field(2, 4))]]
-    assert pack_rows(3, parts, 2) == (
+    numbers = [memoryview(int_field(1, 4)), memoryview(int_field(2, 4))]
+    assert pack_rows(3, [[text_field("a"), text_field("b")], NULL, numbers], 2) == (
         b"\0\3" + b"\0\0\0\1a" + NULL + b"\0\0\0\4\0\0\0\1" + b"\0\3" + b"\0\0\0\1b" + NULL + b"\0\0\0\4\0\0\0\2"
     )
 

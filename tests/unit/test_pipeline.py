@@ -806,7 +806,7 @@ def test_rows_held_do_not_grow_with_the_stream(
         run.go(items, page)
     # The window, what waits for its shards, and rows whose vector is there and that wait for a slot.
     assert most <= 4 * (window + page) + 4 * 4
-    assert sum(len(v) for v in p._waiters.values()) == 0
+    assert sum(len(v or ()) for v in p._waiters.values()) == 0
     run.assert_all_is_accounted_for(items)
 
 
@@ -848,9 +848,7 @@ def test_no_message_is_larger_than_a_pipe_holds() -> None:
     names = [f"{n} 𝄞" * 30 for n in range(2000)]
     deletes = [("E" * 255, name) for name in names]
     run.pipeline.run(
-        iter(
-            [[Reject(name, name, "broken_line", name * 20, bytes([n % 256]) * 32, n) for n, name in enumerate(names)]]
-        ),
+        [[Reject(name, name, "broken_line", name * 20, bytes([n % 256]) * 32, n) for n, name in enumerate(names)]],
         lambda: [deletes.pop() for _ in range(len(deletes))],
     )
     run.pipeline.finish(tuple(names))
@@ -917,7 +915,7 @@ def test_a_stop_is_seen_while_pages_are_empty() -> None:
 
 
 def test_unfit_records_alone_are_written_as_rejects() -> None:
-    items = [record(1, ""), record(2, "a\0"), Reject("E", "x" * 1000, "id_too_long", "too long", b"h", 7)]
+    items: list[Item] = [record(1, ""), record(2, "a\0"), Reject("E", "x" * 1000, "id_too_long", "too long", b"h", 7)]
     run = Run().go(items)
     assert [r.reason for r in run.index.rejects] == ["empty_text", "nul_byte", "id_too_long"]
     assert run.index.rejects[2].position == 7
@@ -1189,10 +1187,12 @@ def test_where_a_request_costs_the_same_for_any_rows_shards_wait_until_they_are_
         run.pipeline._window_goal = 1
         given = sizes[full_shards] = []
         embed = run.engine.embed
-        run.engine.embed = lambda slot, generation, rows, given=given, embed=embed: (  # type: ignore[method-assign, misc]
-            given.append(rows),
-            embed(slot, generation, rows),
-        )
+
+        def noted(slot: int, generation: int, rows: int, given: list[int] = given, embed: Any = embed) -> None:
+            given.append(rows)
+            embed(slot, generation, rows)
+
+        run.engine.embed = noted  # type: ignore[method-assign]
         items = [record(number, f"text {number}") for number in range(96)]
         run.go(items, page=8)
         run.assert_all_is_given_back()

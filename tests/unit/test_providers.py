@@ -84,7 +84,7 @@ class Derived(EmbeddingProvider):
 
 
 def test_own_object_with_the_methods_is_a_provider() -> None:
-    own = Own()
+    own: object = Own()
     assert as_provider(own) is own
     assert get_provider(own) is own
 
@@ -452,9 +452,10 @@ def test_requests_hold_at_most_300_000_tokens_by_the_estimate() -> None:
 
 def test_refused_text_is_cut_step_by_step_to_what_must_fit() -> None:
     lengths = []
-    text: str | None = "x" * 1000
-    while text := shorter(text, 100):
+    text = shorter("x" * 1000, 100)
+    while text is not None:
         lengths.append(len(text))
+        text = shorter(text, 100)
     assert lengths == [400, 200, 100]
 
 

@@ -70,7 +70,7 @@ def test_openai_is_asked_for_its_models(
 )
 def test_default_model_serves_an_index_that_it_may_have_made(minilm: Model, asked: list[Any], made: Any) -> None:
     vector, maker = embed_query("words", made)
-    assert (vector.shape, vector.dtype, asked) == ((384,), np.float32, [])
+    assert (vector.shape, vector.dtype, asked) == ((384,), np.dtype(np.float32), [])
     assert maker == Maker(minilm.fingerprint(), minilm.name, 384)
 
 
@@ -118,7 +118,8 @@ def test_model_that_is_not_to_be_had_leaves_its_rows_out(minilm: Model) -> None:
 
 def test_one_model_that_is_asked_for_leaves_the_others_out(minilm: Model, asked: list[Any]) -> None:
     small, local = Origin("x", SMALL, 8), Origin(minilm.fingerprint(), minilm.name, 384)
-    for options in ({"model": minilm.name}, {"provider": "fastembed"}):
+    given: list[dict[str, Any]] = [{"model": minilm.name}, {"provider": "fastembed"}]
+    for options in given:
         vectors, why = query_vectors("words", {small: 5, local: 1}, **options)
         assert [vector.maker and vector.maker.model for vector in vectors] == [minilm.name]
         assert (why(local), why(small), asked) == ("", "another one was asked for.", [])

@@ -5,6 +5,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator
+from multiprocessing import reduction
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,6 @@ from kdb_fast.slab import (
     Slab,
     SlabHandle,
     SlabShape,
-    reduction,
 )
 
 SMALL = SlabShape(slots=3, rows=4, dimensions=5, blob_bytes=4096)

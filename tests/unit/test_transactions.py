@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -56,7 +57,7 @@ class Attempts:
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds of each wait, none of which is waited for."""
     slept: list[float] = []
-    monkeypatch.setattr(transactions.time, "sleep", slept.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
     return slept
 
 
