@@ -117,11 +117,15 @@ class Store(ABC):
 
     dialect: str
     has_vector_index = False
-    target: Target = Target()
     on_wait: Callable[[str], None]
     """Called with what is being waited for, before each pause."""
     encoding: str = "UTF8"
     """What the database keeps texts in, as PostgreSQL names it; any but UTF8 holds some characters only."""
+
+    @property
+    def target(self) -> Target:
+        """Where the tables are."""
+        return Target()
 
     def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
         """The characters in ``texts`` that this database cannot hold; a record with one would be refused."""

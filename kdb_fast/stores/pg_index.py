@@ -31,11 +31,10 @@ from .pg_index_catalog import (
     read_relations,
 )
 from .pg_prepare import vector_version
+from .pg_session import PgSession
 
 if TYPE_CHECKING:
     import psycopg
-
-    from .postgresql import PostgreSQLStore
 
     Cursor = psycopg.Cursor[tuple[Any, ...]]
 
@@ -192,30 +191,30 @@ def _remembered(cursor: Cursor, target: Target) -> list[SearchIndex]:
     return [SearchIndex.from_json(values) for values in remembered]
 
 
-def missing(store: PostgreSQLStore) -> bool:
+def missing(session: PgSession) -> bool:
     """Whether :func:`finish` would build a vector index."""
-    with store.transaction() as cursor:
-        tree = _Tree.read(cursor, store.target)
+    with session.transaction() as cursor:
+        tree = _Tree.read(cursor, session.target)
     return bool(tree.uncovered(True)) or any(index.vector for index in (*tree.lost(), *tree.broken()))
 
 
-def defer(store: PostgreSQLStore) -> IndexOutcome:
+def defer(session: PgSession) -> IndexOutcome:
     """Drop the vector and full-text indexes; what they were is remembered in the same transaction."""
     import psycopg
 
     try:
-        return _drop(store)
+        return _drop(session)
     except psycopg.errors.LockNotAvailable:
-        return _kept(f"another session is using {store.target.shown(TABLE)}, so the index could not be dropped")
+        return _kept(f"another session is using {session.target.shown(TABLE)}, so the index could not be dropped")
 
 
 def _kept(why: str) -> IndexOutcome:
     return IndexOutcome(IndexAction.KEPT, why)
 
 
-def _drop(store: PostgreSQLStore) -> IndexOutcome:
-    target = store.target
-    with store.transaction() as cursor:
+def _drop(session: PgSession) -> IndexOutcome:
+    target = session.target
+    with session.transaction() as cursor:
         # While this waits for a table, everybody else waits behind it.
         cursor.execute(f"SET LOCAL lock_timeout = {DROP_PATIENCE_MS}")
         tree = _Tree.read(cursor, target)
@@ -248,16 +247,16 @@ def _drop(store: PostgreSQLStore) -> IndexOutcome:
     return IndexOutcome(IndexAction.DROPPED)
 
 
-def finish(store: PostgreSQLStore, beat: Callable[[str], None]) -> IndexOutcome:
+def finish(session: PgSession, beat: Callable[[str], None]) -> IndexOutcome:
     """Build what is missing, exactly as it was (or as KameleonDB creates it), and refresh statistics."""
-    builder = _Builder(store, beat)
+    builder = _Builder(session, beat)
     # What was built before the connection was lost is reported too.
-    return store.retrying("building the vector index", lambda: _finish(store, builder))
+    return session.retrying("building the vector index", lambda: _finish(session, builder))
 
 
-def _finish(store: PostgreSQLStore, builder: _Builder) -> IndexOutcome:
-    target = store.target
-    with store.transaction() as cursor:
+def _finish(session: PgSession, builder: _Builder) -> IndexOutcome:
+    target = session.target
+    with session.transaction() as cursor:
         tree = _Tree.read(cursor, target)
         if not tree.unfinished() and not builder.has_built:
             _forget(cursor, target)
@@ -278,9 +277,9 @@ def _finish(store: PostgreSQLStore, builder: _Builder) -> IndexOutcome:
             builder.build(index)
         builder.put_together(vector)
     outcome = builder.outcome([index for index in tree.dropped if index.place not in tree.relations])
-    with store.transaction() as cursor:
+    with session.transaction() as cursor:
         _forget(cursor, target)
-    with store.transaction() as cursor:
+    with session.transaction() as cursor:
         cursor.execute("SET LOCAL statement_timeout = 0")
         cursor.execute(target.statement("ANALYZE {kdb_search}"))
     return outcome
@@ -322,8 +321,8 @@ def _part(place: Name, using: str, vector: bool, like: SearchIndex | None = None
 class _Builder:
     """Builds indexes, each in a transaction of its own, and looks at what it has built."""
 
-    def __init__(self, store: PostgreSQLStore, beat: Callable[[str], None]) -> None:
-        self._store, self._target, self._beat = store, store.target, beat
+    def __init__(self, session: PgSession, beat: Callable[[str], None]) -> None:
+        self._session, self._target, self._beat = session, session.target, beat
         self._warnings: list[str] = []
         self._built: dict[Name, SearchIndex] = {}
         """What was to be built, by the name it got."""
@@ -343,7 +342,7 @@ class _Builder:
             fault("store.index_build")
             self._beat(f"building {index.name}")
             try:
-                with self._store.transaction() as cursor, _notices(self._store, self._warnings):
+                with self._session.transaction() as cursor, _notices(self._session, self._warnings):
                     _name_session(cursor)
                     settings(cursor, index.place, serial=serial)
                     if again:
@@ -384,7 +383,7 @@ class _Builder:
 
     def put_together(self, vector: bool) -> None:
         """Make the partitioned indexes that are missing, and attach to them what was attached."""
-        with self._store.transaction() as cursor:
+        with self._session.transaction() as cursor:
             tree = _Tree.read(cursor, self._target)
             for index in [i for i in tree.absent() if i.vector == vector]:
                 fault("store.index_build")
@@ -419,7 +418,7 @@ class _Builder:
         return parts
 
     def _read(self) -> _Tree:
-        with self._store.transaction() as cursor:
+        with self._session.transaction() as cursor:
             return _Tree.read(cursor, self._target)
 
     def outcome(self, homeless: Sequence[SearchIndex]) -> IndexOutcome:
@@ -502,7 +501,7 @@ def settings(cursor: Cursor, table: Name, *, serial: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def _notices(store: PostgreSQLStore, into: list[str]) -> Iterator[None]:
+def _notices(session: PgSession, into: list[str]) -> Iterator[None]:
     """Collect what the server says meanwhile, such as that the graph no longer fits into memory."""
     lock = threading.Lock()
 
@@ -511,7 +510,7 @@ def _notices(store: PostgreSQLStore, into: list[str]) -> Iterator[None]:
             if diagnostic.message_primary and "hnsw" in diagnostic.message_primary:
                 into.append(" ".join(p for p in (diagnostic.message_primary, diagnostic.message_hint) if p))
 
-    connection = store.connection()
+    connection = session.connection()
     connection.add_notice_handler(take)
     try:
         yield

@@ -12,12 +12,12 @@ from ..target import ENTITIES, RECORDS, REJECTS, RUNS, STATE, TABLE, Target, ide
 from . import schema, seal
 from .base import HiddenRowsError
 from .pg_index_catalog import free_name
+from .pg_session import PgSession
 from .reading import rows_of
 
 if TYPE_CHECKING:
     import psycopg
 
-    from .postgresql import PostgreSQLStore
 
 DDL_LOCK = 0x6B64625F66617374
 """Key of the advisory lock ("kdb_fast") that keeps two first runs from creating the same table at once."""
@@ -77,19 +77,19 @@ class Column(NamedTuple):
     needs_value: bool
 
 
-def prepare(store: PostgreSQLStore, dimensions: int) -> tuple[str, ...]:
+def prepare(session: PgSession, dimensions: int) -> tuple[str, ...]:
     """See :meth:`kdb_fast.stores.base.Store.prepare`."""
     import psycopg
 
     notes: tuple[str, ...] = ()
     try:
-        with store.transaction() as cursor:
+        with session.transaction() as cursor:
             if cursor.execute("SELECT current_setting('transaction_read_only')").fetchone() == ("on",):
                 raise _read_only()
             cursor.execute("SET LOCAL default_tablespace TO DEFAULT")  # new tables are made where the user's would be
             cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
             _extension(cursor)
-            target = store.find_target()
+            target = session.find_target()
             if _exists(cursor, target, TABLE):
                 _check_kind(cursor, target, TABLE)
                 _check_table(cursor, target, dimensions)
@@ -117,9 +117,9 @@ def prepare(store: PostgreSQLStore, dimensions: int) -> tuple[str, ...]:
         return notes
     except psycopg.errors.InsufficientPrivilege as error:
         raise SchemaError(
-            f"The role {store.connection().info.user!r} may not prepare the index: {error.diag.message_primary}.",
+            f"The role {session.connection().info.user!r} may not prepare the index: {error.diag.message_primary}.",
             remedy=f"Run once as the owner of the schema, or let the owner run: GRANT CREATE ON SCHEMA "
-            f"{store.target.shown()} TO …; ALTER TABLE {store.target.shown(TABLE)} OWNER TO …;",
+            f"{session.target.shown()} TO …; ALTER TABLE {session.target.shown(TABLE)} OWNER TO …;",
         ) from None
     except psycopg.errors.ReadOnlySqlTransaction:
         raise _read_only() from None
@@ -130,10 +130,10 @@ def prepare(store: PostgreSQLStore, dimensions: int) -> tuple[str, ...]:
         ) from None
 
 
-def check(store: PostgreSQLStore, dimensions: int) -> None:
+def check(session: PgSession, dimensions: int) -> None:
     """Raise SchemaError if the search table is not, or no longer, what rows of this length can be written to."""
-    with store.transaction() as cursor:
-        _check_table(cursor, store.target, dimensions)
+    with session.transaction() as cursor:
+        _check_table(cursor, session.target, dimensions)
 
 
 def _read_only() -> SchemaError:
@@ -369,14 +369,14 @@ def _causes(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> list[str
     return [storable_key(row[0]) for row in rows]
 
 
-def altered(store: PostgreSQLStore, run: int, columns: tuple[str, ...]) -> list[str]:
+def altered(session: PgSession, run: int, columns: tuple[str, ...]) -> list[str]:
     """See :meth:`kdb_fast.stores.base.Store.altered`.
 
     Args:
         columns: The column for seals, where the table has it.
     """
-    target, sealed = store.target, bool(columns)
-    with store.transaction() as cursor:
+    target, sealed = session.target, bool(columns)
+    with session.transaction() as cursor:
         causes = _causes(cursor, target)
         if not causes:
             return []
@@ -434,16 +434,16 @@ def owns_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> bool:
     return bool(row and row[0])
 
 
-def prune(store: PostgreSQLStore, entity: str) -> int:
+def prune(session: PgSession, entity: str) -> int:
     """See :meth:`kdb_fast.stores.base.Store.prune`."""
     total = 0
     while True:
         fault("store.prune")
-        with store.transaction() as cursor:
+        with session.transaction() as cursor:
             # One snapshot: an entity that moves to a table of its own meanwhile must not look empty. And what a policy
             # hides must not look deleted: in this transaction hiding is an error.
             cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SET LOCAL row_security = off")
-            statement, parameters = _prune_statement(cursor, store.target, entity)
+            statement, parameters = _prune_statement(cursor, session.target, entity)
             deleted = cursor.execute(statement, parameters).rowcount if statement is not None else 0
         total += deleted
         if deleted < PRUNE_BATCH:

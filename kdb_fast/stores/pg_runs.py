@@ -20,11 +20,11 @@ from ..errors import LockedError
 from ..target import Target
 from .base import Holder, RunSpec
 from .pg_prepare import DDL_LOCK, check_open
+from .pg_session import PgSession
 
 if TYPE_CHECKING:
     import psycopg
 
-    from .postgresql import PostgreSQLStore
 
 STALE_SECONDS = 30.0
 """A run whose heartbeat is older is dead: six beats were missed (see ``HEARTBEAT_SECONDS``)."""
@@ -41,17 +41,17 @@ AFTER_A_CRASH = (
 )
 
 
-def begin(store: PostgreSQLStore, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
+def begin(session: PgSession, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
     """See :meth:`kdb_fast.stores.base.Store.begin_run`."""
     deadline = time.monotonic() + wait
     token = uuid.uuid4().hex
     while True:
-        result = store.retrying("taking the lock", lambda: _try_begin(store, fingerprint, model, dimensions, token))
+        result = session.retrying("taking the lock", lambda: _try_begin(session, fingerprint, model, dimensions, token))
         if isinstance(result, RunSpec):
             return result
         if time.monotonic() >= deadline:
             raise locked(result)
-        store.on_wait(f"waiting for run {result.run} of process {result.pid} on {result.host}")
+        session.on_wait(f"waiting for run {result.run} of process {result.pid} on {result.host}")
         time.sleep(0.5)
 
 
@@ -89,14 +89,14 @@ def own_process_started() -> float:
     return float(psutil.Process().create_time())
 
 
-def _try_begin(store: PostgreSQLStore, fingerprint: str, model: str, dimensions: int, token: str) -> RunSpec | Holder:
+def _try_begin(session: PgSession, fingerprint: str, model: str, dimensions: int, token: str) -> RunSpec | Holder:
     """Take the lock, or tell who holds it.
 
     Args:
         token: In the row of the run until its first flush: a repetition after a lost connection finds its own row.
     """
-    target = store.target
-    with store.transaction() as cursor:
+    target = session.target
+    with session.transaction() as cursor:
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
         check_open(cursor, target)
         running = cursor.execute(
@@ -165,22 +165,22 @@ def _abandon(
         ) from None
 
 
-def after_a_crash(store: PostgreSQLStore, run: int) -> bool:
+def after_a_crash(session: PgSession, run: int) -> bool:
     """See :meth:`kdb_fast.stores.base.Store.after_a_crash`."""
-    row = store.connection().execute(store.target.statement(AFTER_A_CRASH), {"run": run}).fetchone()
+    row = session.connection().execute(session.target.statement(AFTER_A_CRASH), {"run": run}).fetchone()
     return bool(row and row[0])
 
 
-def heartbeat(store: PostgreSQLStore, run: int, phase: str) -> None:
+def heartbeat(session: PgSession, run: int, phase: str) -> None:
     """A sign of life; a database that is away is the writer's business, not ours."""
     import psycopg
 
     from ..errors import DatabaseError
 
-    with contextlib.suppress(psycopg.Error, DatabaseError), store.transaction() as cursor:
+    with contextlib.suppress(psycopg.Error, DatabaseError), session.transaction() as cursor:
         cursor.execute("SET LOCAL lock_timeout = '200ms'; SET LOCAL statement_timeout = '2s'")
         cursor.execute(
-            store.target.statement(
+            session.target.statement(
                 "UPDATE {kdb_fast_runs} SET heartbeat_at = clock_timestamp(), phase = %s "
                 "WHERE run = %s AND state = 'running'"
             ),
@@ -188,12 +188,12 @@ def heartbeat(store: PostgreSQLStore, run: int, phase: str) -> None:
         )
 
 
-def end(store: PostgreSQLStore, run: int, state: str, receipt: dict[str, Any]) -> None:
+def end(session: PgSession, run: int, state: str, receipt: dict[str, Any]) -> None:
     """See :meth:`kdb_fast.stores.base.Store.end_run`."""
 
     def work() -> None:
-        store.connection().execute(
-            store.target.statement(
+        session.connection().execute(
+            session.target.statement(
                 "UPDATE {kdb_fast_runs} SET state = %s, phase = 'end', ended_at = now(), receipt = %s "
                 "WHERE run = %s AND state = 'running'"
             ),
@@ -201,4 +201,4 @@ def end(store: PostgreSQLStore, run: int, state: str, receipt: dict[str, Any]) -
         )
 
     # After a failure the database may be what is gone; then the next run finds out by itself that this one ended.
-    store.retrying("recording the end of the run", work, seconds=None if state == "done" else END_SECONDS)
+    session.retrying("recording the end of the run", work, seconds=None if state == "done" else END_SECONDS)

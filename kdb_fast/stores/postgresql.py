@@ -15,46 +15,31 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from .. import pg_settings
-from ..database import DatabaseAddress, connect_postgresql
-from ..errors import DatabaseError, LockedError, RecordError
+from ..database import DatabaseAddress
+from ..errors import LockedError, RecordError
 from ..faults import fault
-from ..pg_characters import Characters, escaped
-from ..pg_connection import Patience
-from ..records import Reject, storable_key
-from ..target import REJECTS, RUNS, STATE, TABLE, Target, find_target
+from ..pg_settings import ENCODING
+from ..records import Reject
+from ..target import REJECTS, RUNS, STATE, TABLE, Target
 from . import pg_index, pg_prepare, pg_runs, seal
 from .base import FlushResult, FlushSlot, RunSpec, Store, Stored, runs_of_input
 from .index_policy import IndexOutcome
 from .pg_errors import classify, explain, refusal
 from .pg_flush import DROPPED, FlushWriter, delete_keys
+from .pg_session import LIMITS, PgSession
 from .pgcopy import row_stamp
-from .reading import rows_of
 
 if TYPE_CHECKING:
     import psycopg
 
-T = TypeVar("T")
-
-LIMITS = (
-    # Nobody's lock is waited for longer, and nobody waits longer for ours.
-    "SET LOCAL lock_timeout = '30s'; SET LOCAL idle_in_transaction_session_timeout = '60s'; "
-    # The server notices within 25 s that our machine is gone, instead of two hours.
-    "SET LOCAL tcp_keepalives_idle = 10; SET LOCAL tcp_keepalives_interval = 5; SET LOCAL tcp_keepalives_count = 3"
-)
-"""Of each transaction. Behind a transaction-mode pooler a setting of the session would leak to others."""
-
 MOST_PIECES = 64
 """Statements that the rows of a flush are divided among where a short ``statement_timeout`` asks for it."""
 
-CHECK_CLIENT = "; SET LOCAL client_connection_check_interval = '2s'"
-"""A statement ends soon after its client was killed, and its locks with it (PostgreSQL 14 or newer on a Unix)."""
-
 
 class PostgreSQLStore(Store):
-    """One connection to a search index in PostgreSQL. Reconnects by itself where a repeat is safe."""
+    """A search index in PostgreSQL, through one session of the server."""
 
     dialect = "postgresql"
     has_vector_index = True
@@ -69,123 +54,41 @@ class PostgreSQLStore(Store):
         borrowed: psycopg.Connection[tuple[Any, ...]] | None = None,
         limits: str = LIMITS,
     ) -> None:
-        """
-        Args:
-            address: The database.
-            role: What the connection is for; shown in the server's list of sessions.
-            retry_seconds: How long a lost database is waited for; None for ``KDB_FAST_PATIENCE``.
-            patient: Wait so long for the first connection too: the database was there a moment ago.
-            borrowed: A connection of the caller's to use instead of an own one, within the caller's transaction if
-                there is one.
-            limits: Statements that bound the waits of each transaction.
-        """
+        """As :class:`~kdb_fast.stores.pg_session.PgSession`, whose session this store works in."""
         self.address = address
-        self._borrowed = borrowed
-        self._role = role
-        self._retry_seconds = retry_seconds
-        self._connection: psycopg.Connection[tuple[Any, ...]] | None = None
+        self.session = PgSession(
+            address, role, retry_seconds=retry_seconds, patient=patient, borrowed=borrowed, limits=limits
+        )
+        self.encoding = self.session.encoding
         self._has_rejects = True
         self._merge_all = False
         self._pieces = 1
-        self._limits = limits
-        self._session = 0
-        self._characters: Characters | None = None
         self._columns: tuple[str, ...] | None = None
-        self.on_wait: Callable[[str], None] = lambda what: None
-        connection = self.retrying("connecting", self.connection, seconds=None if patient else 0.0)
-        try:
-            self._characters = Characters.of(connection)
-            if self._characters is not None:
-                self.encoding = self._characters.encoding
-            self.target = self.retrying("finding the tables", self.find_target, seconds=None if patient else 0.0)
-        except BaseException:
-            self.close()
-            raise
 
-    def find_target(self) -> Target:
-        """Where the tables are, asked for anew; kept as ``target``, since what is written belongs into one index."""
-        self.target = find_target(rows_of(self.connection(), self.dialect), self.dialect, self.address.schema)
-        return self.target
+    @property
+    def target(self) -> Target:
+        return self.session.target
+
+    @property
+    def on_wait(self) -> Callable[[str], None]:
+        return self.session.on_wait
+
+    @on_wait.setter
+    def on_wait(self, on_wait: Callable[[str], None]) -> None:
+        self.session.on_wait = on_wait
 
     def connection(self) -> psycopg.Connection[tuple[Any, ...]]:
-        """The connection, opened again if it was lost."""
-        if self._borrowed is not None:
-            return self._borrowed
-        if self._connection is None or self._connection.closed:
-            self._connection = connect_postgresql(self.address, role=self._role)
-            # The server may not know that our last connection is lost, and keep its locks, which we would wait for.
-            row = self._connection.execute(
-                "SELECT version(), (SELECT bool_and(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid = %s "
-                "AND application_name = %s AND datname = current_database() AND usename = current_user)",
-                (self._session, f"kdb-fast/{self._role}"),
-            ).fetchone()
-            self._session = self._connection.info.backend_pid
-            modern = self._connection.info.server_version >= 140_000 and "windows" not in str(row).lower()
-            self._limits = LIMITS + CHECK_CLIENT if modern else LIMITS
-        return self._connection
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
-        """A transaction whose waits for locks and for us are bounded; within the caller's, those are the caller's."""
-        connection = self.connection()
-        with pg_settings.transaction(connection, self._limits), connection.cursor() as cursor:
-            yield cursor
+        """The session's connection, opened again if it was lost."""
+        return self.session.connection()
 
     def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
-        characters = self._characters
-        if characters is None:
-            return frozenset()
-        known = list(texts)
-        return self.retrying("looking at characters", lambda: characters.missing(self.connection(), known))
-
-    def _holdable(self, keys: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
-        """Those of the keys that a row can have in this database."""
-        missing = self.missing_characters(part for key in keys for part in key)
-        return [key for key in keys if missing.isdisjoint("".join(key))] if missing else keys
-
-    def _name(self, value: object, limit: int = 200) -> str:
-        """:func:`~kdb_fast.records.storable_key` as this database can hold it."""
-        text = storable_key(value, limit)
-        return escaped(text, self.missing_characters([text]))
-
-    def retrying(self, what: str, work: Callable[[], T], *, rows: bool = False, seconds: float | None = None) -> T:
-        """``work()``, again after a passing failure (lost connection, restart, deadlock) for a bounded time.
-
-        Args:
-            what: What is being done, for messages: "writing", "taking the lock".
-            rows: Errors that a row is at fault for are psycopg's own: the caller deals with them.
-            seconds: How long from the first failure on, where not as long as usual. An index may be built for
-                an hour before the connection is lost.
-
-        Raises:
-            DatabaseError, ResourceError, SchemaError, LockedError: what the last failure means for the user.
-        """
-        import psycopg
-
-        # In a transaction of the caller's nothing can be repeated.
-        patience = Patience(0.0 if self._borrowed is not None else self._retry_seconds if seconds is None else seconds)
-        timeouts = 0
-        while True:
-            try:
-                return work()
-            except (psycopg.Error, DatabaseError) as error:
-                kind = classify(error)
-                if rows and kind == "data":
-                    raise
-                state = getattr(error, "sqlstate", None) or ""
-                timeouts += state in ("57014", "55P03")
-                if patience.is_over or kind != "passing" or timeouts > 3:
-                    raise explain(what, error, self.address) from error
-                if state == "25006":
-                    self.close()  # after a failover another host of the address may be the one that can be written
-                self.on_wait(f"waiting for the database ({what})")
-                patience.pause()
+        return self.session.missing_characters(texts)
 
     # -- before and after a run ------------------------------------------------------------------------
 
     def prepare(self, dimensions: int) -> tuple[str, ...]:
         self._columns = None
-        return self.retrying("preparing the tables", lambda: pg_prepare.prepare(self, dimensions))
+        return self.session.retrying("preparing the tables", lambda: pg_prepare.prepare(self.session, dimensions))
 
     def is_prepared(self) -> bool:
         """Whether all tables of the index are in its schema."""
@@ -193,10 +96,10 @@ class PostgreSQLStore(Store):
         def work() -> bool:
             statement = "SELECT bool_and(to_regclass(t) IS NOT NULL) FROM unnest(%s::text[]) t"
             names = [self.target.regclass(name) for name in (TABLE, RUNS, REJECTS, STATE)]
-            row = self.connection().execute(statement, (names,)).fetchone()
+            row = self.session.connection().execute(statement, (names,)).fetchone()
             return bool(row and row[0])
 
-        return self.retrying("looking for the tables", work)
+        return self.session.retrying("looking for the tables", work)
 
     def column_dimensions(self) -> int | None:
         def work() -> int | None:
@@ -204,42 +107,45 @@ class PostgreSQLStore(Store):
                 "SELECT a.atttypmod FROM pg_attribute a WHERE a.attrelid = to_regclass(%s) "
                 "AND a.attname = 'embedding' AND a.atttypmod > 0"
             )
-            row = self.connection().execute(statement, (self.target.regclass(TABLE),)).fetchone()
+            row = self.session.connection().execute(statement, (self.target.regclass(TABLE),)).fetchone()
             return int(row[0]) if row else None
 
-        return self.retrying("reading the table's definition", work)
+        return self.session.retrying("reading the table's definition", work)
 
     def _seal_column(self) -> tuple[str, ...]:
         """The column for seals where the table has it; asked for once."""
         if self._columns is None:
             statement = "SELECT " + pg_prepare.HAS_SEAL
-            row = self.connection().execute(statement.encode(), (self.target.regclass(TABLE),)).fetchone()
+            row = self.session.connection().execute(statement.encode(), (self.target.regclass(TABLE),)).fetchone()
             self._columns = (seal.COLUMN,) if row and row[0] else ()
         return self._columns
 
     def altered(self, run: int) -> list[str]:
-        return self.retrying("looking at what was stored", lambda: pg_prepare.altered(self, run, self._seal_column()))
+        def work() -> list[str]:
+            return pg_prepare.altered(self.session, run, self._seal_column())
+
+        return self.session.retrying("looking at what was stored", work)
 
     def begin_run(self, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
-        return pg_runs.begin(self, fingerprint=fingerprint, model=model, dimensions=dimensions, wait=wait)
+        return pg_runs.begin(self.session, fingerprint=fingerprint, model=model, dimensions=dimensions, wait=wait)
 
     def after_a_crash(self, run: int) -> bool:
-        return self.retrying("looking at earlier runs", lambda: pg_runs.after_a_crash(self, run))
+        return self.session.retrying("looking at earlier runs", lambda: pg_runs.after_a_crash(self.session, run))
 
     def heartbeat(self, run: int, phase: str) -> None:
-        pg_runs.heartbeat(self, run, phase)
+        pg_runs.heartbeat(self.session, run, phase)
 
     def end_run(self, run: int, state: str, receipt: dict[str, Any]) -> None:
-        pg_runs.end(self, run, state, receipt)
+        pg_runs.end(self.session, run, state, receipt)
 
     def defer_index(self) -> IndexOutcome:
-        return self.retrying("dropping the vector index", lambda: pg_index.defer(self))
+        return self.session.retrying("dropping the vector index", lambda: pg_index.defer(self.session))
 
     def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
-        return pg_index.finish(self, beat)
+        return pg_index.finish(self.session, beat)
 
     def index_missing(self) -> bool:
-        return self.retrying("looking at the indexes", lambda: pg_index.missing(self))
+        return self.session.retrying("looking at the indexes", lambda: pg_index.missing(self.session))
 
     def count(self, entity: str | None = None) -> int:
         if entity is not None and self.missing_characters([entity]):
@@ -249,23 +155,23 @@ class PostgreSQLStore(Store):
             statement = self.target.statement(
                 "SELECT count(*) FROM {kdb_search} WHERE %s::text IS NULL OR entity_name = %s"
             )
-            with self.transaction() as cursor:
+            with self.session.transaction() as cursor:
                 row = cursor.execute(statement, (entity, entity)).fetchone()
             return int(row[0]) if row else 0
 
-        return self.retrying("counting rows", work)
+        return self.session.retrying("counting rows", work)
 
     # -- reading ---------------------------------------------------------------------------------------
 
     def lookup(self, entity: str, record_ids: Sequence[str]) -> dict[str, Stored]:
-        if self._characters is not None:
-            record_ids = [record_id for _, record_id in self._holdable([(entity, r) for r in record_ids])]
+        if self.session.encoding != ENCODING:
+            record_ids = [record_id for _, record_id in self.session.holdable([(entity, r) for r in record_ids])]
             if not record_ids:
                 return {}
 
         def work() -> dict[str, Stored]:
             ours = seal.ours(self.dialect, self._seal_column())
-            rows = self.connection().execute(
+            rows = self.session.connection().execute(
                 # Key by key (OFFSET keeps it so): on a table without statistics the server would rather read all rows
                 # of the entity for a thousand keys.
                 self.target.statement(
@@ -279,7 +185,7 @@ class PostgreSQLStore(Store):
             )
             return {r[0]: Stored(r[1], r[2], row_stamp(r[3])) for r in rows}
 
-        return self.retrying("looking up what is stored", work)
+        return self.session.retrying("looking up what is stored", work)
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -293,7 +199,7 @@ class PostgreSQLStore(Store):
     ) -> FlushResult:
         import psycopg
 
-        deletes = self._holdable(deletes)
+        deletes = self.session.holdable(deletes)
 
         def attempt(careful: bool) -> FlushResult:
             try:
@@ -304,12 +210,12 @@ class PostgreSQLStore(Store):
                 raise
 
         try:
-            return self.retrying("writing", lambda: attempt(False), rows=True)
+            return self.session.retrying("writing", lambda: attempt(False), rows=True)
         except psycopg.Error:
             # A column of another type would refuse every row.
-            self.retrying("checking the table", lambda: pg_prepare.check(self, run.dimensions))
+            self.session.retrying("checking the table", lambda: pg_prepare.check(self.session, run.dimensions))
             # A row that the database refuses: find it by halving; all others are written.
-            return self.retrying("writing", lambda: attempt(True), rows=True)
+            return self.session.retrying("writing", lambda: attempt(True), rows=True)
 
     def _flush_once(
         self,
@@ -322,7 +228,7 @@ class PostgreSQLStore(Store):
     ) -> FlushResult:
         target = self.target
         fault("store.before_begin")
-        with self.transaction() as cursor:
+        with self.session.transaction() as cursor:
             state = cursor.execute(
                 target.statement(
                     "UPDATE {kdb_fast_runs} SET heartbeat_at = clock_timestamp(), phase = 'write' "
@@ -392,8 +298,8 @@ class PostgreSQLStore(Store):
                 "rejected_at = now()"
             ),
             [
-                (self._name(r.entity), self._name(r.record_id), r.content_hash, r.reason,
-                 self._name(r.detail, 500), r.position, run.number)
+                (self.session.storable(r.entity), self.session.storable(r.record_id), r.content_hash, r.reason,
+                 self.session.storable(r.detail, 500), r.position, run.number)
                 for r in rows
             ],
         )  # fmt: skip
@@ -413,7 +319,7 @@ class PostgreSQLStore(Store):
 
     @contextlib.contextmanager
     def unit(self) -> Iterator[None]:
-        with self.transaction():
+        with self.session.transaction():
             yield
 
     def put(
@@ -421,7 +327,7 @@ class PostgreSQLStore(Store):
     ) -> None:
         import psycopg
 
-        with self.connection().cursor() as cursor:
+        with self.session.connection().cursor() as cursor:
             statement = f"SELECT (extract(epoch FROM now()) * 1000000)::bigint, {pg_prepare.HAS_SEAL}"  # noqa: S608
             row = cursor.execute(statement.encode(), (self.target.regclass(TABLE),)).fetchone()
             assert row is not None
@@ -444,23 +350,20 @@ class PostgreSQLStore(Store):
                 raise RecordError(
                     f"A record was refused ({reason}): {detail}.", remedy="Nothing of the batch was stored."
                 )
-            delete_keys(cursor, self.target, self._holdable(deletes))
+            delete_keys(cursor, self.target, self.session.holdable(deletes))
 
     def prune(self, entity: str) -> int:
-        return self.retrying("removing deleted records", lambda: pg_prepare.prune(self, entity))
+        return self.session.retrying("removing deleted records", lambda: pg_prepare.prune(self.session, entity))
 
     def close(self) -> None:
-        if self._connection is not None:
-            with contextlib.suppress(Exception):
-                self._connection.close()
-            self._connection = None
+        self.session.close()
 
     def rejects(self, entity: str | None = None) -> Iterable[dict[str, Any]]:
         names = ("entity", "record_id", "reason", "detail", "position", "run", "rejected_at", "content_hash")
-        entity = None if entity is None else self._name(entity)
+        entity = None if entity is None else self.session.storable(entity)
 
         def work() -> list[dict[str, Any]]:
-            rows = self.connection().execute(
+            rows = self.session.connection().execute(
                 self.target.statement(
                     "SELECT entity_name, record_id, reason, detail, position, run, rejected_at, "
                     "encode(content_hash, 'hex') FROM {kdb_fast_rejects} WHERE %s::text IS NULL OR entity_name = %s "
@@ -470,14 +373,14 @@ class PostgreSQLStore(Store):
             )
             return [dict(zip(names, row, strict=True)) for row in rows]
 
-        return self.retrying("reading the rejects", work)
+        return self.session.retrying("reading the rejects", work)
 
     def forget_older_rejects(self, entities: Sequence[str], run: int) -> int:
-        names = [self._name(entity) for entity in entities]
+        names = [self.session.storable(entity) for entity in entities]
 
         def work() -> int:
             return (
-                self.connection()
+                self.session.connection()
                 .execute(
                     self.target.statement(
                         "DELETE FROM {kdb_fast_rejects} WHERE entity_name = ANY(%s) AND run < %s AND record_id <> ''"
@@ -487,13 +390,13 @@ class PostgreSQLStore(Store):
                 .rowcount
             )
 
-        return self.retrying("forgetting older rejects", work)
+        return self.session.retrying("forgetting older rejects", work)
 
     def forget_rejects_of_input(self, entity: str, name: str, run: int) -> int:
-        entity = self._name(entity)
+        entity = self.session.storable(entity)
 
         def work() -> int:
-            receipts = self.connection().execute(
+            receipts = self.session.connection().execute(
                 self.target.statement(
                     "SELECT n.run, n.receipt FROM {kdb_fast_runs} n WHERE n.run < %s AND n.run IN "
                     "(SELECT r.run FROM {kdb_fast_rejects} r WHERE r.entity_name = %s)"
@@ -502,15 +405,18 @@ class PostgreSQLStore(Store):
             )
             runs = runs_of_input(receipts.fetchall(), name)
             forget = "DELETE FROM {kdb_fast_rejects} WHERE entity_name = %s AND run = ANY(%s)"
-            return self.connection().execute(self.target.statement(forget), (entity, runs)).rowcount if runs else 0
+            if not runs:
+                return 0
+            return self.session.connection().execute(self.target.statement(forget), (entity, runs)).rowcount
 
-        return self.retrying("forgetting older rejects", work)
+        return self.session.retrying("forgetting older rejects", work)
 
     def clear_rejects(self, keys: Iterable[tuple[str, str]] | None = None) -> int:
-        wanted = None if keys is None else [(self._name(entity), self._name(key)) for entity, key in keys]
+        storable = self.session.storable
+        wanted = None if keys is None else [(storable(entity), storable(key)) for entity, key in keys]
 
         def work() -> int:
-            with self.transaction() as cursor:
+            with self.session.transaction() as cursor:
                 if wanted is None:
                     return cursor.execute(self.target.statement("DELETE FROM {kdb_fast_rejects}")).rowcount
                 statement = self.target.statement(
@@ -518,7 +424,7 @@ class PostgreSQLStore(Store):
                 )
                 return sum(cursor.execute(statement, key).rowcount for key in wanted)
 
-        return self.retrying("clearing the rejects", work)
+        return self.session.retrying("clearing the rejects", work)
 
 
 def _result_from_json(text: str | None) -> FlushResult:

@@ -37,19 +37,19 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def imports_of(name: str) -> list[Import]:
-    """All imports that a running program may make; those for type checkers only are left out."""
+def imports_of(name: str, *, types: bool = False) -> list[Import]:
+    """All imports that a running program may make; with ``types`` also those for type checkers only."""
     path = MODULES[name]
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     package = [part for part in package if part]
-    return list(_walk(ast.parse(path.read_text()), package, lazy=False))
+    return list(_walk(ast.parse(path.read_text()), package, lazy=False, types=types))
 
 
-def _walk(node: ast.AST, package: list[str], *, lazy: bool) -> Iterator[Import]:
+def _walk(node: ast.AST, package: list[str], *, lazy: bool, types: bool) -> Iterator[Import]:
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+        if not types and isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             for other in child.orelse:
-                yield from _walk(other, package, lazy=lazy)
+                yield from _walk(other, package, lazy=lazy, types=types)
         elif isinstance(child, ast.Import):
             for alias in child.names:
                 own = alias.name.split(".")[0] == "kdb_fast"
@@ -58,7 +58,7 @@ def _walk(node: ast.AST, package: list[str], *, lazy: bool) -> Iterator[Import]:
             yield from _from(child, package, lazy)
         else:
             inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-            yield from _walk(child, package, lazy=lazy or inside)
+            yield from _walk(child, package, lazy=lazy or inside, types=types)
 
 
 def _from(node: ast.ImportFrom, package: list[str], lazy: bool) -> Iterator[Import]:
@@ -78,9 +78,10 @@ def _from(node: ast.ImportFrom, package: list[str], lazy: bool) -> Iterator[Impo
         yield Import(name if name in MODULES else prefix, True, lazy)
 
 
-def own_imports(name: str, *, lazy: bool = True) -> set[str]:
-    """Modules of the package that a module imports, those within functions too unless ``lazy`` is false."""
-    return {i.target for i in imports_of(name) if i.own and (lazy or not i.lazy)} - {""}
+def own_imports(name: str, *, lazy: bool = True, types: bool = False) -> set[str]:
+    """Modules of the package that a module imports, those within functions too unless ``lazy`` is false; with ``types``
+    also those for type checkers only."""
+    return {i.target for i in imports_of(name, types=types) if i.own and (lazy or not i.lazy)} - {""}
 
 
 def below(*names: str) -> list[str]:
@@ -98,6 +99,7 @@ def test_imports_are_read_rightly() -> None:
     assert "writer" in own_imports("engine")
     assert "writer" not in own_imports("engine", lazy=False)
     assert "pipeline" not in own_imports("progress"), "for type checkers only"
+    assert "pipeline" in own_imports("progress", types=True)
     assert Import("psycopg", False, True) in imports_of("database")
 
 
@@ -161,14 +163,25 @@ def test_nothing_imports_the_command_line(name: str) -> None:
     assert "cli" not in own_imports(name)
 
 
-def test_no_module_imports_itself_in_a_circle_at_the_top() -> None:
-    graph = {name: {i for i in own_imports(name, lazy=False) if i in MODULES} - {name} for name in MODULES}
-    # A package's own __init__ may name its parts and they it; only circles between modules matter.
-    for name in graph:
-        graph[name] -= {p for p in graph[name] if MODULES[p].name == "__init__.py"}
-    while free := {name for name, needs in graph.items() if not needs}:
-        graph = {name: needs - free for name, needs in graph.items() if name not in free}
-    assert graph == {}
+def circles(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The graph without the modules that import nothing of it or that nothing of it imports, again and again."""
+    while ends := {name for name, needs in graph.items() if not needs} | graph.keys() - set().union(*graph.values()):
+        graph = {name: needs - ends for name, needs in graph.items() if name not in ends}
+    return graph
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == {}
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == {"b": {"c"}, "c": {"b"}}
+
+
+def test_nothing_is_imported_in_a_circle() -> None:
+    """Neither at the top, nor within a function, nor for type checkers only.
+
+    Left out is what is imported from the package itself, ``__version__``: its ``__init__`` runs before any of its
+    modules, and names them for type checkers only.
+    """
+    assert circles({name: own_imports(name, types=True) & set(MODULES) - {name} for name in MODULES}) == {}
 
 
 # -- heavy imports -----------------------------------------------------------------------------------------
