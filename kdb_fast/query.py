@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from . import sqlite_reading
 from .database import DatabaseAddress, connect_postgresql
 from .errors import SchemaError
-from .records import storable_key
 from .stores import open_store
 from .stores.reading import columns_of, load_definitions, rows_of
 from .target import RUNS, find_target
@@ -254,7 +253,7 @@ def forget_older(address: DatabaseAddress, entities: list[str], run: int) -> int
         How many were forgotten. Lines of files that became no record are never among them.
     """
     with contextlib.closing(open_store(address, "rejects", patient=True)) as store:
-        return store.forget_older_rejects([storable_key(entity) for entity in entities], run)
+        return store.forget_older_rejects(entities, run)
 
 
 def forget_older_of_input(address: DatabaseAddress, entity: str, name: str, run: int) -> int:
@@ -266,4 +265,4 @@ def forget_older_of_input(address: DatabaseAddress, entity: str, name: str, run:
         How many were forgotten.
     """
     with contextlib.closing(open_store(address, "rejects", patient=True)) as store:
-        return store.forget_rejects_of_input(storable_key(entity), name, run)
+        return store.forget_rejects_of_input(entity, name, run)

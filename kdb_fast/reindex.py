@@ -30,7 +30,7 @@ from .slab import ROW_REASONS, ROW_WORKER_DIED
 from .sources.base import Source
 from .stores import open_store
 from .stores.base import RunSpec, Store
-from .stores.pg_runs import HEARTBEAT_SECONDS
+from .stores.runs import HEARTBEAT_SECONDS
 
 if TYPE_CHECKING:
     from .fidelity import Fidelity

@@ -71,31 +71,31 @@ class FlushSlot(NamedTuple):
                 raise RuntimeError(f"vectors {start}:{stop} of slot {self.slot.number} are not what the worker wrote")
 
 
-def runs_of_input(receipts: Iterable[tuple[int, str | None]], name: str) -> list[int]:
-    """The runs whose receipt (JSON) names this input."""
-    return [run for run, receipt in receipts if receipt and json.loads(receipt).get("input") == name]
-
-
 class FlushResult(NamedTuple):
+    """What became of a flush.
+
+    ``bytes`` are those of texts and vectors as written; ``lost`` are (slot, row) that another program has changed
+    meanwhile, ``rejected`` (slot, row, reason, detail) that the database refused.
+    """
+
     rows: int
     bytes: int
     deleted: int
     lost: tuple[tuple[int, int], ...]
     rejected: tuple[tuple[int, int, str, str], ...]
 
+    def as_json(self) -> str:
+        """How the row of the run keeps it, for a flush whose outcome was not heard of."""
+        return json.dumps(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> FlushResult:
+        rows, size, deleted, lost, rejected = json.loads(text)
+        return cls(rows, size, deleted, tuple(map(tuple, lost)), tuple(map(tuple, rejected)))
+
 
 class HiddenRowsError(SchemaError):
     """Records may be there that this session does not see; the message says why."""
-
-
-class Holder(NamedTuple):
-    """Who holds the index: the run, its machine and process, since when, and when it last gave a sign."""
-
-    run: int
-    host: str
-    pid: int
-    since: datetime
-    heartbeat_age: float
 
 
 class EntityStatus(NamedTuple):
@@ -243,7 +243,7 @@ class Store(ABC):
 
     @abstractmethod
     def forget_older_rejects(self, entities: Sequence[str], run: int) -> int:
-        """Delete rejects of records of these entities (as the table names them) by runs before ``run``; how many."""
+        """Delete rejects of records of these entities by runs before ``run``; how many."""
 
     @abstractmethod
     def forget_rejects_of_input(self, entity: str, name: str, run: int) -> int:

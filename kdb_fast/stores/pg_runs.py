@@ -1,92 +1,45 @@
-"""PostgreSQL: runs, and the lock that keeps two of them apart.
-
-The lock is the row of the running run with its heartbeat, not a session lock: that also works through a
-transaction-mode pooler, and survives a lost connection. Every flush begins by updating that row, so a run
-that was taken for dead and replaced cannot write any more (a fencing token).
-"""
+"""PostgreSQL: the row of a run, which is the lock (see :mod:`.runs`)."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
-import time
 import uuid
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LockedError
+from ..errors import DatabaseError, LockedError
 from ..target import Target
-from .base import Holder, RunSpec
+from .base import FlushResult, RunSpec
 from .pg_prepare import DDL_LOCK, check_open
 from .pg_session import PgSession
+from .runs import (
+    AFTER_A_CRASH,
+    PHASE_CHARS,
+    Holder,
+    gives_signs,
+    process_is_gone,
+    taken_over,
+    this_process,
+    wait_for_lock,
+)
 
 if TYPE_CHECKING:
     import psycopg
 
 
-STALE_SECONDS = 30.0
-"""A run whose heartbeat is older is dead: six beats were missed (see ``HEARTBEAT_SECONDS``)."""
-
-HEARTBEAT_SECONDS = 5.0
-
 END_SECONDS = 2.0
 """How long the end of a failed or stopped run is tried to be recorded."""
 
 
-AFTER_A_CRASH = (
-    "SELECT EXISTS (SELECT 1 FROM {kdb_fast_runs} WHERE state = 'abandoned' AND run < %(run)s "
-    "AND run > coalesce((SELECT max(run) FROM {kdb_fast_runs} WHERE state = 'done'), 0))"
-)
-
-
 def begin(session: PgSession, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
     """See :meth:`kdb_fast.stores.base.Store.begin_run`."""
-    deadline = time.monotonic() + wait
     token = uuid.uuid4().hex
-    while True:
-        result = session.retrying("taking the lock", lambda: _try_begin(session, fingerprint, model, dimensions, token))
-        if isinstance(result, RunSpec):
-            return result
-        if time.monotonic() >= deadline:
-            raise locked(result)
-        session.on_wait(f"waiting for run {result.run} of process {result.pid} on {result.host}")
-        time.sleep(0.5)
 
+    def attempt() -> RunSpec | Holder:
+        return session.retrying("taking the lock", lambda: _try_begin(session, fingerprint, model, dimensions, token))
 
-def locked(holder: Holder) -> LockedError:
-    """The error that names who holds the index and since when."""
-    since = holder.since.astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
-    return LockedError(
-        f"Run {holder.run} holds the index: process {holder.pid} on {holder.host}, since {since}, "
-        f"last sign of life {holder.heartbeat_age:.0f} s ago.",
-        remedy="Wait for it with --wait SECONDS, or stop it; a dead run is taken over "
-        f"{STALE_SECONDS:.0f} s after its last sign.",
-    )
-
-
-def process_is_gone(host: str, pid: int, started: float) -> bool:
-    """Whether a process of this machine has ended; False where that cannot be known (another machine)."""
-    import psutil
-
-    if host != socket.gethostname():
-        return False
-    try:
-        process = psutil.Process(pid)
-        # Two seconds: the creation time is derived from the boot time, which may be rounded differently. A zombie
-        # has ended; whoever started it has not asked for its exit code yet, and in a container may never do so.
-        return bool(abs(process.create_time() - started) > 2.0 or process.status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.Error:
-        return False
-
-
-def own_process_started() -> float:
-    import psutil
-
-    return float(psutil.Process().create_time())
+    return wait_for_lock(attempt, wait, session.on_wait)
 
 
 def _try_begin(session: PgSession, fingerprint: str, model: str, dimensions: int, token: str) -> RunSpec | Holder:
@@ -109,9 +62,8 @@ def _try_begin(session: PgSession, fingerprint: str, model: str, dimensions: int
             assert isinstance(since, datetime)
             if result == token:
                 return RunSpec(int(run), fingerprint, model, dimensions)
-            ours = host == socket.gethostname() and pid == os.getpid()
             gone = process_is_gone(host, pid, started)
-            alive = (age < STALE_SECONDS or ours) and not gone
+            alive = not gone and gives_signs(host, pid, age)
             if alive or not _abandon(cursor, target, run, heartbeat_at, gone):
                 return Holder(run, host, pid, since, float(age))
         row = cursor.execute(
@@ -119,7 +71,7 @@ def _try_begin(session: PgSession, fingerprint: str, model: str, dimensions: int
                 "INSERT INTO {kdb_fast_runs} (state, fingerprint, model, dimensions, host, pid, process_started, "
                 "last_result) VALUES ('running', %s, %s, %s, %s, %s, %s, %s) RETURNING run"
             ),
-            (fingerprint, model, dimensions, socket.gethostname(), os.getpid(), own_process_started(), token),
+            (fingerprint, model, dimensions, *this_process(), token),
         ).fetchone()
         assert row is not None
         return RunSpec(int(row[0]), fingerprint, model, dimensions)
@@ -175,8 +127,6 @@ def heartbeat(session: PgSession, run: int, phase: str) -> None:
     """A sign of life; a database that is away is the writer's business, not ours."""
     import psycopg
 
-    from ..errors import DatabaseError
-
     with contextlib.suppress(psycopg.Error, DatabaseError), session.transaction() as cursor:
         cursor.execute("SET LOCAL lock_timeout = '200ms'; SET LOCAL statement_timeout = '2s'")
         cursor.execute(
@@ -184,7 +134,7 @@ def heartbeat(session: PgSession, run: int, phase: str) -> None:
                 "UPDATE {kdb_fast_runs} SET heartbeat_at = clock_timestamp(), phase = %s "
                 "WHERE run = %s AND state = 'running'"
             ),
-            (phase[:64], run),
+            (phase[:PHASE_CHARS], run),
         )
 
 
@@ -202,3 +152,38 @@ def end(session: PgSession, run: int, state: str, receipt: dict[str, Any]) -> No
 
     # After a failure the database may be what is gone; then the next run finds out by itself that this one ended.
     session.retrying("recording the end of the run", work, seconds=None if state == "done" else END_SECONDS)
+
+
+def fence(
+    cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, run: int, number: int
+) -> tuple[FlushResult | None, int]:
+    """First statement of a flush: make sure that the run still holds the lock.
+
+    Returns:
+        The result of flush ``number`` if it was committed before, else None; and the transaction's time, in
+        microseconds since 1970.
+
+    Raises:
+        LockedError: Another run has taken over.
+    """
+    row = cursor.execute(
+        target.statement(
+            "UPDATE {kdb_fast_runs} SET heartbeat_at = clock_timestamp(), phase = 'write' "
+            "WHERE run = %s AND state = 'running' "
+            "RETURNING last_flush, last_result, (extract(epoch FROM now()) * 1000000)::bigint"
+        ),
+        (run,),
+    ).fetchone()
+    if row is None:
+        raise taken_over(run)
+    return FlushResult.from_json(row[1]) if row[0] >= number else None, row[2]
+
+
+def record_flush(
+    cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, run: int, number: int, result: FlushResult
+) -> None:
+    """Last statement of a flush."""
+    cursor.execute(
+        target.statement("UPDATE {kdb_fast_runs} SET last_flush = %s, last_result = %s WHERE run = %s"),
+        (number, result.as_json(), run),
+    )

@@ -12,24 +12,23 @@ Straight COPY writes a first load 1.5 times as fast as staging and merging it (A
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..database import DatabaseAddress
-from ..errors import LockedError, RecordError
+from ..errors import RecordError
 from ..faults import fault
 from ..pg_settings import ENCODING
 from ..records import Reject
 from ..target import REJECTS, RUNS, STATE, TABLE, Target
-from . import pg_index, pg_prepare, pg_runs, seal
-from .base import FlushResult, FlushSlot, RunSpec, Store, Stored, runs_of_input
+from . import pg_index, pg_prepare, pg_rejects, pg_runs, seal
+from .base import FlushResult, FlushSlot, RunSpec, Store, Stored
 from .index_policy import IndexOutcome
 from .pg_errors import classify, explain, refusal
 from .pg_flush import DROPPED, FlushWriter, delete_keys
 from .pg_session import LIMITS, PgSession
 from .pgcopy import row_stamp
+from .rejects import refused
 
 if TYPE_CHECKING:
     import psycopg
@@ -229,21 +228,9 @@ class PostgreSQLStore(Store):
         target = self.target
         fault("store.before_begin")
         with self.session.transaction() as cursor:
-            state = cursor.execute(
-                target.statement(
-                    "UPDATE {kdb_fast_runs} SET heartbeat_at = clock_timestamp(), phase = 'write' "
-                    "WHERE run = %s AND state = 'running' "
-                    "RETURNING last_flush, last_result, (extract(epoch FROM now()) * 1000000)::bigint"
-                ),
-                (run.number,),
-            ).fetchone()
-            if state is None:
-                raise LockedError(
-                    f"Run {run.number} no longer holds the index: another run took it over.",
-                    remedy="This one stopped long enough to be taken for dead; what it committed is kept.",
-                )
-            if state[0] >= number:
-                return _result_from_json(state[1])
+            before, now = pg_runs.fence(cursor, target, run.number, number)
+            if before is not None:
+                return before
             if careful:
                 # A row that only the COMMIT would refuse could not be found by halving.
                 cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
@@ -251,7 +238,7 @@ class PostgreSQLStore(Store):
                 cursor,
                 target,
                 run,
-                state[2],
+                now,
                 merge_all=self._merge_all,
                 pieces=self._pieces,
                 sealed=bool(self._seal_column()),
@@ -263,59 +250,18 @@ class PostgreSQLStore(Store):
             self._merge_all = self._merge_all or writer.met_conflict
             fault("store.after_copy")
             deleted = delete_keys(cursor, target, deletes)
-            self._write_rejects(cursor, run, rejects, slots, writer.rejected)
-            if self._has_rejects:
-                self._forget_rejects(cursor, run)
+            all_rejects = [*rejects, *refused(slots, writer.rejected)]
+            if all_rejects:
+                pg_rejects.write(cursor, self.session, run.number, all_rejects)
+            has_rejects = self._has_rejects or bool(all_rejects)
+            if has_rejects:
+                has_rejects = pg_rejects.forget_stored(cursor, target, run.number)
             result = FlushResult(writer.rows, writer.bytes, deleted, tuple(writer.lost), tuple(writer.rejected))
-            cursor.execute(
-                target.statement("UPDATE {kdb_fast_runs} SET last_flush = %s, last_result = %s WHERE run = %s"),
-                (number, json.dumps(result), run.number),
-            )
+            pg_runs.record_flush(cursor, target, run.number, number, result)
             fault("store.before_commit")
+        self._has_rejects = has_rejects
         fault("store.after_commit")
         return result
-
-    def _write_rejects(
-        self,
-        cursor: psycopg.Cursor[tuple[Any, ...]],
-        run: RunSpec,
-        rejects: Sequence[Reject],
-        slots: Sequence[FlushSlot],
-        refused: Sequence[tuple[int, int, str, str]],
-    ) -> None:
-        rows = list(rejects)
-        by_number = {s.slot.number: s.slot for s in slots}
-        for slot_number, row, reason, detail in refused:
-            entity, record_id, content = by_number[slot_number].raw_rows()[row]
-            rows.append(Reject(entity.decode(), record_id.decode(), reason, detail, hashlib.sha256(content).digest()))
-        if not rows:
-            return
-        cursor.executemany(
-            self.target.statement(
-                "INSERT INTO {kdb_fast_rejects} (entity_name, record_id, content_hash, reason, detail, position, run) "
-                "VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (entity_name, record_id, content_hash, position) "
-                "DO UPDATE SET reason = EXCLUDED.reason, detail = EXCLUDED.detail, run = EXCLUDED.run, "
-                "rejected_at = now()"
-            ),
-            [
-                (self.session.storable(r.entity), self.session.storable(r.record_id), r.content_hash, r.reason,
-                 self.session.storable(r.detail, 500), r.position, run.number)
-                for r in rows
-            ],
-        )  # fmt: skip
-        self._has_rejects = True
-
-    def _forget_rejects(self, cursor: psycopg.Cursor[tuple[Any, ...]], run: RunSpec) -> None:
-        """A record that is stored now is no longer rejected."""
-        cursor.execute(
-            self.target.statement(
-                "DELETE FROM {kdb_fast_rejects} r USING {kdb_search} t WHERE t.entity_name = r.entity_name "
-                "AND t.record_id = r.record_id AND t.kdb_fast_run = %s AND r.run <> %s"
-            ),
-            (run.number, run.number),
-        )
-        row = cursor.execute(self.target.statement("SELECT EXISTS (SELECT FROM {kdb_fast_rejects})")).fetchone()
-        self._has_rejects = bool(row and row[0])
 
     @contextlib.contextmanager
     def unit(self) -> Iterator[None]:
@@ -355,80 +301,19 @@ class PostgreSQLStore(Store):
     def prune(self, entity: str) -> int:
         return self.session.retrying("removing deleted records", lambda: pg_prepare.prune(self.session, entity))
 
-    def close(self) -> None:
-        self.session.close()
+    # -- rejects, and the end --------------------------------------------------------------------------
 
     def rejects(self, entity: str | None = None) -> Iterable[dict[str, Any]]:
-        names = ("entity", "record_id", "reason", "detail", "position", "run", "rejected_at", "content_hash")
-        entity = None if entity is None else self.session.storable(entity)
-
-        def work() -> list[dict[str, Any]]:
-            rows = self.session.connection().execute(
-                self.target.statement(
-                    "SELECT entity_name, record_id, reason, detail, position, run, rejected_at, "
-                    "encode(content_hash, 'hex') FROM {kdb_fast_rejects} WHERE %s::text IS NULL OR entity_name = %s "
-                    "ORDER BY run DESC, position, record_id"
-                ),
-                (entity, entity),
-            )
-            return [dict(zip(names, row, strict=True)) for row in rows]
-
-        return self.session.retrying("reading the rejects", work)
+        return pg_rejects.read(self.session, entity)
 
     def forget_older_rejects(self, entities: Sequence[str], run: int) -> int:
-        names = [self.session.storable(entity) for entity in entities]
-
-        def work() -> int:
-            return (
-                self.session.connection()
-                .execute(
-                    self.target.statement(
-                        "DELETE FROM {kdb_fast_rejects} WHERE entity_name = ANY(%s) AND run < %s AND record_id <> ''"
-                    ),
-                    (names, run),
-                )
-                .rowcount
-            )
-
-        return self.session.retrying("forgetting older rejects", work)
+        return pg_rejects.forget_older(self.session, entities, run)
 
     def forget_rejects_of_input(self, entity: str, name: str, run: int) -> int:
-        entity = self.session.storable(entity)
-
-        def work() -> int:
-            receipts = self.session.connection().execute(
-                self.target.statement(
-                    "SELECT n.run, n.receipt FROM {kdb_fast_runs} n WHERE n.run < %s AND n.run IN "
-                    "(SELECT r.run FROM {kdb_fast_rejects} r WHERE r.entity_name = %s)"
-                ),
-                (run, entity),
-            )
-            runs = runs_of_input(receipts.fetchall(), name)
-            forget = "DELETE FROM {kdb_fast_rejects} WHERE entity_name = %s AND run = ANY(%s)"
-            if not runs:
-                return 0
-            return self.session.connection().execute(self.target.statement(forget), (entity, runs)).rowcount
-
-        return self.session.retrying("forgetting older rejects", work)
+        return pg_rejects.forget_of_input(self.session, entity, name, run)
 
     def clear_rejects(self, keys: Iterable[tuple[str, str]] | None = None) -> int:
-        storable = self.session.storable
-        wanted = None if keys is None else [(storable(entity), storable(key)) for entity, key in keys]
+        return pg_rejects.clear(self.session, keys)
 
-        def work() -> int:
-            with self.session.transaction() as cursor:
-                if wanted is None:
-                    return cursor.execute(self.target.statement("DELETE FROM {kdb_fast_rejects}")).rowcount
-                statement = self.target.statement(
-                    "DELETE FROM {kdb_fast_rejects} WHERE entity_name = %s AND record_id = %s"
-                )
-                return sum(cursor.execute(statement, key).rowcount for key in wanted)
-
-        return self.session.retrying("clearing the rejects", work)
-
-
-def _result_from_json(text: str | None) -> FlushResult:
-    rows, size, deleted, lost, rejected = json.loads(text or "[0,0,0,[],[]]")
-    return FlushResult(
-        rows, size, deleted, tuple((s, r) for s, r in lost), tuple((s, r, why, how) for s, r, why, how in rejected)
-    )
+    def close(self) -> None:
+        self.session.close()

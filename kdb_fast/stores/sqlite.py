@@ -16,9 +16,10 @@ from ..database import DatabaseAddress, connect_sqlite
 from ..errors import RecordError
 from ..faults import fault
 from ..records import Reject
-from . import seal, sqlite_prepare, sqlite_prune, sqlite_runs
-from .base import FlushResult, FlushSlot, RunSpec, Store, Stored, runs_of_input
+from . import seal, sqlite_prepare, sqlite_prune, sqlite_rejects, sqlite_runs
+from .base import FlushResult, FlushSlot, RunSpec, Store, Stored
 from .index_policy import IndexAction, IndexOutcome
+from .rejects import refused
 from .sqlite_base import select_in, translated
 from .sqlite_flush import FlushWriter, row_stamp
 from .sqlite_fts import FullText
@@ -194,8 +195,9 @@ class SQLiteStore(Store):
             writer.finish()
             fault("store.after_copy")
             deleted = self._delete(deletes)
-            sqlite_runs.forget_rejects(self._connection, run.number, writer.stored)
-            sqlite_runs.store_rejects(self._connection, run.number, [*rejects, *writer.rejects])
+            sqlite_rejects.forget_stored(self._connection, run.number, writer.stored)
+            all_rejects = [*rejects, *refused(slots, writer.rejected)]
+            sqlite_rejects.write(self._connection, run.number, all_rejects)
             result = FlushResult(writer.rows, writer.bytes, deleted, tuple(writer.lost), tuple(writer.rejected))
             sqlite_runs.record_flush(self._connection, run.number, number, result)
             fault("store.before_commit")
@@ -214,15 +216,15 @@ class SQLiteStore(Store):
             writer = FlushWriter(self._connection, self._full_text, run, force=True, vectors=vectors, sealed=sealed)
             for flush_slot in slots:
                 writer.write(flush_slot)
-            if writer.rejects:
-                first = writer.rejects[0]
+            if writer.rejected:
+                first = refused(slots, writer.rejected)[0]
                 raise RecordError(
                     f"The record {first.entity!r}/{first.record_id!r} was refused ({first.reason}): {first.detail}.",
                     remedy="Nothing of the batch was stored.",
                 )
             writer.finish()
             self._delete(deletes)
-            sqlite_runs.forget_rejects(self._connection, run.number, writer.stored)
+            sqlite_rejects.forget_stored(self._connection, run.number, writer.stored)
 
     def _delete(self, keys: Sequence[tuple[str, str]]) -> int:
         by_entity: dict[str, list[str]] = {}
@@ -241,30 +243,19 @@ class SQLiteStore(Store):
 
     def rejects(self, entity: str | None = None) -> Iterable[dict[str, Any]]:
         with translated("reading the rejects"):
-            return sqlite_runs.rejects(self._connection, entity)
+            return sqlite_rejects.read(self._connection, entity)
 
     def forget_older_rejects(self, entities: Sequence[str], run: int) -> int:
         with translated("forgetting older rejects"):
-            return self._connection.executemany(
-                "DELETE FROM kdb_fast_rejects WHERE entity_name = ? AND run < ? AND record_id <> ''",
-                [(entity, run) for entity in entities],
-            ).rowcount
+            return sqlite_rejects.forget_older(self._connection, entities, run)
 
     def forget_rejects_of_input(self, entity: str, name: str, run: int) -> int:
         with translated("forgetting older rejects"):
-            receipts = self._connection.execute(
-                "SELECT n.run, n.receipt FROM kdb_fast_runs n WHERE n.run < ? AND n.run IN "
-                "(SELECT r.run FROM kdb_fast_rejects r WHERE r.entity_name = ?)",
-                (run, entity),
-            )
-            runs = runs_of_input(receipts.fetchall(), name)
-            return self._connection.executemany(
-                "DELETE FROM kdb_fast_rejects WHERE entity_name = ? AND run = ?", [(entity, number) for number in runs]
-            ).rowcount
+            return sqlite_rejects.forget_of_input(self._connection, entity, name, run)
 
     def clear_rejects(self, keys: Iterable[tuple[str, str]] | None = None) -> int:
         with translated("clearing the rejects"):
-            return sqlite_runs.clear_rejects(self._connection, None if keys is None else list(keys))
+            return sqlite_rejects.clear(self._connection, keys)
 
     def close(self) -> None:
         if self._owned:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..records import Reject
 from ..slab import NO_STAMP, Slot
 from . import seal
 from .base import FlushSlot, RunSpec
@@ -100,7 +99,6 @@ class FlushWriter:
         stored: Keys of these rows.
         lost: (slot, row) that another program has changed meanwhile.
         rejected: (slot, row, reason, detail) that the database refused.
-        rejects: The same, for the rejects table.
     """
 
     def __init__(
@@ -121,7 +119,6 @@ class FlushWriter:
         self.stored: list[Key] = []
         self.lost: list[tuple[int, int]] = []
         self.rejected: list[tuple[int, int, str, str]] = []
-        self.rejects: list[Reject] = []
         self._texts: dict[int, _Text] = {}
         (last,) = connection.execute("SELECT max(rowid) FROM kdb_search").fetchone()
         # Free in both tables, so that a record has the same rowid in both.
@@ -135,7 +132,7 @@ class FlushWriter:
         vectors = slot.vectors[: slot.rows if self._vectors else 0]
         infinite = set(np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist())
         for i in sorted(infinite - flush_slot.skip):
-            self._reject(slot, raw[i], i, "not_finite", "the vector has NaN or infinity")
+            self.rejected.append((slot.number, i, "not_finite", "the vector has NaN or infinity"))
         for numbers in _chunks(raw, flush_slot.skip | infinite):
             rows = self._plan(slot, raw, numbers)
             if rows:
@@ -236,7 +233,7 @@ class FlushWriter:
             execute("ROLLBACK TO kdb_fast_rows")
             execute("RELEASE kdb_fast_rows")
             if len(rows) == 1:
-                self._reject(slot, raw[rows[0].number], rows[0].number, *refused)
+                self.rejected.append((slot.number, rows[0].number, *refused))
                 return
             middle = len(rows) // 2
             self._store_or_halve(slot, raw, rows[:middle])
@@ -284,13 +281,6 @@ class FlushWriter:
                 "DELETE FROM kdb_fast_vectors WHERE search_rowid = ?", [(row.rowid,) for row in rows if row.known]
             )
         return len(floats) + sum(len(text or "") for text in texts)
-
-    def _reject(self, slot: Slot, row: RawRow, number: int, reason: str, detail: str) -> None:
-        entity, record_id, content = row
-        self.rejected.append((slot.number, number, reason, detail))
-        self.rejects.append(
-            Reject(entity.decode(), record_id.decode(), reason, detail, hashlib.sha256(content).digest())
-        )
 
 
 def _chunks(raw: Sequence[RawRow], skip: Set[int]) -> Iterator[list[int]]:

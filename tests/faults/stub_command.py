@@ -21,7 +21,7 @@ import psycopg  # noqa: F401 - imported once for all commands
 from kdb_fast import cli, database, engine, faults, flushing, pipeline, plan, progress, report, sources, supervisor
 from kdb_fast import reindex as reindex_module
 from kdb_fast.models import Model
-from kdb_fast.stores import index_policy, open_store, pg_runs, pg_session, postgresql, sqlite, sqlite_runs
+from kdb_fast.stores import index_policy, open_store, pg_session, postgresql, runs, sqlite
 
 __all__ = ["database", "open_store", "pipeline", "postgresql", "progress", "report", "sources", "sqlite"]
 
@@ -42,7 +42,7 @@ def use_stubs() -> None:
     index_policy.DEFER_FLOOR = 10
     supervisor.STOPPED_SECONDS, supervisor.CHECK_SECONDS = 0.3, 0.1
     seconds = json.loads(os.environ.get("LC_SECONDS", "{}"))
-    pg_runs.STALE_SECONDS = sqlite_runs.STALE_SECONDS = seconds.get("stale", pg_runs.STALE_SECONDS)
+    runs.STALE_SECONDS = seconds.get("stale", runs.STALE_SECONDS)
     pg_session.LIMITS = pg_session.LIMITS.replace("'30s'", f"'{seconds.get('lock', 30)}s'")
     database.SQLITE_BUSY_TIMEOUT = seconds.get("busy", database.SQLITE_BUSY_TIMEOUT)
     pipeline.DRAIN_SECONDS = seconds.get("drain", pipeline.DRAIN_SECONDS)

@@ -33,8 +33,8 @@ from kdb_fast.records import Record, Reject, content_hash
 from kdb_fast.slab import NO_STAMP, Row, Slab, SlabShape
 from kdb_fast.stores import pg_runs
 from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec
-from kdb_fast.stores.pg_runs import STALE_SECONDS
 from kdb_fast.stores.postgresql import PostgreSQLStore
+from kdb_fast.stores.runs import STALE_SECONDS
 
 DIMENSIONS = 8
 FINGERPRINT = "0123456789abcdef"
@@ -907,6 +907,21 @@ def test_the_same_reject_of_two_runs_is_one_row(store: PostgreSQLStore, run: Run
     flush(store, second, rejects=[reject])
     assert [r["run"] for r in store.rejects("Note")] == [second.number]
     assert list(store.rejects("Other")) == []
+
+
+def test_rejects_are_found_by_the_name_of_an_entity_that_no_table_can_hold(
+    store: PostgreSQLStore, run: RunSpec
+) -> None:
+    names = ("n\0", "b", "a")
+    flush(store, run, rejects=[Reject(name, key, "bad", "", content_hash(""), 1) for key in "ba" for name in names])
+    assert [(r["entity"], r["record_id"]) for r in store.rejects()] == [
+        ("a", "a"), ("a", "b"), ("b", "a"), ("b", "b"), ("n\\x00", "a"), ("n\\x00", "b")
+    ]  # fmt: skip
+    assert [r["record_id"] for r in store.rejects("n\0")] == ["a", "b"]
+    store.end_run(run.number, "done", {"input": "in"})
+    assert store.clear_rejects([("n\0", "a")]) == 1
+    assert store.forget_rejects_of_input("n\0", "in", run.number + 1) == 1
+    assert store.forget_older_rejects(["b", "a", "n\0"], run.number + 1) == 4
 
 
 # -- the indexes -------------------------------------------------------------------------------------------

@@ -462,6 +462,19 @@ def test_rejects_are_kept_with_printable_keys_and_newest_run_first(index: Index)
     assert list(index.store.rejects("memo")) == found[:1]
 
 
+def test_rejects_are_found_by_the_name_of_an_entity_that_no_table_can_hold(index: Index) -> None:
+    run = index.begin()
+    index.write(run, 1, {}, rejects=[reject(key)._replace(entity=name) for key in "ba" for name in ("n\0", "b", "a")])
+    assert [(r["entity"], r["record_id"]) for r in index.store.rejects()] == [
+        ("a", "a"), ("a", "b"), ("b", "a"), ("b", "b"), ("n\\x00", "a"), ("n\\x00", "b")
+    ]  # fmt: skip
+    assert [r["record_id"] for r in index.store.rejects("n\0")] == ["a", "b"]
+    index.store.end_run(run.number, "done", {"input": "in"})
+    assert index.store.clear_rejects([("n\0", "a")]) == 1
+    assert index.store.forget_rejects_of_input("n\0", "in", run.number + 1) == 1
+    assert index.store.forget_older_rejects(["b", "a", "n\0"], run.number + 1) == 4
+
+
 def test_a_record_that_is_stored_by_a_later_run_is_no_longer_rejected(index: Index) -> None:
     run = index.begin()
     index.write(run, 1, {"z": "text"}, rejects=[reject("a"), reject("b")])
