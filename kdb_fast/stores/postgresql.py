@@ -54,7 +54,6 @@ class PostgreSQLStore(Store):
         limits: str = LIMITS,
     ) -> None:
         """As :class:`~kdb_fast.stores.pg_session.PgSession`, whose session this store works in."""
-        self.address = address
         self.session = PgSession(
             address, role, retry_seconds=retry_seconds, patient=patient, borrowed=borrowed, limits=limits
         )
@@ -63,6 +62,10 @@ class PostgreSQLStore(Store):
         self._merge_all = False
         self._pieces = 1
         self._columns: tuple[str, ...] | None = None
+
+    @property
+    def address(self) -> DatabaseAddress:
+        return self.session.address
 
     @property
     def target(self) -> Target:

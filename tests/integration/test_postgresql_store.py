@@ -1107,7 +1107,7 @@ def test_database_that_stays_away_ends_in_an_error_that_says_so(
     database: DatabaseAddress, open_store: OpenStore, store: PostgreSQLStore, run: RunSpec
 ) -> None:
     impatient = open_store(database, retry_seconds=0.5)
-    impatient.address = connect_as(database, host="/nonexistent")
+    impatient.session.address = connect_as(database, host="/nonexistent")
     impatient.close()
     with pytest.raises(DatabaseError, match="Cannot connect to"):
         flush(impatient, run, slot_of(fresh(("a", "one"))))
