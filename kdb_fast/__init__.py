@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         StoppedError,
         UsageError,
     )
+    from .fastembed_provider import FastEmbedProvider
+    from .openai_provider import OpenAIProvider
     from .provider_base import EmbeddingProvider, EmbeddingResult
     from .provider_errors import (
         MissingPackageError,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
         ProviderInputError,
         ProviderKeyError,
     )
-    from .providers import FastEmbedProvider, OpenAIProvider, get_provider
+    from .providers import get_provider
     from .retrieval import IndexStatus, SearchResult
     from .search import SearchEngine
 
@@ -71,7 +73,9 @@ __all__ = [
 _FROM = {
     "search": ("SearchEngine",),
     "retrieval": ("IndexStatus", "SearchResult"),
-    "providers": ("FastEmbedProvider", "OpenAIProvider", "get_provider"),
+    "fastembed_provider": ("FastEmbedProvider",),
+    "openai_provider": ("OpenAIProvider",),
+    "providers": ("get_provider",),
     "provider_base": ("EmbeddingProvider", "EmbeddingResult"),
     "provider_errors": (
         "MissingPackageError",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .encoder import CHARS_PER_TOKEN, EncoderSpec, Tally
+from .encoder import EncoderSpec, Tally
 from .engine import Engine, SlotFilled
 from .errors import RecordError
 from .plan import make_plan
@@ -235,8 +235,7 @@ class BatchWriter:
             return
         assert self._spec is not None
         shape = engine.slab.shape
-        read_chars = self._spec.model.max_tokens * CHARS_PER_TOKEN
-        shards = cut_shards(rows, shard_rows=shape.rows, blob_bytes=shape.blob_bytes, read_chars=read_chars)
+        shards = cut_shards(rows, shard_rows=shape.rows, blob_bytes=shape.blob_bytes, read_chars=self._spec.read_chars)
         waiting = deque(map(_in_order, shards))
         free = deque(range(shape.slots))
         given: dict[int, list[Row]] = {}

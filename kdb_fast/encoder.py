@@ -30,6 +30,10 @@ CHARS_PER_TOKEN = 24
 left the window unfilled is repeated longer, so the result never depends on it. English has 4 to 5."""
 
 
+PROBE = "The quick brown fox jumps over the lazy dog."
+"""Embedded to see that a model or an API works: a text of our own, so what is said of it may be shown."""
+
+
 class Tally(NamedTuple):
     """What an encode call computed, in tokens with the special ones.
 
@@ -56,6 +60,11 @@ class EncoderSpec:
     precision: str = "fp32"
     prepared: Path | None = None
     unquantised_precision: str = "fp32"
+
+    @property
+    def read_chars(self) -> int:
+        """Characters of a text that count for the size of its shard: what is behind them is not tokenised."""
+        return self.model.max_tokens * CHARS_PER_TOKEN
 
 
 Matrix = npt.NDArray[np.float32]
@@ -127,11 +136,10 @@ class Encoder:
             self._probe()
 
     def _probe(self) -> None:
-        probe = "The quick brown fox jumps over the lazy dog."
-        others = ["short", probe * 6, "Überraschung: naïve café", "1 2 3 4 5 6 7 8 9", probe + " Again."]
-        alone = self.embed([probe])[0]
+        others = ["short", PROBE * 6, "Überraschung: naïve café", "1 2 3 4 5 6 7 8 9", PROBE + " Again."]
+        alone = self.embed([PROBE])[0]
         out = np.empty((6, self.dimensions), dtype=np.float32)
-        self._backend.encode([*others[:2], probe, *others[2:]], out, self.spec, ragged=True)
+        self._backend.encode([*others[:2], PROBE, *others[2:]], out, self.spec, ragged=True)
         if not np.isfinite(out).all() or not out.any(axis=1).all():
             fault = "zeros" if np.isfinite(out).all() else "NaN or infinity"
             raise ModelError(f"{self.spec.model.name} gives a vector of {fault} for a plain sentence.")

@@ -34,23 +34,15 @@ def embedding_of(provider: EmbeddingProvider, batch_size: int) -> tuple[Embeddin
         UsageError: ``batch_size`` is not one of the provider.
         ModelError: The model is not to be had.
     """
-    from .encoder import CHARS_PER_TOKEN
-    from .openai_inputs import PACKED_BYTES_PER_TOKEN
-    from .providers import FastEmbedProvider, OpenAIProvider, ProviderEncoder, provider_fingerprint
+    from .own_provider import adapted
     from .reindex import Embedding
 
-    if isinstance(provider, FastEmbedProvider):
-        options = ReindexOptions(batch_size=batch_size)
-        spec = replace(provider.spec, batch_size=batch_size)
-        model = spec.model
-        chars = model.max_tokens * CHARS_PER_TOKEN
-        return Embedding(model.name, model.dimensions, model.fingerprint(), chars, spec), options
-    # An object of the user's own may not expect to be called from several threads at a time.
-    threads = None if isinstance(provider, OpenAIProvider) else 1
-    options = ReindexOptions(provider="openai", batch_size=batch_size, workers=threads)
-    chars = ProviderEncoder(provider).max_tokens * PACKED_BYTES_PER_TOKEN
-    fingerprint = provider_fingerprint(provider)
-    return Embedding(provider.model_name, int(provider.dimensions), fingerprint, chars, provider=provider), options
+    provider = adapted(provider)
+    options = ReindexOptions(provider=provider.limits_of, batch_size=batch_size)
+    spec = provider.worker_spec()
+    if spec is None:
+        return Embedding.of_provider(provider), options
+    return Embedding.of_model(replace(spec, batch_size=batch_size)), options
 
 
 def provider_for(provider: Any, db: Any, model: str | None = None, dimensions: int | None = None) -> EmbeddingProvider:

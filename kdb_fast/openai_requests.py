@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .encoder import Matrix
+from .encoder import PROBE, Matrix
 from .errors import ModelError
 from .openai_answers import OddAnswerError, Problem, decode, read_problem, server_wait
 from .openai_connections import Connections, NoAnswerError
@@ -27,9 +27,6 @@ MAX_BACKOFF_SECONDS = 30.0
 
 MAX_ODD_ANSWERS = 2
 """Repeats after a damaged answer (no JSON, a vector missing, NaN). More would pay for the same defect again."""
-
-PROBE = "The quick brown fox jumps over the lazy dog."
-"""Embedded to see that key, model and dimensions are right: a text of our own, so answers to it may be shown."""
 
 
 @dataclass

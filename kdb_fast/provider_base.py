@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,13 +11,17 @@ from typing import Self
 
 import numpy as np
 
-from .encoder import Matrix, Tally
-from .errors import KdbFastError, UsageError
-from .openai_inputs import typical_tokens, unfit
+from .encoder import PROBE, EncoderSpec, Matrix, Tally
+from .errors import KdbFastError, ModelError, UsageError
+from .openai_inputs import PACKED_BYTES_PER_TOKEN, typical_tokens, unfit
+from .origins import BY_NAME, Maker
 from .provider_errors import ProviderError, ProviderInputError
 
 OTHER_BATCH = 64
 """Most texts of one call to a user's own provider. Below the limits of the hosted APIs; Cohere's, 96, is the least."""
+
+UNKNOWN_WINDOW = 1_000_000
+"""Tokens that a user's own provider is taken to read: more than any record holds, so none of its text is cut."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,23 @@ class EmbeddingResult:
 
 
 class EmbeddingProvider(ABC):
-    """Turns text into vectors of ``dimensions`` numbers. A provider may be used from several threads."""
+    """Turns text into vectors of ``dimensions`` numbers. A provider may be used from several threads.
+
+    The first four members are KameleonDB's interface, and all that a provider must have. The others say what kdb-fast
+    needs to know of it; as they stand here they are right for one of which nothing else is known.
+
+    Attributes:
+        max_tokens: Tokens of a text beyond which the provider reads nothing.
+        max_batch: Most texts of one call of :meth:`embed_batch`.
+        concurrent_calls: Calls of :meth:`embed_into` that a run makes at the same time. One, since an object of the
+            user's own may not expect more.
+        limits_of: ``fastembed`` or ``openai``: whose limits of the options hold for a run with this provider.
+    """
+
+    max_tokens: int = UNKNOWN_WINDOW
+    max_batch: int = OTHER_BATCH
+    concurrent_calls: int = 1
+    limits_of: str = "openai"
 
     @abstractmethod
     def embed(self, text: str) -> list[float]:
@@ -76,6 +98,47 @@ class EmbeddingProvider(ABC):
         """
         return embed_batches(self, texts, out)
 
+    def fingerprint(self) -> str:
+        """What is kept beside a vector to tell its model: it differs as soon as anything differs that has a part in it.
+
+        As far as is known; a key has no part in it. Where nothing is known but names and length, it says so (BY_NAME).
+        Raises as :attr:`dimensions`.
+        """
+        own = self.named_class
+        ingredients = {
+            "class": f"{own.__module__}.{own.__qualname__}",
+            "model": self.model_name,
+            "dimensions": int(self.dimensions),
+        }
+        return BY_NAME + digest(ingredients)
+
+    def maker(self) -> Maker:
+        """Fingerprint, name and length: they tell which rows it has made. Raises as :attr:`dimensions`."""
+        return Maker(self.fingerprint(), self.model_name, int(self.dimensions))
+
+    @property
+    def read_chars(self) -> int:
+        """Characters of a text that count for the size of what is sent at once: what is behind them is not read."""
+        return int(self.max_tokens) * PACKED_BYTES_PER_TOKEN
+
+    def worker_spec(self) -> EncoderSpec | None:
+        """How worker processes build the same encoder; None for a provider that is called from this process only."""
+        return None
+
+    def self_test(self) -> None:
+        """Embed a probe. Raises KdbFastError if that fails, or gives no direction of the promised length."""
+        out = np.empty((1, int(self.dimensions)), np.float32)
+        _, refused = self.embed_into([PROBE], out)
+        if refused:
+            raise ProviderInputError.of(refused)
+        if not out.any():
+            raise ModelError(f"{self.model_name} gives a vector of zeros; expected a direction.")
+
+    @property
+    def named_class(self) -> type:
+        """The class by which messages and the fingerprint name the provider."""
+        return type(self)
+
     def close(self) -> None:
         """Give back what the provider holds; it cannot be used again."""
         return None
@@ -87,9 +150,9 @@ class EmbeddingProvider(ABC):
         self.close()
 
 
-def own_batch_limit(provider: object) -> int:
-    """Most texts to give a user's own provider at once: its attribute ``max_batch``, or OTHER_BATCH."""
-    own = getattr(provider, "max_batch", None)
+def own_batch_limit(provider: EmbeddingProvider) -> int:
+    """Most texts to give a user's own provider at once: its ``max_batch``, or OTHER_BATCH where that is no number."""
+    own: object = provider.max_batch
     return own if isinstance(own, int) and own > 0 else OTHER_BATCH
 
 
@@ -118,7 +181,7 @@ def embed_batches(provider: EmbeddingProvider, texts: Sequence[str], out: Matrix
         except Exception as error:
             # Its text is left out: it may quote a record. It is kept as the cause.
             raise ProviderError(
-                f"The embedding provider {type(provider).__name__} failed with {type(error).__name__}."
+                f"The embedding provider {provider.named_class.__name__} failed with {type(error).__name__}."
             ) from error
         matrix = checked_matrix(provider, vectors, len(batch))
         out[batch] = matrix
@@ -130,7 +193,7 @@ def embed_batches(provider: EmbeddingProvider, texts: Sequence[str], out: Matrix
 
 
 def checked_matrix(provider: EmbeddingProvider, vectors: object, count: int) -> Matrix:
-    name, expected = type(provider).__name__, (count, int(provider.dimensions))
+    name, expected = provider.named_class.__name__, (count, int(provider.dimensions))
     try:
         with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused for that
             matrix = np.asarray(vectors, np.float64).astype(np.float32)
@@ -156,3 +219,9 @@ def unfit_rows(texts: Sequence[str], check: Callable[[object], str | None]) -> d
 def raise_unfit(texts: Sequence[str], check: Callable[[object], str | None]) -> None:
     if refused := unfit_rows(texts, check):
         raise ProviderInputError.of(refused)
+
+
+def digest(ingredients: dict[str, object]) -> str:
+    """16 hex digits of what has a part in a provider's vectors."""
+    canonical = json.dumps(ingredients, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -13,7 +13,8 @@ from .database import DatabaseAddress
 from .engine import Engine, Event, SlotFilled, filled
 from .messages import Embedded, Finish, Flush, PrepareIndex
 from .openai_inputs import MAX_REQUEST_TOKENS, PACKED_BYTES_PER_TOKEN
-from .providers import EmbeddingProvider, ProviderEncoder
+from .provider_base import EmbeddingProvider
+from .provider_encoder import ProviderEncoder
 from .slab import ROW_NOT_ENCODABLE, ROW_NOT_FINITE, ROW_ZERO, SlabShape
 from .stores.base import RunSpec
 from .supervisor import ProcessEngine

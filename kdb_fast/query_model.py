@@ -215,19 +215,18 @@ def _by_openai(
 ) -> tuple[Vector, Maker]:
     import numpy as np
 
-    from .providers import OPENAI_MODEL, OpenAIProvider, provider_fingerprint
+    from .openai_provider import OPENAI_MODEL, OpenAIProvider
 
     length: dict[str, Any] = {"dimensions": made.dimensions} if made and made.dimensions else {}
     with OpenAIProvider(model=name or OPENAI_MODEL, base_url=base_url, **length, **PATIENCE) as provider:
         _check(made, provider.model_name, provider.dimensions)
-        maker = Maker(provider_fingerprint(provider), provider.model_name, provider.dimensions)
-        return np.asarray(provider.embed(query), np.float32), maker
+        return np.asarray(provider.embed(query), np.float32), provider.maker()
 
 
 def _serves(provider: str, made: IndexModel, base_url: str | None = None) -> bool:
     """Whether this provider is the one for a model of the index."""
     if base_url and made.name and made.dimensions:
-        from .providers import openai_fingerprint
+        from .openai_provider import openai_fingerprint
 
         return made.fingerprint == openai_fingerprint(made.name, made.dimensions, base_url)
     return (provider == "openai") == is_openais(made, None)
@@ -241,7 +240,7 @@ def is_openais(made: IndexModel | None, model: str | None) -> bool:
     address = os.environ.get("OPENAI_BASE_URL")
     if made is None or made.fingerprint is None or made.dimensions is None or not address or name != made.name:
         return False
-    from .providers import openai_fingerprint
+    from .openai_provider import openai_fingerprint
 
     return made.fingerprint == openai_fingerprint(name, made.dimensions, address)
 

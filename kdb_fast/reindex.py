@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import __version__
 from .database import DatabaseAddress
-from .encoder import CHARS_PER_TOKEN, EncoderSpec
+from .encoder import EncoderSpec
 from .engine import Engine, InlineEngine
 from .errors import KdbFastError, ModelError, StoppedError
 from .garbage import collecting_rarely
 from .models import resolve
-from .openai_inputs import PACKED_BYTES_PER_TOKEN
 from .origins import same_name
 from .pipeline import Counts, Pipeline, Stop
 from .plan import INLINE_ROWS, Plan, inline_shape, make_plan
@@ -47,9 +46,6 @@ What has been embedded is written in less, unless the database makes us wait; se
 
 INSIST_SECONDS = 1.0
 """From then on every wait that is left, in the clearing up too, ends after so long."""
-
-PROVIDER_THREADS = 8
-"""Slots that are sent to a provider's API at the same time: its answers take tenths of a second, our part nothing."""
 
 
 def reindex(
@@ -128,6 +124,17 @@ class Embedding:
     seconds: float = 0.0
     """What it took to find it: a download, or the preparation of a precision."""
 
+    @classmethod
+    def of_model(cls, spec: EncoderSpec) -> Embedding:
+        """A model on this machine, in fp32."""
+        return cls(spec.model.name, spec.model.dimensions, spec.model.fingerprint(), spec.read_chars, spec)
+
+    @classmethod
+    def of_provider(cls, provider: EmbeddingProvider) -> Embedding:
+        """A provider that is called from this process."""
+        fingerprint, name, dimensions = provider.maker()
+        return cls(name, dimensions, fingerprint, provider.read_chars, provider=provider)
+
     def close(self) -> None:
         """Close the provider's connections."""
         if self.provider is not None:
@@ -157,22 +164,17 @@ def find_embedding(options: ReindexOptions, progress: Progress, records: _Record
     if options.provider == "fastembed":
         model = resolve(options.model, options.model_path, report=progress.note)
         spec = EncoderSpec(model, options.batch_size)
-        read_chars = model.max_tokens * CHARS_PER_TOKEN
+        exact = Embedding.of_model(spec)
         if options.precision == "fp32":
-            return Embedding(model.name, model.dimensions, model.fingerprint(), read_chars, spec)
+            return exact
         assert records is not None
         choice = _choose_precision(options, spec, progress, records)
-        return Embedding(
-            model.name, model.dimensions, choice.fingerprint, read_chars, choice.spec, None, choice.fidelity, choice.why
+        return replace(
+            exact, fingerprint=choice.fingerprint, spec=choice.spec, fidelity=choice.fidelity, why=choice.why
         )
-    from .providers import ProviderEncoder, provider_fingerprint
-
     provider = _open_provider(options, records.address if records else None)
     try:
-        read_chars = ProviderEncoder(provider).max_tokens * PACKED_BYTES_PER_TOKEN
-        return Embedding(
-            provider.model_name, provider.dimensions, provider_fingerprint(provider), read_chars, provider=provider
-        )
+        return Embedding.of_provider(provider)
     except BaseException:
         provider.close()
         raise
@@ -180,7 +182,8 @@ def find_embedding(options: ReindexOptions, progress: Progress, records: _Record
 
 def _open_provider(options: ReindexOptions, address: DatabaseAddress | None) -> EmbeddingProvider:
     """The API's provider, for vectors of the length that was asked for, that the index has or that the model gives."""
-    from .providers import OPENAI_MODEL, OpenAIProvider, ProviderKeyError
+    from .openai_provider import OPENAI_MODEL, OpenAIProvider
+    from .provider_errors import ProviderKeyError
 
     name = options.model if options.model != DEFAULT_MODEL else OPENAI_MODEL
     is_new, made = index_model_of(address) if address else (False, None)
@@ -189,7 +192,7 @@ def _open_provider(options: ReindexOptions, address: DatabaseAddress | None) -> 
         length = {"dimensions": options.dimensions}
     elif made and made.dimensions and made.name and same_name(made.name, name):
         length = {"dimensions": made.dimensions}
-    threads = options.workers or PROVIDER_THREADS
+    threads = options.workers or OpenAIProvider.concurrent_calls
     provider = OpenAIProvider(
         model=name, base_url=options.base_url, max_inputs=options.batch_size, concurrency=threads, **length
     )
@@ -322,7 +325,7 @@ class _Run:
         if embedding.provider is not None:
             from .provider_engine import ProviderEngine
 
-            threads = options.workers or PROVIDER_THREADS
+            threads = options.workers or embedding.provider.concurrent_calls
             # A slot is a request.
             self.plan = make_plan(
                 workers=threads, dimensions=embedding.dimensions, model_bytes=0, shard_rows=options.batch_size

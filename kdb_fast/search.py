@@ -16,18 +16,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from .batches import BatchWriter, Operation, SlotEncoder, as_delete, as_list, as_put, as_puts
-from .encoder import EncoderSpec
+from .batches import BatchWriter, Operation, as_delete, as_list, as_put, as_puts
 from .errors import SearchWarning, UsageError
-from .origins import Maker, QueryVector
-from .providers import (
-    EmbeddingProvider,
-    FastEmbedProvider,
-    ProviderEncoder,
-    ProviderError,
-    as_provider,
-    provider_fingerprint,
-)
+from .origins import QueryVector
+from .own_provider import adapted, as_provider
+from .provider_base import EmbeddingProvider
+from .provider_encoder import ProviderEncoder
+from .provider_errors import ProviderError
 from .retrieval import IndexStatus, LeftOut, SearchReader, SearchResult, left_out, meaning, resolve_scope
 from .retrieval import search as ranked_search
 from .session_batch import SessionBatch, sqlalchemy_session
@@ -63,7 +58,8 @@ class SearchEngine:
     """
 
     def __init__(self, engine: Any, embedding_provider: EmbeddingProvider | Any | None = None) -> None:
-        self._provider = as_provider(embedding_provider) if embedding_provider is not None else None
+        self._given = as_provider(embedding_provider) if embedding_provider is not None else None
+        self._provider = adapted(self._given) if self._given is not None else None
         self._connections = connections_for(engine)
         self._local = threading.local()
         # KameleonDB closes its engine without a word to its search engine.
@@ -77,8 +73,8 @@ class SearchEngine:
 
     @property
     def embedding_provider(self) -> EmbeddingProvider | None:
-        """The provider, or None."""
-        return self._provider
+        """The provider as it was given, or None."""
+        return self._given
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -231,7 +227,7 @@ class SearchEngine:
             DatabaseError: The database cannot answer.
         """
         provider, dialect = self._provider, self._connections.dialect
-        fingerprint = provider_fingerprint(provider) if provider is not None else None
+        fingerprint = provider.fingerprint() if provider is not None else None
 
         def work(connection: Any, reader: SearchReader) -> list[IndexStatus]:
             return [
@@ -273,8 +269,8 @@ class SearchEngine:
         provider = self._provider
         if provider is None:
             return BatchWriter(store, RunSpec(0, "", "", DEFAULT_DIMENSIONS), None)
-        run = RunSpec(0, provider_fingerprint(provider), provider.model_name, int(provider.dimensions))
-        return BatchWriter(store, run, lambda: _encoder_of(provider), _spec_of(provider))
+        run = RunSpec(0, provider.fingerprint(), provider.model_name, int(provider.dimensions))
+        return BatchWriter(store, run, lambda: ProviderEncoder(provider), provider.worker_spec())
 
     def _write_on(self, connection: Any, operations: Sequence[Operation]) -> None:
         """Write within the transaction of the caller's own connection."""
@@ -284,7 +280,7 @@ class SearchEngine:
     def _left_out(self, reader: SearchReader, entities: Sequence[str]) -> list[LeftOut]:
         """The rows of these entities that another model than the provider's has made."""
         assert self._provider is not None
-        maker = _maker_of(self._provider)
+        maker = self._provider.maker()
         counts = {key: rows for key, rows in reader.origins().items() if not maker.has_made(key[1])}
         if not counts:
             return []
@@ -301,20 +297,7 @@ class SearchEngine:
             vector = np.asarray(provider.embed(text), dtype=np.float32)
         if vector.shape != (provider.dimensions,) or not np.isfinite(vector).all():
             raise ProviderError(
-                f"{type(provider).__name__}.embed gave a vector of shape {vector.shape}; expected "
+                f"{provider.named_class.__name__}.embed gave a vector of shape {vector.shape}; expected "
                 f"{provider.dimensions} finite numbers."
             )
-        return [QueryVector(vector, _maker_of(provider))] if vector.any() else None
-
-
-def _maker_of(provider: EmbeddingProvider) -> Maker:
-    return Maker(provider_fingerprint(provider), provider.model_name, int(provider.dimensions))
-
-
-def _encoder_of(provider: EmbeddingProvider) -> SlotEncoder:
-    return provider.encoder if isinstance(provider, FastEmbedProvider) else ProviderEncoder(provider)
-
-
-def _spec_of(provider: EmbeddingProvider) -> EncoderSpec | None:
-    """How worker processes embed; None for a provider that is called from this process only."""
-    return provider.spec if isinstance(provider, FastEmbedProvider) else None
+        return [QueryVector(vector, provider.maker())] if vector.any() else None

@@ -16,7 +16,7 @@ from servers import index_rows
 from kdb_fast import cli
 from kdb_fast.database import DatabaseAddress, parse_address
 from kdb_fast.errors import ModelError
-from kdb_fast.providers import OpenAIProvider, get_provider, provider_fingerprint
+from kdb_fast.providers import OpenAIProvider, get_provider
 
 TEXTS = [f"text number {i}" for i in range(70)]
 LONG = "a long story of a kettle " * 400
@@ -125,7 +125,7 @@ def test_the_library_takes_the_length_of_the_server(server: CompatibleServer) ->
 def test_fingerprints_tell_models_and_lengths_apart_and_not_how_an_address_is_written() -> None:
     def made(model: str, dimensions: int, url: str) -> str:
         with OpenAIProvider(model, dimensions, base_url=url) as provider:
-            return provider_fingerprint(provider)
+            return provider.fingerprint()
 
     same = {made("m", 8, f"http://h:1{path}") for path in ("", "/", "/v1", "/v1/", "/v1/embeddings")}
     assert len(same) == 1

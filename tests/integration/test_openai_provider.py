@@ -14,10 +14,10 @@ import numpy.typing as npt
 import pytest
 from openai_server import KEY, MODEL, Items, OpenAIServer, Reply, hashed, shortened
 
-from kdb_fast.encoder import Encoder, EncoderSpec, Tally
+from kdb_fast.encoder import PROBE, Encoder, EncoderSpec, Tally
 from kdb_fast.errors import KdbFastError, ModelError
 from kdb_fast.models import Model
-from kdb_fast.openai_requests import MAX_BACKOFF_SECONDS, PROBE
+from kdb_fast.openai_requests import MAX_BACKOFF_SECONDS
 from kdb_fast.providers import (
     OpenAIProvider,
     ProviderEncoder,

@@ -18,9 +18,9 @@ from servers import ListSource, cosine, engine_processes, eventually, execute, i
 
 from kdb_fast import cli
 from kdb_fast.database import DatabaseAddress
+from kdb_fast.encoder import PROBE
 from kdb_fast.errors import SchemaError
 from kdb_fast.models import Model
-from kdb_fast.openai_requests import PROBE
 from kdb_fast.providers import FastEmbedProvider, OpenAIProvider, ProviderKeyError
 from kdb_fast.reindex import reindex
 from kdb_fast.search import SearchEngine

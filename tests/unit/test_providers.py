@@ -24,6 +24,7 @@ from kdb_fast.errors import KdbFastError, ModelError, UsageError
 from kdb_fast.models import Model
 from kdb_fast.openai_answers import OddAnswerError, decode, duration, read_problem, server_wait
 from kdb_fast.openai_inputs import MAX_INPUT_TOKENS, cut_bytes, pack, shorter
+from kdb_fast.own_provider import adapted
 from kdb_fast.providers import (
     EmbeddingProvider,
     EmbeddingResult,
@@ -36,7 +37,6 @@ from kdb_fast.providers import (
     ProviderInputError,
     as_provider,
     get_provider,
-    provider_fingerprint,
 )
 
 
@@ -153,7 +153,7 @@ def test_missing_package_is_an_import_error_with_the_command(monkeypatch: pytest
 
 def openai(**options: Any) -> str:
     with OpenAIProvider(**{"api_key": "sk-1", **options}) as provider:
-        return provider_fingerprint(provider)
+        return provider.fingerprint()
 
 
 def test_fingerprint_is_of_what_makes_the_vectors() -> None:
@@ -173,7 +173,7 @@ def test_fingerprint_is_of_what_makes_the_vectors() -> None:
 def test_fingerprint_of_an_own_provider_tells_class_model_and_dimensions_apart() -> None:
     own, same, other_model, wider = Own(), Own(), Own(), Own()
     other_model.model_name, wider.dimensions = "other", 3
-    prints = [provider_fingerprint(as_provider(p)) for p in (own, same, other_model, wider, Derived())]
+    prints = [adapted(p).fingerprint() for p in (own, same, other_model, wider, Derived())]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 4
 
@@ -296,7 +296,7 @@ def test_fastembed_gives_the_encoders_vectors(fastembed: FastEmbedProvider, mini
 def test_fastembed_tells_its_model(fastembed: FastEmbedProvider, minilm: Model) -> None:
     assert (fastembed.dimensions, fastembed.model_name) == (384, minilm.name)
     assert fastembed.spec == EncoderSpec(minilm, 100)
-    assert provider_fingerprint(fastembed) == minilm.fingerprint()
+    assert fastembed.fingerprint() == minilm.fingerprint()
     assert repr(fastembed) == f"FastEmbedProvider('{minilm.name}')"
 
 
@@ -328,7 +328,7 @@ def test_fastembed_model_is_not_touched_before_it_is_needed(monkeypatch: pytest.
         resolved.append(name)
         return minilm
 
-    monkeypatch.setattr("kdb_fast.providers.resolve", resolve)
+    monkeypatch.setattr("kdb_fast.fastembed_provider.resolve", resolve)
     provider = get_provider("fastembed")
     assert isinstance(provider, FastEmbedProvider)
     assert provider.model_name == "BAAI/bge-small-en-v1.5"

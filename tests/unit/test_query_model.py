@@ -11,8 +11,8 @@ import pytest
 from kdb_fast import query_model
 from kdb_fast.errors import ModelError, SchemaError
 from kdb_fast.models import Model
+from kdb_fast.openai_provider import openai_fingerprint
 from kdb_fast.origins import Maker, Origin
-from kdb_fast.providers import openai_fingerprint
 from kdb_fast.query_model import IndexModel, embed_query, index_model, query_vectors
 from kdb_fast.settings import DEFAULT_MODEL
 from kdb_fast.stores import schema
