@@ -18,6 +18,7 @@ from ..resources import available_memory, usable_cpus
 from ..target import TABLE, Target
 from . import schema
 from .index_policy import IndexAction, IndexOutcome
+from .pg_check import vector_version
 from .pg_index_catalog import (
     Name,
     Relation,
@@ -30,7 +31,6 @@ from .pg_index_catalog import (
     read_indexes,
     read_relations,
 )
-from .pg_prepare import vector_version
 from .pg_session import PgSession
 
 if TYPE_CHECKING:

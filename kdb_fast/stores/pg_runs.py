@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DatabaseError, LockedError
 from ..target import Target
 from .base import FlushResult, RunSpec
-from .pg_prepare import DDL_LOCK, check_open
+from .pg_check import check_open
+from .pg_prepare import DDL_LOCK
 from .pg_session import PgSession
 from .runs import (
     AFTER_A_CRASH,

@@ -21,7 +21,7 @@ from ..faults import fault
 from ..pg_settings import ENCODING
 from ..records import Reject
 from ..target import REJECTS, RUNS, STATE, TABLE, Target
-from . import pg_index, pg_prepare, pg_rejects, pg_runs, seal
+from . import pg_check, pg_index, pg_prepare, pg_rejects, pg_runs, pg_seal, seal
 from .base import FlushResult, FlushSlot, RunSpec, Store, Stored
 from .index_policy import IndexOutcome
 from .pg_errors import classify, explain, refusal
@@ -117,14 +117,12 @@ class PostgreSQLStore(Store):
     def _seal_column(self) -> tuple[str, ...]:
         """The column for seals where the table has it; asked for once."""
         if self._columns is None:
-            statement = "SELECT " + pg_prepare.HAS_SEAL
-            row = self.session.connection().execute(statement.encode(), (self.target.regclass(TABLE),)).fetchone()
-            self._columns = (seal.COLUMN,) if row and row[0] else ()
+            self._columns = pg_seal.column(self.session)
         return self._columns
 
     def altered(self, run: int) -> list[str]:
         def work() -> list[str]:
-            return pg_prepare.altered(self.session, run, self._seal_column())
+            return pg_seal.altered(self.session, run, self._seal_column())
 
         return self.session.retrying("looking at what was stored", work)
 
@@ -215,7 +213,7 @@ class PostgreSQLStore(Store):
             return self.session.retrying("writing", lambda: attempt(False), rows=True)
         except psycopg.Error:
             # A column of another type would refuse every row.
-            self.session.retrying("checking the table", lambda: pg_prepare.check(self.session, run.dimensions))
+            self.session.retrying("checking the table", lambda: pg_check.check(self.session, run.dimensions))
             # A row that the database refuses: find it by halving; all others are written.
             return self.session.retrying("writing", lambda: attempt(True), rows=True)
 
@@ -277,7 +275,7 @@ class PostgreSQLStore(Store):
         import psycopg
 
         with self.session.connection().cursor() as cursor:
-            statement = f"SELECT (extract(epoch FROM now()) * 1000000)::bigint, {pg_prepare.HAS_SEAL}"  # noqa: S608
+            statement = f"SELECT (extract(epoch FROM now()) * 1000000)::bigint, {pg_seal.HAS_SEAL}"  # noqa: S608
             row = cursor.execute(statement.encode(), (self.target.regclass(TABLE),)).fetchone()
             assert row is not None
             writer = FlushWriter(
