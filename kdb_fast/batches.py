@@ -125,7 +125,6 @@ class BatchWriter:
         run: Number 0; fingerprint, model and dimensions of the provider.
         encoder: Gives the encoder for this process; None writes rows without vectors.
         spec: How worker processes embed; None keeps large batches in this process, too.
-        workers_from: Batches of at least so many records use worker processes; None means WORKERS_FROM.
 
     Attributes:
         vectors: Those last embedded, by hash of their text. A writer that is given those of another one embeds none
@@ -138,11 +137,8 @@ class BatchWriter:
         run: RunSpec,
         encoder: Callable[[], SlotEncoder] | None,
         spec: EncoderSpec | None = None,
-        *,
-        workers_from: int | None = None,
     ) -> None:
         self._store, self._run, self._encoder, self._spec = store, run, encoder, spec
-        self._workers_from = WORKERS_FROM if workers_from is None else workers_from
         if multiprocessing.current_process().daemon:
             self._spec = None  # Python lets no child of a daemonic process, as of multiprocessing.Pool, have children
         self._dimensions = run.dimensions if encoder is not None else 1
@@ -168,7 +164,7 @@ class BatchWriter:
                 if self._encoder is None:
                     self._write_plain(puts)
                 else:
-                    if engine is None and self._spec is not None and len(puts) >= self._workers_from:
+                    if engine is None and self._spec is not None and len(puts) >= WORKERS_FROM:
                         engine = _start_workers(self._spec, self._dimensions)
                     self._write_embedded(puts, engine)
                 if deletes:

@@ -15,7 +15,7 @@ import sys
 import threading
 from typing import Any
 
-from .garbage import collect_rarely
+from .resources import collect_rarely
 
 ORPHANED = 3
 """Exit code of a child whose parent died."""

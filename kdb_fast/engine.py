@@ -1,7 +1,7 @@
 """What carries shards to vectors and flushes to the database: in processes, or in this one.
 
-The pipeline gives work with :meth:`Engine.embed`, :meth:`Engine.flush` and :meth:`Engine.request`, and takes what
-has happened with :meth:`Engine.poll`. Both engines run the same worker and writer functions.
+The pipeline gives work with :meth:`Engine.embed` and :meth:`Engine.request`, and takes what has happened with
+:meth:`Engine.poll`. All engines run the same writer functions, and those with a model the same worker functions.
 """
 
 from __future__ import annotations
@@ -62,12 +62,8 @@ class Engine(ABC):
         """Whether a worker would be idle soon without another shard."""
 
     @abstractmethod
-    def flush(self, message: Flush) -> None:
-        """Write a flush; a Flushed follows. One at a time."""
-
-    @abstractmethod
-    def request(self, message: PrepareIndex | Finish) -> None:
-        """Ask the writer for something else; its answer follows. One at a time, not beside a flush."""
+    def request(self, message: Flush | PrepareIndex | Finish) -> None:
+        """Ask the writer to flush or for something else; its answer follows. One at a time."""
 
     @property
     @abstractmethod
@@ -108,10 +104,7 @@ class InlineEngine(Engine):
     def wants_work(self) -> bool:
         return not self._work
 
-    def flush(self, message: Flush) -> None:
-        self._requests.append(message)
-
-    def request(self, message: PrepareIndex | Finish) -> None:
+    def request(self, message: Flush | PrepareIndex | Finish) -> None:
         self._requests.append(message)
 
     @property

@@ -36,7 +36,7 @@ from .model_files import (
     write_manifest,
 )
 
-__all__ = ["Model", "SupportedModel", "find", "installed", "model_cache_dir", "pull", "resolve", "supported", "verify"]
+__all__ = ["Model", "SupportedModel", "installed", "model_cache_dir", "pull", "resolve", "supported", "verify"]
 
 Report = Callable[[str], None]
 
@@ -90,19 +90,6 @@ def pull(name: str, report: Report = lambda line: None) -> Model:
     """
     with _os_errors_named(name):
         return _fetch(name, report)
-
-
-def find(name: str) -> Model:
-    """The model ``name`` if it is in the cache, verified; never fetches.
-
-    Raises:
-        ModelError: It is not there or is damaged.
-    """
-    with _os_errors_named(name):
-        if directory := _find(name):
-            return _load(directory)
-    entry = find_entry(name)
-    raise ModelError(f"{entry.name} is not in {model_cache_dir()}.", remedy=pull_remedy(entry.name))
 
 
 def installed() -> list[Model]:

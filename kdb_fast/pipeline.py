@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
@@ -591,7 +591,7 @@ class Pipeline:
         if not self._unique_keys:
             self._sent.update(deletes)
             self._sent_deletes = deletes
-        engine.flush(Flush(self.counts.flushes, tuple(slots), tuple(rejects), tuple(deletes)))
+        engine.request(Flush(self.counts.flushes, tuple(slots), tuple(rejects), tuple(deletes)))
 
     def _keep_rewritten(self, load: _Load) -> None:
         """A record that was emptied and then given a text again stays: a flush writes first, then removes."""
@@ -777,16 +777,3 @@ def _microseconds(moment: datetime | None) -> int:
 
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-def limited(pages: Iterator[list[Record | Reject]], limit: int | None) -> Iterator[list[Record | Reject]]:
-    """The first ``limit`` records of the pages."""
-    left = limit
-    for page in pages:
-        if left is None:
-            yield page
-        elif left > 0:
-            yield page[:left]
-            left -= len(page[:left])
-            if left == 0:
-                return

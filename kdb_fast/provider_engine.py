@@ -91,10 +91,7 @@ class ProviderEngine(Engine):
     def wants_work(self) -> bool:
         return len(self._in_flight) < self.workers
 
-    def flush(self, message: Flush) -> None:
-        self._writer.flush(message)
-
-    def request(self, message: PrepareIndex | Finish) -> None:
+    def request(self, message: Flush | PrepareIndex | Finish) -> None:
         self._writer.request(message)
 
     @property

@@ -15,7 +15,6 @@ from .database import DatabaseAddress
 from .encoder import EncoderSpec
 from .engine import Engine, InlineEngine
 from .errors import KdbFastError, ModelError, StoppedError
-from .garbage import collecting_rarely
 from .models import resolve
 from .origins import same_name
 from .pipeline import Counts, Pipeline, Stop
@@ -23,7 +22,7 @@ from .plan import INLINE_ROWS, Plan, inline_shape, make_plan
 from .progress import Progress, Silent
 from .provider_base import EmbeddingProvider
 from .query import forget_older, forget_older_of_input, index_model_of, recent_fingerprints
-from .resources import peak_rss_bytes
+from .resources import collecting_rarely, peak_rss_bytes
 from .settings import DEFAULT_MODEL, ReindexOptions
 from .slab import ROW_REASONS, ROW_WORKER_DIED
 from .sources.base import Source

@@ -42,7 +42,7 @@ from .messages import (
     Ready,
     Stop,
 )
-from .resources import oom_kills
+from .resources import oom_kills, peak_rss_bytes
 from .slab import ROW_WORKER_DIED, Slab, SlabShape
 from .spawning import describe_exit, spawn, tail
 from .stores.base import RunSpec
@@ -183,9 +183,6 @@ class ProcessEngine(Engine):
     def wants_work(self) -> bool:
         return len(self._waiting) + sum(len(w.tasks) for w in self._workers) < QUEUE_DEPTH * len(self._workers)
 
-    def flush(self, message: Flush) -> None:
-        self.request(message)
-
     def request(self, message: Flush | PrepareIndex | Finish) -> None:
         assert self._request is None, "the writer is given one thing at a time"
         self._request = message
@@ -294,7 +291,7 @@ class ProcessEngine(Engine):
     def _check_for_hangs(self) -> None:
         now = time.monotonic()
         for child in self._children():
-            child.peak_rss = max(child.peak_rss, _peak_rss(child.process.pid))
+            child.peak_rss = max(child.peak_rss, peak_rss_bytes(child.process.pid))
             self._peaks[child.name] = max(self._peaks.get(child.name, 0), child.peak_rss)
             owes = bool(child.tasks) or not child.ready or (child is self._writer and self._request is not None)
             if not owes:
@@ -414,7 +411,7 @@ class ProcessEngine(Engine):
         children = self._children()
         for child in children:
             with contextlib.suppress(OSError, ValueError):
-                self._peaks[child.name] = max(self._peaks.get(child.name, 0), _peak_rss(child.process.pid))
+                self._peaks[child.name] = max(self._peaks.get(child.name, 0), peak_rss_bytes(child.process.pid))
                 # A stopped child would not hear it.
                 if kill or _is_stopped(child.process.pid):
                     child.process.kill()
@@ -457,12 +454,3 @@ def _is_stopped(pid: int) -> bool:
     with contextlib.suppress(psutil.Error):
         return bool(psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP))
     return False
-
-
-def _peak_rss(pid: int | None) -> int:
-    """VmHWM of a process in bytes, 0 where it cannot be read."""
-    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/status") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return 0

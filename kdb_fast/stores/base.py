@@ -222,10 +222,6 @@ class Store(ABC):
         """Build whatever KameleonDB's table should have and has not, and refresh planner statistics."""
 
     @abstractmethod
-    def index_missing(self) -> bool:
-        """Whether :meth:`finish_index` would build the vector index."""
-
-    @abstractmethod
     def prune(self, entity: str) -> int:
         """Remove rows of an entity whose record is gone or soft-deleted in KameleonDB's tables; returns how many.
 

@@ -191,13 +191,6 @@ def _remembered(cursor: Cursor, target: Target) -> list[SearchIndex]:
     return [SearchIndex.from_json(values) for values in remembered]
 
 
-def missing(session: PgSession) -> bool:
-    """Whether :func:`finish` would build a vector index."""
-    with session.transaction() as cursor:
-        tree = _Tree.read(cursor, session.target)
-    return bool(tree.uncovered(True)) or any(index.vector for index in (*tree.lost(), *tree.broken()))
-
-
 def defer(session: PgSession) -> IndexOutcome:
     """Drop the vector and full-text indexes; what they were is remembered in the same transaction."""
     import psycopg

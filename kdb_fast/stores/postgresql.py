@@ -144,9 +144,6 @@ class PostgreSQLStore(Store):
     def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
         return pg_index.finish(self.session, beat)
 
-    def index_missing(self) -> bool:
-        return self.session.retrying("looking at the indexes", lambda: pg_index.missing(self.session))
-
     def count(self, entity: str | None = None) -> int:
         if entity is not None and self.missing_characters([entity]):
             return 0

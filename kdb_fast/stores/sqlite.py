@@ -129,9 +129,6 @@ class SQLiteStore(Store):
                 self._connection.execute("ANALYZE kdb_search")
         return IndexOutcome(IndexAction.NONE, "exact search on SQLite, no vector index")
 
-    def index_missing(self) -> bool:
-        return False
-
     def count(self, entity: str | None = None) -> int:
         with translated("counting rows"):
             if entity is None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kdb_fast.encoder import Encoder, EncoderSpec
-from kdb_fast.models import Model, find, installed, resolve, verify
+from kdb_fast.models import Model, installed, resolve, verify
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "minilm.json").read_text(encoding="utf-8"))
 TEXTS: list[str] = REFERENCE["texts"]
@@ -74,7 +74,7 @@ def test_model_says_what_fastembed_does(minilm: Model, embedding: Any) -> None:
 
 def test_installed_model_is_found_complete_and_verified(minilm: Model) -> None:
     verify(minilm)
-    assert find(minilm.name) == minilm
+    assert resolve(minilm.name) == minilm
     assert minilm in installed()
     assert resolve(minilm.name.upper()) == minilm
     assert resolve(minilm.name, minilm.path).fingerprint() == minilm.fingerprint()
@@ -84,11 +84,11 @@ def test_worker_needs_nothing_of_what_fastembed_imports_for_downloads(minilm: Mo
     code = """
 import sys
 from kdb_fast.encoder import Encoder, EncoderSpec
-from kdb_fast.models import find
+from kdb_fast.models import resolve
 from kdb_fast.offline import import_fastembed
 
 import_fastembed()
-encoder = Encoder(EncoderSpec(find(sys.argv[1]), 100))
+encoder = Encoder(EncoderSpec(resolve(sys.argv[1]), 100))
 encoder.self_test()
 left_out = {"huggingface_hub", "requests", "httpx"}
 print(sorted(left_out & sys.modules.keys()), encoder.embed(["The quick brown fox"]).tobytes().hex())

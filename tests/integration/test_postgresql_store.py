@@ -950,23 +950,19 @@ def test_index_is_built_again_exactly_as_it_was_even_after_a_crash(
 
     second = open_store(database)
     second.prepare(DIMENSIONS)
-    assert second.index_missing()
     assert second.defer_index().text == "dropped for the load"
     beats: list[str] = []
     outcome = second.finish_index(beats.append)
     assert outcome.text.startswith("built ")
     assert beats[-1] == "building ix_kdb_search_vector"
     assert index_definitions(database) == before
-    assert not second.index_missing()
     assert second.finish_index(no_beat).text == "kept"
     assert execute(database, "SELECT count(*) FROM kdb_fast_state") == [(0,)]
 
 
 def test_missing_index_is_built_as_kameleondb_creates_it(database: DatabaseAddress, store: PostgreSQLStore) -> None:
     before = index_definitions(database)
-    assert not store.index_missing()
     execute(database, "DROP INDEX ix_kdb_search_vector, ix_kdb_search_fts")
-    assert store.index_missing()
     assert store.finish_index(no_beat).text == "built ix_kdb_search_fts, ix_kdb_search_vector"
     assert index_definitions(database) == before
 
@@ -977,7 +973,6 @@ def test_users_own_vector_index_is_enough(database: DatabaseAddress, store: Post
         "DROP INDEX ix_kdb_search_vector; CREATE INDEX mine ON kdb_search USING hnsw (embedding vector_l2_ops)",
     )
     before = index_definitions(database)
-    assert not store.index_missing()
     assert store.finish_index(no_beat).text == "kept"
     assert index_definitions(database) == before
 
@@ -990,7 +985,6 @@ def test_invalid_index_is_built_again_as_it_was(database: DatabaseAddress, open_
     before = index_definitions(database)
     # What CREATE INDEX CONCURRENTLY leaves behind when it is interrupted.
     execute(database, "UPDATE pg_index SET indisvalid = false WHERE indexrelid = %s::regclass", name)
-    assert store.index_missing()
     assert store.finish_index(no_beat).text == f"built {name}"
     assert index_definitions(database) == before
     assert execute(database, "SELECT bool_and(indisvalid) FROM pg_index") == [(True,)]
@@ -1003,7 +997,6 @@ def test_invalid_copy_beside_a_valid_index_is_left_alone(database: DatabaseAddre
         "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'ix_kdb_search_vector_ccnew'::regclass",
     )
     before = execute(database, "SELECT indexrelid, indisvalid FROM pg_index ORDER BY 1")
-    assert not store.index_missing()
     assert store.finish_index(no_beat).text == "kept"
     assert execute(database, "SELECT indexrelid, indisvalid FROM pg_index ORDER BY 1") == before
 

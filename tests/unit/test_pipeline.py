@@ -27,7 +27,7 @@ from kdb_fast.engine import Engine, Event, Note, SlotFilled
 from kdb_fast.errors import RejectLimitError
 from kdb_fast.flushing import FlushSize
 from kdb_fast.messages import Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex, row_bits, rows_of_bits
-from kdb_fast.pipeline import Counts, Pipeline, Stop, limited
+from kdb_fast.pipeline import Counts, Pipeline, Stop
 from kdb_fast.records import MAX_CONTENT_BYTES, Record, Reject, content_hash, unfit
 from kdb_fast.settings import RejectLimit
 from kdb_fast.slab import NO_STAMP, ROW_NOT_FINITE, Slab, SlabShape
@@ -133,13 +133,10 @@ class FakeEngine(Engine):
     def wants_work(self) -> bool:
         return len(self._orders) < 2 * max(1, self.workers)
 
-    def flush(self, message: Flush) -> None:
-        flushes = [r for r in self.requests if isinstance(r, Flush)]
-        assert message.number == len(flushes) + 1
-        self.request(message)
-
     def request(self, message: Flush | PrepareIndex | Finish) -> None:
         assert self._request is None, "the writer is given one thing at a time"
+        if isinstance(message, Flush):
+            assert message.number == len([r for r in self.requests if isinstance(r, Flush)]) + 1
         self._request = message
         self.requests.append(message)
 
@@ -1230,27 +1227,3 @@ def test_finish_with_nothing_to_do_starts_nothing() -> None:
     run = Run().go([])
     run.pipeline.finish((), build_index=False)
     assert run.engine.starts == []
-
-
-# -- limited -----------------------------------------------------------------------------------------------
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 5), max_size=8), st.one_of(st.none(), st.integers(0, 30)))
-@example([3, 3], 3)
-def test_limited_gives_the_first_records_and_reads_no_page_too_many(sizes: list[int], limit: int | None) -> None:
-    numbers = iter(range(1000))
-    made = [[record(next(numbers), "t") for _ in range(size)] for size in sizes]
-    opened = 0
-
-    def source() -> Iterator[list[Item]]:
-        nonlocal opened
-        for page in made:
-            opened += 1
-            yield list(page)
-
-    got = [item for page in limited(source(), limit) for item in page]
-    everything = [item for page in made for item in page]
-    assert got == (everything if limit is None else everything[:limit])
-    if limit and sum(sizes) >= limit:
-        assert opened == next(n for n in range(1, len(sizes) + 1) if sum(sizes[:n]) >= limit)

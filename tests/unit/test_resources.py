@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 
 from kdb_fast import resources
 from kdb_fast.resources import (
+    GARBAGE_THRESHOLD,
     available_memory,
+    collecting_rarely,
     cpu_list,
     cpu_quota,
     memory_limit,
@@ -247,3 +250,13 @@ def test_on_this_machine_the_answers_are_usable() -> None:
     assert 1 <= usable_cpus() <= 4096
     assert available_memory() > 0
     assert memory_limit() is None or memory_limit() > 0  # type: ignore[operator]
+
+
+def test_a_callers_own_settings_come_back() -> None:
+    before = gc.get_threshold()
+    with collecting_rarely():
+        assert gc.get_threshold() == (GARBAGE_THRESHOLD, *before[1:])
+    assert gc.get_threshold() == before
+    with pytest.raises(RuntimeError), collecting_rarely():
+        raise RuntimeError
+    assert gc.get_threshold() == before
