@@ -22,7 +22,7 @@ from .plan import make_plan
 from .provider_errors import ProviderInputError
 from .records import Record, content_hash, cut_content, storable_key, unfit
 from .sharding import cut_shards
-from .slab import BLOB_BYTES, NO_STAMP, ROW_NOT_FINITE, ROW_REASONS, ROW_ZERO, Row, Slab, SlabShape, Slot
+from .slab import BLOB_BYTES, NO_STAMP, ROW_REASONS, Row, Slab, SlabShape, Slot
 from .stores.base import FlushSlot, RunSpec, Store
 from .vectors import VectorCache
 
@@ -252,14 +252,11 @@ class BatchWriter:
         for slot, shard in self._slots(rows):
             assert self._encoder is not None
             slot.put(1, shard, [NO_STAMP] * len(shard))
-            vectors = slot.vectors[: len(shard)]
             try:
-                self._encoder().encode(slot.contents(0, len(shard)), vectors)
+                self._encoder().encode(slot.contents(0, len(shard)), slot.vectors[: len(shard)])
             except ProviderInputError as error:
                 raise _not_embedded(shard[error.index].record, error.reason) from error
-            codes = slot.code[: len(shard)]
-            codes[~vectors.any(axis=1)] = ROW_ZERO
-            codes[~np.isfinite(vectors).all(axis=1)] = ROW_NOT_FINITE
+            slot.mark_unfit(0, len(shard))
             yield slot, shard
 
 

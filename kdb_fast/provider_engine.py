@@ -7,15 +7,13 @@ import queue
 import threading
 import time
 
-import numpy as np
-
 from .database import DatabaseAddress
 from .engine import Engine, Event, SlotFilled, filled
 from .messages import Embedded, Finish, Flush, PrepareIndex
 from .openai_inputs import MAX_REQUEST_TOKENS, PACKED_BYTES_PER_TOKEN
 from .provider_base import EmbeddingProvider
 from .provider_encoder import ProviderEncoder
-from .slab import ROW_NOT_ENCODABLE, ROW_NOT_FINITE, ROW_ZERO, SlabShape
+from .slab import ROW_NOT_ENCODABLE, SlabShape
 from .stores.base import RunSpec
 from .supervisor import ProcessEngine
 
@@ -77,13 +75,10 @@ class ProviderEngine(Engine):
     def _embed(self, number: int, generation: int, rows: int) -> SlotFilled:
         started = time.perf_counter()
         slot = self.slab.slots[number]
-        vectors = slot.vectors[:rows]
-        tally, refused = self._encoder.encode_each(slot.contents(0, rows), vectors)
-        code = slot.code[:rows]
-        code[~np.isfinite(vectors).all(axis=1)] = ROW_NOT_FINITE
-        code[~vectors.any(axis=1)] = ROW_ZERO
+        tally, refused = self._encoder.encode_each(slot.contents(0, rows), slot.vectors[:rows])
         for row in refused:
-            code[row] = ROW_NOT_ENCODABLE
+            slot.code[row] = ROW_NOT_ENCODABLE
+        slot.mark_unfit(0, rows)
         crc = slot.checksum(0, rows)
         seconds = time.perf_counter() - started
         return filled(Embedded(number, generation, 0, rows, *tally, seconds, crc))

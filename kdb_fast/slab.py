@@ -178,6 +178,13 @@ class Slot:
             for i in range(n)
         ]
 
+    def mark_unfit(self, start: int, stop: int) -> None:
+        """Give a code to rows ``start`` to ``stop`` whose vector says nothing, unless they have one already."""
+        vectors, code = self.vectors[start:stop], self.code[start:stop]
+        unmarked = code == ROW_OK
+        code[unmarked & ~np.isfinite(vectors).all(axis=1)] = ROW_NOT_FINITE
+        code[unmarked & ~vectors.any(axis=1)] = ROW_ZERO
+
     def checksum(self, start: int = 0, stop: int | None = None) -> int:
         """CRC-32 of the vectors of rows ``start`` to ``stop``, or of all rows."""
         return zlib.crc32(self.vectors[start : self.rows if stop is None else stop].data.cast("B"))

@@ -12,15 +12,13 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
-
 from .child import enter_child
 from .encoder import Encoder, EncoderSpec, Tally, is_memory_error, memory_ran_out
 from .errors import ModelError
 from .faults import fault
 from .messages import Embed, Embedded, Failed, Ready, Stop
 from .offline import import_fastembed
-from .slab import ROW_NOT_ENCODABLE, ROW_NOT_FINITE, ROW_ZERO, Slab, SlabHandle, Slot
+from .slab import ROW_NOT_ENCODABLE, Slab, SlabHandle, Slot
 
 
 def run(connection: Connection, slab: SlabHandle, spec: EncoderSpec, cpu: int | None, stderr: Any) -> None:
@@ -78,12 +76,7 @@ def embed_rows(slot: Slot, order: Embed, encoder: Encoder) -> Embedded:
     start, stop = order.start, order.stop
     fault("worker.encode")
     tally = _encode(slot, start, stop, encoder)
-    vectors = slot.vectors[start:stop]
-    finite = np.isfinite(vectors).all(axis=1)
-    zero = ~vectors.any(axis=1)
-    code = slot.code[start:stop]
-    code[~finite & (code == 0)] = ROW_NOT_FINITE
-    code[zero & (code == 0)] = ROW_ZERO
+    slot.mark_unfit(start, stop)
     return Embedded(
         slot.number,
         order.generation,

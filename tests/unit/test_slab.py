@@ -164,6 +164,16 @@ def test_checksum_is_crc32_of_the_vectors_of_the_rows_in_use() -> None:
     assert slot.checksum() == zlib.crc32(np.arange(10, dtype=np.float32).tobytes())
 
 
+def test_rows_whose_vector_says_nothing_are_marked_but_for_those_that_are_marked_already() -> None:
+    slot = Slab.local(SlabShape(slots=1, rows=8, dimensions=2, blob_bytes=4096)).slots[0]
+    slot.put(1, [Row(Record("E", str(i), "t")) for i in range(7)], [NO_STAMP] * 7)
+    slot.vectors[:7] = np.array([[1, 0], [0, 0], [np.nan, 0], [-np.inf, 1], [0, 0], [np.nan, np.nan], [0, 0]])
+    slot.code[4] = ROW_NOT_ENCODABLE
+    slot.mark_unfit(0, 6)
+    marked = [ROW_OK, ROW_ZERO, ROW_NOT_FINITE, ROW_NOT_FINITE, ROW_NOT_ENCODABLE, ROW_NOT_FINITE, ROW_OK]
+    assert slot.code[:7].tolist() == marked
+
+
 def test_every_code_of_an_unfit_row_has_a_reason() -> None:
     assert set(ROW_REASONS) == {ROW_NOT_FINITE, ROW_ZERO, ROW_NOT_ENCODABLE, ROW_WORKER_DIED}
     assert ROW_OK not in ROW_REASONS
