@@ -15,7 +15,8 @@ from servers import Server, connect_as, database_name, execute
 
 from kdb_fast.database import DatabaseAddress
 from kdb_fast.errors import SchemaError
-from kdb_fast.stores import pg_index
+from kdb_fast.stores import pg_index, pg_index_build
+from kdb_fast.stores.pg_index_build import IndexBuilder
 from kdb_fast.stores.postgresql import PostgreSQLStore
 
 COLUMNS = """
@@ -209,7 +210,7 @@ def test_a_tree_that_was_left_half_built_is_completed_by_whoever_comes_next(
             raise RuntimeError(point)
 
     with monkeypatch.context() as patch, contextlib.suppress(RuntimeError):
-        patch.setattr(pg_index, "fault", fail)
+        patch.setattr(pg_index_build, "fault", fail)
         store.finish_index(no_beat)
     store.close()
     other = PostgreSQLStore(connect_as(database, options="-c search_path=pg_catalog,public"), "test")
@@ -466,14 +467,14 @@ def test_what_is_not_there_after_building_is_not_reported_as_built(
 ) -> None:
     store = make(PLAIN)
     store.defer_index()
-    look = pg_index._Builder.outcome
+    look = IndexBuilder.outcome
 
     def after_another_session(self: Any, homeless: Any) -> Any:
         execute(database, "DROP INDEX ix_kdb_search_fts")
         execute(database, "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'ix_kdb_search_vector'::regclass")
         return look(self, homeless)
 
-    monkeypatch.setattr(pg_index._Builder, "outcome", after_another_session)
+    monkeypatch.setattr(IndexBuilder, "outcome", after_another_session)
     outcome = store.finish_index(no_beat)
     assert outcome.text == "not valid: ix_kdb_search_fts, ix_kdb_search_vector"
     assert "run the same command again" in outcome.warnings[0]
