@@ -14,7 +14,12 @@ if TYPE_CHECKING:
         DatabaseError,
         KdbFastError,
         LockedError,
+        MissingPackageError,
         ModelError,
+        OptionError,
+        ProviderError,
+        ProviderInputError,
+        ProviderKeyError,
         RecordError,
         RefusedError,
         RejectLimitError,
@@ -27,13 +32,6 @@ if TYPE_CHECKING:
     from .fastembed_provider import FastEmbedProvider
     from .openai_provider import OpenAIProvider
     from .provider_base import EmbeddingProvider, EmbeddingResult
-    from .provider_errors import (
-        MissingPackageError,
-        OptionError,
-        ProviderError,
-        ProviderInputError,
-        ProviderKeyError,
-    )
     from .providers import get_provider
     from .retrieval import IndexStatus, SearchResult
     from .search import SearchEngine
@@ -77,13 +75,6 @@ _FROM = {
     "openai_provider": ("OpenAIProvider",),
     "providers": ("get_provider",),
     "provider_base": ("EmbeddingProvider", "EmbeddingResult"),
-    "provider_errors": (
-        "MissingPackageError",
-        "OptionError",
-        "ProviderError",
-        "ProviderInputError",
-        "ProviderKeyError",
-    ),
 }
 """Module of each name; all others are in ``errors``."""
 

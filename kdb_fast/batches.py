@@ -17,9 +17,8 @@ import numpy.typing as npt
 
 from .encoder import EncoderSpec, Tally
 from .engine import Engine, SlotFilled
-from .errors import RecordError
+from .errors import ProviderInputError, RecordError
 from .plan import make_plan
-from .provider_errors import ProviderInputError
 from .records import Record, content_hash, cut_content, storable_key, unfit
 from .sharding import cut_shards
 from .slab import BLOB_BYTES, NO_STAMP, ROW_REASONS, Row, Slab, SlabShape, Slot

@@ -2,6 +2,9 @@
 
 KdbFastError                70  internal error: a defect of kdb-fast
 ├── UsageError               2  the command or an option makes no sense
+│   ├── ProviderInputError   2  a text that an embedding provider cannot embed; a ValueError too
+│   ├── OptionError          2  an option of a provider makes no sense; a ValueError too, as in KameleonDB
+│   └── MissingPackageError  2  an optional package is not installed; an ImportError too
 ├── RecordError              3  a record that a library caller passed cannot be stored
 ├── RefusedError             4  refused before anything was done
 │   ├── SchemaError          4  a table, column, extension or right is not what it must be
@@ -9,13 +12,19 @@ KdbFastError                70  internal error: a defect of kdb-fast
 ├── DatabaseError            5  the database cannot be reached or was lost
 ├── LockedError              6  another run holds the index
 ├── ResourceError            7  disk, memory, shared memory or processes ran out
+│   └── ProviderError        7  an embedding provider cannot be reached, has no quota left, or answers wrongly
+│       └── ProviderKeyError 4  the key is refused
 ├── RejectLimitError         8  more records were rejected than allowed
 └── StoppedError   129/130/143  a signal stopped the run after a clean drain: SIGHUP, SIGINT, SIGTERM
 
-A message says what was found and what was expected; ``remedy`` says what to do about it.
+A message says what was found and what was expected; ``remedy`` says what to do about it. No message of a
+provider's error holds a key or a record's text.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 EXIT_OK = 0
 EXIT_REJECTS = 3
@@ -114,3 +123,46 @@ class StoppedError(KdbFastError):
     def __init__(self, message: str, *, remedy: str = "", signum: int = 2) -> None:
         super().__init__(message, remedy=remedy)
         self.exit_code = 128 + signum
+
+
+class ProviderError(ResourceError):
+    """An embedding provider cannot be reached, is out of quota, or does not answer as it should."""
+
+
+class ProviderKeyError(ProviderError):
+    """The API refuses the key, or the key may not use the model."""
+
+    exit_code = 4
+
+
+class ProviderInputError(UsageError, ValueError):
+    """The provider cannot embed one of the texts, or several.
+
+    Attributes:
+        index: Position of the first such text in what was given.
+        reason: Why, without the text.
+        refused: Every such position that is known, with its reason.
+    """
+
+    def __init__(self, index: int, reason: str, refused: Mapping[int, str] | None = None) -> None:
+        self.index, self.reason = index, reason
+        self.refused = dict(refused or {index: reason})
+        more = f" Refused as well: {len(self.refused) - 1} more." if len(self.refused) > 1 else ""
+        super().__init__(f"Text {index} cannot be embedded: {reason}.{more}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.index, self.reason, self.refused)
+
+    @classmethod
+    def of(cls, refused: Mapping[int, str]) -> ProviderInputError:
+        """The error for these positions with their reasons; at least one."""
+        first = min(refused)
+        return cls(first, refused[first], refused)
+
+
+class OptionError(UsageError, ValueError):
+    """An option of a provider makes no sense."""
+
+
+class MissingPackageError(UsageError, ImportError):
+    """A package of an optional extra is not installed."""

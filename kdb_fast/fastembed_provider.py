@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from .encoder import Encoder, EncoderSpec, Matrix, Tally
+from .errors import MissingPackageError, OptionError
 from .models import directory_name, resolve
 from .openai_inputs import unfit
 from .provider_base import EmbeddingProvider, listed, raise_unfit, unfit_rows
-from .provider_errors import MissingPackageError, OptionError
 from .settings import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZES
 
 FASTEMBED_MODEL = "BAAI/bge-small-en-v1.5"

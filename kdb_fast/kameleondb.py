@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from .errors import KdbFastError, SchemaError, UsageError
+from .errors import KdbFastError, MissingPackageError, SchemaError, UsageError
 from .kameleondb_providers import address_of, embedding_of, provider_for
-from .provider_errors import MissingPackageError
 from .records import content_of, storable_key
 from .settings import DEFAULT_BATCH_SIZE
 

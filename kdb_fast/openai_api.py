@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .encoder import Matrix, Tally
-from .errors import ModelError
+from .errors import ModelError, OptionError
 from .openai_answers import named_batch, named_window, speaks_of_length
 from .openai_connections import Connections
 from .openai_inputs import (
@@ -39,7 +39,6 @@ from .openai_inputs import (
 )
 from .openai_problems import RefusedRequestError
 from .openai_requests import Requests, ServerLimits
-from .provider_errors import OptionError
 from .records import was_cut
 
 if TYPE_CHECKING:

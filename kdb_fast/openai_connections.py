@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import __version__
-from .errors import UsageError
-from .provider_errors import MissingPackageError, OptionError
+from .errors import MissingPackageError, OptionError, UsageError
 
 if TYPE_CHECKING:
     import httpx

@@ -6,9 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from .errors import ModelError
+from .errors import ModelError, ProviderError, ProviderKeyError
 from .openai_answers import Problem, speaks_of_length
-from .provider_errors import ProviderError, ProviderKeyError
 
 
 class Asked(NamedTuple):

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .encoder import Matrix, Tally
+from .errors import OptionError, ProviderInputError
 from .openai_api import EmbeddingsAPI
 from .openai_inputs import MAX_INPUT_TOKENS, MAX_INPUTS, unfit_for_api
 from .provider_base import EmbeddingProvider, digest, listed, raise_unfit
-from .provider_errors import OptionError, ProviderInputError
 
 if TYPE_CHECKING:
     import httpx

@@ -12,10 +12,9 @@ from typing import Self
 import numpy as np
 
 from .encoder import PROBE, EncoderSpec, Matrix, Tally
-from .errors import KdbFastError, ModelError, UsageError
+from .errors import KdbFastError, ModelError, ProviderError, ProviderInputError, UsageError
 from .openai_inputs import PACKED_BYTES_PER_TOKEN, typical_tokens, unfit
 from .origins import BY_NAME, Maker
-from .provider_errors import ProviderError, ProviderInputError
 
 OTHER_BATCH = 64
 """Most texts of one call to a user's own provider. Below the limits of the hosted APIs; Cohere's, 96, is the least."""

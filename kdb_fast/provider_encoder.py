@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from .encoder import Matrix, Tally
-from .errors import UsageError
+from .errors import ProviderInputError, UsageError
 from .own_provider import adapted
 from .provider_base import EmbeddingProvider
-from .provider_errors import ProviderInputError
 
 
 class ProviderEncoder:

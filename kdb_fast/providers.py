@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import UsageError
+from .errors import MissingPackageError, OptionError, ProviderError, ProviderInputError, ProviderKeyError, UsageError
 from .fastembed_provider import FastEmbedProvider
 from .openai_provider import OpenAIProvider
 from .own_provider import as_provider
 from .provider_base import EmbeddingProvider, EmbeddingResult
 from .provider_encoder import ProviderEncoder
-from .provider_errors import MissingPackageError, OptionError, ProviderError, ProviderInputError, ProviderKeyError
 
 __all__ = [
     "EmbeddingProvider",

@@ -181,8 +181,8 @@ def find_embedding(options: ReindexOptions, progress: Progress, records: _Record
 
 def _open_provider(options: ReindexOptions, address: DatabaseAddress | None) -> EmbeddingProvider:
     """The API's provider, for vectors of the length that was asked for, that the index has or that the model gives."""
+    from .errors import ProviderKeyError
     from .openai_provider import OPENAI_MODEL, OpenAIProvider
-    from .provider_errors import ProviderKeyError
 
     name = options.model if options.model != DEFAULT_MODEL else OPENAI_MODEL
     is_new, made = index_model_of(address) if address else (False, None)

@@ -17,12 +17,11 @@ from typing import Any, Self
 import numpy as np
 
 from .batches import BatchWriter, Operation, as_delete, as_list, as_put, as_puts
-from .errors import SearchWarning, UsageError
+from .errors import ProviderError, SearchWarning, UsageError
 from .origins import QueryVector
 from .own_provider import adapted, as_provider
 from .provider_base import EmbeddingProvider
 from .provider_encoder import ProviderEncoder
-from .provider_errors import ProviderError
 from .retrieval import IndexStatus, LeftOut, SearchReader, SearchResult, left_out, meaning, resolve_scope
 from .retrieval import search as ranked_search
 from .session_batch import SessionBatch, sqlalchemy_session

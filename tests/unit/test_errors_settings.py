@@ -23,6 +23,8 @@ from kdb_fast.settings import (
 EXIT_CODES = {
     "KdbFastError": 70,
     "UsageError": 2,
+    "OptionError": 2,
+    "MissingPackageError": 2,
     "RecordError": 3,
     "RefusedError": 4,
     "SchemaError": 4,
@@ -30,6 +32,8 @@ EXIT_CODES = {
     "DatabaseError": 5,
     "LockedError": 6,
     "ResourceError": 7,
+    "ProviderError": 7,
+    "ProviderKeyError": 4,
     "RejectLimitError": 8,
 }
 
@@ -45,7 +49,7 @@ def test_each_error_has_the_exit_code_of_the_command_line(name: str, code: int) 
 
 def test_no_error_class_is_without_a_known_exit_code() -> None:
     found = {n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, KdbFastError)}
-    assert found == {*EXIT_CODES, "StoppedError"}
+    assert found == {*EXIT_CODES, "ProviderInputError", "StoppedError"}
 
 
 def test_text_of_an_error_without_a_remedy_has_no_trailing_space() -> None:
