@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from . import pg_settings, sqlite_reading
+from . import pg_errors, pg_settings, sqlite_reading
 from .database import DatabaseAddress, connect_postgresql, opened
 from .errors import DatabaseError, SchemaError, UsageError
 from .query import open_reader
+from .retrying import ErrorKind
 from .stores.base import Store
 
 if TYPE_CHECKING:
@@ -144,8 +145,6 @@ class Connections:
 
     def _begun(self, stack: contextlib.ExitStack) -> Store:
         """The store with its transaction entered into ``stack``."""
-        import psycopg
-
         while True:
             known = self._store is not None
             store = self._postgresql_store()
@@ -157,7 +156,7 @@ class Connections:
                     stack.enter_context(unit.pop_all())
                     return store
             except DatabaseError as error:
-                if not known or not isinstance(error.__cause__, psycopg.OperationalError):
+                if not known or pg_errors.kind_of(error) is not ErrorKind.PASSING:
                     raise
                 # It was idle since the last use, so nothing of this one was sent on it.
                 self._store = None
@@ -382,12 +381,10 @@ def _explained(address: DatabaseAddress) -> Iterator[None]:
     """Errors of psycopg become those of kdb-fast."""
     import psycopg
 
-    from .stores.pg_errors import explain
-
     try:
         yield
     except psycopg.Error as error:
-        raise explain("writing the index", error, address) from error
+        raise pg_errors.explain("writing the index", error, address) from error
 
 
 def _close(connection: Any) -> None:

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qsl, unquote
 
+from . import sqlite_errors
 from .errors import DatabaseError, KdbFastError, RefusedError, ResourceError, UsageError
 from .records import storable_key
+from .retrying import ErrorKind
 
 if TYPE_CHECKING:
     import psycopg
@@ -433,8 +435,8 @@ def connect_sqlite(address: DatabaseAddress, *, must_exist: bool = True) -> sqli
 def cannot_open(address: DatabaseAddress, error: sqlite3.Error) -> KdbFastError:
     """The error of kdb-fast that says why an SQLite file cannot be opened."""
     text = f"Cannot open {address.display}: {error}."
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+    code = sqlite_errors.primary_code(error)
+    if sqlite_errors.kind_of(error) is ErrorKind.RESOURCE:
         return ResourceError(text, remedy="Is the disk full, or a limit reached (ulimit -f)? Then run it again.")
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
         directory = os.path.dirname(address.conninfo)

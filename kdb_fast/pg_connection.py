@@ -10,87 +10,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import random
 import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError
 from .pg_settings import pin
+from .settings import silence_seconds
 
 if TYPE_CHECKING:
     import psycopg
 
     Connection = psycopg.Connection[tuple[Any, ...]]
 
-SILENCE_SECONDS = 20.0
-"""Silence after which the server is asked. Environment: ``KDB_FAST_SILENCE``."""
-
 TIMES_UNKNOWN = 10
-"""So often may the question stay open (behind a pooler the session is not known) before the connection is given up."""
+"""Checks without an answer (behind a pooler the session is not known) before the connection is given up."""
 
 SECOND_LOOK_SECONDS = 1.0
 """An answer may be on its way when the server says that it has nothing to do."""
 
 
-PATIENCE_SECONDS = 60.0
-"""How long a database that went away is waited for: longer than a restart, shorter than a person's patience.
-Environment: ``KDB_FAST_PATIENCE``."""
-
-
-FIRST_PAUSE_SECONDS = 0.1
-LONGEST_PAUSE_SECONDS = 3.0
-
-
-def silence_seconds() -> float:
-    """``KDB_FAST_SILENCE``, or the default."""
-    return _seconds("KDB_FAST_SILENCE", SILENCE_SECONDS)
-
-
-def patience_seconds() -> float:
-    """``KDB_FAST_PATIENCE``, or the default."""
-    return _seconds("KDB_FAST_PATIENCE", PATIENCE_SECONDS)
-
-
-def _seconds(name: str, default: float) -> float:
-    text = os.environ.get(name)
-    if not text:
-        return default
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < 1e6:
-            return float(text)
-    raise UsageError(f"{name} is {text!r}; expected seconds, more than 0.")
-
-
-class Patience:
-    """How long a database that went away is waited for, from the first failure on, and how often it is tried.
-
-    Args:
-        seconds: None for :func:`patience_seconds`.
-    """
-
-    def __init__(self, seconds: float | None = None) -> None:
-        self.seconds = patience_seconds() if seconds is None else seconds
-        self._deadline: float | None = None
-        self._delay = FIRST_PAUSE_SECONDS
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the failure that has just happened was the last one to bear."""
-        now = time.monotonic()
-        if self._deadline is None:
-            self._deadline = now + self.seconds
-        return now + self._delay > self._deadline
-
-    def pause(self) -> None:
-        """Wait before the next attempt: longer each time, and not as long as others who wait for the same."""
-        time.sleep(self._delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
-        self._delay = min(2 * self._delay, LONGEST_PAUSE_SECONDS)
-
-
-class Watch:
-    """What is known of one connection.
+class ConnectionWatchdog:
+    """Watches one connection, so that no answer is waited for that nobody is working on.
 
     Args:
         second: Opens another connection to the same database.
@@ -176,16 +116,16 @@ def _connection_class() -> type[Connection]:
     import psycopg
 
     class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
-        watch: Watch | None = None
+        watchdog: ConnectionWatchdog | None = None
 
         def wait(self, gen: Any, *args: Any, **options: Any) -> Any:
-            return super().wait(self.watch.over(self, gen) if self.watch else gen, *args, **options)
+            return super().wait(self.watchdog.over(self, gen) if self.watchdog else gen, *args, **options)
 
     return WatchedConnection
 
 
 def connect(conninfo: str, **options: Any) -> Connection:
-    """:func:`psycopg.connect` with a :class:`Watch` over the connection, and the pins of :mod:`.pg_settings`.
+    """:func:`psycopg.connect` with a :class:`ConnectionWatchdog` over it, and the pins of :mod:`.pg_settings`.
 
     Args:
         options: Of psycopg.connect; ``application_name`` among them.
@@ -197,7 +137,7 @@ def connect(conninfo: str, **options: Any) -> Connection:
     def open_watched(second: Callable[[], Connection] | None, **changed: Any) -> Connection:
         connection = _connection_class().connect(conninfo, **{**options, **changed})
         pin(connection)
-        connection.watch = Watch(second)  # type: ignore[attr-defined]
+        connection.watchdog = ConnectionWatchdog(second)  # type: ignore[attr-defined]
         return connection
 
     return open_watched(lambda: open_watched(None, application_name="kdb-fast/check", autocommit=True))
@@ -205,6 +145,6 @@ def connect(conninfo: str, **options: Any) -> Connection:
 
 def name_session(connection: Connection, session: int) -> None:
     """Say which server process works for the connection until the end of the transaction."""
-    watch = getattr(connection, "watch", None)
-    if watch is not None:
-        watch.session = session
+    watchdog = getattr(connection, "watchdog", None)
+    if watchdog is not None:
+        watchdog.session = session

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,33 @@ MAX_BATCH_SIZES = {"fastembed": 1000, "openai": 2048}
 """Upper limit of ``--batch-size`` by provider: the specification's table."""
 MAX_WORKERS = 256
 PRECISIONS = ("fp32", "bf16", "int8", "auto")
+
+PATIENCE_SECONDS = 60.0
+"""How long a database that went away is waited for: longer than a restart, shorter than a person's patience.
+Environment: ``KDB_FAST_PATIENCE``."""
+
+SILENCE_SECONDS = 20.0
+"""Silence after which a server is asked whether it still works. Environment: ``KDB_FAST_SILENCE``."""
+
+
+def patience_seconds() -> float:
+    """``KDB_FAST_PATIENCE``, or the default. Raises UsageError for what is no number of seconds."""
+    return _seconds("KDB_FAST_PATIENCE", PATIENCE_SECONDS)
+
+
+def silence_seconds() -> float:
+    """``KDB_FAST_SILENCE``, or the default. Raises UsageError for what is no number of seconds."""
+    return _seconds("KDB_FAST_SILENCE", SILENCE_SECONDS)
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name)
+    if not text:
+        return default
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e6:
+            return float(text)
+    raise UsageError(f"{name} is {text!r}; expected seconds, more than 0.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from urllib.parse import quote
 from . import database
 from .database import DatabaseAddress, cannot_open, check_sqlite_file
 from .errors import DatabaseError, KdbFastError, RefusedError
+from .sqlite_errors import primary_code
 
 T = TypeVar("T")
 
@@ -125,9 +126,9 @@ def connect_reading(address: DatabaseAddress) -> sqlite3.Connection:
             return _open(path, way)
         except sqlite3.Error as error:
             failed = error
-            if error.sqlite_errorcode & 0xFF not in NO_WAY and "no such vfs" not in str(error):
+            if primary_code(error) not in NO_WAY and "no such vfs" not in str(error):
                 break
-    if _size(f"{path}-journal") > 0 and failed.sqlite_errorcode & 0xFF in NO_WAY:
+    if _size(f"{path}-journal") > 0 and primary_code(failed) in NO_WAY:
         raise RefusedError(
             f"{address.display} was being written when its program was cut off: what it had begun must be rolled back, "
             "and the file cannot be written from here.",

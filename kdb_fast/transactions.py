@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import random
-import time
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import chain, islice
 
 from .batches import BatchWriter, Operation, Put, key_of
 from .errors import DatabaseError, UsageError
+from .pg_errors import CONFLICTS, sqlstate
+from .retrying import Backoff, ErrorKind, retry
 from .vectors import VectorCache
 
 QUEUE_BYTES = 32 * 1024 * 1024
@@ -21,9 +22,6 @@ OPERATION_BYTES = 300
 
 WAITS = (0.05, 0.2, 0.8, 3.0)
 """Longest wait, in seconds, before each further attempt after a conflict with another transaction."""
-
-CONFLICTS = frozenset({"40P01", "40001"})
-"""SQLSTATE of a deadlock, and of a transaction that cannot be serialised: the server has rolled back one of two."""
 
 Begin = Callable[[], AbstractContextManager[BatchWriter]]
 """Begins a database transaction and gives what writes in it; leaving it commits, an exception rolls back."""
@@ -42,16 +40,18 @@ def write_at_once(begin: Begin, operations: Iterable[Operation]) -> None:
     if stream.empty:
         return
     vectors: VectorCache | None = None
-    for wait in (*WAITS, None):
-        try:
-            with begin() as writer:
-                vectors = writer.vectors = vectors or writer.vectors
-                writer.write(stream)
-            return
-        except DatabaseError as error:
-            if wait is None or not stream.whole or getattr(error.__cause__, "sqlstate", None) not in CONFLICTS:
-                raise
-        time.sleep(random.uniform(wait / 2, wait))  # noqa: S311 - jitter, not a secret
+
+    def attempt() -> None:
+        nonlocal vectors
+        with begin() as writer:
+            vectors = writer.vectors = vectors or writer.vectors
+            writer.write(stream)
+
+    def kind(error: Exception) -> ErrorKind | None:
+        conflict = isinstance(error, DatabaseError) and sqlstate(error) in CONFLICTS
+        return ErrorKind.PASSING if conflict and stream.whole else None
+
+    retry(attempt, Backoff(math.inf, WAITS), kind, explain=lambda error: error)
 
 
 class _Repeatable:

@@ -9,30 +9,17 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .. import pg_settings
-from ..database import DatabaseAddress, connect_postgresql, redact
-from ..errors import DatabaseError, KdbFastError, ResourceError, SchemaError
+from .. import pg_errors, pg_settings
+from ..database import DatabaseAddress, connect_postgresql
+from ..errors import SchemaError
 from ..pg_characters import Characters
-from ..pg_connection import Patience
 from ..records import bad_encoding
+from ..retrying import Backoff, ErrorKind, retry
 from ..target import Dialect, identifier
 from .insert_rows import Column, Inserter, NewRow, Outcome, Refusal, RowRefusedError
-from .kameleondb import TRANSIENT
 
 if TYPE_CHECKING:
     import psycopg
-
-DATA_FAULTS = ("09", "21", "22", "23", "27", "44", "54", "P0")
-"""SQLSTATE classes that speak about a row, not about the server."""
-
-REFUSALS = {
-    "22001": "too_long",
-    "22P05": "bad_encoding",
-    "23502": "not_null",
-    "23503": "foreign_key",
-    "23505": "unique",
-    "23514": "check",
-}
 
 BITS = {"int2": 15, "int4": 31, "int8": 63}
 """Bits of PostgreSQL's whole numbers beside the sign."""
@@ -49,20 +36,17 @@ class PostgreSQLInserter(Inserter):
         super().__init__(address, entity, created_by)
 
     def insert(self, rows: Sequence[NewRow]) -> Outcome:
-        import psycopg
-
-        patience = Patience()
         self._unconfirmed = None
-        while True:
-            try:
-                if self._connection is None:
-                    self._connect()
-                return self._insert_once(rows)
-            except (psycopg.Error, DatabaseError) as error:
-                if patience.is_over or not self._passing(error):
-                    raise self._explain(error) from error
-            self.close()
-            patience.pause()
+
+        def work() -> Outcome:
+            if self._connection is None:
+                self._connect()
+            return self._insert_once(rows)
+
+        def explained(error: Exception) -> Exception:
+            return pg_errors.explain(f"inserting into {self._target.shown(self._table)}", error, self._address)
+
+        return retry(work, Backoff(), pg_errors.kind_of, explained, again=lambda error: self.close())
 
     def _insert_once(self, rows: Sequence[NewRow]) -> Outcome:
         with self._transaction():
@@ -126,7 +110,7 @@ class PostgreSQLInserter(Inserter):
                         copy.write_row((row.record_id, *row.fields, *constant))
                 taken = cursor.rowcount
         except psycopg.Error as error:
-            if not (error.sqlstate or "").startswith(DATA_FAULTS):
+            if pg_errors.kind_of(error) is not ErrorKind.DATA:
                 raise
             raise RowRefusedError(_refusal(error)) from None
         if taken != len(rows):
@@ -183,30 +167,6 @@ class PostgreSQLInserter(Inserter):
         # A time without a zone is UTC, as KameleonDB's own times are, whatever zone the session has.
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
 
-    def _passing(self, error: Exception) -> bool:
-        import psycopg
-
-        state = getattr(error, "sqlstate", None)
-        if state is None:
-            # libpq has lost the connection, or could not open it.
-            return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError, DatabaseError))
-        return str(state).startswith(TRANSIENT) or self._connection is None or bool(self._connection.closed)
-
-    def _explain(self, error: Exception) -> KdbFastError:
-        if isinstance(error, KdbFastError):
-            return error
-        state = getattr(error, "sqlstate", None) or ""
-        diag = getattr(error, "diag", None)
-        said = (diag and diag.message_primary) or next(iter(str(error).splitlines()), "") or type(error).__name__
-        text = f"while inserting into {self._target.shown(self._table)}: {redact(said, self._address)}."
-        if state in ("53100", "53200"):
-            return ResourceError(f"PostgreSQL ran out of disk or memory {text}", remedy="Free some on the server.")
-        if state.startswith("42") or state == "25006":
-            return SchemaError(
-                f"PostgreSQL refused {text}", remedy="Was the table changed or a right revoked? INSERT is needed."
-            )
-        return DatabaseError(f"PostgreSQL failed {text}", remedy="The page of records in hand was not inserted.")
-
 
 def _refusal(error: psycopg.Error) -> Refusal:
     """Without the row's text, which the server's own DETAIL may quote."""
@@ -217,4 +177,4 @@ def _refusal(error: psycopg.Error) -> Refusal:
         detail = f"a record with the same value is there already ({about})"
     elif state == "23503":
         detail = f"there is no such record to refer to ({about})"
-    return Refusal(REFUSALS.get(state, "database_refused"), detail)
+    return Refusal(pg_errors.REASONS.get(state, "database_refused"), detail)

@@ -9,21 +9,12 @@ from datetime import datetime
 from typing import Any, ClassVar
 
 from ..database import connect_sqlite
-from ..errors import DatabaseError, ResourceError, SchemaError
 from ..records import storable_key
+from ..retrying import ErrorKind
+from ..sqlite_errors import kind_of, reason_of, translated
+from ..sqlite_session import transaction
 from ..target import Dialect, identifier
 from .insert_rows import Column, Inserter, NewRow, Outcome, Refusal, RowRefusedError
-
-REFUSALS = {
-    "SQLITE_CONSTRAINT_NOTNULL": "not_null",
-    "SQLITE_CONSTRAINT_CHECK": "check",
-    "SQLITE_CONSTRAINT_UNIQUE": "unique",
-    "SQLITE_CONSTRAINT_PRIMARYKEY": "unique",
-    "SQLITE_CONSTRAINT_FOREIGNKEY": "foreign_key",
-}
-
-DATA_FAULTS = (sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_MISMATCH)
-"""Primary result codes that speak about a row, not about the database."""
 
 BOUNDS = (-(1 << 63), (1 << 63) - 1)
 """Whole numbers that SQLite holds; Python's module raises OverflowError for others."""
@@ -35,34 +26,8 @@ class SQLiteInserter(Inserter):
     dialect: ClassVar[Dialect] = "sqlite"
 
     def insert(self, rows: Sequence[NewRow]) -> Outcome:
-        try:
-            with self._transaction():
-                return self._insert_all(rows)
-        except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            text = f"while inserting into {storable_key(self._table)}: {error}."
-            if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-                raise ResourceError(f"The disk is full or failing {text}", remedy="Free disk space.") from error
-            if code in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_READONLY):
-                raise SchemaError(
-                    f"SQLite refused {text}", remedy="Was the table changed, or the file made read-only?"
-                ) from error
-            raise DatabaseError(
-                f"SQLite failed {text}", remedy="The page of records in hand was not inserted."
-            ) from error
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            # After a full disk or a failed write SQLite has rolled back by itself.
-            if self._connection.in_transaction:
-                with contextlib.suppress(sqlite3.Error):
-                    self._connection.execute("ROLLBACK")
-            raise
+        with translated(f"inserting into {storable_key(self._table)}"), transaction(self._connection):
+            return self._insert_all(rows)
 
     @contextlib.contextmanager
     def _savepoint(self) -> Iterator[None]:
@@ -86,8 +51,7 @@ class SQLiteInserter(Inserter):
                 statement, [(row.record_id, *row.fields, *constant) for row in rows]
             ).rowcount
         except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if code not in DATA_FAULTS or not self._connection.in_transaction:
+            if kind_of(error) is not ErrorKind.DATA or not self._connection.in_transaction:
                 raise
             raise RowRefusedError(_refusal(error)) from None
         except OverflowError:
@@ -119,7 +83,7 @@ class SQLiteInserter(Inserter):
 
 
 def _refusal(error: sqlite3.Error) -> Refusal:
-    reason = REFUSALS.get(getattr(error, "sqlite_errorname", ""), "database_refused")
+    reason = reason_of(error)
     if reason == "unique":
         return Refusal(reason, f"a record with the same value is there already ({str(error).rpartition(': ')[2]})")
     return Refusal(reason, f"the database refused the row: {error}")

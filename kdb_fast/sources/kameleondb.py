@@ -11,14 +11,16 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from .. import pg_settings
-from ..database import DatabaseAddress, connect_postgresql, connect_sqlite, redact
+from .. import pg_errors, pg_settings
+from ..database import DatabaseAddress, connect_postgresql, connect_sqlite
 from ..errors import DatabaseError, KdbFastError
-from ..pg_connection import Patience
 from ..records import Record, Reject, content_from_fields, storable_key
+from ..retrying import Backoff, retry
+from ..sqlite_errors import translated
+from ..sqlite_session import patiently
 from ..target import RECORDS, Target
 from .base import PAGE_ROWS, Source
-from .catalog import Catalog, EntityDefinition, translated
+from .catalog import Catalog, EntityDefinition
 from .record_queries import Place, count_query, ids_query, rows_query, stored_fields
 
 BLOCK_ROWS = 50_000
@@ -37,9 +39,6 @@ FIRST_PAGE_ROWS = 100
 
 COUNT_SECONDS = 2.0
 """Longest time spent on an exact count; the planner's estimate must do for a larger table."""
-
-TRANSIENT = ("08", "40", "53", "55P03", "57P")
-"""SQLSTATE prefixes after which the same page may succeed: connection, serialisation, resources, lock, shutdown."""
 
 
 class KameleonDBSource(Source):
@@ -217,36 +216,28 @@ class KameleonDBSource(Source):
         Args:
             raw: On SQLite, text comes as bytes: one value that is not UTF-8 would fail the whole page.
         """
-        patience = Patience()
-        while True:
-            try:
-                if self._connection is None:
-                    self._connect()
-                with translated(self._address.display):
-                    if self._dialect == "postgresql":
-                        with self._connection.cursor(binary=True) as cursor:
-                            return list(cursor.execute(query, parameters).fetchall())
-                    self._connection.text_factory = bytes if raw else str
-                    return list(self._connection.execute(query, parameters).fetchall())
-            except DatabaseError as error:
-                error.message = redact(error.message, self._address)
-                if not self._transient(error):
-                    raise
-                if patience.is_over:
-                    raise DatabaseError(
-                        f"The connection to {self._address.display} was lost while reading records, and did not come "
-                        f"back for {patience.seconds:g} s: {error.message}",
-                        remedy="What was committed is safe; the same command carries on.",
-                    ) from error
-            self.close()
-            patience.pause()
-
-    def _transient(self, error: KdbFastError) -> bool:
         if self._dialect == "sqlite":
-            return False  # its busy time-out has already waited
-        if self._connection is None or self._connection.closed:
-            return True
-        return str(getattr(error.__cause__, "sqlstate", None) or "").startswith(TRANSIENT)
+            with translated("reading records"):
+                self._connection.text_factory = bytes if raw else str
+                return patiently(self._connection, lambda: self._connection.execute(query, parameters).fetchall())
+        backoff = Backoff()
+
+        def work() -> list[tuple[Any, ...]]:
+            if self._connection is None:
+                self._connect()
+            with self._connection.cursor(binary=True) as cursor:
+                return list(cursor.execute(query, parameters).fetchall())
+
+        def explained(error: Exception) -> Exception:
+            if not isinstance(error, DatabaseError):
+                return pg_errors.explain("reading records", error, self._address)
+            return DatabaseError(
+                f"The connection to {self._address.display} was lost while reading records, and did not come "
+                f"back for {backoff.seconds:g} s: {error.message}",
+                remedy="What was committed is safe; the same command carries on.",
+            )
+
+        return retry(work, backoff, pg_errors.kind_of, explained, again=lambda error: self.close())
 
     def _count(self, place: Place, deadline: float) -> int:
         query, parameters = count_query(place, self._target)

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from ..pg_errors import kind_of, refusal
+from ..retrying import ErrorKind
 from ..target import Target
 from . import pgcopy, seal
 from .base import FlushSlot, RunSpec
-from .pg_errors import classify, refusal
 
 if TYPE_CHECKING:
     import psycopg
@@ -248,7 +249,7 @@ class FlushWriter:
             self._note_unwritten(unwritten)
             self.rows += staged - len(unwritten)
         except psycopg.Error as error:
-            if classify(error) != "data":
+            if kind_of(error) is not ErrorKind.DATA:
                 raise
             if len(rows) == 1:
                 self.rejected.append((flush_slot.slot.number, rows[0], *refusal(error)))

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import pg_settings
 from ..database import DatabaseAddress, connect_postgresql
-from ..errors import DatabaseError
 from ..pg_characters import Characters, escaped
-from ..pg_connection import Patience
+from ..pg_errors import READ_ONLY, explain, kind_of, sqlstate
 from ..pg_settings import ENCODING
 from ..records import storable_key
+from ..retrying import Backoff, ErrorKind, retry
 from ..target import Target, find_target
-from .pg_errors import classify, explain
 from .reading import rows_of
 
 if TYPE_CHECKING:
@@ -145,26 +144,18 @@ class PgSession:
         Raises:
             DatabaseError, ResourceError, SchemaError, LockedError: what the last failure means for the user.
         """
-        import psycopg
-
         # In a transaction of the caller's nothing can be repeated.
-        patience = Patience(0.0 if self._borrowed is not None else self._retry_seconds if seconds is None else seconds)
-        timeouts = 0
-        while True:
-            try:
-                return work()
-            except (psycopg.Error, DatabaseError) as error:
-                kind = classify(error)
-                if rows and kind == "data":
-                    raise
-                state = getattr(error, "sqlstate", None) or ""
-                timeouts += state in ("57014", "55P03")
-                if patience.is_over or kind != "passing" or timeouts > 3:
-                    raise explain(what, error, self.address) from error
-                if state == "25006":
-                    self.close()  # after a failover another host of the address may be the one that can be written
-                self.on_wait(f"waiting for the database ({what})")
-                patience.pause()
+        backoff = Backoff(0.0 if self._borrowed is not None else self._retry_seconds if seconds is None else seconds)
+
+        def explained(error: Exception) -> Exception:
+            return error if rows and kind_of(error) is ErrorKind.DATA else explain(what, error, self.address)
+
+        def again(error: Exception) -> None:
+            if sqlstate(error) == READ_ONLY:
+                self.close()  # after a failover another host of the address may be the one that can be written
+            self.on_wait(f"waiting for the database ({what})")
+
+        return retry(work, backoff, kind_of, explained, again)
 
     def close(self) -> None:
         """Close the connection, unless it is the caller's; what was not committed is rolled back by the database."""

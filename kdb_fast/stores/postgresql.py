@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from ..database import DatabaseAddress
 from ..errors import RecordError
 from ..faults import fault
+from ..pg_errors import explain, kind_of, refusal
 from ..pg_settings import ENCODING
 from ..records import Reject
+from ..retrying import ErrorKind
 from ..target import REJECTS, RUNS, STATE, TABLE, Target
 from . import pg_check, pg_index, pg_prepare, pg_rejects, pg_runs, pg_seal, seal
 from .base import FlushResult, FlushSlot, RunSpec, Store, Stored
 from .index_policy import IndexOutcome
-from .pg_errors import classify, explain, refusal
 from .pg_flush import DROPPED, FlushWriter, delete_keys
 from .pg_session import LIMITS, PgSession
 from .pgcopy import row_stamp
@@ -283,7 +284,7 @@ class PostgreSQLStore(Store):
             try:
                 writer.write(False)
             except psycopg.Error as error:
-                if classify(error) != "data":
+                if kind_of(error) is not ErrorKind.DATA:
                     raise explain("writing", error, self.address) from error
                 reason, detail = refusal(error)
                 raise RecordError(

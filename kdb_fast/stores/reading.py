@@ -11,7 +11,9 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from .. import pg_errors, sqlite_errors
 from ..errors import DatabaseError, SchemaError
+from ..retrying import ErrorKind
 from ..target import ENTITIES, FIELDS, KAMELEON_TABLES, RECORDS, Rows, Target, other_indexes
 
 
@@ -72,8 +74,8 @@ class Params:
 def rows_of(connection: Any, dialect: str) -> Rows:
     """A function that runs statements on this connection, whatever row factory it has.
 
-    The function raises SchemaError for a missing table, column or right, and DatabaseError when the database
-    cannot answer; other errors of the driver pass through.
+    The function raises SchemaError for a missing table, column or right, ResourceError when the database runs out of
+    disk or memory, and DatabaseError when it cannot answer; other errors of the driver pass through.
     """
     return _sqlite_rows(connection) if dialect == "sqlite" else _postgresql_rows(connection)
 
@@ -88,7 +90,12 @@ def sqlite_cursor(connection: sqlite3.Connection) -> Iterator[sqlite3.Cursor]:
         cursor.row_factory = None
         try:
             yield cursor
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
+            kind = sqlite_errors.kind_of(error)
+            if kind is ErrorKind.DATA or sqlite_errors.primary_code(error) is None:
+                raise
+            if kind is ErrorKind.RESOURCE:
+                raise sqlite_errors.explain(error, "reading the index") from error
             if str(error).startswith(("no such table", "no such column")):
                 raise SchemaError(f"The search index cannot be read: {error}.", remedy=_NO_INDEX) from None
             raise DatabaseError(f"The SQLite database cannot be read: {error}.") from error
@@ -102,28 +109,41 @@ def _sqlite_rows(connection: sqlite3.Connection) -> Rows:
     return rows
 
 
-def _postgresql_rows(connection: Any) -> Rows:
+@contextlib.contextmanager
+def postgresql_errors() -> Iterator[None]:
+    """Errors of psycopg are those of :func:`rows_of`."""
     import psycopg
     from psycopg import errors
+
+    try:
+        yield
+    except (errors.UndefinedTable, errors.UndefinedColumn, errors.WrongObjectType) as error:
+        detail = error.diag.message_primary
+        raise SchemaError(f"The search index cannot be read: {detail}.", remedy=_NO_INDEX) from None
+    except errors.InsufficientPrivilege as error:
+        raise SchemaError(
+            f"The search index cannot be read: {error.diag.message_primary}.",
+            remedy="Let its owner grant this role SELECT on it, and USAGE on its schema.",
+        ) from None
+    except psycopg.Error as error:
+        kind = pg_errors.kind_of(error)
+        if kind is ErrorKind.RESOURCE:
+            raise pg_errors.explain("reading the index", error) from error
+        ours = kind in (ErrorKind.DATA, ErrorKind.REFUSED)  # a statement of ours, or a value in it
+        if ours and not isinstance(error, psycopg.OperationalError):
+            raise
+        detail = error.diag.message_primary or "the connection is closed"
+        raise DatabaseError(f"The PostgreSQL database cannot be read: {detail}.") from error
+
+
+def _postgresql_rows(connection: Any) -> Rows:
     from psycopg.rows import tuple_row
 
     def rows(statement: str, params: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        try:
-            with connection.cursor(row_factory=tuple_row) as cursor:
-                cursor.execute(statement.encode(), params)
-                result: list[tuple[Any, ...]] = cursor.fetchall()
-                return result
-        except (errors.UndefinedTable, errors.UndefinedColumn, errors.WrongObjectType) as error:
-            detail = error.diag.message_primary
-            raise SchemaError(f"The search index cannot be read: {detail}.", remedy=_NO_INDEX) from None
-        except errors.InsufficientPrivilege as error:
-            raise SchemaError(
-                f"The search index cannot be read: {error.diag.message_primary}.",
-                remedy="Let its owner grant this role SELECT on it, and USAGE on its schema.",
-            ) from None
-        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-            detail = error.diag.message_primary or "the connection is closed"
-            raise DatabaseError(f"The PostgreSQL database cannot be read: {detail}.") from error
+        with postgresql_errors(), connection.cursor(row_factory=tuple_row) as cursor:
+            cursor.execute(statement.encode(), params)
+            result: list[tuple[Any, ...]] = cursor.fetchall()
+            return result
 
     return rows
 

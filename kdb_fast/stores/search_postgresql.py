@@ -14,10 +14,10 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import pg_settings
-from ..errors import DatabaseError, UsageError
+from ..errors import UsageError
 from ..pg_characters import Characters
 from ..target import Dialect, identifier
-from .reading import Field, Params, Place
+from .reading import Field, Params, Place, postgresql_errors
 from .search_base import Hit, Key, Query, Scope, SearchReader, Term, in_order
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class PostgresqlReader(SearchReader):
     def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
         if self._characters is None:
             return frozenset()
-        with _told():
+        with postgresql_errors():
             return self._characters.missing(self._connection, texts)
 
     def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
@@ -128,7 +128,7 @@ class PostgresqlReader(SearchReader):
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with _told(), pg_settings.transaction(self._connection):
+        with postgresql_errors(), pg_settings.transaction(self._connection):
             yield
 
     def _set_index_scan(self, limit: int) -> None:
@@ -224,14 +224,3 @@ class PostgresqlReader(SearchReader):
 def _tsquery(term: Term, params: Params, together: bool = True) -> str:
     """A term as a tsquery; its words one behind the other, or (``together`` False) anywhere in the text."""
     return f"{'phraseto' if together else 'plainto'}_tsquery('english', {params(term.text)})"
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """A lost connection as an error of kdb-fast."""
-    import psycopg
-
-    try:
-        yield
-    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-        raise DatabaseError("The connection to PostgreSQL was lost.", remedy="Search again.") from error

@@ -16,11 +16,12 @@ from ..database import DatabaseAddress, connect_sqlite
 from ..errors import RecordError
 from ..faults import fault
 from ..records import Reject
+from ..sqlite_errors import translated
 from . import seal, sqlite_prepare, sqlite_prune, sqlite_rejects, sqlite_runs
 from .base import FlushResult, FlushSlot, RunSpec, Store, Stored
 from .index_policy import IndexAction, IndexOutcome
 from .rejects import refused
-from .sqlite_base import select_in, translated
+from .sqlite_base import select_in
 from .sqlite_flush import FlushWriter, row_stamp
 from .sqlite_fts import FullText
 

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..retrying import ErrorKind
 from ..slab import NO_STAMP, Slot
+from ..sqlite_errors import RowIgnoredError, kind_of, reason_of
 from . import seal
 from .base import FlushSlot, RunSpec
 from .json_vectors import json_vectors
 from .new_ids import ID_CHARS, new_ids
-from .sqlite_base import RowIgnoredError, now, refusal, select_in, timestamp
+from .sqlite_base import now, select_in, timestamp
 from .sqlite_fts import FullText, FullTextRow, Key
 
 CHUNK_ROWS = 1_000
@@ -227,13 +229,12 @@ class FlushWriter:
         try:
             size = self._store(slot, rows)
         except sqlite3.Error as error:
-            refused = refusal(error)
-            if refused is None or not self._connection.in_transaction:
+            if kind_of(error) is not ErrorKind.DATA or not self._connection.in_transaction:
                 raise
             execute("ROLLBACK TO kdb_fast_rows")
             execute("RELEASE kdb_fast_rows")
             if len(rows) == 1:
-                self.rejected.append((slot.number, rows[0].number, *refused))
+                self.rejected.append((slot.number, rows[0].number, reason_of(error), str(error)))
                 return
             middle = len(rows) // 2
             self._store_or_halve(slot, raw, rows[:middle])

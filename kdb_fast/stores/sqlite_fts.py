@@ -16,7 +16,8 @@ import contextlib
 import sqlite3
 from collections.abc import Iterator, Sequence
 
-from .sqlite_base import select_in, transaction
+from ..sqlite_session import transaction
+from .sqlite_base import select_in
 
 Key = tuple[str, str]
 """(entity, record id)."""

@@ -8,8 +8,10 @@ import sqlite3
 
 from ..errors import SchemaError
 from ..records import storable_key
+from ..sqlite_errors import primary_code
+from ..sqlite_session import transaction
 from . import schema, seal
-from .sqlite_base import primary_code, quoted, table_exists, transaction
+from .sqlite_base import quoted, table_exists
 
 NEEDED_COLUMNS = (
     "id", "entity_name", "record_id", "content", "embedding", "model", "dimensions", "created_at", "updated_at",

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..records import Reject, storable_key
+from ..sqlite_session import transaction
 from ..target import Target
 from . import rejects as shared
-from .sqlite_base import moment, transaction
+from .sqlite_base import moment
 
 
 def _statement(template: str) -> str:

@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Callable
 from typing import Any
 
+from ..sqlite_session import transaction
 from ..target import Target
 from .base import FlushResult, RunSpec
 from .runs import (
@@ -20,7 +21,7 @@ from .runs import (
     this_process,
     wait_for_lock,
 )
-from .sqlite_base import moment, now, transaction
+from .sqlite_base import moment, now
 
 HEARTBEAT_PATIENCE_MS = 200
 """Milliseconds a heartbeat waits for a flush to end; the flush is a sign of life itself."""
@@ -79,16 +80,11 @@ def after_a_crash(connection: sqlite3.Connection, run: int) -> bool:
 
 def heartbeat(connection: sqlite3.Connection, run: int, phase: str) -> None:
     """A sign of life, unless another connection is writing just now."""
-    (patience,) = connection.execute("PRAGMA busy_timeout").fetchone()
-    connection.execute(f"PRAGMA busy_timeout = {HEARTBEAT_PATIENCE_MS}")
-    try:
-        with contextlib.suppress(sqlite3.OperationalError), transaction(connection):
-            connection.execute(
-                "UPDATE kdb_fast_runs SET heartbeat_at = ?, phase = ? WHERE run = ? AND state = 'running'",
-                (now(), phase[:PHASE_CHARS], run),
-            )
-    finally:
-        connection.execute(f"PRAGMA busy_timeout = {int(patience)}")
+    with contextlib.suppress(sqlite3.OperationalError), transaction(connection, HEARTBEAT_PATIENCE_MS):
+        connection.execute(
+            "UPDATE kdb_fast_runs SET heartbeat_at = ?, phase = ? WHERE run = ? AND state = 'running'",
+            (now(), phase[:PHASE_CHARS], run),
+        )
 
 
 def end(connection: sqlite3.Connection, run: int, state: str, receipt: dict[str, Any]) -> None:
