@@ -111,7 +111,7 @@ def explain(what: str, error: Exception, address: DatabaseAddress | None = None)
         return ResourceError(
             f"PostgreSQL ran out of a resource while {what}: {text} ({state}).",
             remedy="Free disk space or memory on the server, then run the same command again; a failed COPY "
-            "leaves dead rows, so VACUUM kdb_search.",
+            "leaves dead rows, so VACUUM its table.",
         )
     if kind in (ErrorKind.REFUSED, ErrorKind.DATA):
         return SchemaError(
@@ -131,7 +131,7 @@ def explain(what: str, error: Exception, address: DatabaseAddress | None = None)
     if state == "55P03":
         return DatabaseError(
             f"A lock was not granted while {what}: {text} ({state}).",
-            remedy="Another session holds a lock on kdb_search (see pg_locks); run the same command again later.",
+            remedy="Another session holds a lock on the table (see pg_locks); run the same command again later.",
         )
     if state[:2] == "40":
         return DatabaseError(
