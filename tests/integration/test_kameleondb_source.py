@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from servers import Server
+from servers import Server, connect_as
 
 from kdb_fast.database import DatabaseAddress, connect_postgresql, connect_sqlite, parse_address
 from kdb_fast.errors import DatabaseError, SchemaError
@@ -511,6 +512,25 @@ class TestPostgreSQL:
             with pytest.raises(DatabaseError, match=r"did not come back for 0\.5 s") as lost:
                 next(pages)
         assert "carries on" in lost.value.remedy
+
+    def test_a_cancelled_statement_is_tried_again_three_times(
+        self, notes: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hurried = connect_as(notes.address, options="-c statement_timeout=50ms")
+        with psycopg.connect(notes.address.conninfo) as other, closing(KameleonDBSource(hurried)) as source:
+            other.execute("LOCK TABLE kdb_records IN ACCESS EXCLUSIVE MODE")
+            with pytest.raises(DatabaseError, match="cancelled each time while reading records") as told:
+                next(source.pages())
+            assert "statement_timeout" in told.value.remedy
+            close = source.close
+
+            def release() -> None:
+                """Before the next attempt."""
+                other.rollback()
+                close()
+
+            monkeypatch.setattr(source, "close", release)
+            assert next(source.pages())
 
     def test_a_count_that_takes_too_long_is_estimated(self, notes: Database, monkeypatch: pytest.MonkeyPatch) -> None:
         notes.execute("ANALYZE kdb_records")
