@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,11 +25,12 @@ from .console import (
     unexpected,
     with_database,
 )
-from .errors import EXIT_OK, EXIT_PIPE, EXIT_REJECTS, PIPED, KdbFastError, UsageError
+from .errors import EXIT_OK, EXIT_PIPE, EXIT_REJECTS, PIPED, KdbFastError, UnexpectedError, UsageError
 from .settings import DEFAULT_BATCH_SIZE, DEFAULT_MODEL, PRECISIONS, ExpectedCount, ReindexOptions, RejectLimit
 
 if TYPE_CHECKING:
     from .database import DatabaseAddress
+    from .receipt import Receipt
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -72,6 +74,11 @@ def _run(arguments: list[str], alone: bool) -> int:
         return EXIT_OK
     except click.ClickException as error:
         return _fail(UsageError(error.format_message(), remedy=_usage_hint(error)), as_json, arguments)
+    except UnexpectedError as error:
+        known = unexpected(error.cause, arguments)
+        known.receipt, known.carry_on = error.receipt, error.carry_on
+        known.remedy = f"{known.remedy} {error.remedy}".rstrip()
+        return _fail(known, as_json, arguments)
     except KdbFastError as error:
         return _fail(error, as_json, arguments)
     except (KeyboardInterrupt, click.Abort):
@@ -85,11 +92,7 @@ def _run(arguments: list[str], alone: bool) -> int:
         if isinstance(error, BrokenPipeError) and reader_has_gone():
             # `| head`: nothing more to say, and what was committed stays.
             return EXIT_PIPE
-        known = unexpected(error, arguments)
-        known.receipt = getattr(error, "receipt", None)  # type: ignore[attr-defined]
-        known.carry_on = getattr(error, "carry_on", None)  # type: ignore[attr-defined]
-        known.remedy = f"{known.remedy} {getattr(error, 'remedy', '')}".rstrip()
-        return _fail(known, as_json, arguments)
+        return _fail(unexpected(error, arguments), as_json, arguments)
 
 
 def _usage_hint(error: click.ClickException) -> str:
@@ -113,23 +116,22 @@ def _reading_a_pipe(arguments: list[str], file: Path | None) -> list[str]:
 
 
 def _fail(error: KdbFastError, as_json: bool, arguments: list[str]) -> int:
-    receipt: dict[str, Any] | None = getattr(error, "receipt", None)
+    receipt = error.receipt
     if PIPED in error.remedy:
-        piped = _reading_a_pipe(arguments, getattr(error, "file", None))
+        piped = _reading_a_pipe(arguments, error.file)
         error.remedy = error.remedy.replace(PIPED, command_line(piped))
     else:
         error.remedy = with_database(error.remedy)
     line = str(error)
     if receipt is not None:
-        done = receipt["stored"] + receipt["reused"]
-        line += f" Safe in the database: {done:,} new and {receipt['unchanged']:,} unchanged records."
-        line += f" To carry on: {getattr(error, 'carry_on', None) or command_line(arguments)}"
+        line += f" Safe in the database: {receipt.written:,} new and {receipt.unchanged:,} unchanged records."
+        line += f" To carry on: {error.carry_on or command_line(arguments)}"
     complain(f"kdb-fast: {line}")
     if as_json:
         problem = {"type": type(error).__name__, "message": error.message, "remedy": error.remedy,
                    "exit_code": error.exit_code}  # fmt: skip
         with contextlib.suppress(OSError):  # the exit code and standard error say it as well
-            print(json.dumps({**(receipt or {}), "error": problem}), flush=True)
+            print(json.dumps({**(receipt.as_json() if receipt else {}), "error": problem}), flush=True)
     return error.exit_code
 
 
@@ -326,11 +328,11 @@ def reindex(
         raise UsageError("--entity and --field belong to --from.", remedy="Name entities of KameleonDB as arguments.")
     if from_file is not None and (entities or not entity):
         raise UsageError("--from needs --entity NAME, and takes no entity arguments.")
-    from . import progress as shown
+    from . import bars
     from .report import print_receipt
     from .sources import open_source
 
-    progress = shown.choose(not no_progress)
+    progress = bars.choose(not no_progress)
     try:
         with database(db) as address:
             if from_file is not None:
@@ -346,22 +348,22 @@ def reindex(
             name = address.display
     finally:
         progress.close()
-    missed = expected.missed(receipt["read"] + receipt["empty"]) if expected else ""
+    missed = expected.missed(receipt.read + receipt.empty) if expected else ""
     if missed:
-        receipt["warnings"].append(missed)
+        receipt = replace(receipt, warnings=(*receipt.warnings, missed))
     if as_json:
-        print(json.dumps(receipt))
+        print(json.dumps(receipt.as_json()))
     else:
         print_receipt(receipt, name)
     return EXIT_REJECTS if missed else _exit_code(receipt)
 
 
-def _exit_code(receipt: dict[str, Any]) -> int:
+def _exit_code(receipt: Receipt) -> int:
     """Of a run that came to its end."""
-    return EXIT_REJECTS if receipt["rejected"] or receipt["input_changed"] else EXIT_OK
+    return EXIT_REJECTS if receipt.rejected or receipt.input_changed else EXIT_OK
 
 
-def run_reindex(*arguments: Any) -> dict[str, Any]:
+def run_reindex(*arguments: Any) -> Receipt:
     """:func:`kdb_fast.reindex.reindex`, imported when it is needed."""
     from .reindex import reindex
 
@@ -416,26 +418,26 @@ def insert(
         workers=workers,
         max_rejects=RejectLimit.parse(max_rejects),
     )
+    from . import bars
     from . import insert as inserting
-    from . import progress as shown
     from .report import print_inserted, print_rejected_lines
 
-    progress = shown.choose(not no_progress)
+    progress = bars.choose(not no_progress)
     try:
         with database(db) as address:
             receipt = inserting.insert(address, entity, file or "-", options, progress)
             name = address.display
-    except Exception as error:
+    except KdbFastError as error:
         progress.close()
         if not as_json:
-            print_rejected_lines(getattr(error, "receipt", {}))
-        if getattr(error, "completed_by_reindex", False):
-            error.carry_on = _reindex_instead(entity, db)  # type: ignore[attr-defined]
+            print_rejected_lines(error.receipt)
+        if error.completed_by_reindex:
+            error.carry_on = _reindex_instead(entity, db)
         raise
     finally:
         progress.close()
     if as_json:
-        print(json.dumps(receipt))
+        print(json.dumps(receipt.as_json()))
     else:
         print_rejected_lines(receipt)
         print_inserted(receipt, entity, name)
@@ -516,7 +518,7 @@ def rejects_retry(
     This is a reindex of these entities, so unchanged records are skipped. Lines of files that became no record cannot
     be tried again: they are not in the database.
     """
-    from . import progress as shown
+    from . import bars
     from .rejects import retry_rejects
     from .report import print_retried
 
@@ -527,7 +529,7 @@ def rejects_retry(
         batch_size=batch_size,
         workers=workers,
     )
-    progress = shown.choose(not no_progress)
+    progress = bars.choose(not no_progress)
     try:
         with database(db, reads=True) as address:
             result = retry_rejects(address, options, progress, model=model)
@@ -535,10 +537,10 @@ def rejects_retry(
     finally:
         progress.close()
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result.as_json()))
     else:
         print_retried(result, name)
-    left = result["remaining"] or result["lines_of_inserts"] or result["lines_of_files"]
+    left = result.remaining or result.lines_of_inserts or result.lines_of_files
     return EXIT_REJECTS if left else EXIT_OK
 
 

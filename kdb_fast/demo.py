@@ -36,7 +36,7 @@ FIELDS = [
 
 def run_demo(db: str | None, *, show: bool, as_json: bool) -> int:
     """Create the records once, reindex, and answer a few questions. Returns the exit code."""
-    from . import progress as shown
+    from . import bars
     from .query import embed_queries, search_open
     from .reindex import reindex
     from .report import print_receipt, printable
@@ -55,7 +55,7 @@ def run_demo(db: str | None, *, show: bool, as_json: bool) -> int:
         say("records: the documentation of Python's standard library")
         created = create_records(ready)
         say(f"records: {created:,} created through KameleonDB" if created else "records: already there")
-        progress = shown.choose(show)
+        progress = bars.choose(show)
         try:
             receipt = reindex(ready, lambda: open_source(ready, (ENTITY,)), ReindexOptions(), progress)
         finally:
@@ -73,11 +73,11 @@ def run_demo(db: str | None, *, show: bool, as_json: bool) -> int:
                     name, summary = result["data"].get("name") or "", result["data"].get("summary") or ""
                     print(f"  {printable(name, 40):<40}  {printable(summary, 70)}")
     if as_json:
-        print(json.dumps({**receipt, "answers": answers}, default=str))
+        print(json.dumps({**receipt.as_json(), "answers": answers}, default=str))
     else:
         option = f" --db {address.display}" if address.display.startswith(("embedded:", "sqlite:")) else ""
         print(f'\nAsk it yourself:  kdb-fast search "parse a date"{option}')
-    return EXIT_REJECTS if receipt["rejected"] else EXIT_OK
+    return EXIT_REJECTS if receipt.rejected else EXIT_OK
 
 
 def read_documentation() -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """Every error that a user may see, and the exit code of each.
 
 KdbFastError                70  internal error: a defect of kdb-fast
+├── UnexpectedError         70  any other exception that ended a run
 ├── UsageError               2  the command or an option makes no sense
 │   ├── ProviderInputError   2  a text that an embedding provider cannot embed; a ValueError too
 │   ├── OptionError          2  an option of a provider makes no sense; a ValueError too, as in KameleonDB
@@ -24,7 +25,12 @@ provider's error holds a key or a record's text.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .receipt import Receipt
 
 EXIT_OK = 0
 EXIT_REJECTS = 3
@@ -46,9 +52,20 @@ class KdbFastError(Exception):
     Args:
         message: What happened, in one sentence, with what was found and what was expected.
         remedy: What the user can do about it, in one sentence; may name a command.
+
+    Attributes:
+        receipt: Of the run that it ended; None where none had begun.
+        completed_by_reindex: The run has inserted records, which a reindex indexes: the same command again would
+            insert them twice.
+        carry_on: The command that carries on; '' for the same again.
+        file: The file that could not be read as it is; None where it is not about one.
     """
 
     exit_code = 70
+    receipt: Receipt | None = None
+    completed_by_reindex = False
+    carry_on = ""
+    file: Path | None = None
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(message)
@@ -57,6 +74,18 @@ class KdbFastError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} {self.remedy}".rstrip()
+
+
+class UnexpectedError(KdbFastError):
+    """An exception that nobody expected has ended a run. Its message may quote a record, so it is not in this one.
+
+    Args:
+        cause: That exception.
+    """
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"{type(cause).__name__} ended the run.")
+        self.cause = self.__cause__ = cause
 
 
 class SearchWarning(UserWarning):

@@ -4,45 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from .encoder import Encoder
+from .receipt import NEIGHBOURS, Fidelity
 
 Matrix = npt.NDArray[np.float32]
 
-NEIGHBOURS = 10
 QUERIES = 200
 """Records used as queries, in fp32; each is looked up among all others of the sample."""
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """What was measured.
-
-    Attributes:
-        records: Size of the sample.
-        cosine_mean: Mean cosine of a record's two vectors.
-        cosine_min: The lowest of them.
-        overlap: Mean share of the 10 nearest records in fp32 that are among the 10 nearest here too.
-        speed: CPU time of fp32 ÷ CPU time of this precision, on this machine.
-    """
-
-    records: int
-    cosine_mean: float
-    cosine_min: float
-    overlap: float
-    speed: float
-
-    def describe(self) -> str:
-        """One line for people."""
-        return (
-            f"cosine with fp32 {self.cosine_mean:.5f} on average, {self.cosine_min:.5f} at worst, "
-            f"{self.overlap:.1%} of the {NEIGHBOURS} nearest the same, {self.speed:.1f} times as fast "
-            f"({self.records:,} records)"
-        )
 
 
 def measure(exact: Encoder, lower: Encoder, texts: Sequence[str]) -> Fidelity:

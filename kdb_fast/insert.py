@@ -10,8 +10,9 @@ from typing import BinaryIO
 from .database import DatabaseAddress
 from .errors import KdbFastError, RejectLimitError, StoppedError
 from .progress import Progress
+from .receipt import InsertReceipt, Receipt, RejectedLine
 from .records import storable_key
-from .reindex import Embedding, Receipt, reindex
+from .reindex import Embedding, reindex
 from .rejects import list_rejects
 from .settings import ReindexOptions, RejectLimit
 from .sources.inserting import REJECTS_KEPT, InsertingSource
@@ -40,7 +41,7 @@ def insert(
     *,
     created_by: str | None = None,
     embedding: Embedding | None = None,
-) -> Receipt:
+) -> InsertReceipt:
     """Insert the records of a JSON Lines file or JSON array as new records of an entity, and index them.
 
     Each page is committed to KameleonDB's table before it is embedded. A run that ends early leaves records that are
@@ -56,24 +57,20 @@ def insert(
         embedding: As for a reindex.
 
     Returns:
-        The receipt of the run, with ``inserted``, ``ids`` (the first IDS_KEPT of these), ``pending`` (inserted and not
-        indexed, although it has text) and ``rejects`` (the first 100: ``line``; ``record_id``, '' where none was
-        inserted; ``reason``; ``detail``).
+        The receipt of the run, with the first IDS_KEPT ids and the first REJECTS_KEPT rejects.
 
     Raises:
-        KdbFastError: One of its subclasses; its ``receipt`` has the same keys when the run had begun. When records
-            had been inserted by then, ``completed_by_reindex`` is true on it and its remedy says how to go on; so
-            on any other exception.
+        KdbFastError: One of its subclasses; its ``receipt`` is an InsertReceipt when the run had begun. When records
+            had been inserted by then, ``completed_by_reindex`` is true on it and its remedy says how to go on.
     """
     source = InsertingSource(address, entity, path, options.max_rejects, created_by)
     with contextlib.closing(source):
         limited = replace(options, max_rejects=_ShareOfInput(limit=options.max_rejects, source=source))
         try:
             receipt = reindex(address, lambda: source, limited, progress, embedding)
-        except Exception as error:
-            found: Receipt | None = getattr(error, "receipt", None)
-            if found is not None:
-                error.receipt = _extended(found, source, address)  # type: ignore[attr-defined]
+        except KdbFastError as error:
+            if error.receipt is not None:
+                error.receipt = _extended(error.receipt, source, address)
             _explain(error, entity, source, options)
             raise
         except KeyboardInterrupt:
@@ -85,34 +82,32 @@ def insert(
     return _extended(receipt, source, address)
 
 
-def _extended(receipt: Receipt, source: InsertingSource, address: DatabaseAddress) -> Receipt:
+def _extended(receipt: Receipt, source: InsertingSource, address: DatabaseAddress) -> InsertReceipt:
     """The receipt with what became of the input."""
-    rejects = [
-        {"line": r.position, "record_id": r.record_id, "reason": r.reason, "detail": r.detail} for r in source.rejects
-    ]
-    rejected_later = max(0, receipt["rejected"] - source.rejected)
+    rejects = [RejectedLine(r.position, r.record_id, r.reason, r.detail) for r in source.rejects]
+    rejected_later = max(0, receipt.rejected - source.rejected)
     if rejected_later and len(rejects) < REJECTS_KEPT:
         # Inserted and then refused by the model or the index; a database that is away cannot say which.
         with contextlib.suppress(KdbFastError):
             rejects += [
-                {key: row[key] for key in ("line", "record_id", "reason", "detail")}
+                RejectedLine(row["line"], row["record_id"], row["reason"], row["detail"])
                 for row in list_rejects(address, source.entities[0])
-                if row["run"] == receipt["run"] and row["record_id"]
+                if row["run"] == receipt.run and row["record_id"]
             ][: REJECTS_KEPT - len(rejects)]
-    indexed = receipt["stored"] + receipt["reused"] + receipt["superseded"] + receipt["unchanged"]
-    return {
-        **receipt,
-        "inserted": source.inserted,
-        "ids": source.ids,
-        "pending": max(0, source.inserted - source.empty - indexed - rejected_later),
-        "rejects": rejects,
-    }
+    indexed = receipt.written + receipt.superseded + receipt.unchanged
+    return InsertReceipt(
+        **vars(receipt),
+        inserted=source.inserted,
+        ids=tuple(source.ids),
+        pending=max(0, source.inserted - source.empty - indexed - rejected_later),
+        rejects=tuple(rejects),
+    )
 
 
-def _explain(error: Exception, entity: str, source: InsertingSource, options: ReindexOptions) -> None:
+def _explain(error: KdbFastError, entity: str, source: InsertingSource, options: ReindexOptions) -> None:
     """Say what of the input is in the database: the same command again would insert it twice."""
     if isinstance(error, RejectLimitError):
-        rejected = max(source.rejected, getattr(error, "receipt", {}).get("rejected", 0))
+        rejected = max(source.rejected, error.receipt.rejected if error.receipt else 0)
         error.message = (
             f"{rejected:,} of the first {source.read:,} records were rejected; "
             f"--max-rejects allows {options.max_rejects}."
@@ -121,8 +116,8 @@ def _explain(error: Exception, entity: str, source: InsertingSource, options: Re
     if not source.inserted:
         return
     name = storable_key(entity)
-    error.completed_by_reindex = True  # type: ignore[attr-defined]
-    error.remedy = (  # type: ignore[attr-defined]
+    error.completed_by_reindex = True
+    error.remedy = (
         f"{source.inserted:,} records were inserted, all of the input up to line {source.line:,} but those rejected: "
         f"a reindex of {name} completes their index. Insert only what follows that line, since a record inserted "
         "again would be there twice."

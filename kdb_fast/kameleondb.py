@@ -306,14 +306,14 @@ class _Installation:
         embedding, options = embedding_of(self.provider_of(db), batch_size)
         options = replace(options, entities=entities, force=force)
         receipt = reindex(address, lambda: open_source(address, entities), options, progress, embedding)
-        indexed = receipt["stored"] + receipt["reused"] + receipt["superseded"]
+        indexed = receipt.written + receipt.superseded
         return {
             "status": "complete",
             "entities_processed": len(entities or db.list_entities()),
             "records_indexed": indexed,
             "indexed": indexed,
-            "skipped": receipt["unchanged"],
-            "rejected": receipt["rejected"],
+            "skipped": receipt.unchanged,
+            "rejected": receipt.rejected,
         }
 
     # -- reading ---------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from . import kameleondb as integration
 from .console import shell_word
 from .errors import EXIT_OK, EXIT_REJECTS, KdbFastError, RecordError, UsageError
 from .kameleondb_providers import address_of, embedding_of
+from .receipt import InsertReceipt
 from .settings import DEFAULT_BATCH_SIZE
 
 BATCH_SIZE_HELP = "Most rows of one model run."
@@ -133,9 +134,9 @@ def _database(context: typer.Context) -> Iterator[tuple[Any, Any]]:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Any]:
-    from . import progress
+    from . import bars
 
-    shown = progress.choose()
+    shown = bars.choose()
     try:
         yield shown
     finally:
@@ -169,7 +170,7 @@ def data_insert(
         if db._search_engine is None:
             with contextlib.ExitStack() as stack:
                 ids = entity.insert_many(_records(source, stack), created_by=created_by)
-            receipt = {"inserted": len(ids), "ids": ids[:5], "rejected": 0, "pending": 0}
+            receipt = InsertReceipt(inserted=len(ids), ids=tuple(ids[:5]))
         else:
             receipt = _insert(db, entity_name, source, created_by, batch_size, progress)
         progress.close()
@@ -211,7 +212,7 @@ def _records(source: Path | str | BinaryIO, stack: contextlib.ExitStack) -> list
 
 def _insert(
     db: Any, entity: str, source: Path | str | BinaryIO, created_by: str | None, batch_size: int, progress: Any
-) -> dict[str, Any]:
+) -> InsertReceipt:
     from .insert import insert
     from .report import print_rejected_lines
 
@@ -221,10 +222,10 @@ def _insert(
     embedding, options = embedding_of(db._search_engine.embedding_provider, batch_size)
     try:
         receipt = insert(address, entity, source, options, progress, created_by=created_by, embedding=embedding)
-    except Exception as error:
+    except KdbFastError as error:
         progress.close()
-        print_rejected_lines(getattr(error, "receipt", {}))
-        error.carry_on = _reindex_command(entity)  # type: ignore[attr-defined]
+        print_rejected_lines(error.receipt)
+        error.carry_on = _reindex_command(entity)
         raise
     progress.close()
     print_rejected_lines(receipt)
@@ -235,13 +236,13 @@ def _reindex_command(entity: str | None) -> str:
     return " ".join(["kdb-fast kameleondb embeddings reindex", *([shell_word(entity)] if entity else [])])
 
 
-def _show_inserted(formatter: Any, receipt: dict[str, Any], batch: bool) -> None:
-    inserted, rejected = receipt["inserted"], receipt["rejected"]
-    more = {key: receipt[key] for key in ("rejected", "pending") if receipt[key]}
+def _show_inserted(formatter: Any, receipt: InsertReceipt, batch: bool) -> None:
+    inserted, rejected = receipt.inserted, receipt.rejected
+    more = {name: count for name, count in (("rejected", rejected), ("pending", receipt.pending)) if count}
     if inserted == 1 and not batch and not rejected:
-        formatter.print_success("Inserted record", {"id": receipt["ids"][0], **more})
+        formatter.print_success("Inserted record", {"id": receipt.ids[0], **more})
     elif inserted or not rejected:
-        formatter.print_success(f"Inserted {inserted} records", {"count": inserted, "ids": receipt["ids"], **more})
+        formatter.print_success(f"Inserted {inserted} records", {"count": inserted, "ids": list(receipt.ids), **more})
     else:
         formatter.print_error(Exception(f"Inserted no record: {rejected} rejected"))
     if rejected:
@@ -272,7 +273,7 @@ def embeddings_reindex(
         try:
             result = db.reindex_embeddings(entity, batch_size, force=force, progress=progress)
         except KdbFastError as error:
-            error.carry_on = _reindex_command(entity)  # type: ignore[attr-defined]
+            error.carry_on = _reindex_command(entity)
             raise
         progress.close()
         formatter.print_success(f"Reindexed {result['indexed']} records", result)

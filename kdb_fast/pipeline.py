@@ -27,6 +27,7 @@ from .errors import KdbFastError, RejectLimitError
 from .faults import fault
 from .flushing import MAX_WAIT_SECONDS, FlushSize
 from .messages import Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex, SlotRows, rows_of_bits
+from .receipt import Counts
 from .records import (
     MAX_ENTITY_CHARS,
     MAX_RECORD_ID_CHARS,
@@ -75,32 +76,6 @@ What is not written by then is embedded again by the next run."""
 
 IN_FLIGHT_STAMP = 1
 """Version of a row that an earlier record of this run is about to write: no other program's row has it."""
-
-
-@dataclass
-class Counts:
-    """Where every record went. ``read`` is always the sum of the next five once a run has ended."""
-
-    read: int = 0
-    stored: int = 0
-    unchanged: int = 0
-    reused: int = 0
-    superseded: int = 0
-    rejected: int = 0
-    empty: int = 0
-    deleted: int = 0
-    truncated: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    flushes: int = 0
-    embed_seconds: float = 0.0
-    write_seconds: float = 0.0
-    index_seconds: float = 0.0
-    bytes_written: int = 0
-
-    @property
-    def accounted(self) -> int:
-        return self.stored + self.unchanged + self.reused + self.superseded + self.rejected
 
 
 @dataclass

@@ -21,10 +21,10 @@ from . import openvino_backend
 from .database import default_data_dir
 from .encoder import EncoderSpec
 from .errors import ModelError, StoppedError
-from .fidelity import Fidelity
 from .model_files import check_private, sha256_of
 from .openvino_rows import TOKEN_BUDGET
 from .preparation import MANIFEST, MODEL, prepared_fingerprint, run
+from .receipt import Fidelity
 from .resources import WITHOUT_CPU_FLAGS, cpu_flags, usable_cpus
 from .spawning import describe_exit, spawn, tail
 

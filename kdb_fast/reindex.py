@@ -7,21 +7,22 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import __version__
 from .database import DatabaseAddress
 from .encoder import EncoderSpec
 from .engine import Engine, InlineEngine
-from .errors import KdbFastError, ModelError, StoppedError
+from .errors import KdbFastError, ModelError, StoppedError, UnexpectedError
 from .models import resolve
 from .origins import same_name
-from .pipeline import Counts, Pipeline, Stop
+from .pipeline import Pipeline, Stop
 from .plan import INLINE_ROWS, Plan, inline_shape, make_plan
 from .progress import Progress, Silent
 from .provider_base import EmbeddingProvider
 from .query import forget_older, forget_older_of_input, index_model_of, recent_fingerprints
+from .receipt import Counts, Fidelity, Phases, Receipt
 from .resources import collecting_rarely, peak_rss_bytes
 from .settings import DEFAULT_MODEL, ReindexOptions
 from .slab import ROW_REASONS, ROW_WORKER_DIED
@@ -31,10 +32,7 @@ from .stores.base import RunSpec, Store
 from .stores.runs import HEARTBEAT_SECONDS
 
 if TYPE_CHECKING:
-    from .fidelity import Fidelity
     from .precision import Choice
-
-Receipt = dict[str, Any]
 
 SAME_SIGNAL_SECONDS = 0.5
 """A signal that comes again so soon is the same one, delivered to the process and to its group."""
@@ -64,7 +62,7 @@ def reindex(
         embedding: What gives the vectors, in place of what the options name; it stays the caller's to close.
 
     Returns:
-        The receipt, with the keys of ``kdb-fast reindex --json``.
+        What the run has done.
 
     Raises:
         KdbFastError: One of its subclasses; ``receipt`` is set on it when the run had begun.
@@ -256,27 +254,26 @@ class _Run:
         except Stop:
             state = "stopped"
             error = StoppedError("Stopped on request.", signum=self.stop.signum or signal.SIGINT)
-        except KdbFastError as caught:
-            error = caught
+        except Exception as caught:
+            error = _as_ours(caught)
         except BaseException as caught:
+            # Nothing is said but what stopped it; the receipt is for whoever turns that into an error.
             self._close_engine(kill=True)
-            state = "stopped" if isinstance(caught, KeyboardInterrupt) else "failed"
-            receipt = self._receipt(state)
+            self.stop.receipt = self._receipt("stopped" if isinstance(caught, KeyboardInterrupt) else "failed")
             with contextlib.suppress(Exception):
-                self.store.end_run(self.run.number, state, receipt)
-            caught.receipt = receipt  # type: ignore[attr-defined]
+                self.store.end_run(self.run.number, self.stop.receipt.state, self.stop.receipt.as_json())
             raise
         # After a stop all that was embedded is written; a worker in the middle of a shard is not waited for.
         self._close_engine(kill=state != "done")
         receipt = self._receipt(state)
         try:
-            self.store.end_run(self.run.number, state, receipt)
-        except KdbFastError as caught:
-            error = error or caught
+            self.store.end_run(self.run.number, state, receipt.as_json())
+        except Exception as caught:
+            error = error or _as_ours(caught)
         if error is not None:
-            error.receipt = receipt  # type: ignore[attr-defined]
+            error.receipt = receipt
             raise error
-        if receipt["read"] != sum(receipt[k] for k in ("stored", "unchanged", "reused", "superseded", "rejected")):
+        if receipt.read != sum(receipt.fates.values()):
             raise KdbFastError(f"The records do not add up: {receipt}. This is a defect of kdb-fast.")
         return receipt
 
@@ -398,60 +395,64 @@ class _Run:
         pipeline, run = self.pipeline, self.run
         counts = pipeline.counts if pipeline else Counts()
         seconds = time.monotonic() - self.started
-        written = counts.stored + counts.reused
         peaks = self.engine.peak_rss_bytes() if self.engine else {}
         flush = pipeline.flush_size.describe() if pipeline and pipeline.flush_size else "nothing to flush"
-        return {
-            "run": run.number,
-            "schema": self.address.schema,
-            "state": state,
-            "input": self.source.input,
-            "read": counts.read,
-            "stored": counts.stored,
-            "unchanged": counts.unchanged,
-            "reused": counts.reused,
-            "superseded": counts.superseded,
-            "rejected": counts.rejected,
-            "empty": self.source.empty,
-            "deleted": counts.deleted,
-            "truncated": counts.truncated,
-            "tokens": counts.tokens,
-            "padded_tokens": counts.padded_tokens,
-            "seconds": round(seconds, 3),
-            "records_per_second": round(written / seconds, 1) if seconds else 0.0,
-            "tokens_per_second": round(counts.tokens / seconds, 1) if seconds else 0.0,
-            "model": run.model,
-            "dimensions": run.dimensions,
-            "precision": self.embedding.spec.precision if self.embedding.spec else None,
-            "fidelity": asdict(self.embedding.fidelity) if self.embedding.fidelity else None,
-            "fingerprint": run.fingerprint,
-            "workers": self.engine.workers if self.engine else 0,
-            "plan": self.plan.describe() if self.plan else "in this process",
-            "flushes": counts.flushes,
-            "flush_size": flush,
-            "bytes_written": counts.bytes_written,
-            "index": pipeline.index.text if pipeline else "",
-            "phases": {
-                "prepare": round(self.embedding.seconds, 3),
-                "start": round(self.start_seconds, 3),
-                "embed": round(counts.embed_seconds, 3),
-                "write": round(counts.write_seconds, 3),
-                "index": round(counts.index_seconds, 3),
-            },
-            "peak_rss_bytes": peak_rss_bytes() + sum(peaks.values()),
-            "peak_rss_by_process": {"parent": peak_rss_bytes(), **peaks},
-            "warnings": [*self.notes, *(pipeline.warnings if pipeline else []), *self.source.warnings()],
-            "input_changed": self.source.changed(),
-            "version": __version__,
-        }
+        return Receipt(
+            run=run.number,
+            schema=self.address.schema,
+            state=state,
+            input=self.source.input,
+            read=counts.read,
+            stored=counts.stored,
+            unchanged=counts.unchanged,
+            reused=counts.reused,
+            superseded=counts.superseded,
+            rejected=counts.rejected,
+            empty=self.source.empty,
+            deleted=counts.deleted,
+            truncated=counts.truncated,
+            tokens=counts.tokens,
+            padded_tokens=counts.padded_tokens,
+            seconds=round(seconds, 3),
+            records_per_second=round(counts.written / seconds, 1) if seconds else 0.0,
+            tokens_per_second=round(counts.tokens / seconds, 1) if seconds else 0.0,
+            model=run.model,
+            dimensions=run.dimensions,
+            precision=self.embedding.spec.precision if self.embedding.spec else None,
+            fidelity=self.embedding.fidelity,
+            fingerprint=run.fingerprint,
+            workers=self.engine.workers if self.engine else 0,
+            plan=self.plan.describe() if self.plan else "in this process",
+            flushes=counts.flushes,
+            flush_size=flush,
+            bytes_written=counts.bytes_written,
+            index=pipeline.index.text if pipeline else "",
+            phases=Phases(
+                prepare=round(self.embedding.seconds, 3),
+                start=round(self.start_seconds, 3),
+                embed=round(counts.embed_seconds, 3),
+                write=round(counts.write_seconds, 3),
+                index=round(counts.index_seconds, 3),
+            ),
+            peak_rss_bytes=peak_rss_bytes() + sum(peaks.values()),
+            peak_rss_by_process={"parent": peak_rss_bytes(), **peaks},
+            warnings=(*self.notes, *(pipeline.warnings if pipeline else []), *self.source.warnings()),
+            input_changed=self.source.changed(),
+            version=__version__,
+        )
+
+
+def _as_ours(error: Exception) -> KdbFastError:
+    return error if isinstance(error, KdbFastError) else UnexpectedError(error)
 
 
 class StopFlag:
-    """How often a stop was asked for, and by which signal."""
+    """How often a stop was asked for, and by which signal; the receipt of a run that was ended at once."""
 
     def __init__(self) -> None:
         self.count = 0
         self.signum = 0
+        self.receipt: Receipt | None = None
 
 
 @contextlib.contextmanager
@@ -496,11 +497,11 @@ def stopping_by_signal() -> Iterator[StopFlag]:
         previous = {}
     try:
         yield flag
-    except KeyboardInterrupt as caught:
+    except KeyboardInterrupt:
         stopped = StoppedError(
             "Stopped at once; the transaction in progress was rolled back.", signum=flag.signum or signal.SIGINT
         )
-        stopped.receipt = getattr(caught, "receipt", None)  # type: ignore[attr-defined]
+        stopped.receipt = flag.receipt
         raise stopped from None
     finally:
         if previous:

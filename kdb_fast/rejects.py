@@ -11,8 +11,9 @@ from typing import Any
 from .database import DatabaseAddress
 from .progress import Progress
 from .query import last_run, read
+from .receipt import Receipt, Retried
 from .records import storable_key
-from .reindex import Receipt, reindex
+from .reindex import reindex
 from .settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
 from .sources.catalog import Catalog
 from .sources.kameleondb import KameleonDBSource
@@ -65,7 +66,7 @@ def retry_rejects(
     progress: Progress | None = None,
     *,
     model: str | None = None,
-) -> dict[str, Any]:
+) -> Retried:
     """Read the entities that have rejected records again, and store what can be stored now.
 
     A record that is stored now, is gone, or has no text any more is forgotten in the table of rejects. A line of a
@@ -75,11 +76,6 @@ def retry_rejects(
         address: The database; an embedded server must be running.
         options: As for a reindex; all rejects are allowed.
         model: Name of the model; None means that of the newest run, so that unchanged records stay as they are.
-
-    Returns:
-        ``rejects_before``; ``remaining`` (rejects of records, after the run); by entity, the rejects that are not in
-        the database: ``lines_of_inserts`` and ``lines_of_files`` (of entities that KameleonDB does not define); and the
-        ``receipt`` of the run (None if there was nothing to try).
 
     Raises:
         KdbFastError: As for :func:`kdb_fast.reindex.reindex`.
@@ -98,13 +94,13 @@ def retry_rejects(
         receipt = reindex(address, lambda: KameleonDBSource(address, names), chosen, progress)
     after = list_rejects(address)
     of_known = [row for row in after if row["entity"] in known]
-    return {
-        "rejects_before": len(before),
-        "remaining": sum(1 for row in of_known if row["record_id"]),
-        "lines_of_inserts": dict(Counter(row["entity"] for row in of_known if not row["record_id"])),
-        "lines_of_files": dict(Counter(row["entity"] for row in after if row["entity"] not in known)),
-        "receipt": receipt,
-    }
+    return Retried(
+        rejects_before=len(before),
+        remaining=sum(1 for row in of_known if row["record_id"]),
+        lines_of_inserts=dict(Counter(row["entity"] for row in of_known if not row["record_id"])),
+        lines_of_files=dict(Counter(row["entity"] for row in after if row["entity"] not in known)),
+        receipt=receipt,
+    )
 
 
 @contextlib.contextmanager

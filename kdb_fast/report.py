@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .bars import clock
 from .console import shell_word, with_database
-from .progress import clock
+from .receipt import InsertReceipt, Receipt, Retried
 from .records import storable_key
 from .target import Target
 
@@ -21,58 +22,55 @@ SHOWN_REJECTS = 10
 """Rejected lines that are printed at the end of an insert."""
 
 
-def print_receipt(receipt: Mapping[str, Any], database: str) -> None:
+def print_receipt(receipt: Receipt, database: str) -> None:
     """The summary of a run."""
-    database = _with_schema(database, receipt.get("schema"))
-    written = receipt["stored"] + receipt["reused"]
-    read = receipt["read"]
-    if not read and receipt["empty"]:
-        print(f"{database}: none of the {receipt['empty']:,} records has any text.")
+    database = _with_schema(database, receipt.schema)
+    written, read = receipt.written, receipt.read
+    if not read and receipt.empty:
+        print(f"{database}: none of the {receipt.empty:,} records has any text.")
     elif not read:
         print(f"{database}: there were no records to read.")
-    elif not written and not receipt["rejected"]:
-        print(f"{database}: nothing changed: {receipt['unchanged']:,} records are up to date.")
+    elif not written and not receipt.rejected:
+        print(f"{database}: nothing changed: {receipt.unchanged:,} records are up to date.")
     else:
         print(
-            f"{database}: {written:,} of {read:,} records written in {clock(receipt['seconds'])} "
-            f"({receipt['records_per_second']:,.0f} records/s, {receipt['tokens_per_second']:,.0f} tokens/s)"
+            f"{database}: {written:,} of {read:,} records written in {clock(receipt.seconds)} "
+            f"({receipt.records_per_second:,.0f} records/s, {receipt.tokens_per_second:,.0f} tokens/s)"
         )
-    rows: list[tuple[str, str]] = [
-        ("records", ", ".join(f"{receipt[k]:,} {k}" for k in ("stored", "unchanged", "reused", "superseded", "rejected")
-                              if receipt[k] or k == "stored")),
-    ]  # fmt: skip
-    also = {
-        "deleted": "removed from the index",
-        "empty": "without text, not indexed",
-        "truncated": "longer than the model reads",
-    }
-    extra = [f"{receipt[key]:,} {text}" for key, text in also.items() if receipt[key]]
+    ends = [f"{count:,} {fate}" for fate, count in receipt.fates.items() if count or fate == "stored"]
+    rows = [("records", ", ".join(ends))]
+    also = (
+        (receipt.deleted, "removed from the index"),
+        (receipt.empty, "without text, not indexed"),
+        (receipt.truncated, "longer than the model reads"),
+    )
+    extra = [f"{count:,} {text}" for count, text in also if count]
     if extra:
         rows.append(("also", ", ".join(extra)))
-    if receipt["tokens"]:
-        padding = 1 - receipt["tokens"] / max(1, receipt["padded_tokens"])
+    if receipt.tokens:
+        padding = 1 - receipt.tokens / max(1, receipt.padded_tokens)
         rows.append(
-            ("tokens", f"{receipt['tokens']:,} ({receipt['tokens'] / max(1, receipt['stored']):.0f} a record, "
+            ("tokens", f"{receipt.tokens:,} ({receipt.tokens / max(1, receipt.stored):.0f} a record, "
                        f"padding {padding:.1%})")
         )  # fmt: skip
-        rows.append(("plan", receipt["plan"]))
-    rows.append(("model", f"{receipt['model']}, {receipt['dimensions']} dimensions, {receipt['precision']}, "
-                          f"fingerprint {receipt['fingerprint']}"))  # fmt: skip
-    if receipt["flushes"]:
-        rows.append(("flushes", f"{receipt['flushes']}: {receipt['flush_size']}"))
-    if receipt["index"]:
-        rows.append(("index", receipt["index"]))
-    phases = receipt["phases"]
+        rows.append(("plan", receipt.plan))
+    rows.append(("model", f"{receipt.model}, {receipt.dimensions} dimensions, {receipt.precision}, "
+                          f"fingerprint {receipt.fingerprint}"))  # fmt: skip
+    if receipt.flushes:
+        rows.append(("flushes", f"{receipt.flushes}: {receipt.flush_size}"))
+    if receipt.index:
+        rows.append(("index", receipt.index))
     if written:
-        rows.append(("time", f"embedding {phases['embed']:.1f} s of worker time, writing {phases['write']:.1f} s, "
-                             f"index {phases['index']:.1f} s"))  # fmt: skip
-        rows.append(("memory", f"{receipt['peak_rss_bytes'] / 1e6:,.0f} MB at most, all processes together"))
+        phases = receipt.phases
+        rows.append(("time", f"embedding {phases.embed:.1f} s of worker time, writing {phases.write:.1f} s, "
+                             f"index {phases.index:.1f} s"))  # fmt: skip
+        rows.append(("memory", f"{receipt.peak_rss_bytes / 1e6:,.0f} MB at most, all processes together"))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"  {name:<{width}}  {printable(text, NOTE_CHARS)}")
-    for warning in receipt["warnings"]:
+    for warning in receipt.warnings:
         print(f"  note: {printable(warning, NOTE_CHARS)}")
-    if receipt["rejected"]:
+    if receipt.rejected:
         print(with_database("  See the rejected records: kdb-fast rejects list"))
 
 
@@ -130,25 +128,26 @@ def print_models(entries: Iterable[Any]) -> None:
     sys.stdout.flush()
 
 
-def print_inserted(receipt: Mapping[str, Any], entity: str, database: str) -> None:
+def print_inserted(receipt: InsertReceipt, entity: str, database: str) -> None:
     """The summary of an insert."""
-    print(f"{database}: {receipt['inserted']:,} records inserted into {printable(entity, 60)}")
-    if receipt["read"]:
+    print(f"{database}: {receipt.inserted:,} records inserted into {printable(entity, 60)}")
+    if receipt.read:
         print_receipt(receipt, database)
-    elif receipt["empty"]:
-        print(f"  None of the {receipt['empty']:,} has any text, so nothing was indexed.")
-        for warning in receipt["warnings"]:
+    elif receipt.empty:
+        print(f"  None of the {receipt.empty:,} has any text, so nothing was indexed.")
+        for warning in receipt.warnings:
             print(f"  note: {printable(warning, NOTE_CHARS)}")
 
 
-def print_rejected_lines(receipt: Mapping[str, Any]) -> None:
-    """The first rejected lines of an input, to standard error."""
-    rejects = receipt.get("rejects", ())
-    for reject in rejects[:SHOWN_REJECTS]:
-        where = f"line {reject['line']}" if reject["line"] else f"record {printable(reject['record_id'], 60)}"
-        print(f"{where}: {reject['reason']}: {printable(reject['detail'], 500)}", file=sys.stderr)
-    if receipt.get("rejected", 0) > SHOWN_REJECTS:
-        print(f"and {receipt['rejected'] - SHOWN_REJECTS:,} more", file=sys.stderr)
+def print_rejected_lines(receipt: Receipt | None) -> None:
+    """The first rejected lines of an insert's input, to standard error."""
+    if not isinstance(receipt, InsertReceipt):
+        return
+    for reject in receipt.rejects[:SHOWN_REJECTS]:
+        where = f"line {reject.line}" if reject.line else f"record {printable(reject.record_id, 60)}"
+        print(f"{where}: {reject.reason}: {printable(reject.detail, 500)}", file=sys.stderr)
+    if receipt.rejected > SHOWN_REJECTS:
+        print(f"and {receipt.rejected - SHOWN_REJECTS:,} more", file=sys.stderr)
 
 
 def print_rejects(rows: Sequence[Mapping[str, Any]], limit: int) -> None:
@@ -168,23 +167,23 @@ def print_rejects(rows: Sequence[Mapping[str, Any]], limit: int) -> None:
         print(f"and {len(rows) - limit:,} more: see --limit")
 
 
-def print_retried(result: Mapping[str, Any], database: str) -> None:
+def print_retried(result: Retried, database: str) -> None:
     """What became of rejected records that were tried again."""
-    if not result["rejects_before"]:
+    if not result.rejects_before:
         print("There are no rejected records.")
         return
-    if result["receipt"] is not None:
-        print_receipt(result["receipt"], database)
-        print(f"{result['remaining']:,} rejected records remain")
+    if result.receipt is not None:
+        print_receipt(result.receipt, database)
+        print(f"{result.remaining:,} rejected records remain")
     there = with_database("kdb-fast status").removeprefix("kdb-fast status")
-    for entity, count in result["lines_of_inserts"].items():
+    for entity, count in result.lines_of_inserts.items():
         name = printable(entity, 60)
         word = shell_word(entity)
         print(
             f"{count:,} rejected lines for {name} became no record: correct them and insert only them "
             f"(kdb-fast insert {word} FILE{there}), then forget these: kdb-fast rejects clear --entity {word}{there}"
         )
-    for entity, count in result["lines_of_files"].items():
+    for entity, count in result.lines_of_files.items():
         name = printable(entity, 60)
         print(
             f"{count:,} rejected lines of {name} are of a file and not in the database: correct them, then run "

@@ -49,8 +49,8 @@ def fill(params: dict[str, Any]) -> dict[str, Any]:
         client.close()
     with watched(worker_target=free_encoder.run):
         receipt = reindex(address, lambda: open_source(address, (ENTITY,)), ReindexOptions(workers=1))
-    assert receipt["stored"] + receipt["reused"] == len(texts), receipt
-    return {"seconds": time.perf_counter() - started, "records": len(texts), "index": receipt["index"]}
+    assert receipt.written == len(texts), receipt
+    return {"seconds": time.perf_counter() - started, "records": len(texts), "index": receipt.index}
 
 
 class _MadeVectors:

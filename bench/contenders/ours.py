@@ -12,16 +12,14 @@ from typing import Any
 import numpy as np
 
 from kdb_fast.errors import KdbFastError
-from kdb_fast.reindex import Receipt, reindex
+from kdb_fast.receipt import Receipt
+from kdb_fast.reindex import reindex
 from kdb_fast.settings import ReindexOptions
 
 from .. import data, database, free_encoder
 from ..contender import Skip
 from ..source import FileSource
 from ..watched import watched
-
-WRITTEN = ("stored", "reused")
-ACCOUNTED = ("stored", "unchanged", "reused", "superseded", "rejected")
 
 
 def run(params: dict[str, Any]) -> tuple[Receipt, dict[str, Any]]:
@@ -42,21 +40,21 @@ def run(params: dict[str, Any]) -> tuple[Receipt, dict[str, Any]]:
     return receipt, {
         "seconds": seconds,
         "seconds_after_start": watch.seconds_after_start,
-        "records": sum(receipt[key] for key in WRITTEN),
-        "read": receipt["read"],
-        "unaccounted": receipt["read"] - sum(receipt[key] for key in ACCOUNTED) + params["records"] - receipt["read"],
-        "embedded": receipt["stored"],
-        "tokens": receipt["tokens"],
-        "padded_tokens": receipt["padded_tokens"],
-        "workers": receipt["workers"],
-        "phases": receipt["phases"],
-        "index": receipt["index"],
-        "precision": receipt["precision"],
-        "fidelity": receipt["fidelity"],
-        "peak_rss_by_process": receipt["peak_rss_by_process"],
+        "records": receipt.written,
+        "read": receipt.read,
+        "unaccounted": params["records"] - sum(receipt.fates.values()),
+        "embedded": receipt.stored,
+        "tokens": receipt.tokens,
+        "padded_tokens": receipt.padded_tokens,
+        "workers": receipt.workers,
+        "phases": vars(receipt.phases),
+        "index": receipt.index,
+        "precision": receipt.precision,
+        "fidelity": receipt.as_json()["fidelity"],
+        "peak_rss_by_process": receipt.peak_rss_by_process,
         "pss_by_process": watch.pss,
         "worker_pss_bytes": watch.worker_pss(),
-        "warnings": receipt["warnings"],
+        "warnings": list(receipt.warnings),
     }
 
 

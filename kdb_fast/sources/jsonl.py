@@ -232,7 +232,7 @@ class JsonlSource(Source):
                 f"Cannot read {self._display}: it is a directory; expected a file.",
                 remedy=f"Read all of its files: cat {shlex.quote(str(self._path))}/*.jsonl | {PIPED}",
             )
-            directory.file = self._path  # type: ignore[attr-defined]
+            directory.file = self._path
             raise directory from None
         except (OSError, ValueError) as error:
             raise UsageError(
@@ -245,7 +245,8 @@ class JsonlSource(Source):
                 check_head(os.pread(stream.fileno(), HEAD_BYTES, 0), shlex.quote(str(self._path)))
         except BaseException as error:
             stream.close()
-            error.file = self._path  # type: ignore[attr-defined]
+            if isinstance(error, UsageError):
+                error.file = self._path
             raise
         return stream, opened
 

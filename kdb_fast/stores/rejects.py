@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from ..receipt import Receipt
 from ..records import Reject
 from .base import FlushSlot
 
@@ -76,4 +77,4 @@ def refused(slots: Sequence[FlushSlot], rows: Iterable[tuple[int, int, str, str]
 
 def runs_of_input(receipts: Iterable[tuple[int, str | None]], name: str) -> list[int]:
     """The runs whose receipt (JSON) names this input."""
-    return [run for run, receipt in receipts if receipt and json.loads(receipt).get("input") == name]
+    return [run for run, receipt in receipts if receipt and Receipt.from_json(json.loads(receipt)).input == name]

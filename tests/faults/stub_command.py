@@ -18,12 +18,12 @@ from typing import Any
 import poison_worker
 import psycopg  # noqa: F401 - imported once for all commands
 
-from kdb_fast import cli, database, engine, faults, flushing, pipeline, plan, progress, report, sources, supervisor
+from kdb_fast import bars, cli, database, engine, faults, flushing, pipeline, plan, report, sources, supervisor
 from kdb_fast import reindex as reindex_module
 from kdb_fast.models import Model
 from kdb_fast.stores import index_policy, open_store, pg_session, postgresql, runs, sqlite
 
-__all__ = ["database", "open_store", "pipeline", "postgresql", "progress", "report", "sources", "sqlite"]
+__all__ = ["bars", "database", "open_store", "pipeline", "postgresql", "report", "sources", "sqlite"]
 
 MODEL = Model("stub", Path(), "stub.onnx", 384, 512, "mean", True, ())
 

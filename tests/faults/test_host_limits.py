@@ -271,8 +271,8 @@ def test_a_worker_killed_for_want_of_memory_is_not_replaced(tmp_path: Path, monk
     monkeypatch.setattr(supervisor, "oom_kills", lambda: Starved.kills)
     monkeypatch.setattr(plan, "SHARD_ROWS", 4)
     receipt = reindex_module.reindex(address, lambda: ListSource(records), ReindexOptions(workers=2))
-    assert (receipt["stored"], receipt["workers"]) == (200, 1)
-    (note,) = receipt["warnings"]
+    assert (receipt.stored, receipt.workers) == (200, 1)
+    (note,) = receipt.warnings
     assert note.endswith("was killed because memory ran out; going on with 1 workers")
     assert {key[1] for key in index_rows(address)} == {record.record_id for record in records}
 

@@ -32,8 +32,9 @@ from kdb_fast.encoder import Encoder, EncoderSpec
 from kdb_fast.errors import ModelError, ResourceError
 from kdb_fast.messages import Embed
 from kdb_fast.models import Model
+from kdb_fast.receipt import Receipt
 from kdb_fast.records import MAX_CONTENT_BYTES, Record, Reject, cut_content, was_cut
-from kdb_fast.reindex import Receipt, reindex
+from kdb_fast.reindex import reindex
 from kdb_fast.settings import ReindexOptions, RejectLimit
 from kdb_fast.slab import Row, Slab, SlabShape
 from kdb_fast.sources.jsonl import JsonlSource
@@ -151,7 +152,7 @@ def test_what_the_model_leaves_unread_counts_once_by_the_encoder(minilm: Model) 
 def test_ids_are_compared_as_bytes(database: Kameleon) -> None:
     ids = ["é", unicodedata.normalize("NFD", "é"), "a", "A", "a ", " a", "ａ", "01", "1", "1.0", "ß", "ss", "İ", "i"]
     receipt = run(database.address, *(Record("E", key, f"text {n}") for n, key in enumerate(ids)))
-    assert (receipt["stored"], receipt["superseded"], receipt["rejected"]) == (len(ids), 0, 0)
+    assert (receipt.stored, receipt.superseded, receipt.rejected) == (len(ids), 0, 0)
     assert {key[1]: row.content for key, row in index_rows(database.address).items()} == {
         key: f"text {n}" for n, key in enumerate(ids)
     }
@@ -280,7 +281,7 @@ def test_each_kind_of_unfit_record_costs_itself_alone(database: Kameleon) -> Non
     for position, record in enumerate(unfit):
         mixed.insert(3 * position, record)
     receipt = run(database.address, *mixed)
-    assert (receipt["stored"], receipt["rejected"]) == (len(good), len(unfit))
+    assert (receipt.stored, receipt.rejected) == (len(good), len(unfit))
     assert {key[1] for key in index_rows(database.address)} == {record.record_id for record in good}
     reasons = dict(execute(database.address, "SELECT reason, count(*) FROM kdb_fast_rejects GROUP BY reason"))
     assert reasons == {
@@ -363,11 +364,11 @@ def test_hostile_names_keys_and_texts_are_stored_exactly_and_shown_safely(databa
     records = [Record(text, text, f"lamp {text} lamp") for text in HOSTILE]
     rejects = [Reject(text, text, "wrong_type", f"found {text}", b"\1" * 32, 1) for text in HOSTILE]
     receipt = run(database.address, *records, *rejects)
-    assert (receipt["stored"], receipt["rejected"]) == (len(HOSTILE), len(HOSTILE))
+    assert (receipt.stored, receipt.rejected) == (len(HOSTILE), len(HOSTILE))
     rows = index_rows(database.address)
     assert {key: row.content for key, row in rows.items()} == {(r.entity, r.record_id): r.content for r in records}
     again = run(database.address, *records)
-    assert (again["unchanged"], again["stored"]) == (len(HOSTILE), 0)
+    assert (again.unchanged, again.stored) == (len(HOSTILE), 0)
 
     status = database.kdb_fast("status")
     printable(status)
@@ -595,7 +596,7 @@ def test_a_text_without_a_direction_or_with_nan_is_rejected_alone(
     texts = ["lamp", "nan", "river", "infinite", "nothing", "nothing nothing", "orbit nan lamp", "stone"]
     options = ReindexOptions(max_rejects=ALL_REJECTS, model_path=path)
     receipt = reindex(database.address, lambda: ListSource(records_of(texts)), options)
-    assert (receipt["stored"], receipt["rejected"]) == (3, 5)
+    assert (receipt.stored, receipt.rejected) == (3, 5)
     rejects = dict(execute(database.address, "SELECT record_id, reason FROM kdb_fast_rejects"))
     assert rejects == {
         "r1": "not_finite", "r3": "not_finite", "r4": "zero_vector", "r5": "zero_vector", "r6": "not_finite",
@@ -630,19 +631,19 @@ def test_a_model_file_that_changes_under_its_name_is_another_model(
     path = lookup_model(tmp_path / "model", minilm, table)
     options = ReindexOptions(model_path=path)
     first = reindex(address, lambda: ListSource(records), options)
-    assert reindex(address, lambda: ListSource(records), options)["unchanged"] == 20
+    assert reindex(address, lambda: ListSource(records), options).unchanged == 20
     size = (path / minilm.model_file).stat().st_size
     lookup_model(path, minilm, np.roll(table, 1, axis=1))
     assert (path / minilm.model_file).stat().st_size == size
-    assert models.resolve(minilm.name, path).fingerprint() != first["fingerprint"]
+    assert models.resolve(minilm.name, path).fingerprint() != first.fingerprint
     # Half of it now, the rest later: never are two models mixed under one fingerprint.
     half = reindex(address, lambda: ListSource(records[:10]), options)
-    assert (half["stored"], half["unchanged"]) == (10, 0)
+    assert (half.stored, half.unchanged) == (10, 0)
     prints = [row.fingerprint for row in index_rows(address).values()]
     assert sorted(map(prints.count, set(prints))) == [10, 10]
     rest = reindex(address, lambda: ListSource(records), options)
-    assert (rest["stored"], rest["unchanged"]) == (10, 10)
-    assert {row.fingerprint for row in index_rows(address).values()} == {half["fingerprint"]}
+    assert (rest.stored, rest.unchanged) == (10, 10)
+    assert {row.fingerprint for row in index_rows(address).values()} == {half.fingerprint}
 
 
 def test_a_verified_model_that_is_changed_is_refused(tmp_path: Path, minilm: Model) -> None:
@@ -669,7 +670,7 @@ def test_a_model_is_never_named_by_a_record_or_a_path_of_one(database: Kameleon,
     secret = tmp_path / "secret"
     secret.write_text("SENTINEL")
     receipt = run(database.address, Record("E", "a", f"file://{secret}"), Record("E", "b", str(secret)))
-    assert receipt["stored"] == 2
+    assert receipt.stored == 2
     assert all("SENTINEL" not in row.content for row in index_rows(database.address).values())
 
 

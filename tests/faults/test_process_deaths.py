@@ -37,8 +37,9 @@ from kdb_fast.demo import sqlalchemy_url
 from kdb_fast.errors import ModelError, ResourceError
 from kdb_fast.models import Model
 from kdb_fast.progress import Silent
+from kdb_fast.receipt import Receipt
 from kdb_fast.records import Record, Reject, content_from_fields
-from kdb_fast.reindex import Receipt, reindex
+from kdb_fast.reindex import reindex
 from kdb_fast.settings import ReindexOptions
 from kdb_fast.supervisor import ProcessEngine
 
@@ -121,7 +122,7 @@ class Runs:
         finally:
             assert engine_processes() == []
         assert act is None or self.engines[-1].act is None, "nothing was sabotaged"
-        assert receipt["read"] == sum(receipt[part] for part in PARTS)
+        assert receipt.read == sum(getattr(receipt, part) for part in PARTS)
         return receipt
 
     def check(self, records: Sequence[Record] = RECORDS) -> None:
@@ -133,7 +134,7 @@ class Runs:
             assert row.vector is not None
             np.testing.assert_array_equal(row.vector, poison_worker.vector_of(row.content))
         again = self.run(records, workers=None)
-        assert (again["unchanged"], again["stored"], again["flushes"]) == (len(records), 0, 0)
+        assert (again.unchanged, again.stored, again.flushes) == (len(records), 0, 0)
 
 
 class Notes(Silent):
@@ -173,17 +174,17 @@ def idle(engine: ProcessEngine) -> list[Any]:
 def test_busy_worker_killed_with_the_real_model(runs: Runs, oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
     runs.target = worker.run
     receipt = runs.run(act=lambda engine: send(signal.SIGKILL, *busy(engine)[:1]))
-    assert receipt["stored"] == len(RECORDS)
+    assert receipt.stored == len(RECORDS)
     assert len(runs.notes) == 1
     assert "died of SIGKILL; replaced, its shard is given out again" in runs.notes[0]
     oracle.check(index_rows(runs.address), RECORDS)
-    assert runs.run(workers=None)["unchanged"] == len(RECORDS)
+    assert runs.run(workers=None).unchanged == len(RECORDS)
 
 
 def test_busy_worker_killed(runs: Runs) -> None:
     receipt = runs.run(act=lambda engine: send(signal.SIGKILL, *busy(engine)[:1]))
-    assert receipt["stored"] == len(RECORDS)
-    assert len(receipt["warnings"]) == 1
+    assert receipt.stored == len(RECORDS)
+    assert len(receipt.warnings) == 1
     runs.check()
 
 
@@ -191,7 +192,7 @@ def test_idle_worker_killed(runs: Runs) -> None:
     # The shortest text is embedded last: while one worker is slow the other one has nothing to do.
     records = [*RECORDS, Record("Note", "last", poison_worker.SLOW)]
     receipt = runs.run(records, act=lambda engine: send(signal.SIGKILL, *idle(engine)[:1]))
-    assert receipt["stored"] == len(records)
+    assert receipt.stored == len(records)
     assert "died of SIGKILL" in runs.notes[0]
     runs.check(records)
 
@@ -201,7 +202,7 @@ def test_all_workers_killed(runs: Runs) -> None:
         return len(busy(engine)) == WORKERS and send(signal.SIGKILL, *engine._workers)
 
     receipt = runs.run(act=all_of_them)
-    assert receipt["stored"] == len(RECORDS)
+    assert receipt.stored == len(RECORDS)
     assert len(runs.notes) == WORKERS
     runs.check()
 
@@ -211,14 +212,14 @@ def test_all_processes_killed(runs: Runs) -> None:
         return bool(busy(engine)) and send(signal.SIGKILL, *engine._children())
 
     receipt = runs.run(act=all_of_them)
-    assert receipt["stored"] == len(RECORDS)
+    assert receipt.stored == len(RECORDS)
     assert len(runs.notes) == WORKERS + 1
     runs.check()
 
 
 def test_stopped_worker_is_noticed_and_replaced(runs: Runs) -> None:
     receipt = runs.run(act=lambda engine: send(signal.SIGSTOP, *busy(engine)[:1]))
-    assert receipt["stored"] == len(RECORDS)
+    assert receipt.stored == len(RECORDS)
     assert "hangs; it is replaced" in runs.notes[0]
     runs.check()
 
@@ -226,7 +227,7 @@ def test_stopped_worker_is_noticed_and_replaced(runs: Runs) -> None:
 def test_stopped_idle_worker_does_not_hold_up_the_end(runs: Runs) -> None:
     records = [*RECORDS[:40], Record("Note", "last", poison_worker.SLOW)]
     receipt = runs.run(records, act=lambda engine: send(signal.SIGSTOP, *idle(engine)[:1]))
-    assert receipt["stored"] == len(records)
+    assert receipt.stored == len(records)
     assert runs.notes == []
     runs.check(records)
 
@@ -246,7 +247,7 @@ def test_worker_lost_at(runs: Runs, tmp_path: Path, point: str, action: str) -> 
     runs.fault(f"{point}:1:{action}", tmp_path)
     receipt = runs.run()
     assert (tmp_path / "fired").exists()
-    assert receipt["stored"] == len(RECORDS)
+    assert receipt.stored == len(RECORDS)
     assert len(runs.notes) == 1
     runs.check()
 
@@ -254,14 +255,14 @@ def test_worker_lost_at(runs: Runs, tmp_path: Path, point: str, action: str) -> 
 def test_text_that_kills_its_worker_each_time_is_rejected_alone(runs: Runs) -> None:
     records = [*RECORDS[:60], Record("Note", "poison", f"a {poison_worker.DEADLY} text"), *RECORDS[60:]]
     receipt = runs.run(records)
-    assert (receipt["stored"], receipt["rejected"]) == (len(RECORDS), 1)
+    assert (receipt.stored, receipt.rejected) == (len(RECORDS), 1)
     assert execute(runs.address, "SELECT record_id, reason FROM kdb_fast_rejects") == [("poison", "worker_died")]
     assert "deadly" not in " ".join(runs.notes)
     # 8, 8, 4, 2 rows, then alone three times.
     assert len(runs.notes) <= 8
     # The text is tried again by the next run, in a process of its own: nothing else would survive it.
     again = runs.run(records, workers=None)
-    assert (again["unchanged"], again["rejected"]) == (len(RECORDS), 1)
+    assert (again.unchanged, again.rejected) == (len(RECORDS), 1)
     runs.check()
 
 
@@ -271,7 +272,7 @@ def test_several_deadly_texts_are_all_found(runs: Runs) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kdb_fast.settings.RejectLimit.exceeded", lambda self, **counts: False)
         receipt = runs.run(mixed)
-    assert (receipt["stored"], receipt["rejected"]) == (80, 3)
+    assert (receipt.stored, receipt.rejected) == (80, 3)
     rejects = execute(runs.address, "SELECT record_id FROM kdb_fast_rejects ORDER BY 1")
     assert rejects == [("poison0",), ("poison1",), ("poison2",)]
     runs.check(RECORDS[:80])
@@ -293,10 +294,11 @@ def test_workers_that_all_die_at_start_end_the_run(runs: Runs) -> None:
             runs.run()
     assert "died of SIGKILL" in caught.value.message
     assert len(started) <= WORKERS + 6
-    assert caught.value.receipt["stored"] == 0  # type: ignore[attr-defined]
+    assert caught.value.receipt is not None
+    assert caught.value.receipt.stored == 0
     runs.no_fault()
     runs.target = poison_worker.run
-    assert runs.run()["stored"] == len(RECORDS)
+    assert runs.run().stored == len(RECORDS)
     runs.check()
 
 
@@ -311,7 +313,7 @@ def test_workers_that_no_longer_start_end_the_run_also_while_a_deadly_text_is_se
         runs.run(records, act=nothing_starts_any_more)
     runs.no_fault()
     receipt = runs.run(records)
-    assert (receipt["stored"] + receipt["unchanged"], receipt["rejected"]) == (len(RECORDS), 1)
+    assert (receipt.stored + receipt.unchanged, receipt.rejected) == (len(RECORDS), 1)
     runs.check()
 
 
@@ -376,8 +378,8 @@ def test_writer_killed_at(runs: Runs, tmp_path: Path, point: str, hit: int) -> N
     runs.fault(f"{point}:{hit}:kill", tmp_path)
     receipt = runs.run()
     assert (tmp_path / "fired").exists()
-    assert receipt["stored"] == len(RECORDS)
-    assert receipt["superseded"] == 0
+    assert receipt.stored == len(RECORDS)
+    assert receipt.superseded == 0
     assert runs.notes
     assert all("replaced, its flush is repeated" in note for note in runs.notes)
     runs.check()
@@ -387,7 +389,7 @@ def test_writer_killed_at(runs: Runs, tmp_path: Path, point: str, hit: int) -> N
 def test_writer_stopped_at(runs: Runs, tmp_path: Path, point: str) -> None:
     runs.fault(f"{point}:1:hang", tmp_path)
     receipt = runs.run()
-    assert receipt["stored"] == len(RECORDS)
+    assert receipt.stored == len(RECORDS)
     assert "writer" in runs.notes[0]
     assert "hangs" in runs.notes[0]
     runs.check()
@@ -400,7 +402,7 @@ def test_stopped_writer_does_not_block_the_parent_that_has_thousands_of_rejects_
     rejects = [Reject("Note", "", "invalid_json", f"{line} is no use " * 20, bytes(32), line) for line in range(3000)]
     runs.fault("writer.ready:1:hang", tmp_path)
     receipt = runs.run([*rejects, *RECORDS])
-    assert (receipt["stored"], receipt["rejected"]) == (len(RECORDS), 3000)
+    assert (receipt.stored, receipt.rejected) == (len(RECORDS), 3000)
     assert "hangs; it is replaced" in runs.notes[0]
     assert execute(runs.address, "SELECT count(DISTINCT position) FROM kdb_fast_rejects") == [(3000,)]
     runs.check()
@@ -414,7 +416,7 @@ def test_writer_killed_while_it_changes_the_index(
     runs.fault(f"{point}:1:kill", tmp_path)
     receipt = runs.run()
     assert (tmp_path / "fired").exists()
-    assert receipt["index"].startswith("deferred")
+    assert receipt.index.startswith("deferred")
     definitions = execute(runs.address, "SELECT indexname FROM pg_indexes WHERE tablename = 'kdb_search' ORDER BY 1")
     assert {"ix_kdb_search_vector", "ix_kdb_search_fts"} <= {name for (name,) in definitions}
     runs.check()
@@ -439,7 +441,7 @@ def test_writer_killed_often_while_it_had_nothing_to_do(
 
     records = [Record("Note", "waits", poison_worker.GATED)]
     receipt = runs.run(records, act=kill_idle_writer)
-    assert receipt["stored"] == len(records)
+    assert receipt.stored == len(records)
     runs.check(records)
 
 
@@ -449,7 +451,7 @@ def test_writer_that_dies_each_time_ends_the_run_and_the_next_one_finishes_it(ru
         runs.run()
     assert index_rows(runs.address) == {}
     runs.no_fault()
-    assert runs.run()["stored"] == len(RECORDS)
+    assert runs.run().stored == len(RECORDS)
     runs.check()
 
 
@@ -464,7 +466,7 @@ def test_deaths_leak_no_files(runs: Runs) -> None:
     counts = []
     for attempt in range(2):
         records = [record._replace(content=f"{attempt} {record.content}") for record in RECORDS]
-        assert runs.run(records, act=kill_all)["stored"] == len(RECORDS)
+        assert runs.run(records, act=kill_all).stored == len(RECORDS)
         runs.engines.clear()
         counts.append(descriptors())
     assert counts[1] <= counts[0]
@@ -500,7 +502,7 @@ def test_killed_parent_takes_its_children_along_and_the_next_run_does_the_rest(
     committed = len(index_rows(database))
     assert 0 < committed < len(texts)
     receipt = reindex(database, lambda: ListSource(records), ReindexOptions())
-    assert (receipt["unchanged"], receipt["stored"]) == (committed, len(texts) - committed)
+    assert (receipt.unchanged, receipt.stored) == (committed, len(texts) - committed)
     oracle.check(index_rows(database), records)
     states = execute(database, "SELECT state FROM kdb_fast_runs ORDER BY run")
     assert states == [("abandoned",), ("done",)]

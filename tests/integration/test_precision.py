@@ -279,11 +279,12 @@ def test_reindex_in_int8(int8: Choice, minilm: Model, texts: list[str], tmp_path
     source = ListSource(records_of(texts[:250]))
     options = ReindexOptions(precision="int8", workers=2, model_path=minilm.path)
     receipt = reindex(address, lambda: source, options)
-    assert (receipt["stored"], receipt["precision"]) == (250, "int8")
-    assert receipt["fidelity"]["cosine_mean"] >= 0.997
-    assert "int8: cosine with fp32" in receipt["plan"]
-    assert receipt["fingerprint"] == int8.fingerprint
-    json.dumps(receipt)
+    assert (receipt.stored, receipt.precision) == (250, "int8")
+    assert receipt.fidelity is not None
+    assert receipt.fidelity.cosine_mean >= 0.997
+    assert "int8: cosine with fp32" in receipt.plan
+    assert receipt.fingerprint == int8.fingerprint
+    json.dumps(receipt.as_json())
     rows = index_rows(address)
     exact = Encoder(EncoderSpec(minilm, 100)).embed(texts[:250])
     vectors = [rows["Note", record.record_id].vector for record in records_of(texts[:250])]
@@ -292,4 +293,4 @@ def test_reindex_in_int8(int8: Choice, minilm: Model, texts: list[str], tmp_path
     assert cosines.min() >= 0.98
     assert cosines.mean() < 0.99999  # so it was not fp32
     again = reindex(address, lambda: ListSource(records_of(texts[:250])), options)
-    assert (again["stored"], again["unchanged"]) == (0, 250)
+    assert (again.stored, again.unchanged) == (0, 250)

@@ -234,14 +234,15 @@ def test_key_that_is_revoked_ends_the_run_without_waiting_for_other_requests(
     try:
         assert 200 not in [seen.status for seen in server.seen[1:]], "the other request is still being answered"
         assert caught.value.exit_code == 4
-        assert caught.value.receipt["state"] == "failed"  # type: ignore[attr-defined]
+        assert caught.value.receipt is not None
+        assert caught.value.receipt.state == "failed"
         assert KEY not in str(caught.value)
         assert engine_processes() == []
     finally:
         held.set()
     eventually(lambda: not any(t.name.startswith("provider-") and t.is_alive() for t in threading.enumerate()))
     receipt = reindex(address, lambda: ListSource(records), ReindexOptions(provider="openai"))
-    assert receipt["stored"] == 300
+    assert receipt.stored == 300
     for row in index_rows(address).values():
         assert row.vector is not None
         assert cosine(row.vector, server_vectors([row.content])[0][:DIMENSIONS]) >= EXACT
@@ -262,7 +263,7 @@ def test_as_many_requests_are_in_flight_as_was_asked_for(server: OpenAIServer, a
     options = ReindexOptions(provider="openai", workers=6, batch_size=25)
     receipt = reindex(address, lambda: ListSource(records_of(TEXTS)), options)
     thread.join()
-    assert (most, receipt["stored"], receipt["workers"]) == ([6], 300, 6)
+    assert (most, receipt.stored, receipt.workers) == ([6], 300, 6)
 
 
 def sizes_of_requests(server: OpenAIServer) -> list[int]:
@@ -286,7 +287,7 @@ def test_requests_of_the_most_inputs_that_the_api_takes(server: OpenAIServer, tm
     texts = [f"text number {i}" for i in range(2 * 2048 + 904)]
     source = ListSource(records_of(texts), page_rows=1000)
     receipt = reindex(address, lambda: source, ReindexOptions(provider="openai", batch_size=2048))
-    assert (receipt["read"], receipt["stored"], receipt["rejected"]) == (5000, 5000, 0)
+    assert (receipt.read, receipt.stored, receipt.rejected) == (5000, 5000, 0)
     assert sizes_of_requests(server) == [2048, 2048, 904]
     rows = index_rows(address)
     for number in range(0, 5000, 97):
@@ -302,7 +303,7 @@ def test_requests_of_long_texts_keep_to_the_limit_of_tokens(server: OpenAIServer
     texts = [f"{i} " + "word " * 600 for i in range(500)]
     options = ReindexOptions(provider="openai", batch_size=2048)
     receipt = reindex(address, lambda: ListSource(records_of(texts)), options)
-    assert receipt["stored"] == 500
+    assert receipt.stored == 500
     sizes = sizes_of_requests(server)
     assert (sum(sizes), len(sizes)) == (500, 3)
     assert sizes[0] > 190

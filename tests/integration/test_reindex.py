@@ -18,11 +18,12 @@ from kdb_fast import flushing
 from kdb_fast import reindex as reindex_module
 from kdb_fast.database import DatabaseAddress
 from kdb_fast.encoder import EncoderSpec
-from kdb_fast.errors import LockedError, ModelError, RejectLimitError, SchemaError, StoppedError
+from kdb_fast.errors import LockedError, ModelError, RejectLimitError, SchemaError, StoppedError, UnexpectedError
 from kdb_fast.models import Model
 from kdb_fast.progress import Silent
+from kdb_fast.receipt import Receipt
 from kdb_fast.records import Record, Reject
-from kdb_fast.reindex import Receipt, reindex
+from kdb_fast.reindex import reindex
 from kdb_fast.settings import ReindexOptions, RejectLimit
 from kdb_fast.slab import SlabShape
 from kdb_fast.sources.base import Source
@@ -52,15 +53,15 @@ def run(
     """One run; asserts that its records add up and that no process of it is left."""
     opened = source if isinstance(source, Source) else ListSource(source)
     receipt = reindex(address, lambda: opened, ReindexOptions(**options), progress)
-    assert receipt["read"] == sum(receipt[part] for part in PARTS)
-    assert receipt["state"] == "done"
+    assert receipt.read == sum(getattr(receipt, part) for part in PARTS)
+    assert receipt.state == "done"
     assert engine_processes() == []
     return receipt
 
 
 def numbers(receipt: Receipt) -> dict[str, int]:
     """The parts of a receipt that are not 0."""
-    return {part: receipt[part] for part in (*PARTS, "deleted", "empty") if receipt[part]}
+    return {part: getattr(receipt, part) for part in (*PARTS, "deleted", "empty") if getattr(receipt, part)}
 
 
 # -- the vectors -------------------------------------------------------------------------------------------
@@ -85,20 +86,20 @@ def test_every_vector_is_fastembeds_own(
     random.Random(workers).shuffle(records)
     receipt = run(address, records, workers=workers)
     assert numbers(receipt) == {"stored": 400}
-    assert receipt["workers"] == (workers or 0)
-    assert receipt["truncated"] == 1
-    assert receipt["padded_tokens"] >= receipt["tokens"] > 400
+    assert receipt.workers == (workers or 0)
+    assert receipt.truncated == 1
+    assert receipt.padded_tokens >= receipt.tokens > 400
     if kind == "postgresql":
-        assert receipt["index"].startswith("deferred: about 400 of 400 rows change")
+        assert receipt.index.startswith("deferred: about 400 of 400 rows change")
         assert execute(address, "SELECT count(*) FROM pg_index WHERE indrelid = 'kdb_search'::regclass") == [(6,)]
     rows = index_rows(address)
     oracle.check(rows, records)
     assert {(r.model, r.dimensions, r.run, r.fingerprint) for r in rows.values()} == {
-        (receipt["model"], 384, receipt["run"], receipt["fingerprint"])
+        (receipt.model, 384, receipt.run, receipt.fingerprint)
     }
     again = run(address, records)
     assert numbers(again) == {"unchanged": 400}
-    assert (again["flushes"], again["tokens"]) == (0, 0)
+    assert (again.flushes, again.tokens) == (0, 0)
 
 
 # -- what is written and what is not -----------------------------------------------------------------------
@@ -112,7 +113,7 @@ def test_changed_records_are_embedded_again_and_no_others(index: DatabaseAddress
     assert (numbers(first), numbers(second)) == ({"stored": 12}, {"unchanged": 11, "stored": 2})
     rows = index_rows(index)
     oracle.check(rows, changed)
-    assert {key[1] for key, row in rows.items() if row.run == second["run"]} == {"r3", "new"}
+    assert {key[1] for key, row in rows.items() if row.run == second.run} == {"r3", "new"}
 
 
 class EmptyingSource(ListSource):
@@ -150,14 +151,14 @@ def test_force_embeds_everything_again(index: DatabaseAddress, oracle: Oracle) -
     assert numbers(receipt) == {"stored": 5}
     rows = index_rows(index)
     oracle.check(rows, records)
-    assert {row.run for row in rows.values()} == {receipt["run"]}
+    assert {row.run for row in rows.values()} == {receipt.run}
 
 
 def test_equal_texts_are_embedded_once(index: DatabaseAddress, oracle: Oracle) -> None:
     texts = ["the same", "another", "the same", "the same", "another", "alone"]
     receipt = run(index, records_of(texts))
     assert numbers(receipt) == {"stored": 3, "reused": 3}
-    assert receipt["tokens"] == 4 + 3 + 3
+    assert receipt.tokens == 4 + 3 + 3
     oracle.check(index_rows(index), records_of(texts))
 
 
@@ -176,8 +177,8 @@ def test_of_two_records_with_one_key_the_later_one_stays(
         Record("Note", "a", "third"),
     ]
     receipt = run(index, ListSource(records, unique_keys=False, page_rows=page_rows))
-    assert receipt["superseded"] == 4
-    assert receipt["stored"] + receipt["reused"] == 4
+    assert receipt.superseded == 4
+    assert receipt.stored + receipt.reused == 4
     oracle.check(index_rows(index), records)
     again = run(index, ListSource(records[-1:] + records[1:2], unique_keys=False))
     assert numbers(again) == {"unchanged": 2}
@@ -253,8 +254,9 @@ def test_unfit_records_are_told_apart_and_the_others_stored(index: DatabaseAddre
 def test_too_many_unfit_records_end_the_run(index: DatabaseAddress) -> None:
     with pytest.raises(RejectLimitError, match="6 of 9 records were rejected; --max-rejects allows 5") as caught:
         run(index, [*records_of(TEXTS[1:4]), *UNFIT], max_rejects=RejectLimit(count=5))
-    assert caught.value.receipt["state"] == "failed"  # type: ignore[attr-defined]
-    assert numbers(run(index, records_of(TEXTS[1:4])))["stored"] + caught.value.receipt["stored"] == 3  # type: ignore[attr-defined]
+    assert caught.value.receipt is not None
+    assert caught.value.receipt.state == "failed"
+    assert numbers(run(index, records_of(TEXTS[1:4])))["stored"] + caught.value.receipt.stored == 3
 
 
 # -- refusals, the lock, and stops -------------------------------------------------------------------------
@@ -293,7 +295,7 @@ def test_second_run_is_refused_and_the_first_goes_on(index: DatabaseAddress) -> 
 
     receipt = run(index, ListSource(records_of(["text"]), between=second_run))
     assert numbers(receipt) == {"stored": 1}
-    assert f"Run {receipt['run']} holds the index: process {os.getpid()}" in refused[0].message
+    assert f"Run {receipt.run} holds the index: process {os.getpid()}" in refused[0].message
 
 
 def test_source_is_closed_in_any_case(index: DatabaseAddress) -> None:
@@ -301,8 +303,11 @@ def test_source_is_closed_in_any_case(index: DatabaseAddress) -> None:
         raise ZeroDivisionError
 
     source = ListSource(records_of(["text"]), between=fail)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(UnexpectedError) as caught:
         run(index, source)
+    assert isinstance(caught.value.cause, ZeroDivisionError)
+    assert caught.value.receipt is not None
+    assert caught.value.receipt.state == "failed"
     assert source.closed == 1
     assert execute(index, "SELECT state FROM kdb_fast_runs") == [("failed",)]
     assert numbers(run(index, records_of(["text"]))) == {"stored": 1}
@@ -323,14 +328,15 @@ def test_signal_ends_a_run_after_writing_what_is_embedded(
     progress = StopAfterFirstRows(signum)
     with pytest.raises(StoppedError) as caught:
         run(index, records, progress=progress)
-    receipt = caught.value.receipt  # type: ignore[attr-defined]
+    receipt = caught.value.receipt
+    assert receipt is not None
     assert caught.value.exit_code == code
-    assert receipt["state"] == "stopped"
+    assert receipt.state == "stopped"
     rows = index_rows(index)
-    assert receipt["stored"] == len(rows) > 0
+    assert receipt.stored == len(rows) > 0
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
     again = run(index, records)
-    assert again["stored"] == 60 - len(rows)
+    assert again.stored == 60 - len(rows)
     oracle.check(index_rows(index), records)
 
 

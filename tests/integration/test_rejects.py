@@ -88,7 +88,7 @@ def rejected(database: Kameleon, entity: str | None = None) -> list[tuple[str, s
 def reject_from_file(database: Kameleon, *rejects: Reject) -> int:
     """A run over lines of a file; returns its number."""
     options = ReindexOptions(max_rejects=RejectLimit(share=1.0))
-    return int(reindex(database.address, lambda: ListSource(rejects), options)["run"])
+    return int(reindex(database.address, lambda: ListSource(rejects), options).run)
 
 
 # -- nothing there -----------------------------------------------------------------------------------------

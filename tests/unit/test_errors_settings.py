@@ -49,7 +49,7 @@ def test_each_error_has_the_exit_code_of_the_command_line(name: str, code: int) 
 
 def test_no_error_class_is_without_a_known_exit_code() -> None:
     found = {n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, KdbFastError)}
-    assert found == {*EXIT_CODES, "ProviderInputError", "StoppedError"}
+    assert found == {*EXIT_CODES, "ProviderInputError", "StoppedError", "UnexpectedError"}
 
 
 def test_text_of_an_error_without_a_remedy_has_no_trailing_space() -> None:

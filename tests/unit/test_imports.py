@@ -17,7 +17,7 @@ import kdb_fast
 PACKAGE = Path(kdb_fast.__file__).parent
 HEAVY = {"psycopg", "psycopg_c", "psycopg_binary", "onnxruntime", "onnx", "openvino", "fastembed", "sqlalchemy",
          "rich", "kameleondb", "huggingface_hub", "tokenizers", "requests", "httpx"}  # fmt: skip
-FOUNDATION = {"errors", "settings", "records", "messages"}
+FOUNDATION = {"errors", "settings", "receipt", "records", "messages"}
 ABOVE = {"worker", "writer", "supervisor", "pipeline", "reindex", "cli"}
 
 
@@ -98,8 +98,8 @@ def test_imports_are_read_rightly() -> None:
     assert {"stores.pg_index", "stores.pg_runs", "stores.base"} <= own_imports("stores.postgresql")
     assert "writer" in own_imports("engine")
     assert "writer" not in own_imports("engine", lazy=False)
-    assert "pipeline" not in own_imports("progress"), "for type checkers only"
-    assert "pipeline" in own_imports("progress", types=True)
+    assert "receipt" not in own_imports("errors"), "for type checkers only"
+    assert "receipt" in own_imports("errors", types=True)
     assert Import("psycopg", False, True) in imports_of("database")
 
 

@@ -27,7 +27,8 @@ from kdb_fast.engine import Engine, Event, Note, SlotFilled
 from kdb_fast.errors import RejectLimitError
 from kdb_fast.flushing import FlushSize
 from kdb_fast.messages import Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex, row_bits, rows_of_bits
-from kdb_fast.pipeline import Counts, Pipeline, Stop
+from kdb_fast.pipeline import Pipeline, Stop
+from kdb_fast.receipt import Counts
 from kdb_fast.records import MAX_CONTENT_BYTES, Record, Reject, content_hash, unfit
 from kdb_fast.settings import RejectLimit
 from kdb_fast.slab import NO_STAMP, ROW_NOT_FINITE, Slab, SlabShape

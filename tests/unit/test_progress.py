@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdb_fast import progress
-from kdb_fast.pipeline import Counts
-from kdb_fast.progress import LINE_SECONDS, RATE_WINDOW, Bar, Estimate, Lines, Silent, choose, clock, done
+from kdb_fast import bars
+from kdb_fast.bars import LINE_SECONDS, RATE_WINDOW, Bar, Estimate, Lines, choose, clock
+from kdb_fast.progress import Silent
+from kdb_fast.receipt import Counts
 
 
 class Time:
@@ -26,7 +27,7 @@ class Time:
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Time:
     fake = Time()
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=fake.monotonic))
+    monkeypatch.setattr(bars, "time", SimpleNamespace(monotonic=fake.monotonic))
     return fake
 
 
@@ -59,7 +60,7 @@ def test_clock_loses_less_than_a_second(seconds: float) -> None:
 
 def test_done_counts_every_way_a_record_can_end() -> None:
     counts = Counts(read=100, stored=1, unchanged=2, reused=4, superseded=8, rejected=16)
-    assert done(counts) == counts.accounted == 31
+    assert counts.accounted == 31
 
 
 def test_rates_need_two_moments() -> None:

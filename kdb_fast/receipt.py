@@ -1,0 +1,222 @@
+"""What a run says of itself: counts while it goes on, a receipt at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+NEIGHBOURS = 10
+"""Nearest records of a record that a comparison of two precisions looks at."""
+
+FATES = ("stored", "unchanged", "reused", "superseded", "rejected")
+"""What becomes of a record that is read: one of these."""
+
+
+@dataclass
+class Counts:
+    """Where every record went, so far. ``read`` is always :attr:`accounted` once a run has ended."""
+
+    read: int = 0
+    stored: int = 0
+    unchanged: int = 0
+    reused: int = 0
+    superseded: int = 0
+    rejected: int = 0
+    empty: int = 0
+    deleted: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    flushes: int = 0
+    embed_seconds: float = 0.0
+    write_seconds: float = 0.0
+    index_seconds: float = 0.0
+    bytes_written: int = 0
+
+    @property
+    def written(self) -> int:
+        """Records whose vector is in the index since this run."""
+        return self.stored + self.reused
+
+    @property
+    def accounted(self) -> int:
+        """Records whose fate is settled."""
+        return sum(getattr(self, fate) for fate in FATES)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close a lower precision came to fp32.
+
+    Attributes:
+        records: Size of the sample.
+        cosine_mean: Mean cosine of a record's two vectors.
+        cosine_min: The lowest of them.
+        overlap: Mean share of the 10 nearest records in fp32 that are among the 10 nearest here too.
+        speed: CPU time of fp32 ÷ CPU time of this precision, on this machine.
+    """
+
+    records: int
+    cosine_mean: float
+    cosine_min: float
+    overlap: float
+    speed: float
+
+    def describe(self) -> str:
+        """One line for people."""
+        return (
+            f"cosine with fp32 {self.cosine_mean:.5f} on average, {self.cosine_min:.5f} at worst, "
+            f"{self.overlap:.1%} of the {NEIGHBOURS} nearest the same, {self.speed:.1f} times as fast "
+            f"({self.records:,} records)"
+        )
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Seconds of each part of a run; ``embed`` and ``write`` are those of all processes together."""
+
+    prepare: float = 0.0
+    start: float = 0.0
+    embed: float = 0.0
+    write: float = 0.0
+    index: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What a run has done, under the names that ``kdb-fast reindex --json`` prints and ``kdb_fast_runs`` keeps.
+
+    Attributes:
+        run: Number of the run.
+        schema: That of the index's tables.
+        state: ``done``, ``stopped`` or ``failed``.
+        input: Name of what was read, '' for an input that cannot be read again.
+        read: Records read; the sum of the next five once the run is done.
+        empty: Records without text.
+        deleted: Rows of the index that no record has any more.
+        truncated: Records that are longer than the model reads.
+        tokens: Tokens embedded; ``padded_tokens`` with the padding that was computed.
+        precision: That of the model; None for a provider's API.
+        workers: Embedding processes, or requests in flight; 0 where this process embedded.
+        index: What was done with the vector index, and why.
+        input_changed: The input was changed while it was read, so that records may have been missed.
+    """
+
+    run: int = 0
+    schema: str | None = None
+    state: str = ""
+    input: str = ""
+    read: int = 0
+    stored: int = 0
+    unchanged: int = 0
+    reused: int = 0
+    superseded: int = 0
+    rejected: int = 0
+    empty: int = 0
+    deleted: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    seconds: float = 0.0
+    records_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+    model: str = ""
+    dimensions: int = 0
+    precision: str | None = None
+    fidelity: Fidelity | None = None
+    fingerprint: str = ""
+    workers: int = 0
+    plan: str = ""
+    flushes: int = 0
+    flush_size: str = ""
+    bytes_written: int = 0
+    index: str = ""
+    phases: Phases = Phases()
+    peak_rss_bytes: int = 0
+    peak_rss_by_process: dict[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    input_changed: bool = False
+    version: str = ""
+
+    @property
+    def written(self) -> int:
+        """Records whose vector is in the index since this run."""
+        return self.stored + self.reused
+
+    @property
+    def fates(self) -> dict[str, int]:
+        """How many of the records read came to each end, by its name."""
+        return {fate: getattr(self, fate) for fate in FATES}
+
+    def as_json(self) -> dict[str, Any]:
+        """The values to be printed or stored, in the order of the fields."""
+        return asdict(self, dict_factory=_with_lists)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Receipt:
+        """The receipt that was stored with these values; what the version that stored it did not know is left empty."""
+        known = _known(Receipt, values)
+        for name, kind in (("phases", Phases), ("fidelity", Fidelity)):
+            if known.get(name) is not None:
+                known[name] = kind(**_known(kind, known[name]))
+        known["warnings"] = tuple(known.get("warnings", ()))
+        return Receipt(**known)
+
+
+def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
+
+
+def _known(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f.name: values[f.name] for f in fields(kind) if f.name in values}
+
+
+@dataclass(frozen=True)
+class RejectedLine:
+    """A rejected record of an input: its line (0 where that is not known), and the id it was inserted under, or ''."""
+
+    line: int
+    record_id: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertReceipt(Receipt):
+    """The receipt of an insert, as ``kdb-fast insert --json`` prints it.
+
+    Attributes:
+        inserted: Records that were inserted.
+        ids: Ids of the first few of these.
+        pending: Records inserted and not indexed, although they have text.
+        rejects: The first rejected records.
+    """
+
+    inserted: int = 0
+    ids: tuple[str, ...] = ()
+    pending: int = 0
+    rejects: tuple[RejectedLine, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retried:
+    """What became of rejected records that were tried again, as ``kdb-fast rejects retry --json`` prints it.
+
+    Attributes:
+        rejects_before: Rejects before the run.
+        remaining: Rejects of records, after it.
+        lines_of_inserts: By entity, rejected lines of inserts: these are not in the database.
+        lines_of_files: The same of files, for entities that KameleonDB does not define.
+        receipt: Of the run; None if there was nothing to try.
+    """
+
+    rejects_before: int
+    remaining: int
+    lines_of_inserts: dict[str, int]
+    lines_of_files: dict[str, int]
+    receipt: Receipt | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The values to be printed, in the order of the fields."""
+        return {**vars(self), "receipt": self.receipt.as_json() if self.receipt else None}
