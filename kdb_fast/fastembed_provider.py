@@ -11,7 +11,8 @@ import numpy as np
 
 from .encoder import Encoder, EncoderSpec, Matrix, Tally
 from .errors import MissingPackageError, OptionError
-from .models import directory_name, resolve
+from .model_cache import directory_name
+from .models import resolve
 from .openai_inputs import unfit
 from .provider_base import EmbeddingProvider, listed, raise_unfit, unfit_rows
 from .settings import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZES

@@ -1,28 +1,21 @@
-"""What lies in a model's directory: its files, their SHA-256, and the manifest that kdb-fast writes beside them.
-
-Knows nothing of catalogues or networks; :mod:`kdb_fast.models` finds and fetches.
-"""
+"""What lies in a model's directory: its files and their SHA-256. Knows nothing of caches or networks."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import stat
 import sys
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import ModelError
-from .onnx_files import external_files, stays_inside
-
-MANIFEST = "kdb_fast.json"
-MANIFEST_FORMAT = 1
+from .model_catalogue import CatalogueEntry
+from .onnx_files import external_files
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
 """Everything besides the model file that FastEmbed reads before it computes; each changes the token ids."""
@@ -139,39 +132,44 @@ def verify(model: Model, meanwhile: Callable[[], None] = lambda: None) -> None:
             )
 
 
-def inspect(
-    path: Path,
-    *,
-    name: str,
-    model_file: str,
-    dimensions: int,
-    pooling: str,
-    normalised: bool,
-    additional_files: Iterable[str] = (),
-    source: tuple[tuple[str, str], ...] = (),
-) -> Model:
+def inspect(entry: CatalogueEntry, path: Path, source: tuple[tuple[str, str], ...] = ()) -> Model:
     """Describe the model in the directory ``path``; reads every file once for its sum.
+
+    Args:
+        entry: What the catalogue says of it.
+        path: Directory with its files.
+        source: See :class:`Model`.
 
     Raises:
         ModelError: A file that FastEmbed needs is missing, or external data lies outside the directory.
     """
-    needed = [model_file, *additional_files, *required_tokenizer_files(model_file)]
+    needed = [entry.model_file, *entry.additional_files, *required_tokenizer_files(entry.model_file)]
     try:
         missing = [relative for relative in needed if not (path / relative).is_file()]
         if missing:
             raise ModelError(
-                f"{path} is not a complete directory of the model {name}: missing {', '.join(missing)}.",
+                f"{path} is not a complete directory of the model {entry.name}: missing {', '.join(missing)}.",
                 remedy=f"FastEmbed expects {', '.join(needed)} for this name. Is it another model's directory?",
             )
         present = [relative for relative in TOKENIZER_FILES if (path / relative).is_file()]
-        data = [] if _is_static(model_file) else external_files(path, model_file)
-        relatives = dict.fromkeys([model_file, *additional_files, *data, *present])
+        data = [] if _is_static(entry.model_file) else external_files(path, entry.model_file)
+        relatives = dict.fromkeys([entry.model_file, *entry.additional_files, *data, *present])
         files = tuple((relative, sha256_of(path / relative)) for relative in relatives)
     except OSError as error:
         raise ModelError(
-            f"The model {name} in {path} cannot be read: {error}.", remedy="Check the rights on its files."
+            f"The model {entry.name} in {path} cannot be read: {error}.", remedy="Check the rights on its files."
         ) from None
-    return Model(name, path, model_file, dimensions, max_tokens(path, model_file), pooling, normalised, files, source)
+    return Model(
+        entry.name,
+        path,
+        entry.model_file,
+        entry.dimensions,
+        max_tokens(path, entry.model_file),
+        entry.pooling,
+        entry.normalised,
+        files,
+        source,
+    )
 
 
 def required_tokenizer_files(model_file: str) -> tuple[str, ...]:
@@ -190,7 +188,7 @@ def max_tokens(path: Path, model_file: str) -> int:
     """
     if _is_static(model_file):
         return STATIC_MAX_TOKENS
-    settings = _read_json(path / "tokenizer_config.json")
+    settings = read_json(path / "tokenizer_config.json")
     values = [settings.get("model_max_length"), settings.get("max_length")]
     limits = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and 0 < v <= sys.maxsize]
     if not limits:
@@ -202,7 +200,8 @@ def max_tokens(path: Path, model_file: str) -> int:
     return min(limits)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model. Raises ModelError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -210,69 +209,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
     return content
-
-
-# --- the manifest ---
-
-
-def write_manifest(model: Model, fastembed: str) -> None:
-    """Write the manifest into the model's directory, whole or not at all.
-
-    Args:
-        fastembed: Version of FastEmbed whose catalogue gave pooling and dimensions.
-    """
-    content = {
-        "format": MANIFEST_FORMAT,
-        "name": model.name,
-        "model_file": model.model_file,
-        "dimensions": model.dimensions,
-        "pooling": model.pooling,
-        "normalised": model.normalised,
-        "fastembed": fastembed,
-        "source": dict(model.source),
-        "files": dict(model.files),
-    }
-    handle, temporary = tempfile.mkstemp(dir=model.path, prefix=f".{MANIFEST}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, model.path / MANIFEST)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def read_manifest(path: Path) -> tuple[Model, str]:
-    """The model that the manifest in ``path`` describes, and the FastEmbed version that it was written with.
-
-    Raises:
-        ModelError: The manifest is missing or is not one that this version of kdb-fast writes.
-    """
-    content = _read_json(path / MANIFEST)
-    remedy = "Fetch the model again with kdb-fast models pull, or remove the directory."
-    if content.get("format") != MANIFEST_FORMAT:
-        raise ModelError(
-            f"{path / MANIFEST} has format {content.get('format')!r}; expected {MANIFEST_FORMAT}.", remedy=remedy
-        )
-    try:
-        name, model_file, pooling = (str(content[key]) for key in ("name", "model_file", "pooling"))
-        files = tuple((str(relative), str(digest)) for relative, digest in content["files"].items())
-        source = tuple((str(what), str(value)) for what, value in content["source"].items())
-        dimensions, normalised = int(content["dimensions"]), bool(content["normalised"])
-        fastembed = str(content["fastembed"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path / MANIFEST} is damaged: {error!r}.", remedy=remedy) from None
-    listed = {relative for relative, _ in files}
-    required = {model_file, *required_tokenizer_files(model_file)}
-    if not required <= listed or any(not stays_inside(relative) for relative in listed):
-        raise ModelError(f"{path / MANIFEST} is damaged: it lists {sorted(listed)}.", remedy=remedy)
-    limit = max_tokens(path, model_file)
-    return Model(name, path, model_file, dimensions, limit, pooling, normalised, files, source), fastembed
 
 
 # --- whose directory it is ---

@@ -193,6 +193,13 @@ def test_heavy_packages_are_imported_where_they_are_used(name: str) -> None:
     assert not at_the_top & HEAVY
 
 
+def test_calls_within_the_model_area_go_down() -> None:
+    order = ["models", "model_fetching", "minilm", "minilm_graph", "hub", "model_cache", "model_manifest",
+             "model_files", "onnx_files", "model_catalogue"]  # fmt: skip
+    for place, name in enumerate(order):
+        assert not own_imports(name) & set(order[:place]), f"{name} climbs back up"
+
+
 def test_only_encoder_and_catalogue_import_the_model_libraries() -> None:
     users = {
         name
@@ -200,7 +207,7 @@ def test_only_encoder_and_catalogue_import_the_model_libraries() -> None:
         for i in imports_of(name)
         if not i.own and i.target.split(".")[0] in {"fastembed", "onnxruntime"}
     }
-    assert users <= {"encoder", "hub", "models", "offline", "providers"}
+    assert users <= {"encoder", "hub", "model_catalogue", "offline"}
 
 
 def test_nobody_imports_openvino_past_the_place_that_silences_it() -> None:

@@ -16,9 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdb_fast import hub, minilm, minilm_graph, model_files, models, onnx_files
+from kdb_fast import (
+    hub,
+    minilm,
+    minilm_graph,
+    model_cache,
+    model_fetching,
+    model_files,
+    model_manifest,
+    models,
+    onnx_files,
+)
 from kdb_fast.errors import ModelError
-from kdb_fast.models import Model
+from kdb_fast.model_catalogue import CatalogueEntry
+from kdb_fast.model_files import Model
 
 BGE = "BAAI/bge-small-en-v1.5"
 ONNX_FILE = b"\x08\x08"  # the smallest ONNX file: ir_version = 8
@@ -46,11 +57,11 @@ def hub_has_bge(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A hub that hands over a small model; the list holds the name of each download."""
     downloads: list[str] = []
 
-    def download(entry: hub.CatalogueEntry, target: Path, staging: Path, report: Callable[[str], None]) -> None:
+    def download(entry: CatalogueEntry, target: Path, staging: Path, report: Callable[[str], None]) -> None:
         downloads.append(entry.name)
         write_model(target, entry.model_file)
 
-    monkeypatch.setattr(models, "download", download)
+    monkeypatch.setattr(model_fetching, "download", download)
     return downloads
 
 
@@ -123,8 +134,8 @@ def test_model_survives_the_way_to_another_process() -> None:
 
 
 def test_directory_is_named_after_the_model() -> None:
-    assert models.directory_name(BGE) == "BAAI--bge-small-en-v1.5"
-    assert models.directory_name("org/a/../b") == "org--a--..--b"
+    assert model_cache.directory_name(BGE) == "BAAI--bge-small-en-v1.5"
+    assert model_cache.directory_name("org/a/../b") == "org--a--..--b"
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../../etc", ".hidden/x", "a\x00b"])
@@ -134,7 +145,7 @@ def test_name_that_cannot_be_a_directory_is_refused(name: str, home: Path) -> No
 
 
 def test_cache_is_in_the_data_directory(home: Path) -> None:
-    assert models.model_cache_dir() == home / "models"
+    assert model_cache.model_cache_dir() == home / "models"
     assert models.installed() == []
 
 
@@ -233,10 +244,10 @@ def test_what_a_killed_pull_left_is_removed(hub_has_bge: list[str], home: Path) 
 
 
 def test_failed_pull_leaves_nothing_installed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(entry: hub.CatalogueEntry, target: Path, staging: Path, report: Callable[[str], None]) -> None:
+    def download(entry: CatalogueEntry, target: Path, staging: Path, report: Callable[[str], None]) -> None:
         (target / entry.model_file).write_bytes(ONNX_FILE)
 
-    monkeypatch.setattr(models, "download", download)
+    monkeypatch.setattr(model_fetching, "download", download)
     with pytest.raises(ModelError, match=r"missing tokenizer\.json, tokenizer_config\.json"):
         models.pull(BGE)
     assert [path.name for path in (home / "models").iterdir()] == [".lock-BAAI--bge-small-en-v1.5"]
@@ -246,7 +257,7 @@ def test_full_disk_is_a_model_error(home: Path, monkeypatch: pytest.MonkeyPatch)
     def download(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(models, "download", download)
+    monkeypatch.setattr(model_fetching, "download", download)
     with pytest.raises(ModelError, match="No space left on device"):
         models.pull(BGE)
 
@@ -254,9 +265,9 @@ def test_full_disk_is_a_model_error(home: Path, monkeypatch: pytest.MonkeyPatch)
 def test_other_version_of_fastembed_decides_pooling_anew(hub_has_bge: list[str]) -> None:
     model = models.pull(BGE)
     stale = replace(model, pooling="mean", normalised=False)
-    model_files.write_manifest(stale, "0.0.1")
+    model_manifest.write_manifest(stale, "0.0.1")
     assert models.resolve(BGE) == model
-    assert model_files.read_manifest(model.path)[0] == model
+    assert model_manifest.read_manifest(model.path)[0] == model
     assert stale.fingerprint() != model.fingerprint()
 
 
@@ -363,7 +374,7 @@ def test_directory_of_another_model_is_refused(hub_has_bge: list[str]) -> None:
     [{"format": 2}, {"files": {"../x": "aa"}}, {"files": {}}, {"dimensions": "many"}, {"source": None}, {"name": ...}],
 )
 def test_damaged_manifest_is_refused(change: dict[str, Any], hub_has_bge: list[str]) -> None:
-    path = models.pull(BGE).path / model_files.MANIFEST
+    path = models.pull(BGE).path / model_manifest.MANIFEST
     content = json.loads(path.read_text()) | change
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
     with pytest.raises(ModelError, match=r"kdb_fast\.json"):
@@ -662,7 +673,7 @@ def test_graph_of_another_version_is_used_but_pull_replaces_it(monkeypatch: pyte
         return (("weights", "aa"), ("graph", version))
 
     version = "0"
-    monkeypatch.setattr(models, "_obtain", older)
+    monkeypatch.setattr(model_fetching, "_obtain", older)
     first = models.pull(BGE)
     assert models.resolve(BGE) == first
     version = minilm_graph.GRAPH_VERSION
