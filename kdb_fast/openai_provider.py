@@ -153,12 +153,17 @@ class OpenAIProvider(EmbeddingProvider):
         """Take vectors of the length that the server gives for a probe. Raises KdbFastError."""
         self._api.settle()
 
+    @property
+    def accepted(self) -> bool:
+        """Whether the server has given vectors before, to this provider."""
+        return self._api.accepted
+
     def probe(self) -> None:
         """Embed one sentence, to see that key, model and dimensions are right. Raises KdbFastError."""
         self._api.probe()
 
     def self_test(self) -> None:
-        if not self._api.accepted:
+        if not self.accepted:
             self.probe()
 
     def close(self) -> None:

@@ -178,6 +178,51 @@ def test_fingerprint_of_an_own_provider_tells_class_model_and_dimensions_apart()
     assert len(set(prints)) == 4
 
 
+# --- what a provider says of itself ---
+
+
+def test_own_object_is_wrapped_once_and_goes_by_its_own_class() -> None:
+    own = Own()
+    provider = adapted(own)
+    assert adapted(provider) is provider
+    assert provider.named_class is Own
+    assert provider.maker() == (provider.fingerprint(), "own-model", 2)
+    assert provider.maker().by_name
+    derived = Derived()
+    assert adapted(derived) is derived
+
+
+@pytest.mark.parametrize("kind", [Own, Derived])
+def test_of_an_own_provider_the_least_is_expected(kind: type[Any]) -> None:
+    provider = adapted(kind())
+    assert provider.worker_spec() is None
+    assert provider.concurrent_calls == 1
+    assert provider.read_chars == 2_000_000
+    own = kind()
+    own.max_tokens = 512
+    assert adapted(own).read_chars == 1024
+
+
+def test_own_provider_names_the_most_texts_of_a_call() -> None:
+    own: Any = Own()
+    own.max_batch = 3
+    encode(own, ["x"] * 7)
+    assert [len(call) for call in own.calls] == [3, 3, 1]
+    own.max_batch = None
+    encode(own, ["x"] * 7)
+    assert len(own.calls[-1]) == 7
+
+
+def test_our_providers_know_their_window_and_how_they_are_run(minilm: Model) -> None:
+    local = FastEmbedProvider(minilm.name, batch_size=7)
+    assert local.worker_spec() == EncoderSpec(minilm, 7)
+    assert (local.limits_of, local.max_tokens) == ("fastembed", minilm.max_tokens)
+    assert local.read_chars == EncoderSpec(minilm, 7).read_chars == 24 * minilm.max_tokens
+    with OpenAIProvider(api_key="sk-1", max_input_tokens=100) as api:
+        assert (api.limits_of, api.concurrent_calls, api.read_chars) == ("openai", 8, 200)
+        assert api.worker_spec() is None
+
+
 # --- the encoder of an own provider ---
 
 
