@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from . import machine, results
+from . import history, machine, results
 from .options import RESULTS, STRESS_SETS, Options, say
 
 PARTS = ("demo", "stress", "embed", "engine", "scale", "store", "search", "relevance")
@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.quick:
             result.caveats.insert(0, "**A smoke test with tiny sizes: the numbers mean nothing.**")
         results.write(result, about, out)
+        history.record(history.main_figures(result), about, out)
         print((out / f"{result.part}.md").read_text(), flush=True)
         met = met and all(requirement.met for requirement in result.requirements)
     results.gather(out, PARTS)

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .options import Options, say
+from . import history, machine
+from .options import RESULTS, Options, say
 from .runner import Contender, alternate
 from .session import Session, session
 
@@ -120,6 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--records", type=int, default=RECORDS, help="records of the whole job")
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of the engine's part")
     parser.add_argument("--runs", type=int, help=f"runs of each contender (default {WHOLE_JOBS}, the engine {LOADS})")
+    parser.add_argument("--record", action="store_true", help="write what was measured into bench/results/history.csv")
     parser.add_argument("--thresholds", type=Path, default=THRESHOLDS, help="file of the thresholds")
     given = parser.parse_args(arguments)
     thresholds: dict[str, Any] = json.loads(given.thresholds.read_text())
@@ -134,6 +136,10 @@ def main(arguments: list[str] | None = None) -> int:
             measurements |= measure_whole_job(s, given.records, given.runs or WHOLE_JOBS)
     verdicts = judge(measurements, thresholds)
     print(table(verdicts), flush=True)
+    if given.record:
+        units = {name: str(threshold.get("unit", "")).strip() for name, threshold in thresholds.items()}
+        figures = {history.column("gate", name, units[name]): value for name, value in measurements.items()}
+        history.record(figures, machine.describe(), RESULTS)
     return 0 if all(v.passed for v in verdicts) else 1
 
 

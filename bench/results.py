@@ -76,10 +76,10 @@ def write(result: Result, about: dict[str, Any], out: Path) -> None:
     plain = {"measured_at": datetime.now(UTC).strftime("%Y-%m-%d"), "machine": about, **asdict(result)}
     for requirement, found in zip(plain["requirements"], result.requirements, strict=True):
         requirement["met"] = found.met
-    _replace(out / f"{result.part}.json", json.dumps(plain, indent=1) + "\n")
+    replace(out / f"{result.part}.json", json.dumps(plain, indent=1) + "\n")
     if result.chart:
-        _replace(out / f"{result.part}.svg", chart.draw(*result.chart))
-    _replace(out / f"{result.part}.md", markdown(result, about, plain["measured_at"]))
+        replace(out / f"{result.part}.svg", chart.draw(*result.chart))
+    replace(out / f"{result.part}.md", markdown(result, about, plain["measured_at"]))
 
 
 def markdown(result: Result, about: dict[str, Any], day: str) -> str:
@@ -102,15 +102,17 @@ def gather(out: Path, order: Sequence[str]) -> None:
         "# Results of the benchmarks\n\n"
         "Written by `python -m bench`; every number was measured. Values are the median of the runs with their range; "
         "contenders that are compared ran alternately, each run in a fresh process, and ratios were taken run by run. "
-        "The `.json` files hold every single measurement.\n"
+        "The `.json` files hold every single measurement, `history.csv` the main figures of every commit that was "
+        "measured.\n"
     )
     pages = [
         path.read_text() for part in order for path in sorted([*out.glob(f"{part}.md"), *out.glob(f"{part}-*.md")])
     ]
-    _replace(out / "README.md", "\n".join([head, *pages]))
+    replace(out / "README.md", "\n".join([head, *pages]))
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     work = path.with_name(f".{path.name}.new")
     work.write_text(text, encoding="utf-8")
     os.replace(work, path)
