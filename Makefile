@@ -1,6 +1,6 @@
 # Needs only Python >= 3.11, make and a package index. Everything is installed into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check unit elsewhere soak bench gate format clean
+.PHONY: help setup hooks demo test check unit elsewhere soak bench gate format clean
 
 help:           ## Show what can be made
 	@grep -hE '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/: *.*##/\t/' | expand -t 12
@@ -17,6 +17,9 @@ test:           ## Set everything up and run all checks and tests
 
 setup:          ## Only set up .venv for development
 	@tools/setup dev
+
+hooks:          ## Run tools/check before each commit
+	@git config core.hooksPath tools/hooks
 
 check:          ## Lint, format and types
 	@tools/setup dev
