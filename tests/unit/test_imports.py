@@ -193,6 +193,14 @@ def test_heavy_packages_are_imported_where_they_are_used(name: str) -> None:
     assert not at_the_top & HEAVY
 
 
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"own_provider"}))
+def test_nobody_asks_what_a_provider_is(name: str) -> None:
+    """It answers for itself; only where an object of the caller's own comes in, it is looked at."""
+    calls = [n for n in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(n, ast.Call)]
+    asked = [ast.unparse(c) for c in calls if ast.unparse(c.func) in {"isinstance", "issubclass"}]
+    assert not [text for text in asked if "Provider)" in text or "Provider," in text]
+
+
 def test_calls_within_the_model_area_go_down() -> None:
     order = ["models", "model_fetching", "minilm", "minilm_graph", "hub", "model_cache", "model_manifest",
              "model_files", "onnx_files", "model_catalogue"]  # fmt: skip
