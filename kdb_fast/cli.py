@@ -330,7 +330,7 @@ def reindex(
         raise UsageError("--from needs --entity NAME, and takes no entity arguments.")
     from . import bars
     from .report import print_receipt
-    from .sources import open_source
+    from .sources import SourceSpec
 
     progress = bars.choose(not no_progress)
     try:
@@ -341,7 +341,7 @@ def reindex(
                 create_sqlite(address)
             receipt = run_reindex(
                 address,
-                lambda: open_source(address, entities, from_file, entity, id_field, fields, limit),
+                SourceSpec(entities, from_file, entity, id_field, fields, limit),
                 options,
                 progress,
             )

@@ -40,7 +40,7 @@ def run_demo(db: str | None, *, show: bool, as_json: bool) -> int:
     from .query import embed_queries, search_open
     from .reindex import reindex
     from .report import print_receipt, printable
-    from .sources import open_source
+    from .sources import SourceSpec
 
     def say(text: str) -> None:
         if show:
@@ -57,7 +57,7 @@ def run_demo(db: str | None, *, show: bool, as_json: bool) -> int:
         say(f"records: {created:,} created through KameleonDB" if created else "records: already there")
         progress = bars.choose(show)
         try:
-            receipt = reindex(ready, lambda: open_source(ready, (ENTITY,)), ReindexOptions(), progress)
+            receipt = reindex(ready, SourceSpec((ENTITY,)), ReindexOptions(), progress)
         finally:
             progress.close()
         if not as_json:

@@ -12,8 +12,9 @@ from .errors import KdbFastError, RejectLimitError, StoppedError
 from .progress import Progress
 from .receipt import InsertReceipt, Receipt, RejectedLine
 from .records import storable_key
-from .reindex import Embedding, reindex
+from .reindex import reindex
 from .rejects import list_rejects
+from .run_embedding import Embedding
 from .settings import ReindexOptions, RejectLimit
 from .sources.inserting import REJECTS_KEPT, InsertingSource
 
@@ -67,7 +68,7 @@ def insert(
     with contextlib.closing(source):
         limited = replace(options, max_rejects=_ShareOfInput(limit=options.max_rejects, source=source))
         try:
-            receipt = reindex(address, lambda: source, limited, progress, embedding)
+            receipt = reindex(address, source, limited, progress, embedding)
         except KdbFastError as error:
             if error.receipt is not None:
                 error.receipt = _extended(error.receipt, source, address)

@@ -300,12 +300,12 @@ class _Installation:
                 remedy="Use sqlite:///file.db. insert_many and update index in memory too.",
             )
         from .reindex import reindex
-        from .sources import open_source
+        from .sources import SourceSpec
 
         entities = (entity_name,) if entity_name else ()
         embedding, options = embedding_of(self.provider_of(db), batch_size)
         options = replace(options, entities=entities, force=force)
-        receipt = reindex(address, lambda: open_source(address, entities), options, progress, embedding)
+        receipt = reindex(address, SourceSpec(entities), options, progress, embedding)
         indexed = receipt.written + receipt.superseded
         return {
             "status": "complete",

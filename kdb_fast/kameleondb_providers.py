@@ -10,7 +10,7 @@ from .settings import DEFAULT_MODEL, ReindexOptions
 if TYPE_CHECKING:
     from .database import DatabaseAddress
     from .provider_base import EmbeddingProvider
-    from .reindex import Embedding
+    from .run_embedding import Embedding
 
 
 def address_of(db: Any) -> DatabaseAddress | None:
@@ -35,7 +35,7 @@ def embedding_of(provider: EmbeddingProvider, batch_size: int) -> tuple[Embeddin
         ModelError: The model is not to be had.
     """
     from .own_provider import adapted
-    from .reindex import Embedding
+    from .run_embedding import Embedding
 
     provider = adapted(provider)
     options = ReindexOptions(provider=provider.limits_of, batch_size=batch_size)

@@ -15,8 +15,8 @@ from .receipt import Receipt, Retried
 from .records import storable_key
 from .reindex import reindex
 from .settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
+from .sources import SourceSpec
 from .sources.catalog import Catalog
-from .sources.kameleondb import KameleonDBSource
 from .stores import open_store
 from .stores.base import Store
 from .stores.reading import columns_of, rows_of
@@ -91,7 +91,7 @@ def retry_rejects(
             model=model or _model_of_newest_run(address),
             max_rejects=RejectLimit(count=None, share=1.0),
         )
-        receipt = reindex(address, lambda: KameleonDBSource(address, names), chosen, progress)
+        receipt = reindex(address, SourceSpec(names), chosen, progress)
     after = list_rejects(address)
     of_known = [row for row in after if row["entity"] in known]
     return Retried(

@@ -48,13 +48,13 @@ def encoder(minilm: Model) -> Encoder:
 @pytest.fixture
 def loaded_once(monkeypatch: pytest.MonkeyPatch, minilm: Model, encoder: Encoder) -> None:
     """Runs in this process share one loaded model; one that is named by its directory is looked up as ever."""
-    from kdb_fast import engine, reindex
+    from kdb_fast import engine, run_embedding
     from kdb_fast.models import resolve
 
     def found(name: str, path: Path | None, report: Any) -> Model:
         return resolve(name, path, report=report) if path else minilm
 
-    monkeypatch.setattr(reindex, "resolve", found)
+    monkeypatch.setattr(run_embedding, "resolve", found)
     monkeypatch.setattr(engine, "Encoder", lambda spec: encoder)
 
 

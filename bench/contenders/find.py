@@ -35,7 +35,7 @@ def fill(params: dict[str, Any]) -> dict[str, Any]:
     except ImportError:
         raise Skip("kameleondb is not installed") from None
     from kdb_fast.demo import sqlalchemy_url
-    from kdb_fast.sources import open_source
+    from kdb_fast.sources import SourceSpec
 
     address = database.address_of(params["conninfo"])
     started = time.perf_counter()
@@ -48,7 +48,7 @@ def fill(params: dict[str, Any]) -> dict[str, Any]:
             entity.insert_many([{"text": text} for text in texts[start : start + INSERT_ROWS]])
         client.close()
     with watched(worker_target=free_encoder.run):
-        receipt = reindex(address, lambda: open_source(address, (ENTITY,)), ReindexOptions(workers=1))
+        receipt = reindex(address, SourceSpec((ENTITY,)), ReindexOptions(workers=1))
     assert receipt.written == len(texts), receipt
     return {"seconds": time.perf_counter() - started, "records": len(texts), "index": receipt.index}
 

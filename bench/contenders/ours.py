@@ -33,7 +33,7 @@ def run(params: dict[str, Any]) -> tuple[Receipt, dict[str, Any]]:
     address = dataclasses.replace(address, display=f"benchmark {Path(params['data']).stem.split('-')[0]}")
     with watched(worker_target=free_encoder.run if free else None, build_index=indexed) as watch:
         started = time.perf_counter()
-        receipt = reindex(address, lambda: FileSource(params["data"], params["records"]), options)
+        receipt = reindex(address, FileSource(params["data"], params["records"]), options)
         seconds = time.perf_counter() - started
     if address.dialect == "postgresql":
         database.verify(params["conninfo"], params["records"], indexed=indexed)

@@ -49,7 +49,7 @@ def _reindex(params: dict[str, Any], texts: list[str], *, force: bool) -> tuple[
     address = database.address_of(params["conninfo"])
     with watched(worker_target=free_encoder.run, build_index=False, delay=params.get("delay", 0.0)) as watch:
         started = time.perf_counter()
-        reindex(address, lambda: ListSource(texts), ReindexOptions(force=force))
+        reindex(address, ListSource(texts), ReindexOptions(force=force))
         seconds = time.perf_counter() - started
     database.verify(params["conninfo"], len(texts), indexed=False)
     return seconds, watch

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..database import DatabaseAddress
 from .base import Source
 
 
-def open_source(
-    address: DatabaseAddress,
-    entities: Sequence[str] = (),
-    from_file: str | None = None,
-    entity: str | None = None,
-    id_field: str = "id",
-    fields: Sequence[str] = (),
-    limit: int | None = None,
-) -> Source:
-    """The source that the options of ``reindex`` name.
+@dataclass(frozen=True)
+class SourceSpec:
+    """What the options of ``reindex`` name: KameleonDB's entities (none of them means all), or with ``from_file`` a
+    file of JSON, ``"-"`` for standard input.
 
-    Raises:
-        SchemaError: No KameleonDB tables, or an entity that is not there.
-        UsageError: A file that cannot be read.
+    ``entity``, ``id_field`` and ``fields`` are those of a file.
     """
-    if from_file is not None:
-        from .jsonl import JsonlSource
 
-        path: Path | str = "-" if from_file == "-" else Path(from_file)
-        return JsonlSource(path, entity or "", id_field=id_field, fields=fields, limit=limit)
-    from .kameleondb import KameleonDBSource
+    entities: Sequence[str] = ()
+    from_file: str | None = None
+    entity: str | None = None
+    id_field: str = "id"
+    fields: Sequence[str] = ()
+    limit: int | None = None
 
-    return KameleonDBSource(address, entities, limit=limit)
+    def open(self, address: DatabaseAddress) -> Source:
+        """The source.
+
+        Raises:
+            SchemaError: No KameleonDB tables, or an entity that is not there.
+            UsageError: A file that cannot be read.
+        """
+        if self.from_file is not None:
+            from .jsonl import JsonlSource
+
+            path: Path | str = "-" if self.from_file == "-" else Path(self.from_file)
+            return JsonlSource(path, self.entity or "", id_field=self.id_field, fields=self.fields, limit=self.limit)
+        from .kameleondb import KameleonDBSource
+
+        return KameleonDBSource(address, self.entities, limit=self.limit)

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Protocol, Self
 
+from ..database import DatabaseAddress
 from ..records import Record, Reject
 
 PAGE_ROWS = 1000
 """Records of one page: one query by key, some hundred kilobytes."""
+
+
+class Input(Protocol):
+    """What a run is to read."""
+
+    def open(self, address: DatabaseAddress) -> Source:
+        """The source, to be closed by the caller.
+
+        Args:
+            address: The database of the index, running.
+
+        Raises:
+            KdbFastError: One of its subclasses: it cannot be read.
+        """
 
 
 class Source(ABC):
@@ -26,6 +42,10 @@ class Source(ABC):
     unique_keys = False
     empty = 0
     input = ""
+
+    def open(self, address: DatabaseAddress) -> Self:
+        """Itself: a source is an :class:`Input` that is open already."""
+        return self
 
     @property
     @abstractmethod

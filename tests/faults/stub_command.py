@@ -18,8 +18,21 @@ from typing import Any
 import poison_worker
 import psycopg  # noqa: F401 - imported once for all commands
 
-from kdb_fast import bars, cli, database, engine, faults, flushing, pipeline, plan, report, sources, supervisor
-from kdb_fast import reindex as reindex_module
+from kdb_fast import (
+    bars,
+    cli,
+    database,
+    engine,
+    faults,
+    flushing,
+    pipeline,
+    plan,
+    report,
+    run_embedding,
+    signals,
+    sources,
+    supervisor,
+)
 from kdb_fast.models import Model
 from kdb_fast.stores import index_policy, open_store, pg_session, postgresql, runs, sqlite
 
@@ -32,7 +45,7 @@ SHARD_ROWS = 8
 
 def use_stubs() -> None:
     """Replace the model, and make shards, flushes and waiting times small; ``LC_SECONDS`` may set more of these."""
-    reindex_module.resolve = lambda *args, **options: MODEL  # type: ignore[attr-defined]
+    run_embedding.resolve = lambda *args, **options: MODEL  # type: ignore[attr-defined]
     engine.Encoder = poison_worker.StubEncoder  # type: ignore[attr-defined, assignment]
     supervisor.ProcessEngine.__init__ = functools.partialmethod(  # type: ignore[assignment, method-assign]
         supervisor.ProcessEngine.__init__, worker_target=poison_worker.run
@@ -46,7 +59,7 @@ def use_stubs() -> None:
     pg_session.LIMITS = pg_session.LIMITS.replace("'30s'", f"'{seconds.get('lock', 30)}s'")
     database.SQLITE_BUSY_TIMEOUT = seconds.get("busy", database.SQLITE_BUSY_TIMEOUT)
     pipeline.DRAIN_SECONDS = seconds.get("drain", pipeline.DRAIN_SECONDS)
-    reindex_module.GRACE_SECONDS = seconds.get("grace", reindex_module.GRACE_SECONDS)
+    signals.GRACE_SECONDS = seconds.get("grace", signals.GRACE_SECONDS)
 
 
 def _command(arguments: list[str], environment: dict[str, str], directory: Path) -> None:

@@ -30,12 +30,12 @@ from limited import Result, needs_private_mounts
 from servers import ListSource, index_rows, records_of
 
 import kdb_fast
-from kdb_fast import plan, resources, supervisor
-from kdb_fast import reindex as reindex_module
+from kdb_fast import plan, resources, run_embedding, supervisor
 from kdb_fast.database import default_data_dir, parse_address
 from kdb_fast.engine import Event
 from kdb_fast.errors import RefusedError, ResourceError
 from kdb_fast.models import Model
+from kdb_fast.reindex import reindex as run_reindex
 from kdb_fast.settings import ReindexOptions
 from kdb_fast.sharding import SHARD_ROWS
 from kdb_fast.slab import SlabShape
@@ -266,11 +266,11 @@ def test_a_worker_killed_for_want_of_memory_is_not_replaced(tmp_path: Path, monk
     sqlite3.connect(tmp_path / "a.db").close()
     stub = Model("stub", Path(), "stub.onnx", 384, 512, "mean", True, ())
     engine = functools.partial(Starved, worker_target=poison_worker.run)
-    monkeypatch.setattr(reindex_module, "resolve", lambda *args, **options: stub)
+    monkeypatch.setattr(run_embedding, "resolve", lambda *args, **options: stub)
     monkeypatch.setattr(supervisor, "ProcessEngine", engine)
     monkeypatch.setattr(supervisor, "oom_kills", lambda: Starved.kills)
     monkeypatch.setattr(plan, "SHARD_ROWS", 4)
-    receipt = reindex_module.reindex(address, lambda: ListSource(records), ReindexOptions(workers=2))
+    receipt = run_reindex(address, ListSource(records), ReindexOptions(workers=2))
     assert (receipt.stored, receipt.workers) == (200, 1)
     (note,) = receipt.warnings
     assert note.endswith("was killed because memory ran out; going on with 1 workers")

@@ -25,8 +25,7 @@ from poison_worker import StubEncoder
 from servers import ListSource, Server, execute, index_rows, records_of
 
 from kdb_fast import engine as engine_module
-from kdb_fast import models, worker
-from kdb_fast import reindex as reindex_module
+from kdb_fast import models, run_embedding, worker
 from kdb_fast.database import DatabaseAddress, parse_address
 from kdb_fast.encoder import Encoder, EncoderSpec
 from kdb_fast.errors import ModelError, ResourceError
@@ -49,7 +48,7 @@ ALL_REJECTS = RejectLimit(share=1.0)
 @pytest.fixture
 def stubbed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process need no model."""
-    monkeypatch.setattr(reindex_module, "resolve", lambda *args, **options: STUB)
+    monkeypatch.setattr(run_embedding, "resolve", lambda *args, **options: STUB)
     monkeypatch.setattr(engine_module, "Encoder", StubEncoder)
 
 
@@ -64,7 +63,7 @@ def database(
 
 
 def run(address: DatabaseAddress, *records: Record | Reject) -> Receipt:
-    return reindex(address, lambda: ListSource(records, unique_keys=False), ReindexOptions(max_rejects=ALL_REJECTS))
+    return reindex(address, ListSource(records, unique_keys=False), ReindexOptions(max_rejects=ALL_REJECTS))
 
 
 def feed(write: Callable[[Any], None], *command: str | Path, **how: Any) -> limited.Result:
@@ -591,11 +590,11 @@ def test_a_text_without_a_direction_or_with_nan_is_rejected_alone(
     table[[*marks, nothing]] = 0
     table[nan, 3], table[infinite, 5] = np.nan, np.inf
     path = lookup_model(tmp_path / "model", minilm, table)
-    monkeypatch.setattr(reindex_module, "resolve", models.resolve)
+    monkeypatch.setattr(run_embedding, "resolve", models.resolve)
     monkeypatch.setattr(engine_module, "Encoder", Encoder)
     texts = ["lamp", "nan", "river", "infinite", "nothing", "nothing nothing", "orbit nan lamp", "stone"]
     options = ReindexOptions(max_rejects=ALL_REJECTS, model_path=path)
-    receipt = reindex(database.address, lambda: ListSource(records_of(texts)), options)
+    receipt = reindex(database.address, ListSource(records_of(texts)), options)
     assert (receipt.stored, receipt.rejected) == (3, 5)
     rejects = dict(execute(database.address, "SELECT record_id, reason FROM kdb_fast_rejects"))
     assert rejects == {
@@ -630,18 +629,18 @@ def test_a_model_file_that_changes_under_its_name_is_another_model(
     records = records_of([f"lamp {i}" for i in range(20)])
     path = lookup_model(tmp_path / "model", minilm, table)
     options = ReindexOptions(model_path=path)
-    first = reindex(address, lambda: ListSource(records), options)
-    assert reindex(address, lambda: ListSource(records), options).unchanged == 20
+    first = reindex(address, ListSource(records), options)
+    assert reindex(address, ListSource(records), options).unchanged == 20
     size = (path / minilm.model_file).stat().st_size
     lookup_model(path, minilm, np.roll(table, 1, axis=1))
     assert (path / minilm.model_file).stat().st_size == size
     assert models.resolve(minilm.name, path).fingerprint() != first.fingerprint
     # Half of it now, the rest later: never are two models mixed under one fingerprint.
-    half = reindex(address, lambda: ListSource(records[:10]), options)
+    half = reindex(address, ListSource(records[:10]), options)
     assert (half.stored, half.unchanged) == (10, 0)
     prints = [row.fingerprint for row in index_rows(address).values()]
     assert sorted(map(prints.count, set(prints))) == [10, 10]
-    rest = reindex(address, lambda: ListSource(records), options)
+    rest = reindex(address, ListSource(records), options)
     assert (rest.stored, rest.unchanged) == (10, 10)
     assert {row.fingerprint for row in index_rows(address).values()} == {half.fingerprint}
 

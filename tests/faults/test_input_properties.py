@@ -22,7 +22,7 @@ from poison_worker import StubEncoder, vector_of
 from servers import execute, index_rows
 
 from kdb_fast import engine as engine_module
-from kdb_fast import reindex as reindex_module
+from kdb_fast import run_embedding
 from kdb_fast.cli import run
 from kdb_fast.database import DatabaseAddress, parse_address
 from kdb_fast.models import Model
@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {"deadline": None, "phases": set(Phase) - {Phase.shri
 @pytest.fixture(scope="module", autouse=True)
 def stubbed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reindex_module, "resolve", lambda *args, **options: STUB)
+        patch.setattr(run_embedding, "resolve", lambda *args, **options: STUB)
         patch.setattr(engine_module, "Encoder", StubEncoder)
         yield
 

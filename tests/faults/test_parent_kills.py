@@ -23,7 +23,7 @@ from oracle import is_alive
 from servers import eventually, execute, index_rows
 
 from kdb_fast.database import DatabaseAddress
-from kdb_fast.reindex import stopping_by_signal
+from kdb_fast.signals import stopping_by_signal
 
 FULL = os.environ.get("KDB_FAST_FAULT_LOOP") == "full"
 KILLS = 25 if FULL else 4

@@ -30,8 +30,7 @@ from servers import (
 )
 
 from kdb_fast import engine as engine_module
-from kdb_fast import flushing, plan, supervisor, worker
-from kdb_fast import reindex as reindex_module
+from kdb_fast import flushing, plan, run_embedding, supervisor, worker
 from kdb_fast.database import DatabaseAddress
 from kdb_fast.demo import sqlalchemy_url
 from kdb_fast.errors import ModelError, ResourceError
@@ -79,7 +78,7 @@ class Runs:
         self.act: Act | None = None
         self._patch = patch
         patch.setattr(supervisor, "ProcessEngine", self._engine)
-        patch.setattr(reindex_module, "resolve", lambda name, path, report: model)
+        patch.setattr(run_embedding, "resolve", lambda name, path, report: model)
         patch.setattr(engine_module, "Encoder", poison_worker.StubEncoder)
         patch.setattr(plan, "SHARD_ROWS", 8)
         patch.setattr(flushing, "FLOOR_BYTES", 40_000)
@@ -116,9 +115,7 @@ class Runs:
         """One run. ``act`` is called with its engine again and again, until it says that it has done something."""
         self.act = act
         try:
-            receipt = reindex(
-                self.address, lambda: ListSource(records), ReindexOptions(workers=workers), Notes(self.notes)
-            )
+            receipt = reindex(self.address, ListSource(records), ReindexOptions(workers=workers), Notes(self.notes))
         finally:
             assert engine_processes() == []
         assert act is None or self.engines[-1].act is None, "nothing was sabotaged"
@@ -331,7 +328,7 @@ def test_model_that_cannot_be_loaded_is_a_model_error(
         (tmp_path / name).symlink_to(minilm.path / name)
     (tmp_path / minilm.model_file).unlink()
     (tmp_path / minilm.model_file).write_bytes(b"not a model")
-    monkeypatch.setattr(reindex_module, "resolve", lambda name, path, report: replace(minilm, path=tmp_path))
+    monkeypatch.setattr(run_embedding, "resolve", lambda name, path, report: replace(minilm, path=tmp_path))
     runs.target = worker.run
     with pytest.raises(ModelError, match="cannot be loaded"):
         runs.run()
@@ -501,7 +498,7 @@ def test_killed_parent_takes_its_children_along_and_the_next_run_does_the_rest(
     eventually(lambda: not any(child.is_running() for child in seen), 10)
     committed = len(index_rows(database))
     assert 0 < committed < len(texts)
-    receipt = reindex(database, lambda: ListSource(records), ReindexOptions())
+    receipt = reindex(database, ListSource(records), ReindexOptions())
     assert (receipt.unchanged, receipt.stored) == (committed, len(texts) - committed)
     oracle.check(index_rows(database), records)
     states = execute(database, "SELECT state FROM kdb_fast_runs ORDER BY run")

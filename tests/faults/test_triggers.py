@@ -15,8 +15,7 @@ import stub_command
 from search_engines import Hashes, new_database, sqlalchemy_url
 from servers import Server, connect_as, database_name, execute
 
-from kdb_fast import cli, engine
-from kdb_fast import reindex as reindex_module
+from kdb_fast import cli, engine, run_embedding
 from kdb_fast.database import DatabaseAddress
 from kdb_fast.query import run_status
 from kdb_fast.records import Record
@@ -72,7 +71,7 @@ SCRIPTS = {
 @pytest.fixture(autouse=True)
 def stubs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stub for the model."""
-    monkeypatch.setattr(reindex_module, "resolve", lambda *args, **options: stub_command.MODEL)
+    monkeypatch.setattr(run_embedding, "resolve", lambda *args, **options: stub_command.MODEL)
     monkeypatch.setattr(engine, "Encoder", poison_worker.StubEncoder)
 
 

@@ -278,7 +278,7 @@ def test_reindex_in_int8(int8: Choice, minilm: Model, texts: list[str], tmp_path
     address = DatabaseAddress("sqlite", str(path), "sqlite:///an index")
     source = ListSource(records_of(texts[:250]))
     options = ReindexOptions(precision="int8", workers=2, model_path=minilm.path)
-    receipt = reindex(address, lambda: source, options)
+    receipt = reindex(address, source, options)
     assert (receipt.stored, receipt.precision) == (250, "int8")
     assert receipt.fidelity is not None
     assert receipt.fidelity.cosine_mean >= 0.997
@@ -292,5 +292,5 @@ def test_reindex_in_int8(int8: Choice, minilm: Model, texts: list[str], tmp_path
     cosines = np.einsum("ij,ij->i", stored, exact)
     assert cosines.min() >= 0.98
     assert cosines.mean() < 0.99999  # so it was not fp32
-    again = reindex(address, lambda: ListSource(records_of(texts[:250])), options)
+    again = reindex(address, ListSource(records_of(texts[:250])), options)
     assert (again.stored, again.unchanged) == (0, 250)

@@ -230,7 +230,7 @@ def test_key_that_is_revoked_ends_the_run_without_waiting_for_other_requests(
     server.script.extend([Reply(), Reply(hold=held), Reply(401, {"code": "invalid_api_key"})])
     records = records_of(TEXTS)
     with pytest.raises(ProviderKeyError, match="refuses the API key") as caught:
-        reindex(address, lambda: ListSource(records), ReindexOptions(provider="openai", workers=2))
+        reindex(address, ListSource(records), ReindexOptions(provider="openai", workers=2))
     try:
         assert 200 not in [seen.status for seen in server.seen[1:]], "the other request is still being answered"
         assert caught.value.exit_code == 4
@@ -241,7 +241,7 @@ def test_key_that_is_revoked_ends_the_run_without_waiting_for_other_requests(
     finally:
         held.set()
     eventually(lambda: not any(t.name.startswith("provider-") and t.is_alive() for t in threading.enumerate()))
-    receipt = reindex(address, lambda: ListSource(records), ReindexOptions(provider="openai"))
+    receipt = reindex(address, ListSource(records), ReindexOptions(provider="openai"))
     assert receipt.stored == 300
     for row in index_rows(address).values():
         assert row.vector is not None
@@ -261,7 +261,7 @@ def test_as_many_requests_are_in_flight_as_was_asked_for(server: OpenAIServer, a
     thread = threading.Thread(target=look)
     thread.start()
     options = ReindexOptions(provider="openai", workers=6, batch_size=25)
-    receipt = reindex(address, lambda: ListSource(records_of(TEXTS)), options)
+    receipt = reindex(address, ListSource(records_of(TEXTS)), options)
     thread.join()
     assert (most, receipt.stored, receipt.workers) == ([6], 300, 6)
 
@@ -286,7 +286,7 @@ def test_requests_of_the_most_inputs_that_the_api_takes(server: OpenAIServer, tm
     Path(address.conninfo).touch()
     texts = [f"text number {i}" for i in range(2 * 2048 + 904)]
     source = ListSource(records_of(texts), page_rows=1000)
-    receipt = reindex(address, lambda: source, ReindexOptions(provider="openai", batch_size=2048))
+    receipt = reindex(address, source, ReindexOptions(provider="openai", batch_size=2048))
     assert (receipt.read, receipt.stored, receipt.rejected) == (5000, 5000, 0)
     assert sizes_of_requests(server) == [2048, 2048, 904]
     rows = index_rows(address)
@@ -302,7 +302,7 @@ def test_requests_of_long_texts_keep_to_the_limit_of_tokens(server: OpenAIServer
     server.tokens = lambda text: -(-len(text) // 2)  # as many as are allowed for
     texts = [f"{i} " + "word " * 600 for i in range(500)]
     options = ReindexOptions(provider="openai", batch_size=2048)
-    receipt = reindex(address, lambda: ListSource(records_of(texts)), options)
+    receipt = reindex(address, ListSource(records_of(texts)), options)
     assert receipt.stored == 500
     sizes = sizes_of_requests(server)
     assert (sum(sizes), len(sizes)) == (500, 3)
@@ -314,7 +314,7 @@ def test_index_of_another_dimension_is_refused(server: OpenAIServer, database: D
     store.prepare(12)
     store.close()
     with pytest.raises(SchemaError, match="holds vectors of 12 dimensions; the model gives 384"):
-        reindex(database, lambda: ListSource(records_of(["text"])), ReindexOptions(provider="openai"))
+        reindex(database, ListSource(records_of(["text"])), ReindexOptions(provider="openai"))
     assert server.seen == []
 
 

@@ -14,8 +14,7 @@ import psutil
 import pytest
 from servers import ListSource, Oracle, engine_processes, eventually, execute, index_rows, mixed_texts, records_of
 
-from kdb_fast import flushing
-from kdb_fast import reindex as reindex_module
+from kdb_fast import engine_factory, flushing
 from kdb_fast.database import DatabaseAddress
 from kdb_fast.encoder import EncoderSpec
 from kdb_fast.errors import LockedError, ModelError, RejectLimitError, SchemaError, StoppedError, UnexpectedError
@@ -52,7 +51,7 @@ def run(
 ) -> Receipt:
     """One run; asserts that its records add up and that no process of it is left."""
     opened = source if isinstance(source, Source) else ListSource(source)
-    receipt = reindex(address, lambda: opened, ReindexOptions(**options), progress)
+    receipt = reindex(address, opened, ReindexOptions(**options), progress)
     assert receipt.read == sum(getattr(receipt, part) for part in PARTS)
     assert receipt.state == "done"
     assert engine_processes() == []
@@ -81,7 +80,7 @@ def test_every_vector_is_fastembeds_own(
 ) -> None:
     address = request.getfixturevalue("database" if kind == "postgresql" else "sqlite_database")
     monkeypatch.undo()  # this run finds and loads its model itself
-    monkeypatch.setattr(reindex_module, "INLINE_ROWS", 1000)
+    monkeypatch.setattr(engine_factory, "INLINE_ROWS", 1000)
     records = records_of(TEXTS)
     random.Random(workers).shuffle(records)
     receipt = run(address, records, workers=workers)
@@ -369,7 +368,7 @@ def kameleondb(index: DatabaseAddress) -> Iterator[Any]:
 def test_kameleondbs_records_are_indexed_and_kept_in_step(
     index: DatabaseAddress, kameleondb: Any, oracle: Oracle
 ) -> None:
-    from kdb_fast.sources import open_source
+    from kdb_fast.sources import SourceSpec
 
     entity = kameleondb.create_entity(
         name="Product",
@@ -384,7 +383,7 @@ def test_kameleondbs_records_are_indexed_and_kept_in_step(
     ids = entity.insert_many(data)
 
     def reindex_products() -> Receipt:
-        source = open_source(index, ("Product",))
+        source = SourceSpec(("Product",)).open(index)
         return run(index, source)
 
     assert numbers(reindex_products()) == {"stored": 10, "empty": 1}

@@ -11,7 +11,7 @@ from kameleon import Kameleon, close_kameleon, open_kameleon
 from servers import ListSource
 
 from kdb_fast import engine as engine_module
-from kdb_fast import reindex as reindex_module
+from kdb_fast import run_embedding
 from kdb_fast.encoder import Encoder
 from kdb_fast.models import Model, resolve
 from kdb_fast.query import forget_older
@@ -35,7 +35,7 @@ def asked_models(monkeypatch: pytest.MonkeyPatch, minilm: Model, encoder: Encode
         names.append(name)
         return resolve(name, path, report=report) if path else minilm
 
-    monkeypatch.setattr(reindex_module, "resolve", found)
+    monkeypatch.setattr(run_embedding, "resolve", found)
     monkeypatch.setattr(engine_module, "Encoder", lambda spec: encoder)
     return names
 
@@ -88,7 +88,7 @@ def rejected(database: Kameleon, entity: str | None = None) -> list[tuple[str, s
 def reject_from_file(database: Kameleon, *rejects: Reject) -> int:
     """A run over lines of a file; returns its number."""
     options = ReindexOptions(max_rejects=RejectLimit(share=1.0))
-    return int(reindex(database.address, lambda: ListSource(rejects), options).run)
+    return int(reindex(database.address, ListSource(rejects), options).run)
 
 
 # -- nothing there -----------------------------------------------------------------------------------------
