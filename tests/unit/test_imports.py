@@ -18,7 +18,7 @@ PACKAGE = Path(kdb_fast.__file__).parent
 HEAVY = {"psycopg", "psycopg_c", "psycopg_binary", "onnxruntime", "onnx", "openvino", "fastembed", "sqlalchemy",
          "rich", "kameleondb", "huggingface_hub", "tokenizers", "requests", "httpx"}  # fmt: skip
 FOUNDATION = {"errors", "settings", "receipt", "records", "messages"}
-ABOVE = {"worker", "writer", "supervisor", "pipeline", "reindex", "cli"}
+ABOVE = {"worker", "writer", "supervisor", "pipeline", "engine_factory", "reindex", "bars", "cli"}
 
 
 class Import(NamedTuple):
@@ -158,9 +158,14 @@ def test_the_pipeline_knows_no_process() -> None:
     assert not own_imports("pipeline") & {"worker", "writer", "supervisor", "reindex", "cli"}
 
 
-@pytest.mark.parametrize("name", sorted(set(MODULES) - {"cli", "__main__"}))
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"__main__", *below("cli")}))
 def test_nothing_imports_the_command_line(name: str) -> None:
-    assert "cli" not in own_imports(name)
+    assert not own_imports(name) & set(below("cli"))
+
+
+@pytest.mark.parametrize("name", ["reindex", "insert", "rejects", "pipeline", "engine_factory", "run_embedding"])
+def test_a_run_does_not_know_how_it_is_shown(name: str) -> None:
+    assert not own_imports(name, types=True) & {"bars", "report", "console"}
 
 
 def circles(graph: dict[str, set[str]]) -> dict[str, set[str]]:

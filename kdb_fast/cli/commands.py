@@ -1,0 +1,71 @@
+"""The group of all commands."""
+
+from __future__ import annotations
+
+import click
+
+from .. import __version__
+from .indexing import insert_command, reindex_command
+from .models import models_group
+from .options import database_option, json_option, no_progress_option
+from .rejects import rejects_group
+from .searching import search_command, status_command
+
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(context_settings=HELP, no_args_is_help=True)
+@click.version_option(__version__, prog_name="kdb-fast")
+def cli() -> None:
+    """Re-embed a table of text at the speed of this machine, and search it.
+
+    \b
+    Try it:      kdb-fast demo
+    Main job:    kdb-fast reindex --db postgresql://user@host/dbname
+    Ask:         kdb-fast search "angry customer" --db …
+
+    \b
+    Exit codes:  0 all stored, 2 usage, 3 finished but records were rejected, the input
+                 changed or its number is not the expected one, 4 refused before the start,
+                 5 database, 6 another run holds the index, 7 out of a resource, 8 too many
+                 rejects, 70 internal error; stopped after what was embedded is written:
+                 129 the terminal closed, 130 Ctrl-C, 143 SIGTERM;
+                 141 the reader of the output has gone
+    """
+
+
+@cli.command(
+    "kameleondb",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="ARGS…")
+def kameleondb_command(arguments: tuple[str, ...]) -> int:
+    """Run KameleonDB's own command line on kdb-fast: alias kameleondb='kdb-fast kameleondb'.
+
+    Its data insert, embeddings reindex, embeddings status and search use kdb-fast's engine; all else is as it was.
+    KAMELEONDB_URL names the database; with KAMELEONDB_EMBEDDINGS=0 nothing is indexed.
+    """
+    # Before KameleonDB's command line is imported, which needs its packages.
+    from ..kameleondb import needed
+
+    needed("kameleondb")
+    needed("typer")
+    from ..kameleondb_cli import run as run_kameleondb
+
+    return run_kameleondb(list(arguments))
+
+
+@cli.command("demo")
+@database_option
+@no_progress_option
+@json_option
+def demo_command(db: str | None, no_progress: bool, as_json: bool) -> int:
+    """Index the documentation of Python's standard library, and ask it a few questions."""
+    from ..demo import run_demo
+
+    return run_demo(db, show=not no_progress, as_json=as_json)
+
+
+for command in (reindex_command, insert_command, rejects_group, search_command, status_command, models_group):
+    cli.add_command(command)

@@ -1,0 +1,170 @@
+"""``reindex`` and ``insert``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import click
+
+from ..console import command_line
+from ..errors import EXIT_OK, EXIT_REJECTS, KdbFastError, UsageError
+from ..settings import PRECISIONS, ExpectedCount, RejectLimit
+from .options import (
+    RunArguments,
+    database_option,
+    dimensions_option,
+    max_rejects_option,
+    model_options,
+    provider_option,
+    run_options,
+)
+
+if TYPE_CHECKING:
+    from ..receipt import Receipt
+
+
+@click.command("reindex")
+@click.argument("entities", nargs=-1, metavar="[ENTITY]…")
+@database_option
+@click.option(
+    "--from",
+    "from_file",
+    metavar="FILE",
+    help="Read a JSON Lines file (- for standard input) instead of KameleonDB's tables.",
+)
+@click.option("--entity", help="With --from: the entity that the records belong to.")
+@click.option("--id-field", default="id", show_default=True, help="With --from: the field that holds the key.")
+@click.option("--field", "fields", multiple=True, help="With --from: a field to embed; repeat it. Default: all text.")
+@run_options(
+    model_options,
+    provider_option,
+    dimensions_option,
+    click.option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        default="fp32",
+        show_default=True,
+        help="int8 and bf16 are faster and nearly as exact; auto takes the fastest that is close enough to fp32.",
+    ),
+    click.option(
+        "--min-fidelity",
+        type=float,
+        metavar="COSINE",
+        help="Least mean cosine with fp32. [default: int8 0.997, bf16 0.9999]",
+    ),
+    click.option("--force", is_flag=True, help="Embed every record, also the unchanged ones."),
+    click.option("--limit", type=int, help="Read at most so many records."),
+    max_rejects_option,
+    click.option(
+        "--expect-count", metavar="N[+]", help="Exit with 3 unless exactly N (N+: at least N) records were read."
+    ),
+    click.option("--wait", default=0.0, metavar="SECONDS", help="Wait for another run to end instead of stopping."),
+)
+def reindex_command(
+    arguments: RunArguments,
+    entities: tuple[str, ...],
+    from_file: str | None,
+    entity: str | None,
+    id_field: str,
+    fields: tuple[str, ...],
+    precision: str,
+    min_fidelity: float | None,
+    force: bool,
+    limit: int | None,
+    max_rejects: str,
+    expect_count: str | None,
+    wait: float,
+) -> int:
+    """Embed what is new or has changed, and bring the search index up to date.
+
+    Reads all entities of KameleonDB, or the named ones, or a file. Interrupted? The same command carries on:
+    what is stored is skipped.
+    """
+    options = arguments.options(
+        entities=entities,
+        precision=precision,
+        min_fidelity=min_fidelity,
+        force=force,
+        limit=limit,
+        wait=wait,
+        max_rejects=RejectLimit.parse(max_rejects),
+    )
+    expected = ExpectedCount.parse(expect_count) if expect_count is not None else None
+    if from_file is None and (entity or fields):
+        raise UsageError("--entity and --field belong to --from.", remedy="Name entities of KameleonDB as arguments.")
+    if from_file is not None and (entities or not entity):
+        raise UsageError("--from needs --entity NAME, and takes no entity arguments.")
+    from ..reindex import reindex
+    from ..report import print_receipt
+    from ..sources import SourceSpec
+
+    with arguments.running() as (address, progress):
+        if from_file is not None:
+            from ..database import create_sqlite
+
+            create_sqlite(address)
+        receipt = reindex(address, SourceSpec(entities, from_file, entity, id_field, fields, limit), options, progress)
+    missed = expected.missed(receipt.read + receipt.empty) if expected else ""
+    if missed:
+        receipt = replace(receipt, warnings=(*receipt.warnings, missed))
+    if arguments.as_json:
+        print(json.dumps(receipt.as_json()))
+    else:
+        print_receipt(receipt, address.display)
+    return EXIT_REJECTS if missed else _exit_code(receipt)
+
+
+def _exit_code(receipt: Receipt) -> int:
+    """Of a run that came to its end."""
+    return EXIT_REJECTS if receipt.rejected or receipt.input_changed else EXIT_OK
+
+
+@click.command("insert")
+@click.argument("entity")
+@click.argument("file", required=False, metavar="[FILE|-]")
+@database_option
+@run_options(model_options, provider_option, dimensions_option, max_rejects_option)
+def insert_command(arguments: RunArguments, entity: str, file: str | None, max_rejects: str) -> int:
+    """Create records of an ENTITY of KameleonDB from JSON, and index them in the same go.
+
+    FILE is JSON Lines, one JSON array or one object, with the entity's fields; without it, or as -, standard input is
+    read. Every record gets a new id.
+
+    A record is created before it is embedded. After an interrupted run do not insert the same records again, or
+    they are there twice: `kdb-fast reindex ENTITY` indexes what was created, and the message says up to which line
+    that is.
+    """
+    if file is None and sys.stdin is not None and sys.stdin.isatty():
+        raise UsageError("There is nothing to insert.", remedy="Name a FILE, or pipe JSON Lines into the command.")
+    options = arguments.options(max_rejects=RejectLimit.parse(max_rejects))
+    from ..insert import insert
+    from ..report import print_inserted, print_rejected_lines
+
+    try:
+        with arguments.running() as (address, progress):
+            receipt = insert(address, entity, file or "-", options, progress)
+    except KdbFastError as error:
+        if not arguments.as_json:
+            print_rejected_lines(error.receipt)
+        if error.completed_by_reindex:
+            error.carry_on = _reindex_instead(entity)
+        raise
+    if arguments.as_json:
+        print(json.dumps(receipt.as_json()))
+    else:
+        print_rejected_lines(receipt)
+        print_inserted(receipt, entity, address.display)
+    return _exit_code(receipt)
+
+
+def _reindex_instead(entity: str) -> str:
+    """The reindex that completes an insert, with its options for database and model."""
+    context = click.get_current_context()
+    command = ["reindex", entity]
+    for name in ("db", "model", "model_path", "provider", "base_url", "dimensions"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            command += [f"--{name.replace('_', '-')}", str(context.params[name])]
+    return command_line(command)

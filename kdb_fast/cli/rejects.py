@@ -1,0 +1,74 @@
+"""``rejects list``, ``rejects clear`` and ``rejects retry``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from ..errors import EXIT_OK, EXIT_REJECTS
+from .options import RunArguments, database_option, json_option, opened_database, provider_option, run_options
+
+
+@click.group("rejects")
+def rejects_group() -> None:
+    """Show, retry and forget the records that could not be stored."""
+
+
+@rejects_group.command("list")
+@database_option
+@click.option("--entity", help="Only this entity.")
+@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="Show at most so many.")
+@json_option
+def rejects_list(db: str | None, entity: str | None, limit: int, as_json: bool) -> None:
+    """List rejected records with the reason, those of the newest run first."""
+    from ..rejects import list_rejects
+    from ..report import print_rejects
+
+    with opened_database(db, reads=True) as address:
+        rows = list_rejects(address, entity)
+    if as_json:
+        print(json.dumps({"total": len(rows), "rejects": rows[:limit]}, default=str))
+    else:
+        print_rejects(rows, limit)
+
+
+@rejects_group.command("clear")
+@database_option
+@click.option("--entity", help="Only this entity.")
+@json_option
+def rejects_clear(db: str | None, entity: str | None, as_json: bool) -> None:
+    """Forget rejected records. The records themselves stay as they are; a reindex would reject them again."""
+    from ..rejects import clear_rejects
+
+    with opened_database(db, reads=True) as address:
+        count = clear_rejects(address, entity)
+    print(json.dumps({"cleared": count}) if as_json else f"{count:,} rejects forgotten")
+
+
+@rejects_group.command("retry")
+@database_option
+@run_options(
+    click.option("--model", metavar="NAME", help="Any FastEmbed model. Default: that of the newest run."),
+    click.option("--model-path", type=click.Path(path_type=Path, file_okay=False), help="Directory of a model."),
+    provider_option,
+)
+def rejects_retry(arguments: RunArguments) -> int:
+    """Read the entities with rejected records again, and store what can be stored now.
+
+    This is a reindex of these entities, so unchanged records are skipped. Lines of files that became no record cannot
+    be tried again: they are not in the database.
+    """
+    from ..rejects import retry_rejects
+    from ..report import print_retried
+
+    options = arguments.options()
+    with arguments.running(reads=True) as (address, progress):
+        result = retry_rejects(address, options, progress, model=arguments.model)
+    if arguments.as_json:
+        print(json.dumps(result.as_json()))
+    else:
+        print_retried(result, address.display)
+    left = result.remaining or result.lines_of_inserts or result.lines_of_files
+    return EXIT_REJECTS if left else EXIT_OK
