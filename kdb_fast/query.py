@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from . import sqlite_reading
 from .database import DatabaseAddress, connect_postgresql
@@ -178,15 +179,28 @@ def open_reader(connection: Any, dialect: str) -> SearchReader:
     return PostgresqlReader(connection)
 
 
-def last_run(connection: Any, dialect: str) -> dict[str, Any] | None:
-    """The newest run: number, state, phase, model, fingerprint, times; None if there was none."""
+class LastRun(NamedTuple):
+    """The newest run, as its row says it; the times are datetimes of PostgreSQL or text of SQLite."""
+
+    run: int
+    state: str
+    phase: str
+    model: str
+    fingerprint: str
+    started_at: datetime | str
+    heartbeat_at: datetime | str
+    ended_at: datetime | str | None
+
+
+def last_run(connection: Any, dialect: str) -> LastRun | None:
+    """The newest run; None if there was none."""
     rows = rows_of(connection, dialect)
     target = find_target(rows, dialect)
     if not columns_of(rows, target, [RUNS]):
         return None
-    names = ("run", "state", "phase", "model", "fingerprint", "started_at", "heartbeat_at", "ended_at")
-    newest = rows(f"SELECT {', '.join(names)} FROM {target.table(RUNS)} ORDER BY run DESC LIMIT 1", {})  # noqa: S608
-    return dict(zip(names, newest[0], strict=True)) if newest else None
+    names = ", ".join(LastRun._fields)
+    newest = rows(f"SELECT {names} FROM {target.table(RUNS)} ORDER BY run DESC LIMIT 1", {})  # noqa: S608
+    return LastRun(*newest[0]) if newest else None
 
 
 def recent_fingerprints(address: DatabaseAddress) -> list[str]:
@@ -237,7 +251,7 @@ def run_status(address: DatabaseAddress) -> dict[str, Any]:
         "stale": sum(row.stale for row in rows),
         "rejected": sum(row.rejected for row in rows),
         "entities": [row._asdict() for row in rows],
-        "run": run,
+        "run": run._asdict() if run else None,
     }
 
 

@@ -133,4 +133,4 @@ def _known_entities(address: DatabaseAddress) -> dict[str, str]:
 
 def _model_of_newest_run(address: DatabaseAddress) -> str:
     run = read(address, lambda connection: last_run(connection, address.dialect))
-    return str(run["model"]) if run else DEFAULT_MODEL
+    return run.model if run else DEFAULT_MODEL
