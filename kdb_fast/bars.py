@@ -9,8 +9,8 @@ import sys
 import time
 from typing import Any, TextIO
 
+from .accounting import Counts
 from .progress import Progress, Silent
-from .receipt import Counts
 from .records import storable_key
 
 LINE_SECONDS = 5.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from .receipt import Counts
+from .accounting import Counts
 
 
 class Progress(ABC):

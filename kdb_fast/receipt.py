@@ -1,4 +1,4 @@
-"""What a run says of itself: counts while it goes on, a receipt at its end."""
+"""What a run says of itself at its end. Its counts while it goes on: :mod:`.accounting`."""
 
 from __future__ import annotations
 
@@ -6,43 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from .accounting import Fate
+
 NEIGHBOURS = 10
 """Nearest records of a record that a comparison of two precisions looks at."""
 
-FATES = ("stored", "unchanged", "reused", "superseded", "rejected")
+FATES = tuple(fate.value for fate in Fate)
 """What becomes of a record that is read: one of these."""
-
-
-@dataclass
-class Counts:
-    """Where every record went, so far. ``read`` is always :attr:`accounted` once a run has ended."""
-
-    read: int = 0
-    stored: int = 0
-    unchanged: int = 0
-    reused: int = 0
-    superseded: int = 0
-    rejected: int = 0
-    empty: int = 0
-    deleted: int = 0
-    truncated: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    flushes: int = 0
-    embed_seconds: float = 0.0
-    write_seconds: float = 0.0
-    index_seconds: float = 0.0
-    bytes_written: int = 0
-
-    @property
-    def written(self) -> int:
-        """Records whose vector is in the index since this run."""
-        return self.stored + self.reused
-
-    @property
-    def accounted(self) -> int:
-        """Records whose fate is settled."""
-        return sum(getattr(self, fate) for fate in FATES)
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,18 @@ import time
 from dataclasses import replace
 
 from . import __version__
+from .accounting import Counts
 from .database import DatabaseAddress
 from .engine_factory import EngineFactory
 from .errors import KdbFastError, StoppedError, UnexpectedError
 from .heartbeat import Heartbeat
-from .pipeline import Pipeline, Stop
+from .pipeline import Pipeline, StopRequested
 from .progress import Progress, Silent
 from .query import forget_older, forget_older_of_input
-from .receipt import Counts, Phases, Receipt
+from .receipt import Phases, Receipt
 from .resources import collecting_rarely, peak_rss_bytes
 from .run_embedding import Embedding, Records, find_embedding
+from .screening import Screen
 from .settings import ReindexOptions
 from .signals import StopFlag, stopping_by_signal
 from .sources.base import Input, Source
@@ -112,7 +114,7 @@ class _Run:
             with self.heartbeat, collecting_rarely():
                 self._work()
             state = "done"
-        except Stop:
+        except StopRequested:
             state = "stopped"
             error = StoppedError("Stopped on request.", signum=self.stop.signum or signal.SIGINT)
         except Exception as caught:
@@ -153,13 +155,14 @@ class _Run:
             max_rejects=options.max_rejects,
             force=options.force,
             unique_keys=source.unique_keys,
-            encoding=self.store.encoding,
-            missing_characters=None if self.store.encoding == "UTF8" else self.store.missing_characters,
+            screen=Screen(
+                self.store.encoding, None if self.store.encoding == "UTF8" else self.store.missing_characters
+            ),
             estimate=estimate,
             on_progress=self.progress.update,
             on_note=self.progress.note,
             should_stop=lambda: self.stop.count > 0,
-            heartbeat=self.heartbeat.note,
+            on_phase=self.heartbeat.note,
         )
         self.pipeline.run(source.pages(), source.take_empty)
         self.pipeline.counts.empty = source.empty
@@ -181,7 +184,7 @@ class _Run:
         counts = pipeline.counts if pipeline else Counts()
         seconds = time.monotonic() - self.started
         peaks = engine.peak_rss_bytes() if engine else {}
-        flush = pipeline.flush_size.describe() if pipeline and pipeline.flush_size else "nothing to flush"
+        flush = pipeline.flushes.size.describe() if pipeline and pipeline.flushes.size else "nothing to flush"
         return Receipt(
             run=run.number,
             schema=self.address.schema,

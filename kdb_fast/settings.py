@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UsageError
+from .errors import RejectLimitError, UsageError
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_BATCH_SIZE = 100
@@ -82,6 +82,18 @@ class RejectLimit:
             return False
         # At least one record may always be bad: 1 % of a small table would allow none.
         return rejected > max(1.0, self.share * read)
+
+    def check(self, *, rejected: int, read: int, finished: bool = False) -> None:
+        """Go on only within the limit.
+
+        Raises:
+            RejectLimitError: It is :meth:`exceeded`.
+        """
+        if self.exceeded(rejected=rejected, read=read, finished=finished):
+            raise RejectLimitError(
+                f"{rejected} of {read} records were rejected; --max-rejects allows {self}.",
+                remedy="See why with `kdb-fast rejects list`; raise the limit with --max-rejects.",
+            )
 
     def __str__(self) -> str:
         return str(self.count) if self.count is not None else f"{100 * (self.share or 0):g}%"

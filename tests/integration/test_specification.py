@@ -13,12 +13,12 @@ from kameleon import Kameleon, close_kameleon, open_kameleon
 from search_engines import Hashes, Words, new_database, sqlalchemy_url
 
 from kdb_fast import SearchEngine
+from kdb_fast.accounting import Counts
 from kdb_fast.bars import Lines
 from kdb_fast.database import DatabaseAddress
 from kdb_fast.errors import UsageError
 from kdb_fast.kameleondb import install, uninstall
 from kdb_fast.models import Model
-from kdb_fast.receipt import Counts
 from kdb_fast.settings import DEFAULT_BATCH_SIZE, ReindexOptions
 
 pytest.importorskip("kameleondb")

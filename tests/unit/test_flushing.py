@@ -1,12 +1,32 @@
 from __future__ import annotations
 
+import pickle
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdb_fast.flushing import CEILING_BYTES, FLOOR_BYTES, MEMORY_SHARE, QUICK_SECONDS, SLOW_SECONDS, FlushSize
+from kdb_fast import flushing
+from kdb_fast.accounting import Counts, Fate
+from kdb_fast.flushing import (
+    CEILING_BYTES,
+    FLOOR_BYTES,
+    MAX_WAIT_SECONDS,
+    MEMORY_SHARE,
+    QUICK_SECONDS,
+    SLOW_SECONDS,
+    FlushPlanner,
+    FlushSize,
+    first_of,
+)
+from kdb_fast.key_ledger import KeyLedger
+from kdb_fast.leases import SlotLease, SlotPool
+from kdb_fast.messages import Flush, Flushed, row_bits
+from kdb_fast.records import Record, Reject
+from kdb_fast.slab import Row, Slab, SlabShape
 
 GIGABYTE = 10**9
 
@@ -119,3 +139,157 @@ def test_description_names_sizes_reason_and_shrinking() -> None:
     many = FlushSize(10 * CEILING_BYTES, Memory())
     many.note(1_000_000, 2.0)
     assert many.describe().endswith("at most 16.8 MB (the fixed ceiling)")
+
+
+# -- the planner -------------------------------------------------------------------------------------------
+
+SHAPE = SlabShape(8, 4, 3, 4096)
+
+
+class Planner:
+    """A planner with slots to fill, and a clock that stands still."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, unique_keys: bool = False) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(flushing, "time", SimpleNamespace(monotonic=lambda: self.now))
+        self.counts = Counts()
+        self.ledger = KeyLedger(self.counts, unique_keys=unique_keys)
+        self.planner = FlushPlanner(self.counts, self.ledger)
+        self.planner.start(SHAPE, 2)
+        self.pool = SlotPool(Slab.local(SHAPE))
+        self.sequence = 0
+
+    def fill(self, *keys: str, fate: Fate = Fate.STORED) -> SlotLease:
+        """A slot with a row of each key, whose vectors are there."""
+        rows = []
+        for key in keys:
+            self.sequence += 1
+            self.ledger.begin(("E", key))
+            rows.append((Row(Record("E", key, "text")), self.sequence, b"hash"))
+        lease = self.pool.lease(rows, fate)
+        self.planner.filled(lease)
+        for key, (_, sequence, _) in zip(keys, rows, strict=True):
+            self.ledger.has_vector(("E", key), sequence)
+        return lease
+
+    def answer(self, flush: Flush, **what: Any) -> list[SlotLease]:
+        return self.planner.flushed(Flushed(flush.number, 0, 10, len(flush.deletes), 0.01, **what))
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Planner:
+    return Planner(monkeypatch)
+
+
+def test_a_flush_is_due_when_it_is_full_or_late_or_nothing_else_comes(plan: Planner) -> None:
+    planner = plan.planner
+    assert not planner.is_due(tight=True, now=True), "there is nothing to write"
+    lease = plan.fill("a")
+    assert not planner.is_due(tight=False, now=False)
+    assert planner.is_due(tight=True, now=False)
+    assert planner.is_due(tight=False, now=True)
+    plan.now += MAX_WAIT_SECONDS + 1
+    assert planner.is_due(tight=False, now=False), "the oldest row has waited long enough"
+    plan.now -= MAX_WAIT_SECONDS + 1
+    assert planner.size is not None
+    planner.size.target = lease.size
+    assert planner.is_due(tight=False, now=False), "full"
+
+
+def test_many_notices_are_written_without_waiting_for_vectors(plan: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flushing, "NOTICE_ROWS", 3)
+    plan.planner.reject(Reject("E", "r", "why", "detail"))
+    plan.planner.delete([("E", "a")])
+    assert not plan.planner.is_due(tight=False, now=False)
+    plan.planner.delete([("E", "b"), ("E", "a")])
+    assert plan.planner.is_due(tight=False, now=False)
+    assert (plan.planner.has_many_notices, plan.planner.has_too_many_notices) == (True, False)
+    plan.planner.delete([("E", key) for key in "cde"])
+    assert plan.planner.has_too_many_notices
+
+
+def test_a_flush_takes_slots_in_order_up_to_its_size_and_gives_them_back_once_committed(plan: Planner) -> None:
+    leases = [plan.fill(f"a{n}", f"b{n}") for n in range(3)]
+    assert plan.planner.size is not None
+    plan.planner.size.target = leases[0].size + 1
+    flush = plan.planner.take()
+    assert [(rows.slot, rows.generation, rows.skip) for rows in flush.slots] == [(n, n + 1, ()) for n in range(2)]
+    assert (plan.planner.slots, plan.counts.flushes, plan.counts.stored) == (3, 1, 0), "nothing is counted yet"
+    assert ("E", "a0") in plan.ledger.being_written
+    assert plan.answer(flush) == leases[:2]
+    assert (plan.planner.slots, plan.counts.stored, plan.counts.bytes_written) == (1, 4, 10)
+    assert ("E", "a0") not in plan.ledger.being_written
+    assert plan.planner.take().number == 2
+
+
+def test_rows_of_which_a_newer_one_can_be_stored_are_left_out(plan: Planner) -> None:
+    old = plan.fill("a", "b")
+    new = plan.fill("a", "c", fate=Fate.REUSED)
+    flush = plan.planner.take()
+    assert [rows.skip for rows in flush.slots] == [(0,), ()]
+    assert plan.counts.superseded == 1
+    assert plan.answer(flush) == [old, new]
+    assert plan.counts == Counts(stored=1, reused=2, superseded=1, flushes=1, bytes_written=10, write_seconds=0.01)
+    assert ("E", "a") not in plan.ledger
+
+
+def test_what_the_database_refuses_or_another_program_has_written_is_counted_so(plan: Planner) -> None:
+    lease = plan.fill("a", "b", "c")
+    flush = plan.planner.take()
+    plan.answer(flush, lost=row_bits([(lease.slot, 0)]), rejected=row_bits([(lease.slot, 2)]))
+    assert (plan.counts.superseded, plan.counts.stored, plan.counts.rejected) == (1, 1, 1)
+
+
+def test_a_record_that_was_emptied_and_written_again_stays_unless_the_database_refuses_it(plan: Planner) -> None:
+    for refused in (False, True):
+        plan.planner.delete([("E", "a"), ("E", "z")])
+        lease = plan.fill("a")
+        flush = plan.planner.take()
+        assert flush.deletes == (("E", "z"),), "a flush writes first, then removes"
+        plan.answer(flush, rejected=row_bits([(lease.slot, 0)] if refused else []))
+        assert plan.planner.notices == refused
+    assert plan.planner.take().deletes == (("E", "a"),)
+
+
+def test_a_stored_record_that_leaves_the_index_is_superseded(plan: Planner) -> None:
+    plan.fill("a")
+    plan.answer(plan.planner.take())
+    plan.planner.delete([("E", "a")])
+    plan.answer(plan.planner.take())
+    assert (plan.counts.stored, plan.counts.superseded, plan.counts.deleted) == (0, 1, 1)
+    plan.planner.delete([("E", "b")])
+    plan.planner.keep(("E", "b"))
+    assert plan.planner.notices == 0
+
+
+def test_rejects_stay_until_they_are_committed_and_are_cut_to_what_a_message_holds(plan: Planner) -> None:
+    for n in range(500):
+        plan.planner.reject(Reject("E" * 999, "r" * 999, "why", "d" * 9999, b"", n))
+    sent: list[int] = []
+    while plan.planner.notices:
+        flush = plan.planner.take()
+        assert len(pickle.dumps(flush)) < 64 * 1024
+        assert plan.planner.unwritten
+        before = plan.planner.notices
+        plan.answer(flush)
+        assert plan.planner.notices == before - len(flush.rejects)
+        sent += [reject.position for reject in flush.rejects]
+    assert sent == list(range(500))
+    assert len(flush.rejects[0].detail) == flushing.REJECT_DETAIL_CHARS
+
+
+def test_slots_of_unique_keys_are_counted_at_once_and_row_by_row_where_one_was_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = Planner(monkeypatch, unique_keys=True)
+    plan.fill("a", "b")
+    plan.fill("c", "d").skip.add(1)
+    plan.answer(plan.planner.take())
+    assert plan.counts.stored == 3
+    assert ("E", "a") not in plan.ledger.being_written
+
+
+@pytest.mark.parametrize(("size", "count"), [(0, 1), (64 + 3, 1), (2 * (64 + 3), 2), (10**6, 3)])
+def test_first_of_gives_at_least_one_and_no_more_than_fit(size: int, count: int) -> None:
+    assert first_of(["abc", "abc", "abc"], size) == count
+    assert first_of([], size) == 0

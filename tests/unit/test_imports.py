@@ -18,6 +18,7 @@ PACKAGE = Path(kdb_fast.__file__).parent
 HEAVY = {"psycopg", "psycopg_c", "psycopg_binary", "onnxruntime", "onnx", "openvino", "fastembed", "sqlalchemy",
          "rich", "kameleondb", "huggingface_hub", "tokenizers", "requests", "httpx"}  # fmt: skip
 FOUNDATION = {"errors", "settings", "receipt", "records", "messages"}
+PIPELINE_PARTS = ["accounting", "flushing", "intake", "key_ledger", "leases", "screening", "text_reuse"]
 ABOVE = {"worker", "writer", "supervisor", "pipeline", "engine_factory", "reindex", "bars", "cli"}
 
 
@@ -154,8 +155,14 @@ def test_the_engine_imports_worker_and_writer_only_when_it_runs() -> None:
     assert not own_imports("engine", lazy=False) & {"worker", "writer"}
 
 
-def test_the_pipeline_knows_no_process() -> None:
-    assert not own_imports("pipeline") & {"worker", "writer", "supervisor", "reindex", "cli"}
+@pytest.mark.parametrize("name", ["pipeline", *PIPELINE_PARTS])
+def test_the_pipeline_knows_no_process(name: str) -> None:
+    assert not own_imports(name) & {"worker", "writer", "supervisor", "reindex", "cli"}
+
+
+@pytest.mark.parametrize("name", PIPELINE_PARTS)
+def test_the_parts_of_the_pipeline_need_no_engine(name: str) -> None:
+    assert not own_imports(name) & {"pipeline", "engine"}
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - {"__main__", *below("cli")}))

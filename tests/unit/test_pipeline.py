@@ -22,13 +22,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from kdb_fast import flushing, intake
 from kdb_fast import pipeline as module
+from kdb_fast.accounting import Counts
 from kdb_fast.engine import Engine, Event, Note, SlotFilled
 from kdb_fast.errors import RejectLimitError
 from kdb_fast.flushing import FlushSize
+from kdb_fast.leases import microseconds
 from kdb_fast.messages import Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex, row_bits, rows_of_bits
-from kdb_fast.pipeline import Pipeline, Stop
-from kdb_fast.receipt import Counts
+from kdb_fast.pipeline import Pipeline, StopRequested
 from kdb_fast.records import MAX_CONTENT_BYTES, Record, Reject, content_hash, unfit
 from kdb_fast.settings import RejectLimit
 from kdb_fast.slab import NO_STAMP, ROW_NOT_FINITE, Slab, SlabShape
@@ -261,7 +263,7 @@ class Run:
             dimensions=DIMENSIONS,
             read_chars=100,
             max_rejects=max_rejects,
-            heartbeat=self.phases.add,
+            on_phase=self.phases.add,
             **options,
         )
 
@@ -279,15 +281,17 @@ class Run:
 
     def assert_all_is_given_back(self) -> None:
         p = self.pipeline
-        if p.engine is not None:
-            assert sorted(p._free) == list(range(self.engine.slab.shape.slots)), "every slot is free"
-        for left in (p._loads, p._filled, p._writing, p._reuse, p._shards, p._window, p._rejects, p._deletes):
+        if p._slots is not None:
+            assert sorted(p._slots._free) == list(range(self.engine.slab.shape.slots)), "every slot is free"
+            assert not p._slots._leased
+        f = p.flushes
+        for left in (f._filled, f._writing, p._reuse.ready, p._shards, p._intake.window, f._rejects, f._deletes):
             assert not left
-        assert not p._waiters
-        assert p._waiting_rows == 0
-        assert not p._cache._pinned, "every pinned vector was taken"
-        assert not p._latest
-        assert not p._in_flight, "nothing in flight is remembered"
+        assert not p._reuse._on_the_way
+        assert p._reuse.waiting == f._filled_bytes == 0
+        assert not p._reuse._cache._pinned, "every pinned vector was taken"
+        assert not p._ledger._latest
+        assert not p._ledger._in_flight, "nothing in flight is remembered"
 
     def assert_all_is_accounted_for(self, items: Sequence[Item]) -> None:
         c = self.counts
@@ -323,10 +327,11 @@ def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_small_thresholds(patch: pytest.MonkeyPatch, *, eager: bool = False, window: int = 16) -> None:
     patch.setattr(module, "SHARD_ROWS", 4)
-    patch.setattr(module, "WINDOW_ROWS", window)
-    patch.setattr(module, "FlushSize", lambda capacity: FlushSize(capacity, lambda: 10**10))
+    for each in (module, intake):
+        patch.setattr(each, "WINDOW_ROWS", window)
+    patch.setattr(flushing, "FlushSize", lambda capacity: FlushSize(capacity, lambda: 10**10))
     # An eager pipeline writes whatever is filled; the other waits until slots are short or all is embedded.
-    patch.setattr(module, "MAX_WAIT_SECONDS", -1.0 if eager else 1e9)
+    patch.setattr(flushing, "MAX_WAIT_SECONDS", -1.0 if eager else 1e9)
 
 
 # -- any stream, any order ---------------------------------------------------------------------------------
@@ -368,8 +373,8 @@ class Setup(NamedTuple):
         shape = SlabShape(self.slots, 4, DIMENSIONS, 8192)
         choose = by_chance(self.seed)
         run = Run(index, shape=shape, workers=self.workers, choose=choose, force=self.force, **options)
-        run.pipeline._window_goal = self.goal
-        run.pipeline._cache = small_cache(self.cache)
+        run.pipeline._intake._goal = self.goal
+        run.pipeline._reuse._cache = small_cache(self.cache)
         run.engine.full_shards = self.full_shards
         return run
 
@@ -537,11 +542,11 @@ def test_a_run_that_was_stopped_is_completed_by_the_next(
         run = setup.run(index, patch, should_stop=should_stop)
         try:
             run.go(items, setup.page)
-        except Stop:
+        except StopRequested:
             p = run.pipeline
-            assert not any((p._filled, p._reuse, p._writing, p._cache._pinned))
+            assert not any((p.flushes._filled, p._reuse.ready, p.flushes._writing, p._reuse._cache._pinned))
             # No process is started to write rejects only; the next run finds them again.
-            assert not p._rejects or p.engine is None
+            assert not p.flushes._rejects or p.engine is None
             assert run.engine.writer_idle
             for key in run.engine.delivered:
                 assert is_written(index, key, items), "what was embedded is written"
@@ -572,7 +577,7 @@ def test_a_run_over_its_reject_limit_ends_after_writing_what_is_embedded(
     assert caught.value.remedy
     assert run.counts.rejected > limit
     p = run.pipeline
-    assert not any((p._filled, p._reuse, p._writing, p._rejects, p._embedding()))
+    assert not any((p.flushes._filled, p._reuse.ready, p.flushes._writing, p.flushes._rejects, p._embedding()))
     assert len(index.rejects) == run.counts.rejected, "every reject can be looked up"
     for key in run.engine.delivered:
         assert is_written(index, key, items), "what was embedded is written"
@@ -634,7 +639,7 @@ def test_what_the_database_refuses_or_another_program_changes_is_accounted_for(
 def one_row_shards(choose: Callable[[list[tuple[str, int]]], list[tuple[str, int]]], **options: Any) -> Run:
     """A run in which each record is a shard of its own and slots are filled in the order of reading."""
     run = Run(shape=SlabShape(9, 1, DIMENSIONS, 8192), choose=choose, **options)
-    run.pipeline._window_goal = 1
+    run.pipeline._intake._goal = 1
     return run
 
 
@@ -707,7 +712,7 @@ def test_a_stop_writes_an_embedded_record_whose_newer_one_is_not_embedded_yet() 
     run.engine.before_poll = stop_when_the_first_is_embedded
     # Both are read; the newer one waits behind all others when the stop comes.
     items = [record(1, "old and the longest"), *(record(9, "filler" + "!" * n) for n in range(8)), record(1, "new")]
-    with pytest.raises(Stop):
+    with pytest.raises(StopRequested):
         run.go(items, page=20)
     assert run.index.contents()["E", "r1"] == "old and the longest"
 
@@ -715,7 +720,7 @@ def test_a_stop_writes_an_embedded_record_whose_newer_one_is_not_embedded_yet() 
 def test_a_record_whose_key_is_in_flight_is_written_over_what_this_run_writes_only() -> None:
     run = one_row_shards(lambda possible: possible).go([record(1, "old and longer"), record(1, "new")], page=2)
     rows = {slot.contents(0, 1)[0]: (int(slot.known[0]), int(slot.stamp[0])) for slot in run.engine.slab.slots[:2]}
-    assert rows == {"old and longer": (0, NO_STAMP), "new": (1, module.IN_FLIGHT_STAMP)}
+    assert rows == {"old and longer": (0, NO_STAMP), "new": (1, intake.IN_FLIGHT_STAMP)}
 
 
 def test_a_row_that_another_program_wrote_meanwhile_stays_and_ours_counts_as_superseded() -> None:
@@ -761,8 +766,8 @@ def test_equals_of_a_text_that_cannot_be_embedded_are_rejected_with_it() -> None
 
 def test_texts_beyond_the_cache_are_embedded_again_and_rightly() -> None:
     run = Run(unique_keys=True)
-    run.pipeline._cache = small_cache(8)
-    run.pipeline._window_goal = 16
+    run.pipeline._reuse._cache = small_cache(8)
+    run.pipeline._intake._goal = 16
     items = [record(n, f"text {n % 300}") for n in range(600)]
     run.go(items, page=10)
     assert set(run.engine.embedded.values()) == {2}
@@ -798,19 +803,19 @@ def test_rows_held_do_not_grow_with_the_stream(
         def watch() -> None:
             nonlocal most
             # Rows that came before this page, those of the page, and what a slot just filled set free.
-            assert len(p._window) + p._waiting_rows <= window + page
-            most = max(most, len(p._window) + p._waiting_rows + len(p._reuse) + sum(map(len, p._shards)))
+            assert len(p._intake.window) + p._reuse.waiting <= window + page
+            most = max(most, len(p._intake.window) + p._reuse.waiting + len(p._reuse.ready) + sum(map(len, p._shards)))
 
         run.go(items, page)
     # The window, what waits for its shards, and rows whose vector is there and that wait for a slot.
     assert most <= 4 * (window + page) + 4 * 4
-    assert sum(len(v or ()) for v in p._waiters.values()) == 0
+    assert sum(len(v or ()) for v in p._reuse._on_the_way.values()) == 0
     run.assert_all_is_accounted_for(items)
 
 
 @pytest.mark.parametrize("kind", ["rejects", "deletes"])
 def test_rejects_and_deletions_are_written_as_they_come(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "NOTICE_ROWS", 20)
+    monkeypatch.setattr(flushing, "NOTICE_ROWS", 20)
     run = Run()
     most = 0
     number = 0
@@ -822,7 +827,7 @@ def test_rejects_and_deletions_are_written_as_they_come(kind: str, monkeypatch: 
 
     def watch() -> None:
         nonlocal most
-        most = max(most, len(run.pipeline._rejects) + len(run.pipeline._deletes))
+        most = max(most, run.pipeline.flushes.notices)
 
     polls = 0
 
@@ -907,7 +912,7 @@ def test_a_stop_is_seen_while_pages_are_empty() -> None:
             yield []
 
     run = Run(should_stop=lambda: read >= 3)
-    with pytest.raises(Stop):
+    with pytest.raises(StopRequested):
         run.pipeline.run(empty_pages())
     assert read == 3
 
@@ -954,9 +959,9 @@ def test_what_was_known_of_a_row_travels_with_it() -> None:
 @given(st.datetimes(timezones=st.one_of(st.none(), st.just(UTC), st.just(timezone(timedelta(hours=-11))))))
 def test_a_moment_becomes_exact_microseconds(moment: datetime) -> None:
     aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    value = module._microseconds(moment)
+    value = microseconds(moment)
     assert datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=value) == aware
-    assert module._microseconds(None) == NO_STAMP
+    assert microseconds(None) == NO_STAMP
 
 
 # -- ending early ------------------------------------------------------------------------------------------
@@ -1006,7 +1011,8 @@ def test_a_worker_that_never_answers_is_given_up_when_the_run_stops(monkeypatch:
     def monotonic() -> float:
         return now
 
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=monotonic))
+    for each in (module, flushing):
+        monkeypatch.setattr(each, "time", SimpleNamespace(monotonic=monotonic))
     polls = 0
     # So many slots that none of them is written for want of room.
     run = Run(
@@ -1024,8 +1030,8 @@ def test_a_worker_that_never_answers_is_given_up_when_the_run_stops(monkeypatch:
             first_written = now
 
     run.engine.before_poll = pass_time
-    monkeypatch.setattr(module, "MAX_WAIT_SECONDS", 5.0)
-    with pytest.raises(Stop):
+    monkeypatch.setattr(flushing, "MAX_WAIT_SECONDS", 5.0)
+    with pytest.raises(StopRequested):
         run.go([record(n, f"text {n}" + "!" * (9 - n)) for n in range(6)], page=6)
     assert ("E", "r0") not in run.index.rows
     assert ("E", "r1") in run.index.rows
@@ -1035,7 +1041,7 @@ def test_a_worker_that_never_answers_is_given_up_when_the_run_stops(monkeypatch:
 
 def test_a_stop_before_anything_was_read_is_a_stop() -> None:
     run = Run(should_stop=lambda: True)
-    with pytest.raises(Stop):
+    with pytest.raises(StopRequested):
         run.go([record(1, "text")])
     assert run.index.rows == {}
 
@@ -1062,7 +1068,7 @@ def test_tokens_bytes_and_seconds_are_added_up() -> None:
 def test_engine_is_told_how_many_rows_wait_and_whether_more_may_come() -> None:
     assert Run().go([record(n, f"text {n}") for n in range(7)]).engine.starts == [(7, False)]
     run = Run()
-    run.pipeline._window_goal = 10
+    run.pipeline._intake._goal = 10
     assert run.go([record(n, f"text {n % 8}") for n in range(30)]).engine.starts == [(10, True)]
 
 
@@ -1121,7 +1127,7 @@ def test_unchanged_records_do_not_count_as_rows_to_write() -> None:
 def test_a_load_that_turns_out_large_on_the_way_drops_the_index_then(monkeypatch: pytest.MonkeyPatch) -> None:
     with_small_thresholds(monkeypatch, eager=True)
     run = with_vector_index(0, estimate=3000)
-    run.pipeline._window_goal = 16
+    run.pipeline._intake._goal = 16
     for n in range(1000):
         run.index.write(("E", f"r{n}"), f"text {n}" if n % 10 else "old", FINGERPRINT, 1)
     run.go([record(n, f"text {n}") for n in range(3000)], page=100)
@@ -1158,8 +1164,8 @@ def test_an_index_that_could_not_be_dropped_is_told() -> None:
 def test_a_run_that_is_being_stopped_does_not_drop_the_index() -> None:
     run = with_vector_index(0, estimate=1000)
     run.pipeline._should_stop = lambda: bool(run.engine.delivered)
-    run.pipeline._window_goal = 500
-    with pytest.raises(Stop):
+    run.pipeline._intake._goal = 500
+    with pytest.raises(StopRequested):
         run.go([record(n, f"text {n}") for n in range(1000)], page=100)
     assert run.index.rows, "what was embedded is written"
     assert set(kinds(run)) == {"Flush"}
@@ -1182,7 +1188,7 @@ def test_where_a_request_costs_the_same_for_any_rows_shards_wait_until_they_are_
     for full_shards in (True, False):
         run = Run(shape=SlabShape(6, 10, DIMENSIONS, 8192))
         run.engine.full_shards = full_shards
-        run.pipeline._window_goal = 1
+        run.pipeline._intake._goal = 1
         given = sizes[full_shards] = []
         embed = run.engine.embed
 
@@ -1202,12 +1208,12 @@ def test_where_a_request_costs_the_same_for_any_rows_shards_wait_until_they_are_
 def test_rows_of_one_text_do_not_wait_for_a_full_shard() -> None:
     run = Run(shape=SlabShape(6, 10, DIMENSIONS, 8192))
     run.engine.full_shards = True
-    run.pipeline._window_goal = 1
+    run.pipeline._intake._goal = 1
     most = 0
 
     def look() -> None:
         nonlocal most
-        most = max(most, run.pipeline._waiting_rows)
+        most = max(most, run.pipeline._reuse.waiting)
 
     run.engine.before_poll = look
     run.go([record(number, "the same") for number in range(300)], page=5)

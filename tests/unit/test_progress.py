@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb_fast import bars
+from kdb_fast.accounting import Counts
 from kdb_fast.bars import LINE_SECONDS, RATE_WINDOW, Bar, Estimate, Lines, choose, clock
 from kdb_fast.progress import Silent
-from kdb_fast.receipt import Counts
 
 
 class Time:

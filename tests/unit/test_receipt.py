@@ -7,8 +7,9 @@ from dataclasses import fields
 
 import pytest
 
+from kdb_fast.accounting import Counts
 from kdb_fast.errors import KdbFastError, StoppedError, UnexpectedError
-from kdb_fast.receipt import FATES, Counts, Fidelity, InsertReceipt, Phases, Receipt, RejectedLine, Retried
+from kdb_fast.receipt import FATES, Fidelity, InsertReceipt, Phases, Receipt, RejectedLine, Retried
 from kdb_fast.stores.rejects import runs_of_input
 
 KEYS = [

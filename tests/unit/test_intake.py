@@ -1,0 +1,181 @@
+"""Records of a page go to the window, beside an equal text, to the rejects, or nowhere, as they are stored already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import pytest
+
+from kdb_fast import intake as module
+from kdb_fast.accounting import Counts, Fate
+from kdb_fast.flushing import FlushPlanner
+from kdb_fast.intake import FIRST_WINDOW_ROWS, IN_FLIGHT_STAMP, TAKEN_ROWS, Intake
+from kdb_fast.key_ledger import KeyLedger
+from kdb_fast.records import Record, content_hash
+from kdb_fast.screening import Screen
+from kdb_fast.sharding import WINDOW_ROWS
+from kdb_fast.slab import NO_STAMP, SlabShape
+from kdb_fast.stores.base import Store, Stored
+from kdb_fast.text_reuse import TextReuse
+
+
+class Index:
+    """What the intake asks of a store."""
+
+    def __init__(self, **rows: Stored) -> None:
+        self.rows = rows
+        self.lookups: list[list[str]] = []
+
+    def count(self) -> int:
+        return len(self.rows)
+
+    def lookup(self, entity: str, record_ids: Sequence[str]) -> dict[str, Stored]:
+        self.lookups.append(list(record_ids))
+        return {i: self.rows[i] for i in record_ids if i in self.rows}
+
+
+class Parts:
+    """An intake with what it works with."""
+
+    def __init__(self, index: Index | None = None, *, unique_keys: bool = False, force: bool = False) -> None:
+        self.index = index or Index()
+        self.counts = Counts()
+        self.ledger = KeyLedger(self.counts, unique_keys=unique_keys)
+        self.reuse = TextReuse(3)
+        self.flushes = FlushPlanner(self.counts, self.ledger)
+        self.intake = Intake(
+            cast(Store, self.index),
+            Screen(),
+            self.counts,
+            self.ledger,
+            self.reuse,
+            self.flushes,
+            fingerprint="ours",
+            read_chars=100,
+            force=force,
+        )
+
+    def take(self, *texts: tuple[str, str]) -> int:
+        """Take in a page of (record id, text); how often control came back."""
+        return sum(1 for _ in self.intake.take_in([Record("E", *pair) for pair in texts]))
+
+    def window(self) -> list[tuple[str, bool, int, int]]:
+        """(record id, whether the index has a row, its version, sequence number) of each row in the window."""
+        return [(row.record.record_id, row.known, row.stamp, number) for row, number, _ in self.intake.window]
+
+
+def stored(text: str, fingerprint: str | None = "ours", stamp: int = 7) -> Stored:
+    return Stored(content_hash(text), fingerprint, stamp)
+
+
+def test_what_is_stored_already_is_unchanged_and_the_rest_is_to_be_embedded() -> None:
+    index = Index(a=stored("one"), b=stored("old"), c=stored("three", "another model"), d=stored("four", None))
+    parts = Parts(index)
+    parts.take(("a", "one"), ("b", "two"), ("c", "three"), ("d", "four"), ("e", "five"), ("f", ""))
+    assert parts.window() == [("b", True, 7, 2), ("c", True, 7, 3), ("d", True, 7, 4), ("e", False, NO_STAMP, 5)]
+    assert (parts.counts.read, parts.counts.unchanged, parts.counts.rejected) == (6, 1, 1)
+    assert parts.flushes.notices == 1
+    assert parts.intake.rows_at_start == 4
+
+
+def test_nothing_is_unchanged_where_all_is_to_be_embedded_again() -> None:
+    parts = Parts(Index(a=stored("one")), force=True)
+    parts.take(("a", "one"))
+    assert parts.window() == [("a", True, 7, 1)]
+
+
+def test_what_was_looked_up_is_not_believed_while_the_key_is_being_written() -> None:
+    parts = Parts(Index(a=stored("one")))
+    parts.ledger.writing([("E", "a")])
+    parts.take(("a", "one"))
+    assert [key for key, *_ in parts.window()] == ["a"]
+
+
+def test_a_row_that_an_earlier_record_of_this_run_will_write_is_merged_with() -> None:
+    parts = Parts()
+    parts.take(("a", "one"), ("a", "two"))
+    assert parts.window() == [("a", False, NO_STAMP, 1), ("a", True, IN_FLIGHT_STAMP, 2)]
+    assert parts.ledger.has_repeated
+
+
+def test_an_equal_text_waits_and_counts_as_a_row_of_the_window() -> None:
+    parts = Parts()
+    parts.take(("a", "same"), ("b", "same"))
+    assert [key for key, *_ in parts.window()] == ["a"]
+    assert parts.intake.waiting == 2
+
+
+def test_an_emptied_record_outdates_what_was_read_before_it() -> None:
+    parts = Parts()
+    parts.take(("a", "one"))
+    parts.intake.take_out([("E", "a"), ("E", "b")])
+    assert parts.ledger.is_outdated(("E", "a"), 1)
+    assert parts.flushes.notices == 2
+    parts.take(("a", "two"))
+    assert parts.window()[-1][-1] == 4, "numbers go on"
+    assert not parts.ledger.is_outdated(("E", "a"), 4)
+
+
+def test_a_record_stored_already_stays_though_it_was_emptied_before() -> None:
+    parts = Parts(Index(a=stored("one")))
+    parts.intake.take_out([("E", "a")])
+    parts.take(("a", "one"))
+    assert parts.flushes.notices == 0
+
+
+def test_control_comes_back_after_every_part_and_for_an_empty_page() -> None:
+    page = [(str(n), f"text {n}") for n in range(2 * TAKEN_ROWS + 1)]
+    assert Parts().take() == 1
+    parts = Parts(Index(x=stored("x")))
+    assert parts.take(*page) == 3
+    assert [len(ids) for ids in parts.index.lookups] == [TAKEN_ROWS, TAKEN_ROWS, 1]
+
+
+def test_unique_keys_are_looked_up_a_page_at_a_time_and_in_an_empty_index_not_at_all() -> None:
+    page = [(str(n), f"text {n}") for n in range(2 * TAKEN_ROWS + 1)]
+    parts = Parts(Index(x=stored("x")), unique_keys=True)
+    assert parts.take(*page) == 3
+    assert [len(ids) for ids in parts.index.lookups] == [len(page)]
+    parts = Parts(unique_keys=True)
+    parts.take(*page)
+    assert parts.index.lookups == []
+
+
+def test_the_window_is_cut_by_length_and_may_keep_what_does_not_fill_a_shard() -> None:
+    shape = SlabShape(4, 2, 3, 4096)
+    for keep, expected, left in ((False, ["ccc bb", "a"], ""), (True, ["ccc bb"], "a")):
+        parts = Parts()
+        parts.take(("1", "a"), ("2", "bb"), ("3", "ccc"))
+        shards = parts.intake.cut(shape, 1000, keep_part=keep)
+        assert [" ".join(row.record.content for row, _, _ in shard) for shard in shards] == expected
+        assert "".join(row.record.content for row, _, _ in parts.intake.window) == left
+
+
+def test_a_shard_for_which_equal_texts_wait_is_not_kept() -> None:
+    parts = Parts()
+    parts.take(("1", "same"), ("2", "same"))
+    assert len(parts.intake.cut(SlabShape(4, 2, 3, 4096), 1000, keep_part=True)) == 1
+
+
+def test_windows_grow_to_their_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = Parts()
+    goals = []
+    for _ in range(5):
+        goals.append(parts.intake._goal)
+        parts.intake.widen()
+    assert goals == [FIRST_WINDOW_ROWS, 2 * FIRST_WINDOW_ROWS, 4 * FIRST_WINDOW_ROWS, WINDOW_ROWS, WINDOW_ROWS]
+    monkeypatch.setattr(module, "WINDOW_ROWS", 2)
+    parts.intake.widen()
+    parts.take(("1", "a"))
+    assert not parts.intake.is_full
+    parts.take(("2", "a"))
+    assert parts.intake.is_full
+
+
+def test_the_fates_of_what_is_taken_in_are_settled_by_others() -> None:
+    parts = Parts()
+    parts.take(("a", "one"))
+    assert parts.counts.accounted == 0
+    parts.ledger.settle([("E", "a")], Fate.STORED)
+    assert parts.counts.accounted == parts.counts.read == 1
