@@ -17,7 +17,7 @@ import kdb_fast
 PACKAGE = Path(kdb_fast.__file__).parent
 HEAVY = {"psycopg", "psycopg_c", "psycopg_binary", "onnxruntime", "onnx", "openvino", "fastembed", "sqlalchemy",
          "rich", "kameleondb", "huggingface_hub", "tokenizers", "requests", "httpx"}  # fmt: skip
-FOUNDATION = {"errors", "settings", "receipt", "records", "messages"}
+FOUNDATION = {"accounting", "errors", "settings", "receipt", "records", "messages"}
 PIPELINE_PARTS = ["accounting", "flushing", "intake", "key_ledger", "leases", "screening", "text_reuse"]
 ABOVE = {"worker", "writer", "supervisor", "pipeline", "engine_factory", "reindex", "bars", "cli"}
 
