@@ -20,7 +20,8 @@ import numpy.typing as npt
 from kdb_fast.demo import read_documentation
 from kdb_fast.encoder import Encoder, EncoderSpec
 from kdb_fast.models import resolve
-from kdb_fast.query import open_connection, open_reader
+from kdb_fast.query import open_reader
+from kdb_fast.reading import open_connection
 from kdb_fast.retrieval import meaning, search
 from kdb_fast.settings import DEFAULT_MODEL
 from kdb_fast.stores import schema

@@ -68,8 +68,8 @@ def _of_index(db: Any) -> EmbeddingProvider:
     """The provider of the model that made the index; of the default one for a new index."""
     from .origins import same_name
     from .providers import FastEmbedProvider, OpenAIProvider
-    from .query import index_model_of
     from .query_model import is_openais
+    from .stores.past_runs import index_model_of
 
     address = address_of(db)
     made = index_model_of(address)[1] if address is not None else None

@@ -2,56 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import sqlite_reading
-from .database import DatabaseAddress, connect_postgresql
+from .database import DatabaseAddress
 from .errors import SchemaError
-from .stores import open_store
-from .stores.reading import columns_of, load_definitions, rows_of
-from .target import RUNS, find_target
+from .reading import read
+from .stores.past_runs import last_run
+from .stores.reading import load_definitions, rows_of
+from .target import find_target
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from .origins import Origin, QueryVector
-    from .query_model import IndexModel
     from .retrieval import LeftOut, SearchReader, SearchResult
 
     Vector = npt.NDArray[np.float32]
     Vectors = npt.NDArray[np.float32]
 
 T = TypeVar("T")
-
-RECENT_RUNS = 50
-"""Runs of which :func:`recent_fingerprints` reads the fingerprint."""
-
-
-def open_connection(address: DatabaseAddress) -> Any:
-    """A connection for reading, of either dialect, in autocommit mode. For one question: :func:`read`."""
-    if address.dialect == "sqlite":
-        return sqlite_reading.connect_reading(address)
-    return connect_postgresql(address, role="search")
-
-
-def read(address: DatabaseAddress, work: Callable[[Any], T]) -> T:
-    """``work(connection)`` on a connection for reading; called again where an SQLite file was written meanwhile without
-    its locks between us.
-
-    Raises:
-        DatabaseError: The database cannot be reached.
-    """
-    if address.dialect == "sqlite":
-        return sqlite_reading.read(address, work)
-    with contextlib.closing(open_connection(address)) as connection:
-        return work(connection)
 
 
 def embed_queries(texts: Sequence[str], model_name: str, model_path: Path | None) -> Vectors:
@@ -179,61 +153,6 @@ def open_reader(connection: Any, dialect: str) -> SearchReader:
     return PostgresqlReader(connection)
 
 
-class LastRun(NamedTuple):
-    """The newest run, as its row says it; the times are datetimes of PostgreSQL or text of SQLite."""
-
-    run: int
-    state: str
-    phase: str
-    model: str
-    fingerprint: str
-    started_at: datetime | str
-    heartbeat_at: datetime | str
-    ended_at: datetime | str | None
-
-
-def last_run(connection: Any, dialect: str) -> LastRun | None:
-    """The newest run; None if there was none."""
-    rows = rows_of(connection, dialect)
-    target = find_target(rows, dialect)
-    if not columns_of(rows, target, [RUNS]):
-        return None
-    names = ", ".join(LastRun._fields)
-    newest = rows(f"SELECT {names} FROM {target.table(RUNS)} ORDER BY run DESC LIMIT 1", {})  # noqa: S608
-    return LastRun(*newest[0]) if newest else None
-
-
-def recent_fingerprints(address: DatabaseAddress) -> list[str]:
-    """Fingerprints of the last RECENT_RUNS runs on an index, the newest first, each once; [] without an index."""
-
-    def work(connection: Any) -> list[str]:
-        rows = rows_of(connection, address.dialect)
-        target = find_target(rows, address.dialect, address.schema)
-        if not columns_of(rows, target, [RUNS]):
-            return []
-        query = f"SELECT fingerprint FROM {target.table(RUNS)} ORDER BY run DESC LIMIT {RECENT_RUNS}"  # noqa: S608
-        return list(dict.fromkeys(row[0] for row in rows(query, {})))
-
-    return read(address, work)
-
-
-def index_model_of(address: DatabaseAddress) -> tuple[bool, IndexModel | None]:
-    """Whether nothing says yet how long the vectors of an index must be, and what made those that are there.
-
-    A column of PostgreSQL says it before there is a vector.
-
-    Raises:
-        DatabaseError: The database cannot answer.
-    """
-    from .query_model import index_model
-
-    try:
-        made = read(address, lambda connection: index_model(connection, address.dialect))
-    except SchemaError:
-        return True, None
-    return made is None and address.dialect == "sqlite", made
-
-
 def run_status(address: DatabaseAddress) -> dict[str, Any]:
     """Counts of each entity, their sums, and the last run."""
     from .stores.status import statuses
@@ -253,30 +172,3 @@ def run_status(address: DatabaseAddress) -> dict[str, Any]:
         "entities": [row._asdict() for row in rows],
         "run": run._asdict() if run else None,
     }
-
-
-def forget_older(address: DatabaseAddress, entities: list[str], run: int) -> int:
-    """Forget rejected records of entities that a run has read completely without rejecting them.
-
-    They were stored or unchanged, are gone, or have no text any more: what the run rejected has its number.
-
-    Args:
-        run: Number of the run, which must have read every live record of these entities.
-
-    Returns:
-        How many were forgotten. Lines of files that became no record are never among them.
-    """
-    with contextlib.closing(open_store(address, "rejects", patient=True)) as store:
-        return store.forget_older_rejects(entities, run)
-
-
-def forget_older_of_input(address: DatabaseAddress, entity: str, name: str, run: int) -> int:
-    """Forget what earlier runs rejected of an input of this name, now that ``run`` has read it to its end.
-
-    Lines that became no record have no key by which they could be found again.
-
-    Returns:
-        How many were forgotten.
-    """
-    with contextlib.closing(open_store(address, "rejects", patient=True)) as store:
-        return store.forget_rejects_of_input(entity, name, run)

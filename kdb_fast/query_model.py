@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from .errors import KdbFastError, ModelError, SchemaError
 from .origins import Maker, Origin, QueryVector, same_name
 from .records import storable_key
 from .settings import DEFAULT_MODEL
-from .stores.reading import columns_of, no_index, rows_of
-from .target import RUNS, TABLE, find_target
+from .stores.past_runs import IndexModel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,39 +21,6 @@ if TYPE_CHECKING:
 
 PATIENCE: dict[str, Any] = {"timeout": 20.0, "max_retries": 2, "concurrency": 1}
 """Of a provider's API: somebody waits for the answer."""
-
-
-class IndexModel(NamedTuple):
-    """What made the vectors of an index; None for what is not known."""
-
-    name: str | None
-    dimensions: int | None
-    fingerprint: str | None
-
-    @classmethod
-    def of(cls, origin: Origin) -> IndexModel:
-        return cls(origin.model, origin.dimensions, origin.fingerprint)
-
-
-def index_model(connection: Any, dialect: str) -> IndexModel | None:
-    """The model of the newest run that has written, else that of any row; None for an index without vectors.
-
-    Raises:
-        SchemaError: There is no index.
-        DatabaseError: The database cannot answer.
-    """
-    rows = rows_of(connection, dialect)
-    target = find_target(rows, dialect)
-    present = columns_of(rows, target, (TABLE, RUNS))
-    if TABLE not in present:
-        raise no_index(rows, target)
-    fingerprint = "kdb_fast_fingerprint" if "kdb_fast_fingerprint" in present[TABLE] else "NULL"
-    index, runs = target.table(TABLE), target.table(RUNS)
-    found = rows(f"SELECT model, dimensions, {fingerprint} FROM {index} WHERE embedding IS NOT NULL LIMIT 1", {})  # noqa: S608
-    if found and RUNS in present:
-        newest = f"SELECT model, dimensions, fingerprint FROM {runs} WHERE last_flush > 0 ORDER BY run DESC LIMIT 1"  # noqa: S608
-        found = rows(newest, {}) or found
-    return IndexModel(*found[0]) if found else None
 
 
 def query_vectors(

@@ -15,7 +15,6 @@ from .errors import KdbFastError, StoppedError, UnexpectedError
 from .heartbeat import Heartbeat
 from .pipeline import Pipeline, StopRequested
 from .progress import Progress, Silent
-from .query import forget_older, forget_older_of_input
 from .receipt import Phases, Receipt
 from .resources import collecting_rarely, peak_rss_bytes
 from .run_embedding import Embedding, Records, find_embedding
@@ -25,6 +24,7 @@ from .signals import StopFlag, stopping_by_signal
 from .sources.base import Input, Source
 from .stores import open_store
 from .stores.base import RunSpec, Store
+from .stores.past_runs import forget_older, forget_older_of_input
 
 
 def reindex(

@@ -10,7 +10,7 @@ from typing import Any
 
 from .database import DatabaseAddress
 from .progress import Progress
-from .query import last_run, read
+from .reading import read
 from .receipt import Receipt, Retried
 from .records import storable_key
 from .reindex import reindex
@@ -19,6 +19,7 @@ from .sources import SourceSpec
 from .sources.catalog import Catalog
 from .stores import open_store
 from .stores.base import Store
+from .stores.past_runs import last_run
 from .stores.reading import columns_of, rows_of
 from .target import KAMELEON_TABLES, REJECTS, find_target
 

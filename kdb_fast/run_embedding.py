@@ -13,10 +13,10 @@ from .models import resolve
 from .origins import same_name
 from .progress import Progress
 from .provider_base import EmbeddingProvider
-from .query import index_model_of, recent_fingerprints
 from .receipt import Fidelity
 from .settings import DEFAULT_MODEL, ReindexOptions
 from .sources.base import Source
+from .stores.past_runs import index_model_of, recent_fingerprints
 
 if TYPE_CHECKING:
     from .precision import Choice

@@ -14,7 +14,8 @@ from typing import Any
 from urllib.parse import quote
 
 from kdb_fast import FastEmbedProvider, SearchEngine
-from kdb_fast.query import open_connection, open_reader
+from kdb_fast.query import open_reader
+from kdb_fast.reading import open_connection
 from kdb_fast.reindex import reindex
 from kdb_fast.retrieval import search as ranked_search
 from kdb_fast.settings import DEFAULT_MODEL, ReindexOptions

@@ -14,11 +14,11 @@ from kdb_fast import engine as engine_module
 from kdb_fast import run_embedding
 from kdb_fast.encoder import Encoder
 from kdb_fast.models import Model, resolve
-from kdb_fast.query import forget_older
 from kdb_fast.records import Reject
 from kdb_fast.reindex import reindex
 from kdb_fast.rejects import list_rejects
 from kdb_fast.settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
+from kdb_fast.stores.past_runs import forget_older
 
 pytest.importorskip("kameleondb")
 

@@ -13,9 +13,10 @@ from kdb_fast.errors import ModelError, SchemaError
 from kdb_fast.models import Model
 from kdb_fast.openai_provider import openai_fingerprint
 from kdb_fast.origins import Maker, Origin
-from kdb_fast.query_model import IndexModel, embed_query, index_model, query_vectors
+from kdb_fast.query_model import embed_query, query_vectors
 from kdb_fast.settings import DEFAULT_MODEL
 from kdb_fast.stores import schema
+from kdb_fast.stores.past_runs import IndexModel, index_model
 
 ADDRESS = "http://127.0.0.1:1/v1"
 SMALL = "text-embedding-3-small"
