@@ -94,7 +94,9 @@ def watched(
             from kdb_fast.pipeline import Pipeline
 
             finish = Pipeline.finish
-            stack.enter_context(patch.object(Pipeline, "finish", lambda self, prune: finish(self, prune, False)))
+            stack.enter_context(
+                patch.object(Pipeline, "finish", lambda self, prune, live_rows: finish(self, prune, False, live_rows))
+            )
         stack.enter_context(sampler.running())
         yield watch
     watch.pss = sampler.peaks

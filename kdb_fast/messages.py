@@ -14,6 +14,7 @@ from .records import Reject
 
 if TYPE_CHECKING:
     from .stores.index_policy import IndexOutcome
+    from .target import LiveRows
 
 FAILED_CHARS = 2000
 """Of a message to the parent about an error."""
@@ -128,10 +129,14 @@ class IndexPrepared(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """Parent → writer: prune, then build whatever index is missing."""
+    """Parent → writer: prune, then build whatever index is missing.
+
+    ``live_rows`` says which rows of the entities in ``prune`` have a live record; it travels by its name.
+    """
 
     prune: tuple[str, ...]
     build_index: bool
+    live_rows: LiveRows | None = None
 
 
 class Finished(NamedTuple):

@@ -37,6 +37,7 @@ from .sharding import SHARD_ROWS, WINDOW_ROWS
 from .slab import ROW_REASONS, Row
 from .stores.base import Store
 from .stores.index_policy import IndexRecord, decide
+from .target import LiveRows
 from .text_reuse import TextReuse
 
 DRAIN_SECONDS = 6.0
@@ -175,17 +176,17 @@ class Pipeline:
         while (self.flushes.unwritten or self._reuse.ready) and time.monotonic() < end:
             self._pump(1.0, last=True)
 
-    def finish(self, prune: tuple[str, ...], build_index: bool = True) -> None:
-        """Remove rows without a record, and build whatever index is missing."""
+    def finish(self, prune: tuple[str, ...], build_index: bool = True, live_rows: LiveRows | None = None) -> None:
+        """Remove rows of the entities in ``prune`` without a live record, and build whatever index is missing."""
         fault("pipeline.finish")
         if self.engine is None:
             if prune == () and not build_index:
                 return
             self._ensure_engine(0, False)
         while (part := first_of(prune, MESSAGE_BYTES)) < len(prune):
-            self._ask(Finish(prune[:part], False))
+            self._ask(Finish(prune[:part], False, live_rows))
             prune = prune[part:]
-        self.index.finished = self._ask(Finish(prune, build_index)).outcome
+        self.index.finished = self._ask(Finish(prune, build_index, live_rows)).outcome
 
     def _ask(self, message: Finish) -> Finished:
         """Have the writer do something after the last flush."""

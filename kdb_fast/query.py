@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .catalog.definitions import load_entities
 from .database import DatabaseAddress
 from .errors import SchemaError
 from .reading import read
 from .stores.past_runs import last_run
-from .stores.reading import load_definitions, rows_of
+from .stores.reading import rows_of
 from .target import find_target
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def run_search(
         def count(connection: Any) -> dict[tuple[str, Origin], int]:
             rows = rows_of(connection, address.dialect)
             target = find_target(rows, address.dialect)
-            scope = resolve_scope(load_definitions(rows, target), entities, where)
+            scope = resolve_scope(load_entities(rows, target), entities, where)
             return {key: number for key, number in count_origins(rows, target).rows.items() if scope.admits(key[0])}
 
         counts = read(address, count)

@@ -167,7 +167,7 @@ class _Run:
         self.pipeline.run(source.pages(), source.take_empty)
         self.pipeline.counts.empty = source.empty
         self.progress.step("finishing the index")
-        self.pipeline.finish(source.entities if source.complete else ())
+        self.pipeline.finish(source.entities if source.complete else (), live_rows=source.live_rows)
         if self.pipeline.counts.stored or self.pipeline.counts.reused:
             for warning in self.store.altered(self.run.number):
                 self.pipeline.warnings.append(warning)

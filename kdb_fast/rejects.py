@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from .catalog.definitions import load_entities, translated
 from .database import DatabaseAddress
 from .progress import Progress
 from .reading import read
@@ -16,12 +17,11 @@ from .records import storable_key
 from .reindex import reindex
 from .settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
 from .sources import SourceSpec
-from .sources.catalog import Catalog
 from .stores import open_store
 from .stores.base import Store
 from .stores.past_runs import last_run
-from .stores.reading import columns_of, rows_of
-from .target import KAMELEON_TABLES, REJECTS, find_target
+from .stores.reading import rows_of
+from .target import REJECTS, columns_of, find_target, rows_on
 
 Rows = list[dict[str, Any]]
 
@@ -123,11 +123,10 @@ def _known_entities(address: DatabaseAddress) -> dict[str, str]:
     """Entities that KameleonDB defines, by name as the table of rejects has it."""
 
     def work(connection: Any) -> dict[str, str]:
-        rows = rows_of(connection, address.dialect)
-        if len(columns_of(rows, find_target(rows, address.dialect), KAMELEON_TABLES)) < len(KAMELEON_TABLES):
-            return {}
-        catalog = Catalog.load(connection, address.dialect, address.display)
-        return {storable_key(name): name for name in catalog.entities}
+        rows = rows_on(connection, address.dialect)
+        with translated(address.display):
+            entities = load_entities(rows, find_target(rows, address.dialect))
+        return {storable_key(entity.name): entity.name for entity in entities if entity.active}
 
     return read(address, work)
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from .catalog.definitions import Entity
 from .errors import UsageError
 from .origins import Origin, QueryVector
-from .stores.reading import Definition
 from .stores.search_base import MAX_TERMS, WORD, Hit, Key, Query, Scope, SearchReader, Term
 
 if TYPE_CHECKING:
@@ -434,12 +434,12 @@ def left_out(counts: Mapping[tuple[str, Origin], int], why: Callable[[Origin], s
     return [LeftOut(list(rows), model, sum(rows.values()), reason) for (model, reason), rows in found.items()]
 
 
-def resolve_scope(definitions: Iterable[Definition], entities: Sequence[str], where: Mapping[str, Any] | None) -> Scope:
+def resolve_scope(definitions: Iterable[Entity], entities: Sequence[str], where: Mapping[str, Any] | None) -> Scope:
     """What a search may return. Raises UsageError if ``where`` has an unknown field or an unusable value."""
     every = list(definitions)
-    hidden = tuple(d.entity for d in every if not d.live)
+    hidden = tuple(d.name for d in every if not d.active)
     requested = tuple(dict.fromkeys(entities))
-    searched = [d for d in every if d.live and (not requested or d.entity in requested)]
+    searched = [d for d in every if d.active and (not requested or d.name in requested)]
     if not where:
         names = tuple(name for name in requested if name not in hidden) if requested else None
         return Scope(tuple(searched), names, hidden, ())
@@ -450,7 +450,7 @@ def resolve_scope(definitions: Iterable[Definition], entities: Sequence[str], wh
             raise UsageError(f"No searched entity has a field {name!r}.", remedy=f"Fields that there are: {having}.")
         _check_value(name, value)
     matching = tuple(d for d in searched if where.keys() <= {field.name for field in d.fields})
-    return Scope(matching, tuple(d.entity for d in matching), hidden, tuple(where.items()))
+    return Scope(matching, tuple(d.name for d in matching), hidden, tuple(where.items()))
 
 
 def _check_value(name: str, value: Any) -> None:

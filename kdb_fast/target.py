@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,16 +21,30 @@ Rows = Callable[[str, Mapping[str, Any]], list[tuple[Any, ...]]]
 
 Dialect = Literal["postgresql", "sqlite"]
 
+
+class Params:
+    """Named parameters of one statement. Calling it with a value returns the placeholder to write."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self.dialect = dialect
+        self.values: dict[str, Any] = {}
+
+    def __call__(self, value: Any) -> str:
+        name = f"p{len(self.values)}"
+        self.values[name] = value
+        return f"%({name})s" if self.dialect == "postgresql" else f":{name}"
+
+    def list(self, values: Iterable[Any]) -> str:
+        """Placeholders of several values, for ``IN (…)``."""
+        return ", ".join(self(value) for value in values)
+
+
 TABLE = "kdb_search"
 RUNS = "kdb_fast_runs"
 REJECTS = "kdb_fast_rejects"
 STATE = "kdb_fast_state"
 RECORDS = "kdb_records"
-"""The table of all entities in shared storage."""
-
-ENTITIES = "kdb_entity_definitions"
-FIELDS = "kdb_field_definitions"
-KAMELEON_TABLES = (ENTITIES, FIELDS, RECORDS)
+"""KameleonDB's table of all entities in shared storage: the index belongs beside it."""
 
 STAGING = "pg_temp.kdb_fast_staging"
 
@@ -98,7 +112,7 @@ class Target:
 
     @functools.cached_property
     def _names(self) -> dict[str, str]:
-        tables = (TABLE, RUNS, REJECTS, STATE, *KAMELEON_TABLES)
+        tables = (TABLE, RUNS, REJECTS, STATE)
         pgvector = "" if self.pgvector is None else f"{identifier(self.pgvector)}."
         return {
             **{name: self.table(name) for name in tables},
@@ -106,6 +120,12 @@ class Target:
             "pgvector": pgvector,
             "vector": f"{pgvector}vector",
         }
+
+
+LiveRows = Callable[[Rows, Target, str, Params], str | None]
+"""``live_rows(rows, target, entity, params)``: the condition that the record of a row ``s`` of the index lives, as the
+database has it now; None where it has no such entity. Raises :class:`~kdb_fast.hidden_rows.HiddenRowsError` where a
+record that is not seen may be there all the same."""
 
 
 def find_target(rows: Rows, dialect: str, schema: str | None = None) -> Target:
@@ -144,6 +164,33 @@ def other_indexes(rows: Rows, target: Target) -> list[str]:
         {"table": TABLE, "schema": target.schema},
     )
     return [Target(schema).shown(TABLE) for (schema,) in found]
+
+
+def rows_on(connection: Any, dialect: str) -> Rows:
+    """A function that runs statements on a connection or cursor; the driver's errors are passed on as they are."""
+
+    def rows(statement: str, params: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        # psycopg takes a statement that is not a literal as bytes only.
+        query = statement.encode() if dialect == "postgresql" else statement
+        return list(connection.execute(query, params).fetchall())
+
+    return rows
+
+
+def columns_of(rows: Rows, target: Target, tables: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Columns of each of these tables; tables that do not exist are left out."""
+    if target.dialect == "sqlite":
+        found = {t: [r[0] for r in rows("SELECT name FROM pragma_table_info(:t)", {"t": t})] for t in tables}
+        return {table: frozenset(columns) for table, columns in found.items() if columns}
+    names = list(tables)
+    pairs = rows(
+        # By the name that was asked for: the server's own is cut at 63 bytes.
+        "SELECT t, array_agg(a.attname) FROM unnest(%(t)s::text[], %(q)s::text[]) x(t, q) "
+        "JOIN pg_attribute a ON a.attrelid = to_regclass(q) "
+        "WHERE a.attnum > 0 AND NOT a.attisdropped GROUP BY t",
+        {"t": names, "q": [target.regclass(name) for name in names]},
+    )
+    return {table: frozenset(columns) for table, columns in pairs}
 
 
 def identifier(name: str, dialect: Dialect = "postgresql") -> str:

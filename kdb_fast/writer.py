@@ -12,11 +12,12 @@ from typing import Any
 from .child import enter_child
 from .database import DatabaseAddress
 from .faults import fault
+from .hidden_rows import HiddenRowsError
 from .messages import Busy, Failed, Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex, Ready, Stop, row_bits
 from .records import storable_key
 from .slab import Slab, SlabHandle
 from .stores import open_store
-from .stores.base import FlushSlot, HiddenRowsError, RunSpec, Store
+from .stores.base import FlushSlot, RunSpec, Store
 from .stores.index_policy import IndexAction, IndexOutcome
 
 BEAT_SECONDS = 2.0
@@ -131,9 +132,10 @@ def finish(store: Store, message: Finish, beat: Any) -> Finished:
     deleted = 0
     hidden: dict[str, list[str]] = {}
     for entity in message.prune:
+        assert message.live_rows is not None
         beat(f"removing deleted records of {entity}")
         try:
-            deleted += store.prune(entity)
+            deleted += store.prune(entity, message.live_rows)
         except HiddenRowsError as error:
             hidden.setdefault(error.message, []).append(entity)
     warnings = tuple(

@@ -8,6 +8,7 @@ from typing import Protocol, Self
 
 from ..database import DatabaseAddress
 from ..records import Record, Reject
+from ..target import LiveRows
 
 PAGE_ROWS = 1000
 """Records of one page: one query by key, some hundred kilobytes."""
@@ -31,14 +32,14 @@ class Source(ABC):
     """A stream of records in pages. Memory does not grow with the number of records.
 
     Attributes:
-        complete: The source lists every live record of its entities, so index rows without a record may
-            be removed (:meth:`kdb_fast.stores.base.Store.prune`).
+        live_rows: Which rows of the index have a live record, if the source lists every live record of its entities:
+            the other rows may then be removed (:meth:`kdb_fast.stores.base.Store.prune`).
         unique_keys: No key occurs twice.
         input: Name of what is read, if reading it again gives the same records or corrected ones; '' if it does not.
         empty: Records read so far that have no text at all; KameleonDB does not index these.
     """
 
-    complete = False
+    live_rows: LiveRows | None = None
     unique_keys = False
     empty = 0
     input = ""
@@ -46,6 +47,11 @@ class Source(ABC):
     def open(self, address: DatabaseAddress) -> Self:
         """Itself: a source is an :class:`Input` that is open already."""
         return self
+
+    @property
+    def complete(self) -> bool:
+        """Whether the source lists every live record of its entities."""
+        return self.live_rows is not None
 
     @property
     @abstractmethod

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import pg_errors, pg_settings
+from ..catalog.records import new_row
 from ..database import DatabaseAddress, connect_postgresql
 from ..errors import SchemaError
 from ..pg_characters import Characters
@@ -100,7 +101,7 @@ class PostgreSQLInserter(Inserter):
     def _write(self, rows: Sequence[NewRow], at: datetime) -> None:
         import psycopg
 
-        columns, constant = self._layout(at)
+        columns, constant = new_row(self._place, self._types, at, self._created_by)
         names = ", ".join(map(identifier, columns))
         statement = f"COPY {self._target.table(self._table)} ({names}) FROM STDIN"
         try:

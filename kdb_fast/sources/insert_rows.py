@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar, NamedTuple
 
+from ..catalog.definitions import Catalog, Entity, required_fields, storage_of, translated
+from ..catalog.records import SYSTEM_COLUMNS
 from ..database import DatabaseAddress
 from ..errors import SchemaError
 from ..records import storable_key
-from ..target import ENTITIES, FIELDS, RECORDS, Dialect
-from .catalog import Catalog, EntityDefinition, translated
+from ..target import Dialect, rows_on
 from .field_values import FieldRule
-
-SYSTEM_COLUMNS = frozenset({"id", "created_at", "updated_at", "created_by", "is_deleted"})
-"""Columns that every dedicated table has beside those of the fields."""
 
 
 class NewRow(NamedTuple):
@@ -94,16 +92,13 @@ class Inserter(ABC):
             self._target = catalog.target
             (self.definition,) = catalog.select([entity])
             catalog.check_fields(self._connection, address.display)
-            self._table = self.definition.places[0].table
-            self._shared = self._table == RECORDS
+            self._place = self.definition.places[0]
+            self._table, self._shared = self._place.table, self._place.columns is None
             with translated(address.display):
-                required = self._query(
-                    f"SELECT name, is_required FROM {self._target.table(FIELDS)} WHERE entity_id = %s AND is_active",  # noqa: S608
-                    self.definition.id,
-                )
+                required = required_fields(self._rows, self._target, self.definition.id)
                 columns = None if self._shared else self._declared()
                 self._check_rights()
-            self.rules = _rules(self.definition, dict(required), columns)
+            self.rules = _rules(self.definition, required, columns)
             # After a rename, a new field of the old name shares its column; as in KameleonDB, the later value stays.
             self._types = {rule.column: rule.type for rule in self.rules.values() if rule.stored}
             self._check_unfilled(columns or {})
@@ -177,16 +172,11 @@ class Inserter(ABC):
 
     def _check_definition(self) -> None:
         """Within the transaction: the entity must still be where it was."""
-        definition = self.definition
-        found = self._query(
-            "SELECT storage_mode, dedicated_table_name, is_active "  # noqa: S608
-            f"FROM {self._target.table(ENTITIES)} WHERE id = %s",
-            definition.id,
-        )
-        mode, table, active = found[0] if found else ("", None, False)
-        if not active or mode != definition.storage_mode or (mode == "dedicated" and table != definition.table):
+        storage = self.definition.storage
+        found = storage_of(self._rows, self._target, key="id", value=storage.id)
+        if found is None or found._replace(name=storage.name) != storage:
             raise SchemaError(
-                f"The entity {storable_key(definition.name)} was dropped or moved to another table meanwhile.",
+                f"The entity {storable_key(storage.name)} was dropped or moved to another table meanwhile.",
                 remedy="See how it is defined now, and whether all its records are there.",
             )
 
@@ -203,15 +193,8 @@ class Inserter(ABC):
                 remedy="Allow NULL there, or give the column a default.",
             )
 
-    def _layout(self, at: Any) -> tuple[list[str], tuple[Any, ...]]:
-        """The columns of a row in order, and the values that come after its id and fields."""
-        columns = ["id", *(["data"] if self._shared else self._types), "created_at", "updated_at", "is_deleted"]
-        constant: tuple[Any, ...] = (at, at, False)
-        if self._shared:
-            columns, constant = [*columns, "entity_id"], (*constant, self.definition.id)
-        if self._created_by is not None:
-            columns, constant = [*columns, "created_by"], (*constant, self._created_by)
-        return columns, constant
+    def _rows(self, statement: str, params: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        return rows_on(self._connection, self.dialect)(statement, params)
 
     # -- what differs between the dialects -------------------------------------------------------------
 
@@ -242,20 +225,18 @@ class Inserter(ABC):
         """Write all rows. Raises RowRefusedError if the data of one of them is at fault."""
 
 
-def _rules(
-    definition: EntityDefinition, required: Mapping[str, Any], columns: Mapping[str, Column] | None
-) -> dict[str, FieldRule]:
+def _rules(definition: Entity, required: frozenset[str], columns: Mapping[str, Column] | None) -> dict[str, FieldRule]:
     """The rules of all active fields by name; ``columns`` is None where the fields are in one JSON column."""
     rules = {}
     for field in definition.fields:
-        must = bool(required.get(field.name))
+        must = field.name in required
         if columns is None:
-            rules[field.name] = FieldRule(field.name, field.column_name, field.type, must)
+            rules[field.name] = FieldRule(field.name, field.column, field.type, must)
             continue
-        column = columns.get(field.column_name)
+        column = columns.get(field.column)
         if column is None:
-            rules[field.name] = FieldRule(field.name, field.column_name, field.type, must, stored=False)
+            rules[field.name] = FieldRule(field.name, field.column, field.type, must, stored=False)
             continue
         must = must or (column.not_null and not column.has_default)
-        rules[field.name] = FieldRule(field.name, field.column_name, field.type, must, column.max_chars, column.bounds)
+        rules[field.name] = FieldRule(field.name, field.column, field.type, must, column.max_chars, column.bounds)
     return rules

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, ClassVar
 
+from ..catalog.records import new_row
 from ..database import connect_sqlite
 from ..records import storable_key
 from ..retrying import ErrorKind
@@ -42,7 +43,8 @@ class SQLiteInserter(Inserter):
 
     def _write(self, rows: Sequence[NewRow], at: datetime) -> None:
         # As KameleonDB's SQLAlchemy writes times: UTC, without a zone.
-        columns, constant = self._layout(at.strftime("%Y-%m-%d %H:%M:%S.%f"))
+        moment = at.strftime("%Y-%m-%d %H:%M:%S.%f")
+        columns, constant = new_row(self._place, self._types, moment, self._created_by)
         names = ", ".join(identifier(column, self.dialect) for column in columns)
         marks = ", ".join("?" * len(columns))
         statement = f"INSERT INTO {identifier(self._table, self.dialect)} ({names}) VALUES ({marks})"  # noqa: S608 - quoted

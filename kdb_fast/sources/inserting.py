@@ -94,7 +94,7 @@ class InsertingSource(JsonlSource):
             super().close()
             raise
         self._text_columns = [
-            (field.name, field.column_name)
+            (field.name, field.column)
             for field in self._inserter.definition.text_fields
             if self._inserter.rules[field.name].stored
         ]

@@ -7,21 +7,21 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from .. import pg_errors, pg_settings
+from ..catalog.definitions import Catalog, Entity, Place
+from ..catalog.records import count_query, ids_query, live_rows, rows_query
 from ..database import DatabaseAddress, connect_postgresql, connect_sqlite
 from ..errors import DatabaseError, KdbFastError
 from ..records import Record, Reject, content_from_fields, storable_key
 from ..retrying import Backoff, retry
 from ..sqlite_errors import translated
 from ..sqlite_session import patiently
-from ..target import RECORDS, Target
+from ..target import Target, rows_on
 from .base import PAGE_ROWS, Source
-from .catalog import Catalog, EntityDefinition
-from .record_queries import Place, count_query, ids_query, rows_query, stored_fields
 
 BLOCK_ROWS = 50_000
 """Ids read ahead by one query (about 4 MB).
@@ -66,7 +66,7 @@ class KameleonDBSource(Source):
         self._dialect = address.dialect
         self._limit = limit
         # With a limit, the source has not seen every record, so it cannot say which rows have none.
-        self.complete = limit is None
+        self.live_rows = live_rows if limit is None else None
         self._emptied: list[tuple[str, str]] = []
         self._warnings: list[str] = []
         self._page_rows = FIRST_PAGE_ROWS
@@ -177,15 +177,15 @@ class KameleonDBSource(Source):
         # By the entity's index, each block reads and sorts what is left of the entity; by the primary
         # key, all blocks together read the whole table once.
         own = self._fetch(*count_query(place, self._target))[0][0]
-        everything = self._fetch(f"SELECT count(*) FROM {RECORDS}", ())[0][0]  # noqa: S608
+        everything = self._fetch(f"SELECT count(*) FROM {self._target.table(place.table)}", {})[0][0]  # noqa: S608
         return bool(own * own > 2 * BLOCK_ROWS * everything)
 
-    def _page(self, entity: EntityDefinition, place: Place, record_ids: list[str]) -> list[Record | Reject]:
-        fields = stored_fields(place, entity.text_fields)
+    def _page(self, entity: Entity, place: Place, record_ids: list[str]) -> list[Record | Reject]:
+        fields = place.stored(entity.text_fields)
         rows = self._fetch(*rows_query(place, self._target, fields, record_ids), raw=True)
         page: list[Record | Reject] = []
         name, size = entity.name, 0
-        labels = [(field.name, field.column_name) for field in fields]
+        labels = [(field.name, field.column) for field in fields]
         for row in rows:
             try:
                 if self._dialect == "sqlite":
@@ -210,7 +210,7 @@ class KameleonDBSource(Source):
         self._page_rows = max(1, min(PAGE_ROWS, int(PAGE_BYTES / max(average, 1.0))))
         return page
 
-    def _fetch(self, query: Any, parameters: tuple[Any, ...], *, raw: bool = False) -> list[tuple[Any, ...]]:
+    def _fetch(self, query: str, parameters: Mapping[str, Any], *, raw: bool = False) -> list[tuple[Any, ...]]:
         """All rows of one short query, repeated on a new connection where that can help.
 
         Args:
@@ -219,14 +219,14 @@ class KameleonDBSource(Source):
         if self._dialect == "sqlite":
             with translated("reading records"):
                 self._connection.text_factory = bytes if raw else str
-                return patiently(self._connection, lambda: self._connection.execute(query, parameters).fetchall())
+                return patiently(self._connection, lambda: rows_on(self._connection, self._dialect)(query, parameters))
         backoff = Backoff()
 
         def work() -> list[tuple[Any, ...]]:
             if self._connection is None:
                 self._connect()
             with self._connection.cursor(binary=True) as cursor:
-                return list(cursor.execute(query, parameters).fetchall())
+                return rows_on(cursor, self._dialect)(query, parameters)
 
         def explained(error: Exception) -> Exception:
             if not isinstance(error, DatabaseError):
@@ -249,9 +249,9 @@ class KameleonDBSource(Source):
         try:
             # SET LOCAL, since a pooler may give the next statement another session.
             with pg_settings.transaction(self._connection, f"SET LOCAL statement_timeout = {milliseconds}"):
-                return int(self._connection.execute(query, parameters).fetchone()[0])
+                return int(rows_on(self._connection, self._dialect)(query, parameters)[0][0])
         except psycopg.errors.QueryCanceled:
-            plan = self._fetch(b"EXPLAIN (FORMAT JSON) " + query.replace(b"count(*)", b"1", 1), parameters)[0][0]
+            plan = self._fetch("EXPLAIN (FORMAT JSON) " + query.replace("count(*)", "1", 1), parameters)[0][0]
             return int((json.loads(plan) if isinstance(plan, str | bytes) else plan)[0]["Plan"]["Plan Rows"])
         except psycopg.Error:  # lost connections and their like: repeated and reported in one place
             return int(self._fetch(query, parameters)[0][0])

@@ -22,9 +22,8 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import SchemaError
 from ..records import Reject
-from ..target import Target
+from ..target import LiveRows, Target
 from .index_policy import IndexOutcome
 
 if TYPE_CHECKING:
@@ -92,10 +91,6 @@ class FlushResult(NamedTuple):
     def from_json(cls, text: str) -> FlushResult:
         rows, size, deleted, lost, rejected = json.loads(text)
         return cls(rows, size, deleted, tuple(map(tuple, lost)), tuple(map(tuple, rejected)))
-
-
-class HiddenRowsError(SchemaError):
-    """Records may be there that this session does not see; the message says why."""
 
 
 class EntityStatus(NamedTuple):
@@ -222,8 +217,11 @@ class Store(ABC):
         """Build whatever KameleonDB's table should have and has not, and refresh planner statistics."""
 
     @abstractmethod
-    def prune(self, entity: str) -> int:
-        """Remove rows of an entity whose record is gone or soft-deleted in KameleonDB's tables; returns how many.
+    def prune(self, entity: str, live_rows: LiveRows) -> int:
+        """Remove rows of an entity that have no live record; returns how many.
+
+        Args:
+            live_rows: Says which rows do; asked again in every transaction that removes some.
 
         Raises:
             HiddenRowsError: A record that is not seen may be there all the same; nothing was removed.

@@ -10,9 +10,9 @@ from ..database import DatabaseAddress
 from ..errors import SchemaError
 from ..origins import Origin
 from ..reading import read
-from ..target import RUNS, TABLE, find_target
+from ..target import RUNS, TABLE, columns_of, find_target
 from . import open_store
-from .reading import columns_of, no_index, rows_of
+from .reading import no_index, rows_of
 
 RECENT_RUNS = 50
 """Runs of which :func:`recent_fingerprints` reads the fingerprint."""

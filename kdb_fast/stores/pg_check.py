@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import SchemaError
+from ..hidden_rows import check_unfiltered
 from ..records import storable_key
-from ..target import REJECTS, RUNS, STATE, TABLE, Target, identifier
+from ..target import REJECTS, RUNS, STATE, TABLE, Target, identifier, rows_on
 from . import schema, seal
 from .pg_session import PgSession
 
@@ -233,14 +233,8 @@ def check_open(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:
     A run looks up what is stored, and who holds the index. A row that it does not see it would embed again and then
     collide with; a run that it does not see it would run beside.
     """
-    for table, (_, filtered, role) in kinds(cursor, target, (TABLE, RUNS, REJECTS, STATE)).items():
-        if filtered:
-            raise SchemaError(
-                f"Row level security on {target.shown(table)} lets the role {role} see only a part of it; a run must "
-                "see every row.",
-                remedy=f"Run as a role that sees all of it: the owner (without FORCE ROW LEVEL SECURITY), or one with "
-                f"BYPASSRLS (ALTER ROLE {role} BYPASSRLS;).",
-            )
+    tables = (TABLE, RUNS, REJECTS, STATE)
+    check_unfiltered(rows_on(cursor, target.dialect), target, tables, "a run must see every row")
     rules = [
         row[0]
         for row in cursor.execute(
@@ -255,18 +249,6 @@ def check_open(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:
             "allows no INSERT … ON CONFLICT there, and COPY does not heed them.",
             remedy=f"Make them triggers, or drop them: DROP RULE … ON {target.shown(TABLE)};",
         )
-
-
-def kinds(
-    cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, tables: Sequence[str]
-) -> dict[str, tuple[str, bool, str]]:
-    """By table, where it exists: its ``relkind``, whether row level security filters it for this role, and the role."""
-    rows = cursor.execute(
-        "SELECT t, c.relkind::text, row_security_active(c.oid), current_user::text "
-        "FROM unnest(%s::text[], %s::text[]) x(t, q) JOIN pg_class c ON c.oid = to_regclass(q)",
-        (list(tables), [target.regclass(table) for table in tables]),
-    )
-    return {row[0]: (row[1], row[2], row[3]) for row in rows}
 
 
 def vector_version(cursor: psycopg.Cursor[tuple[Any, ...]]) -> tuple[int, ...]:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SchemaError
 from ..faults import fault
-from ..target import ENTITIES, RECORDS, REJECTS, RUNS, STATE, TABLE, Target, identifier, other_indexes
+from ..hidden_rows import check_whole
+from ..target import REJECTS, RUNS, STATE, TABLE, LiveRows, Params, Target, identifier, other_indexes, rows_on
 from . import schema, seal
-from .base import HiddenRowsError
-from .pg_check import check_kind, check_rights, check_table, column_names, exists, kinds, vector_version
+from .pg_check import check_kind, check_rights, check_table, column_names, exists, vector_version
 from .pg_index_catalog import free_name
 from .pg_seal import find_causes
 from .pg_session import PgSession
@@ -164,7 +164,7 @@ def _owns_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> bool
     return bool(row and row[0])
 
 
-def prune(session: PgSession, entity: str) -> int:
+def prune(session: PgSession, entity: str, live_rows: LiveRows) -> int:
     """See :meth:`kdb_fast.stores.base.Store.prune`."""
     total = 0
     while True:
@@ -173,53 +173,24 @@ def prune(session: PgSession, entity: str) -> int:
             # One snapshot: an entity that moves to a table of its own meanwhile must not look empty. And what a policy
             # hides must not look deleted: in this transaction hiding is an error.
             cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SET LOCAL row_security = off")
-            statement, parameters = _prune_statement(cursor, session.target, entity)
-            deleted = cursor.execute(statement, parameters).rowcount if statement is not None else 0
+            deleted = _prune_once(cursor, session.target, entity, live_rows)
         total += deleted
         if deleted < PRUNE_BATCH:
             return total
 
 
-def _check_whole(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, *tables: str) -> None:
-    """Raises HiddenRowsError where one of the tables may not show this role all its rows."""
-    for table, (kind, filtered, role) in kinds(cursor, target, tables).items():
-        if kind not in ("r", "p"):
-            what = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}.get(kind, "no table")
-            raise HiddenRowsError(f"{target.shown(table)} is {what}, which may leave records out")
-        if filtered:
-            raise HiddenRowsError(
-                f"row level security lets the role {role} see only a part of {target.shown(table)}; "
-                "run as a role that sees all of it (BYPASSRLS, or the table's owner)"
-            )
-
-
-def _prune_statement(
-    cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, entity: str
-) -> tuple[bytes | None, dict[str, Any]]:
-    _check_whole(cursor, target, TABLE, ENTITIES, RECORDS)
-    row = cursor.execute(
-        target.statement("SELECT id, storage_mode, dedicated_table_name FROM {kdb_entity_definitions} WHERE name = %s"),
-        (entity,),
-    ).fetchone()
-    if row is None:
-        return None, {}
-    entity_id, mode, dedicated = row
-    live = (
-        f"EXISTS (SELECT FROM {target.table(RECORDS)} r WHERE r.id = t.record_id AND r.entity_id = %(entity_id)s "
-        "AND NOT r.is_deleted)"
-    )
-    if mode == "dedicated" and dedicated:
-        # KameleonDB 0.2 goes on inserting into the shared table after an entity was materialised.
-        _check_whole(cursor, target, dedicated)
-        table = target.table(dedicated)
-        live = (
-            f"(EXISTS (SELECT FROM {table} r WHERE r.id = t.record_id AND NOT r.is_deleted) OR ({live} "  # noqa: S608
-            f"AND NOT EXISTS (SELECT FROM {table} r WHERE r.id = t.record_id)))"
-        )
+def _prune_once(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, entity: str, live_rows: LiveRows) -> int:
+    rows, params = rows_on(cursor, target.dialect), Params(target.dialect)
+    check_whole(rows, target, (TABLE,))
+    live = live_rows(rows, target, entity, params)
+    if live is None:
+        return 0
     statement = target.statement(
         # By their keys: in another partition another row has the same ctid.
-        "DELETE FROM {kdb_search} WHERE entity_name = %(entity)s AND record_id = ANY (ARRAY(SELECT t.record_id "
-        "FROM {kdb_search} t WHERE t.entity_name = %(entity)s AND NOT {live} LIMIT %(batch)s))",
+        "DELETE FROM {kdb_search} WHERE entity_name = {entity} AND record_id = ANY (ARRAY(SELECT s.record_id "
+        "FROM {kdb_search} s WHERE s.entity_name = {entity} AND NOT {live} LIMIT {batch}))",
+        entity=params(entity),
         live=live,
+        batch=params(PRUNE_BATCH),
     )
-    return statement, {"entity": entity, "entity_id": entity_id, "batch": PRUNE_BATCH}
+    return cursor.execute(statement, params.values).rowcount

@@ -22,7 +22,7 @@ from ..pg_errors import explain, kind_of, refusal
 from ..pg_settings import ENCODING
 from ..records import Reject
 from ..retrying import ErrorKind
-from ..target import REJECTS, RUNS, STATE, TABLE, Target
+from ..target import REJECTS, RUNS, STATE, TABLE, LiveRows, Target
 from . import pg_check, pg_index, pg_prepare, pg_rejects, pg_runs, pg_seal, seal
 from .base import FlushResult, FlushSlot, RunSpec, Store, Stored
 from .index_policy import IndexOutcome
@@ -297,8 +297,10 @@ class PostgreSQLStore(Store):
                 )
             delete_keys(cursor, self.target, self.session.holdable(deletes))
 
-    def prune(self, entity: str) -> int:
-        return self.session.retrying("removing deleted records", lambda: pg_prepare.prune(self.session, entity))
+    def prune(self, entity: str, live_rows: LiveRows) -> int:
+        return self.session.retrying(
+            "removing deleted records", lambda: pg_prepare.prune(self.session, entity, live_rows)
+        )
 
     # -- rejects, and the end --------------------------------------------------------------------------
 

@@ -1,74 +1,16 @@
-"""Reading statements for both dialects, and the entities as KameleonDB defines them.
-
-Search and status need little of KameleonDB's tables: which records live, and what their fields are. A statement
-is written once, with named parameters; values are never part of its text.
-"""
+"""Reading the index: what the errors of both drivers mean for who reads it."""
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from .. import pg_errors, sqlite_errors
 from ..errors import DatabaseError, SchemaError
 from ..retrying import ErrorKind
-from ..target import ENTITIES, FIELDS, KAMELEON_TABLES, RECORDS, Rows, Target, other_indexes
-
-
-class Field(NamedTuple):
-    """A field: its logical name, the key or column it is stored under, and KameleonDB's type name."""
-
-    name: str
-    column: str
-    type: str
-
-
-class Place(NamedTuple):
-    """A table that holds records: a dedicated one with the columns it has, or (columns None) ``kdb_records``."""
-
-    table: str
-    columns: frozenset[str] | None
-
-
-SHARED = Place(RECORDS, None)
-
-
-class Definition(NamedTuple):
-    """An entity of KameleonDB.
-
-    Attributes:
-        entity: Name of the entity.
-        id: Its key in ``kdb_entity_definitions``.
-        live: False when the entity was dropped: none of its records exists any more.
-        fields: Active fields in the order of their definition.
-        places: Where its records are. Materialising moves them to a dedicated table, but KameleonDB 0.2 goes on
-            inserting into the shared one; a record that is in both is as the first place has it.
-    """
-
-    entity: str
-    id: str
-    live: bool
-    fields: tuple[Field, ...]
-    places: tuple[Place, ...]
-
-
-class Params:
-    """Named parameters of one statement. Calling it with a value returns the placeholder to write."""
-
-    def __init__(self, dialect: str) -> None:
-        self.dialect = dialect
-        self.values: dict[str, Any] = {}
-
-    def __call__(self, value: Any) -> str:
-        name = f"p{len(self.values)}"
-        self.values[name] = value
-        return f"%({name})s" if self.dialect == "postgresql" else f":{name}"
-
-    def list(self, values: Iterable[Any]) -> str:
-        """Placeholders of several values, for ``IN (…)``."""
-        return ", ".join(self(value) for value in values)
+from ..target import Rows, Target, other_indexes
 
 
 def rows_of(connection: Any, dialect: str) -> Rows:
@@ -155,62 +97,3 @@ def no_index(rows: Rows, target: Target) -> SchemaError:
     if others:
         where += f", the one of its records; {others} is another schema's"
     return SchemaError(f"There is no search index in {where}.", remedy="Build it: kdb-fast reindex --db …")
-
-
-def columns_of(rows: Rows, target: Target, tables: Iterable[str]) -> dict[str, frozenset[str]]:
-    """Columns of each of these tables; tables that do not exist are left out."""
-    if target.dialect == "sqlite":
-        found = {t: [r[0] for r in rows("SELECT name FROM pragma_table_info(:t)", {"t": t})] for t in tables}
-        return {table: frozenset(columns) for table, columns in found.items() if columns}
-    names = list(tables)
-    pairs = rows(
-        # By the name that was asked for: the server's own is cut at 63 bytes.
-        "SELECT t, array_agg(a.attname) FROM unnest(%(t)s::text[], %(q)s::text[]) x(t, q) "
-        "JOIN pg_attribute a ON a.attrelid = to_regclass(q) "
-        "WHERE a.attnum > 0 AND NOT a.attisdropped GROUP BY t",
-        {"t": names, "q": [target.regclass(name) for name in names]},
-    )
-    return {table: frozenset(columns) for table, columns in pairs}
-
-
-def load_definitions(rows: Rows, target: Target) -> list[Definition]:
-    """All entities that KameleonDB has defined here, dropped ones too; [] in a database without its tables."""
-    if len(columns_of(rows, target, KAMELEON_TABLES)) < len(KAMELEON_TABLES):
-        return []
-    entities: dict[str, tuple[str, bool, str | None]] = {}
-    fields: dict[str, list[Field]] = {}
-    for entity_id, name, active, mode, table, field, column, kind in rows(
-        "SELECT e.id, e.name, e.is_active, e.storage_mode, e.dedicated_table_name, f.name, f.column_name, f.field_type "  # noqa: S608
-        f"FROM {target.table(ENTITIES)} e LEFT JOIN {target.table(FIELDS)} f ON f.entity_id = e.id AND f.is_active "
-        "ORDER BY e.name, f.created_at, f.id",
-        {},
-    ):
-        entities[entity_id] = (name, bool(active), table if mode == "dedicated" else None)
-        if field is not None:
-            fields.setdefault(entity_id, []).append(Field(field, column, kind))
-    tables = {table for _, active, table in entities.values() if active and table}
-    columns = columns_of(rows, target, sorted(tables)) if tables else {}
-    return [
-        Definition(
-            name,
-            entity_id,
-            active,
-            tuple(fields.get(entity_id, ())),
-            (Place(table, columns[table]), SHARED) if table in columns else (SHARED,),
-        )
-        for entity_id, (name, active, table) in entities.items()
-    ]
-
-
-def json_member(column: str, params: Params) -> tuple[str, str]:
-    """SQLite's expressions for the JSON type and the value of a top-level key of ``r.data``.
-
-    A path can hold no quote, and before SQLite 3.45 it never finds a key that ``json.dumps`` wrote with an
-    escape (any letter beyond ASCII); such keys are looked up among all keys.
-    """
-    if column and column.isascii() and column.isprintable() and not set(column) & set('"\\'):
-        path = params(f'$."{column}"')
-        return f"json_type(r.data, {path})", f"json_extract(r.data, {path})"
-    key = params(column)
-    member = "(SELECT j.{} FROM json_each(r.data) j WHERE j.key = {})"
-    return member.format("type", key), member.format("value", key)

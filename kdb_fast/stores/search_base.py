@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from ..catalog.definitions import Entity, Field, Place, load_entities
+from ..catalog.records import LIVES, counted, owned
 from ..origins import BY_NAME, NAME_CHARS, Maker, Origin, base_of, same_name
-from ..target import TABLE, Dialect, Rows, Target, find_target
-from .reading import Definition, Field, Params, Place, columns_of, load_definitions, no_index, rows_of
+from ..target import TABLE, Dialect, Params, Rows, Target, columns_of, find_target
+from .reading import no_index, rows_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,7 +148,7 @@ class Scope(NamedTuple):
         maker: The model that has embedded the query: its rows only are ranked by vector. None: all rows.
     """
 
-    definitions: tuple[Definition, ...]
+    definitions: tuple[Entity, ...]
     names: tuple[str, ...] | None
     hidden: tuple[str, ...]
     where: tuple[tuple[str, Any], ...]
@@ -218,9 +220,9 @@ class SearchReader(ABC):
         """The search table, for a statement."""
         return self.target.table(TABLE)
 
-    def definitions(self) -> list[Definition]:
+    def definitions(self) -> list[Entity]:
         """The entities of KameleonDB in this database."""
-        return load_definitions(self._rows, self.target)
+        return load_entities(self._rows, self.target)
 
     def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
         """The characters in ``texts`` that this database cannot hold; no row and no field has one."""
@@ -341,11 +343,10 @@ class SearchReader(ABC):
         for definition in scope.definitions:
             found = [
                 f"(SELECT coalesce({self._matching(definition, place, scope, params)}, false) "  # noqa: S608
-                f"FROM {self.target.table(place.table)} r "
-                f"WHERE r.id = s.record_id{self._owned(definition, place, params)})"
+                f"FROM {self.target.table(place.table)} r WHERE r.id = s.record_id{owned(place, params)})"
                 for place in definition.places
             ]
-            branches.append(f"WHEN {params(definition.entity)} THEN coalesce({', '.join(found)}, false)")
+            branches.append(f"WHEN {params(definition.name)} THEN coalesce({', '.join(found)}, false)")
         return f"CASE s.entity_name {' '.join(branches)} ELSE true END" if branches else "true"
 
     def _all_living(self, scope: Scope, params: Params, columns: str) -> list[str]:
@@ -356,19 +357,15 @@ class SearchReader(ABC):
         queries = []
         fit = f"s.embedding IS NOT NULL AND {self._fit(scope, params)}"
         for definition in scope.definitions:
-            for number, place in enumerate(definition.places):
-                absent = "".join(
-                    f" AND NOT EXISTS (SELECT 1 FROM {self.target.table(first.table)} f WHERE f.id = r.id)"  # noqa: S608
-                    for first in definition.places[:number]
-                )
+            for place in definition.places:
                 queries.append(
                     f"SELECT {columns} FROM {self.target.table(place.table)} r "  # noqa: S608
                     f"{self.join} {self._index} s "
-                    f"ON s.record_id = r.id AND s.entity_name = {params(definition.entity)} "
+                    f"ON s.record_id = r.id AND s.entity_name = {params(definition.name)} "
                     f"WHERE {fit} AND {self._matching(definition, place, scope, params)}"
-                    f"{self._owned(definition, place, params)}{absent}"
+                    f"{owned(place, params)}{counted(place, self.target)}"
                 )
-        defined = [d.entity for d in scope.definitions]
+        defined = [d.name for d in scope.definitions]
         other = ""
         if scope.names is None:
             defined += scope.hidden
@@ -379,15 +376,11 @@ class SearchReader(ABC):
             queries.append(f"SELECT {columns} FROM {self._index} s WHERE {fit} AND {other}")  # noqa: S608
         return queries
 
-    def _matching(self, definition: Definition, place: Place, scope: Scope, params: Params) -> str:
+    def _matching(self, definition: Entity, place: Place, scope: Scope, params: Params) -> str:
         """The condition that a record ``r`` lives and meets ``where``; it may be NULL."""
         fields = {field.name: field for field in definition.fields}
         met = [f"({self._equals(place, fields[name], value, params)})" for name, value in scope.where]
-        return " AND ".join(["NOT r.is_deleted", *met])
-
-    def _owned(self, definition: Definition, place: Place, params: Params) -> str:
-        """A condition to add: that a record ``r`` is of this entity."""
-        return f" AND r.entity_id = {params(definition.id)}" if place.columns is None else ""
+        return " AND ".join([LIVES, *met])
 
 
 def in_order(hits: Iterable[Hit]) -> list[Hit]:

@@ -14,10 +14,12 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import pg_settings
+from ..catalog.definitions import Field, Place
+from ..catalog.records import owned
 from ..errors import UsageError
 from ..pg_characters import Characters
-from ..target import Dialect, identifier
-from .reading import Field, Params, Place, postgresql_errors
+from ..target import Dialect, Params, identifier
+from .reading import postgresql_errors
 from .search_base import Hit, Key, Query, Scope, SearchReader, Term, in_order
 
 if TYPE_CHECKING:
@@ -103,7 +105,7 @@ class PostgresqlReader(SearchReader):
         return {(entity, record_id): content for entity, record_id, content in found}
 
     def data(self, keys: Sequence[Key], scope: Scope) -> dict[Key, dict[str, Any]]:
-        definitions = {d.entity: d for d in scope.definitions}
+        definitions = {d.name: d for d in scope.definitions}
         result: dict[Key, dict[str, Any]] = {key: {} for key in keys if key[0] not in definitions}
         for entity in {entity for entity, _ in keys} & definitions.keys():
             definition = definitions[entity]
@@ -117,7 +119,7 @@ class PostgresqlReader(SearchReader):
                 statement = (
                     f"SELECT r.id, {data}, {self._matching(definition, place, scope, params)} "  # noqa: S608
                     f"FROM {self.target.table(place.table)} r "
-                    f"WHERE r.id = ANY({params(list(wanted))}::text[]){self._owned(definition, place, params)}"
+                    f"WHERE r.id = ANY({params(list(wanted))}::text[]){owned(place, params)}"
                 )
                 for record_id, values, matches in self._rows(statement, params.values):
                     wanted.discard(record_id)

@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ..target import TABLE, Dialect, identifier
-from .reading import Field, Params, Place, json_member
+from ..catalog.definitions import Field, Place
+from ..catalog.records import json_member, owned
+from ..target import TABLE, Dialect, Params, identifier
 from .search_base import Hit, Key, Query, Scope, SearchReader, Term, in_order
 from .sqlite_vectors import ExactVectorSearch
 
@@ -246,7 +247,7 @@ class SqliteReader(SearchReader):
         return {(entity, record_id): content for entity, record_id, content in found}
 
     def data(self, keys: Sequence[Key], scope: Scope) -> dict[Key, dict[str, Any]]:
-        definitions = {d.entity: d for d in scope.definitions}
+        definitions = {d.name: d for d in scope.definitions}
         result: dict[Key, dict[str, Any]] = {key: {} for key in keys if key[0] not in definitions}
         for entity in {entity for entity, _ in keys} & definitions.keys():
             definition = definitions[entity]
@@ -254,7 +255,7 @@ class SqliteReader(SearchReader):
             for place in definition.places:
                 if not wanted:
                     break
-                fields = [f for f in definition.fields if place.columns is None or f.column in place.columns]
+                fields = place.stored(definition.fields)
                 columns = (
                     ["r.data"] if place.columns is None else [f"r.{identifier(f.column, 'sqlite')}" for f in fields]
                 )
@@ -263,7 +264,7 @@ class SqliteReader(SearchReader):
                     f"SELECT {', '.join(['r.id', self._matching(definition, place, scope, params), *columns])} "  # noqa: S608
                     f"FROM json_each({params(json.dumps(list(wanted)))}) k "
                     f"CROSS JOIN {self.target.table(place.table)} r ON r.id = k.value "
-                    f"WHERE true{self._owned(definition, place, params)}"
+                    f"WHERE true{owned(place, params)}"
                 )
                 for record_id, matches, *values in self._rows(statement, params.values):
                     wanted.discard(record_id)

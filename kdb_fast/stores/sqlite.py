@@ -17,6 +17,7 @@ from ..errors import RecordError
 from ..faults import fault
 from ..records import Reject
 from ..sqlite_errors import translated
+from ..target import LiveRows
 from . import seal, sqlite_prepare, sqlite_prune, sqlite_rejects, sqlite_runs
 from .base import FlushResult, FlushSlot, RunSpec, Store, Stored
 from .index_policy import IndexAction, IndexOutcome
@@ -233,9 +234,9 @@ class SQLiteStore(Store):
             for entity, record_ids in by_entity.items()
         )
 
-    def prune(self, entity: str) -> int:
+    def prune(self, entity: str, live_rows: LiveRows) -> int:
         with translated("removing deleted records"):
-            return sqlite_prune.prune(self._connection, self._full_text, entity)
+            return sqlite_prune.prune(self._connection, self._full_text, entity, live_rows)
 
     # -- rejects, and the end --------------------------------------------------------------------------
 

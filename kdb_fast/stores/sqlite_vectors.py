@@ -34,8 +34,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DatabaseError, UsageError
-from ..target import TABLE, Target
-from .reading import columns_of, rows_of, sqlite_cursor
+from ..target import TABLE, Target, columns_of
+from .reading import rows_of, sqlite_cursor
 from .search_base import Scope
 
 VECTORS = "kdb_fast_vectors"

@@ -10,18 +10,12 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from ..records import UNSEEN
-from ..target import REJECTS, RUNS, TABLE, Dialect, Rows, Target, find_target, identifier
+from ..catalog.definitions import Entity, load_entities
+from ..catalog.records import EARLIEST, LATEST, LIVES, counted, has_text, owned
+from ..target import REJECTS, RUNS, TABLE, Params, Rows, Target, columns_of, find_target
 from . import seal
 from .base import EntityStatus
-from .reading import Definition, Params, Place, columns_of, json_member, load_definitions, rows_of
-
-TEXT_TYPES = frozenset({"string", "text"})
-"""Field types that KameleonDB puts into the text of a record."""
-
-
-EARLIEST, LATEST = "'1900-01-01'", "'9000-01-01'"
-"""Between these a time of PostgreSQL's is one that Python knows, in every time zone: no infinity, no year 10000."""
+from .reading import rows_of
 
 
 def statuses(connection: Any, dialect: str, fingerprint: str | None, *, vectors: bool = True) -> list[EntityStatus]:
@@ -56,13 +50,12 @@ def statuses(connection: Any, dialect: str, fingerprint: str | None, *, vectors:
     rejected: dict[str, int] = {}
     if REJECTS in present:
         rejected = dict(rows(f"SELECT entity_name, count(*) FROM {target.table(REJECTS)} GROUP BY entity_name", {}))  # noqa: S608
-    definitions = {d.entity: d for d in load_definitions(rows, target) if d.live}
+    defined = {entity.name: entity for entity in load_entities(rows, target) if entity.active}
     result = []
-    for entity in sorted(definitions.keys() | index.keys()):
-        indexed, stale, last_updated = index.get(entity, (0, 0, None))
-        definition = definitions.get(entity)
-        pending = _pending(rows, target, present, definition, vectors) if definition else None
-        result.append(EntityStatus(entity, indexed, pending, stale, rejected.get(entity, 0), last_updated))
+    for name in sorted(defined.keys() | index.keys()):
+        indexed, stale, last_updated = index.get(name, (0, 0, None))
+        pending = _pending(rows, target, present, defined[name], vectors) if name in defined else None
+        result.append(EntityStatus(name, indexed, pending, stale, rejected.get(name, 0), last_updated))
     return result
 
 
@@ -113,33 +106,24 @@ def _aware(moment: object) -> datetime | None:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def _pending(
-    rows: Rows, target: Target, present: Mapping[str, frozenset[str]], definition: Definition, vectors: bool
-) -> int:
-    dialect = target.dialect
+def _pending(rows: Rows, target: Target, present: Mapping[str, frozenset[str]], entity: Entity, vectors: bool) -> int:
     total = 0
-    for number, place in enumerate(definition.places):
-        params = Params(dialect)
-        has_text = _has_text(definition, place, dialect, params)
-        if not has_text:
+    for place in entity.places:
+        params = Params(target.dialect)
+        text = has_text(entity, place, params)
+        if not text:
             continue
-        conditions = ["NOT r.is_deleted", f"({has_text})"]
-        if place.columns is None:
-            conditions.append(f"r.entity_id = {params(definition.id)}")
-        conditions += [
-            f"NOT EXISTS (SELECT 1 FROM {target.table(first.table)} f WHERE f.id = r.id)"  # noqa: S608
-            for first in definition.places[:number]
-        ]
+        conditions = [f"{LIVES} AND ({text}){owned(place, params)}{counted(place, target)}"]
         join = ""
         if TABLE in present:
-            key = f"s.entity_name = {params(definition.entity)} AND s.record_id = r.id"
+            key = f"s.entity_name = {params(entity.name)} AND s.record_id = r.id"
             join = f"LEFT JOIN {target.table(TABLE)} s ON {key}"
             missing = "s.embedding" if vectors else "s.id"
             conditions.append(f"({missing} IS NULL OR {_newer(present[TABLE], target)})")
         if REJECTS in present and vectors:
             conditions.append(
                 f"NOT EXISTS (SELECT 1 FROM {target.table(REJECTS)} x "  # noqa: S608
-                f"WHERE x.entity_name = {params(definition.entity)} AND x.record_id = r.id)"
+                f"WHERE x.entity_name = {params(entity.name)} AND x.record_id = r.id)"
             )
         statement = f"SELECT count(*) FROM {target.table(place.table)} r {join} WHERE {' AND '.join(conditions)}"  # noqa: S608
         total += int(rows(statement, params.values)[0][0])
@@ -163,22 +147,3 @@ def _newer(columns: frozenset[str], target: Target) -> str:
         return f"(r.updated_at > {seen} AND r.updated_at < {LATEST})"
     # Reads every form of timestamp: with a T or a space, with or without fraction and time zone.
     return f"julianday(r.updated_at) > julianday({seen})"
-
-
-def _has_text(definition: Definition, place: Place, dialect: Dialect, params: Params) -> str:
-    """The condition that a record ``r`` has any text to embed; '' when it never can."""
-    texts = []
-    for field in definition.fields:
-        if field.type not in TEXT_TYPES:
-            continue
-        if place.columns is not None:
-            if field.column in place.columns:
-                texts.append(f"CAST(r.{identifier(field.column, dialect)} AS text)")
-        elif dialect == "postgresql":
-            texts.append(f"r.data ->> {params(field.column)}::text")
-        else:
-            texts.append(json_member(field.column, params)[1])
-    if dialect == "postgresql":
-        # A class and not the characters themselves, which the database's encoding may lack.
-        return " OR ".join(f"{text} ~ '[^[:space:]]'" for text in texts)
-    return " OR ".join(f"trim(coalesce({text}, ''), {params(UNSEEN)}) <> ''" for text in texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from search_engines import Hashes
 from servers import Server, connect_as, role_name
 
 from kdb_fast import SearchEngine
+from kdb_fast.catalog.records import live_rows
 from kdb_fast.errors import SchemaError
-from kdb_fast.stores.base import HiddenRowsError
+from kdb_fast.hidden_rows import HiddenRowsError
+from kdb_fast.stores import open_store
 from kdb_fast.stores.postgresql import PostgreSQLStore
 
 pytest.importorskip("kameleondb")
@@ -157,13 +160,28 @@ def test_a_view_as_source_removes_nothing(notes: Kameleon, table: str) -> None:
     assert ("for Note, Other," in answer.out) == (table == "kdb_records")
 
 
+@pytest.mark.parametrize("notes", ["postgresql", "sqlite"], indirect=True)
+def test_an_entity_whose_table_is_gone_keeps_its_rows(notes: Kameleon) -> None:
+    move_to_a_table(notes)
+    notes.execute("ALTER TABLE kdb_note RENAME TO elsewhere")
+    with closing(open_store(notes.address, "test")) as store:
+        with pytest.raises(SchemaError, match="kdb_note', which does not exist"):
+            store.prune("Note", live_rows)
+        notes.execute("UPDATE kdb_entity_definitions SET is_active = false WHERE name = 'Note'")
+        assert store.prune("Note", live_rows) == 0
+        assert store.prune("Other", live_rows) == 0
+        notes.execute("ALTER TABLE kdb_entity_definitions RENAME TO definitions")
+        assert store.prune("Other", live_rows) == 0
+    assert len(index_keys(notes)) == RECORDS + 1
+
+
 def test_a_policy_that_comes_in_between_removes_nothing(notes: Kameleon, postgres: Server) -> None:
     role = limited_role(postgres, notes)
     store = PostgreSQLStore(replace(connect_as(notes.address, user=role), schema="public"), "test")
     try:
         hide(notes, "kdb_records", "false")
         with pytest.raises(HiddenRowsError, match="row level security"):
-            store.prune("Note")
+            store.prune("Note", live_rows)
     finally:
         store.close()
     assert len(index_keys(notes)) == RECORDS + 1

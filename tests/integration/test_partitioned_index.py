@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from servers import Server, connect_as, database_name, execute
 
+from kdb_fast.catalog.records import live_rows
 from kdb_fast.database import DatabaseAddress
 from kdb_fast.errors import SchemaError
 from kdb_fast.stores import pg_index, pg_index_build
@@ -315,8 +316,9 @@ def test_an_index_made_by_another_program_meanwhile_is_not_made_twice(database: 
 def test_pruning_a_partition_leaves_the_rows_of_the_others(database: DatabaseAddress, make: Make) -> None:
     store = make(
         BY_ENTITY + "CREATE TABLE kdb_entity_definitions (id text, name text, storage_mode text, "
-        "dedicated_table_name text); CREATE TABLE kdb_records (id text, entity_id text, is_deleted bool); "
-        "INSERT INTO kdb_entity_definitions VALUES ('1', 'Alpha', 'shared', NULL)"
+        "dedicated_table_name text, is_active bool); "
+        "CREATE TABLE kdb_records (id text, entity_id text, is_deleted bool); "
+        "INSERT INTO kdb_entity_definitions VALUES ('1', 'Alpha', 'shared', NULL, true)"
     )
     execute(
         database,
@@ -326,7 +328,7 @@ def test_pruning_a_partition_leaves_the_rows_of_the_others(database: DatabaseAdd
     )
     # The same physical places in both partitions, and the same keys.
     assert execute(database, "SELECT count(*), count(DISTINCT ctid) FROM kdb_search") == [(6, 3)]
-    assert store.prune("Alpha") == 1
+    assert store.prune("Alpha", live_rows) == 1
     assert execute(database, "SELECT entity_name, record_id FROM kdb_search ORDER BY 1, 2") == [
         ("Alpha", "r1"), ("Alpha", "r3"), ("Beta", "r1"), ("Beta", "r2"), ("Beta", "r3")
     ]  # fmt: skip

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kdb_fast.catalog.records import live_rows
 from kdb_fast.database import parse_address
 from kdb_fast.errors import DatabaseError, LockedError, RecordError, ResourceError, SchemaError
 from kdb_fast.records import Record, Reject, content_hash
@@ -862,10 +863,10 @@ def test_rows_whose_record_is_deleted_are_removed(
     index.write(run, 1, dict.fromkeys(ids, "thing"), entity="Product")
     index.write(run, 2, {"gone": "no such record"}, entity="Product")
     index.write(run, 3, {"kept": "of another entity"})
-    assert index.store.prune("note") == 0
+    assert index.store.prune("note", live_rows) == 0
     remove(db, ids)
-    assert index.store.prune("Product") == 3
-    assert index.store.prune("Product") == 0
+    assert index.store.prune("Product", live_rows) == 3
+    assert index.store.prune("Product", live_rows) == 0
     assert sorted(index.contents()) == sorted([*ids[2:], "kept"])
     index.assert_in_step()
 
@@ -876,12 +877,12 @@ def test_full_text_rows_without_a_row_are_removed(index: Index, products: tuple[
     index.connection.execute("DELETE FROM kdb_search WHERE record_id = ?", (ids[4],))
     index.connection.execute("DELETE FROM kdb_fast_vectors WHERE search_rowid = 5")
     assert len(index.matches("thing")) == 8
-    assert index.store.prune("Product") == 0
+    assert index.store.prune("Product", live_rows) == 0
     assert len(index.matches("thing")) == 7
     index.assert_in_step()
 
 
 def test_without_kameleondbs_tables_nothing_is_removed(index: Index) -> None:
     index.write(index.begin(), 1, numbered(3))
-    assert index.store.prune("note") == 0
+    assert index.store.prune("note", live_rows) == 0
     assert index.store.count() == 3

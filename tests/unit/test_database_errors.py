@@ -107,7 +107,7 @@ def in_the_source(work: Failing) -> object:
     cursor = SimpleNamespace(execute=lambda *given: SimpleNamespace(fetchall=work))
     connection = SimpleNamespace(cursor=lambda binary: contextlib.nullcontext(cursor), close=lambda: None)
     source._connect = lambda: setattr(source, "_connection", connection)  # type: ignore[method-assign]
-    return source._fetch(b"SELECT 1", ())
+    return source._fetch("SELECT 1", {})
 
 
 def in_the_inserter(work: Failing) -> object:
@@ -343,7 +343,7 @@ def test_each_result_code_of_sqlite(code: int, kind: ErrorKind, exit_code: int) 
         inserter._insert_all = fail  # type: ignore[method-assign, assignment]
         execute = lambda query, *given: fail() if query == "SELECT 1" else connection.execute(query, *given)  # noqa: E731
         source._connection = SimpleNamespace(execute=execute)
-        sides: list[Callable[[], object]] = [store, lambda: inserter.insert([]), lambda: source._fetch("SELECT 1", ())]
+        sides: list[Callable[[], object]] = [store, lambda: inserter.insert([]), lambda: source._fetch("SELECT 1", {})]
         for side in sides:
             with pytest.raises(KdbFastError) as raised:
                 side()

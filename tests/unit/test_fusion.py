@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdb_fast.catalog.definitions import Entity, Field, Place, Storage
 from kdb_fast.errors import DatabaseError, UsageError
 from kdb_fast.retrieval import MIN_DEPTH, checked_vector, fuse, parse_query, resolve_scope, search
-from kdb_fast.stores.reading import SHARED, Definition, Field, Params, Place
 from kdb_fast.stores.search_base import Hit, Key, Query, Scope, SearchReader, Term, in_order
+from kdb_fast.target import Params
 
 VECTOR = np.array([1, 0], np.float32)
 
@@ -25,8 +26,8 @@ def ranking(*ids: str) -> list[Hit]:
     return [Hit("E", record_id, 1 - place / 100) for place, record_id in enumerate(ids)]
 
 
-def definition(entity: str, *fields: str, live: bool = True) -> Definition:
-    return Definition(entity, f"id of {entity}", live, tuple(Field(f, f, "string") for f in fields), (SHARED,))
+def definition(entity: str, *fields: str, live: bool = True) -> Entity:
+    return Entity(Storage(f"id of {entity}", entity, live), tuple(Field(f, f, "string") for f in fields))
 
 
 class MemoryReader(SearchReader):
@@ -38,7 +39,7 @@ class MemoryReader(SearchReader):
         self.by_vector, self.by_keyword, self.gone = by_vector, by_keyword, gone
         self.depths: list[int] = []
 
-    def definitions(self) -> list[Definition]:
+    def definitions(self) -> list[Entity]:
         return [definition("E", "name")]
 
     def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
@@ -267,14 +268,14 @@ class TestScope:
     def test_without_entities_all_but_the_dropped_are_searched(self) -> None:
         scope = resolve_scope(self.DEFINITIONS, (), None)
         assert scope.names is None
-        assert [d.entity for d in scope.definitions] == ["A", "B"]
+        assert [d.name for d in scope.definitions] == ["A", "B"]
         assert scope.admits("from a file")
         assert not scope.admits("Old")
 
     def test_named_entities_are_searched_each_once_and_dropped_ones_not(self) -> None:
         scope = resolve_scope(self.DEFINITIONS, ("File", "A", "A", "Old"), None)
         assert scope.names == ("File", "A")
-        assert [d.entity for d in scope.definitions] == ["A"]
+        assert [d.name for d in scope.definitions] == ["A"]
 
     def test_where_leaves_out_entities_without_the_field(self) -> None:
         scope = resolve_scope(self.DEFINITIONS, (), {"color": "red", "name": None})

@@ -4,6 +4,7 @@ quick and the pure modules pure."""
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -131,6 +132,20 @@ def test_sources_know_nothing_of_the_index(name: str) -> None:
 @pytest.mark.parametrize("name", below("stores"))
 def test_stores_know_nothing_of_sources_and_models(name: str) -> None:
     assert not [i for i in own_imports(name) if i.startswith("sources") or i in {"encoder", "models"}]
+
+
+@pytest.mark.parametrize("name", below("catalog"))
+def test_the_catalogue_of_kameleondb_knows_nothing_of_those_who_ask_it(name: str) -> None:
+    assert own_imports(name) <= {"errors", "hidden_rows", "records", "target", *below("catalog")}
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - set(below("catalog"))))
+def test_only_the_catalogue_spells_what_kameleondbs_tables_are_like(name: str) -> None:
+    """Docstrings may name them; ``kdb_records`` is also where :mod:`kdb_fast.target` finds the schema."""
+    constants = {n.value for n in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(n, ast.Constant)}
+    statements = [text for text in constants if isinstance(text, str) and "``" not in text]
+    words = "kdb_entity_definitions|kdb_field_definitions|is_deleted|storage_mode|dedicated_table_name"
+    assert not [text for text in statements if re.search(words if name == "target" else f"{words}|kdb_records", text)]
 
 
 def test_worker_and_writer_never_import_each_other_or_the_parent() -> None:
