@@ -12,7 +12,8 @@ demo:           ## Set everything up and run the main job on real records
 test:           ## Set everything up and run all checks and tests
 	@tools/setup dev
 	@tools/check
-	@.venv/bin/pytest
+	@.venv/bin/coverage run -m pytest --durations=25 --durations-min=1
+	@.venv/bin/coverage report
 	@.venv/bin/python tools/elsewhere.py
 
 setup:          ## Only set up .venv for development
@@ -51,4 +52,4 @@ format:         ## Format the code
 	@.venv/bin/ruff check --fix .
 
 clean:          ## Remove what was set up here
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage

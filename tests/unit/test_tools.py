@@ -1,7 +1,9 @@
-"""Scripts for who works on the code."""
+"""Scripts and documents for who works on the code."""
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -34,3 +36,23 @@ def test_the_checks_say_what_is_missing(tmp_path: Path) -> None:
     done = subprocess.run([tmp_path / "tools" / "check"], capture_output=True, text=True, cwd="/", check=False)
     assert done.returncode == 1
     assert "make setup" in done.stderr
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "tests/README.md"])
+def test_what_documents_name_is_there(document: str) -> None:
+    text = (ROOT / document).read_text()
+    folder = (ROOT / document).parent
+    named = re.findall(r"\]\(([\w./]+)\)", text) + re.findall(r"\b[\w/]+/[\w/]+\.(?:py|md|toml|json|csv)\b", text)
+    assert len(named) > 3
+    assert [path for path in named if not (folder / path).exists() and not (ROOT / path).exists()] == []
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE)) <= targets
+
+
+def test_every_shared_fixture_is_described() -> None:
+    described = (ROOT / "tests" / "README.md").read_text()
+    functions = [node for node in ast.parse((ROOT / "tests" / "conftest.py").read_text()).body
+                 if isinstance(node, ast.FunctionDef)]  # fmt: skip
+    names = [f.name for f in functions if any("fixture" in ast.unparse(d) for d in f.decorator_list)]
+    assert len(names) > 8
+    assert [name for name in names if f"`{name}`" not in described] == []
