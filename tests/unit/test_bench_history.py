@@ -101,7 +101,7 @@ def test_the_kept_file_is_as_the_benchmarks_write_it(tmp_path: Path) -> None:
         assert re.fullmatch(r"[0-9a-f]{7,}\+?", row["commit"])
         figures = [row[name] for name in row if name not in history.FIXED]
         assert figures
-        assert all(float(figure) > 0 for figure in figures)
+        assert all(float(figure) >= 0 for figure in figures)  # of the gate's, unaccounted records are 0
 
 
 @pytest.mark.parametrize("page", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
