@@ -65,7 +65,7 @@ def mixed(n: int, seed: int) -> list[str]:
 
 def docs(n: int, seed: int) -> list[str]:
     """At most ``n`` records of the demo, in a seeded order. How many there are depends on the interpreter."""
-    command = [sys.executable, "-W", "ignore", "-m", "kdb_fast.demo_docs"]
+    command = [sys.executable, "-W", "ignore", "-m", "kdb_fast.cli.demo_docs"]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=300, check=True)
     fields = ("name", "kind", "module", "summary", "text")
     texts = [content_of(json.loads(line), fields) for line in done.stdout.decode().splitlines()]

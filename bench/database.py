@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdb_fast.database import DatabaseAddress, opened, parse_address
-from kdb_fast.stores import schema
-from kdb_fast.target import Target
+from kdb_fast.db.address import DatabaseAddress, opened, parse_address
+from kdb_fast.tables import schema
+from kdb_fast.tables.target import Target
 
 if TYPE_CHECKING:
     import psycopg

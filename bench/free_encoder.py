@@ -12,11 +12,11 @@ from zlib import crc32
 
 import numpy as np
 
-from kdb_fast.child import enter_child
-from kdb_fast.encoder import Encoder, EncoderSpec, Matrix, Tally
-from kdb_fast.messages import Ready
-from kdb_fast.slab import SlabHandle
-from kdb_fast.worker import serve
+from kdb_fast.embedding.encoder import Encoder, EncoderSpec, Matrix, Tally
+from kdb_fast.engine.worker import serve
+from kdb_fast.ipc.child import enter_child
+from kdb_fast.ipc.messages import Ready
+from kdb_fast.ipc.slab import SlabHandle
 
 from . import vectors
 
@@ -25,7 +25,7 @@ ROWS = 4096
 
 
 class FreeEncoder:
-    """Takes the place of :class:`kdb_fast.encoder.Encoder`; a text's checksum names its row in a table of vectors."""
+    """Takes the place of :class:`~kdb_fast.embedding.encoder.Encoder`; a text's checksum names its row in a table."""
 
     def __init__(self) -> None:
         self._table = vectors.from_hashes(np.arange(ROWS, dtype=np.uint32) * np.uint32(2_654_435_761))
@@ -38,7 +38,7 @@ class FreeEncoder:
 
 
 def run(connection: Connection, slab: SlabHandle, spec: EncoderSpec, cpu: int | None, stderr: Any) -> None:
-    """Entry point of the process, like :func:`kdb_fast.worker.run`."""
+    """Entry point of the process, like :func:`kdb_fast.engine.worker.run`."""
     started = time.monotonic()
     enter_child(stderr)
     if cpu is not None and hasattr(os, "sched_setaffinity"):

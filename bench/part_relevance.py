@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kdb_fast.demo import read_documentation
-from kdb_fast.encoder import Encoder, EncoderSpec
-from kdb_fast.models import resolve
-from kdb_fast.query import open_reader
-from kdb_fast.reading import open_connection
-from kdb_fast.retrieval import meaning, search
+from kdb_fast.cli.demo import read_documentation
+from kdb_fast.db.reading import open_connection
+from kdb_fast.embedding.encoder import Encoder, EncoderSpec
+from kdb_fast.embedding.models.lookup import resolve
+from kdb_fast.search.query import open_reader
+from kdb_fast.search.reader import Hit, Query, Scope, SearchReader
+from kdb_fast.search.retrieval import meaning, search
 from kdb_fast.settings import DEFAULT_MODEL
-from kdb_fast.stores import schema
-from kdb_fast.stores.search_base import Hit, Query, Scope, SearchReader
+from kdb_fast.tables import schema
 
 from . import database
 from .chart import Bar

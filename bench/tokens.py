@@ -38,7 +38,7 @@ def lengths(texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], int]:
     """(tokens of each text, uncut; tokens that the model reads at most)."""
     from tokenizers import Tokenizer
 
-    from kdb_fast.models import resolve
+    from kdb_fast.embedding.models.lookup import resolve
     from kdb_fast.settings import DEFAULT_MODEL
 
     model = resolve(DEFAULT_MODEL)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
-from kdb_fast import supervisor
-from kdb_fast.engine import Event, SlotFilled
-from kdb_fast.messages import Flushed
+from kdb_fast.engine import processes as supervisor
+from kdb_fast.engine.base import Event, SlotFilled
+from kdb_fast.ipc.messages import Flushed
 
 from .measure import Sampler
 
@@ -47,7 +47,7 @@ class Watch:
 def watched(
     *, worker_target: Callable[..., None] | None = None, build_index: bool = True, delay: float = 0.0
 ) -> Iterator[Watch]:
-    """Watch the runs of :func:`kdb_fast.reindex.reindex` within the block.
+    """Watch the runs of :func:`kdb_fast.indexing.reindex.reindex` within the block.
 
     Args:
         worker_target: Entry point of the worker processes instead of kdb-fast's own.
@@ -91,7 +91,7 @@ def watched(
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(supervisor, "ProcessEngine", WatchedEngine))
         if not build_index:
-            from kdb_fast.pipeline import Pipeline
+            from kdb_fast.indexing.pipeline import Pipeline
 
             finish = Pipeline.finish
             stack.enter_context(

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 from . import telemetry
 
 if TYPE_CHECKING:
+    from .embedding.providers.base import EmbeddingProvider, EmbeddingResult
+    from .embedding.providers.fastembed_provider import FastEmbedProvider
+    from .embedding.providers.lookup import get_provider
+    from .embedding.providers.openai_provider import OpenAIProvider
     from .errors import (
         DatabaseError,
         KdbFastError,
@@ -29,12 +33,8 @@ if TYPE_CHECKING:
         StoppedError,
         UsageError,
     )
-    from .fastembed_provider import FastEmbedProvider
-    from .openai_provider import OpenAIProvider
-    from .provider_base import EmbeddingProvider, EmbeddingResult
-    from .providers import get_provider
-    from .retrieval import IndexStatus, SearchResult
-    from .search import SearchEngine
+    from .search.engine import SearchEngine
+    from .search.retrieval import IndexStatus, SearchResult
 
 __version__ = "0.1.0"
 
@@ -69,12 +69,12 @@ __all__ = [
 ]
 
 _FROM = {
-    "search": ("SearchEngine",),
-    "retrieval": ("IndexStatus", "SearchResult"),
-    "fastembed_provider": ("FastEmbedProvider",),
-    "openai_provider": ("OpenAIProvider",),
-    "providers": ("get_provider",),
-    "provider_base": ("EmbeddingProvider", "EmbeddingResult"),
+    "search.engine": ("SearchEngine",),
+    "search.retrieval": ("IndexStatus", "SearchResult"),
+    "embedding.providers.fastembed_provider": ("FastEmbedProvider",),
+    "embedding.providers.openai_provider": ("OpenAIProvider",),
+    "embedding.providers.lookup": ("get_provider",),
+    "embedding.providers.base": ("EmbeddingProvider", "EmbeddingResult"),
 }
 """Module of each name; all others are in ``errors``."""
 

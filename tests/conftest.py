@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kdb_fast.database import DatabaseAddress
+from kdb_fast.db.address import DatabaseAddress
 
 if TYPE_CHECKING:
     from commands import Commands, MakeJob
     from servers import Oracle, Server
 
-    from kdb_fast.encoder import Encoder
-    from kdb_fast.models import Model
+    from kdb_fast.embedding.encoder import Encoder
+    from kdb_fast.embedding.models.lookup import Model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,7 +31,7 @@ def kdb_fast_home() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def minilm(kdb_fast_home: Path) -> Model:
     """all-MiniLM-L6-v2, fetched on first use."""
-    from kdb_fast.models import resolve
+    from kdb_fast.embedding.models.lookup import resolve
     from kdb_fast.settings import DEFAULT_MODEL
 
     return resolve(DEFAULT_MODEL)
@@ -40,7 +40,7 @@ def minilm(kdb_fast_home: Path) -> Model:
 @pytest.fixture(scope="session")
 def encoder(minilm: Model) -> Encoder:
     """all-MiniLM-L6-v2 in this process, loaded once."""
-    from kdb_fast.encoder import Encoder, EncoderSpec
+    from kdb_fast.embedding.encoder import Encoder, EncoderSpec
 
     return Encoder(EncoderSpec(minilm, 100))
 
@@ -48,8 +48,9 @@ def encoder(minilm: Model) -> Encoder:
 @pytest.fixture
 def loaded_once(monkeypatch: pytest.MonkeyPatch, minilm: Model, encoder: Encoder) -> None:
     """Runs in this process share one loaded model; one that is named by its directory is looked up as ever."""
-    from kdb_fast import engine, run_embedding
-    from kdb_fast.models import resolve
+    from kdb_fast.embedding.models.lookup import resolve
+    from kdb_fast.engine import base as engine
+    from kdb_fast.indexing import run_embedding
 
     def found(name: str, path: Path | None, report: Any) -> Model:
         return resolve(name, path, report=report) if path else minilm

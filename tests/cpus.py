@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kdb_fast.precision import CPU_FLAGS
+from kdb_fast.embedding.precision.choice import CPU_FLAGS
 from kdb_fast.resources import WITHOUT_CPU_FLAGS, cpu_flags
 
 TAKEN_AWAY = {
@@ -84,9 +84,9 @@ import json, sys
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from kdb_fast.encoder import Encoder, EncoderSpec
-from kdb_fast.models import resolve
-from kdb_fast.offline import import_fastembed
+from kdb_fast.embedding.encoder import Encoder, EncoderSpec
+from kdb_fast.embedding.models.lookup import resolve
+from kdb_fast.embedding.offline import import_fastembed
 
 name, path, prepared, out, *texts = sys.argv[1:]
 import_fastembed()

@@ -14,7 +14,7 @@ import pytest
 from servers import Server, execute
 
 from kdb_fast.cli import run
-from kdb_fast.database import DatabaseAddress, parse_address
+from kdb_fast.db.address import DatabaseAddress, parse_address
 
 
 class Answer(NamedTuple):

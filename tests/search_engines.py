@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 from openai_server import hashed
 
-from kdb_fast.database import DatabaseAddress
+from kdb_fast.db.address import DatabaseAddress
 
 Vector = npt.NDArray[np.float32]
 

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from kdb_fast.database import DatabaseAddress, connect_sqlite
-from kdb_fast.embedded import EmbeddedServer
+from kdb_fast.db.address import DatabaseAddress, connect_sqlite
+from kdb_fast.db.embedded import EmbeddedServer
 from kdb_fast.records import Record, Reject
 from kdb_fast.sources.base import Source
 

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import psutil
 
-from kdb_fast.batching import TOKEN_BUDGET
-from kdb_fast.encoder import Encoder, EncoderSpec
+from kdb_fast.embedding.batching import TOKEN_BUDGET
+from kdb_fast.embedding.encoder import Encoder, EncoderSpec
+from kdb_fast.embedding.models.lookup import Model, resolve
+from kdb_fast.embedding.offline import import_fastembed
+from kdb_fast.engine.sharding import WINDOW_ROWS, cut_shards
 from kdb_fast.errors import KdbFastError
-from kdb_fast.models import Model, resolve
-from kdb_fast.offline import import_fastembed
+from kdb_fast.ipc.slab import BLOB_BYTES, Row
 from kdb_fast.records import Record
 from kdb_fast.resources import cpu_list
 from kdb_fast.settings import DEFAULT_BATCH_SIZE, DEFAULT_MODEL
-from kdb_fast.sharding import WINDOW_ROWS, cut_shards
-from kdb_fast.slab import BLOB_BYTES, Row
 
 from .. import data
 from ..contender import Skip
@@ -80,7 +80,7 @@ def encode(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prepared(spec: EncoderSpec, params: dict[str, Any]) -> EncoderSpec:
-    from kdb_fast.precision import PrecisionSelector
+    from kdb_fast.embedding.precision.choice import PrecisionSelector
 
     selector = PrecisionSelector(
         spec,
@@ -96,7 +96,7 @@ def _prepared(spec: EncoderSpec, params: dict[str, Any]) -> EncoderSpec:
 
 
 def _shards(params: dict[str, Any], model: Model) -> list[list[str]]:
-    from kdb_fast.encoder import CHARS_PER_TOKEN
+    from kdb_fast.embedding.encoder import CHARS_PER_TOKEN
 
     rows = [Row(Record("Bench", str(i), t)) for i, t in enumerate(data.read(params["data"], params["records"]))]
     return [

@@ -14,10 +14,10 @@ from typing import Any
 from urllib.parse import quote
 
 from kdb_fast import FastEmbedProvider, SearchEngine
-from kdb_fast.query import open_reader
-from kdb_fast.reading import open_connection
-from kdb_fast.reindex import reindex
-from kdb_fast.retrieval import search as ranked_search
+from kdb_fast.db.reading import open_connection
+from kdb_fast.indexing.reindex import reindex
+from kdb_fast.search.query import open_reader
+from kdb_fast.search.retrieval import search as ranked_search
 from kdb_fast.settings import DEFAULT_MODEL, ReindexOptions
 
 from .. import data, database, free_encoder, vectors
@@ -35,7 +35,7 @@ def fill(params: dict[str, Any]) -> dict[str, Any]:
         from kameleondb import KameleonDB
     except ImportError:
         raise Skip("kameleondb is not installed") from None
-    from kdb_fast.demo import sqlalchemy_url
+    from kdb_fast.cli.demo import sqlalchemy_url
     from kdb_fast.sources import SourceSpec
 
     address = database.address_of(params["conninfo"])

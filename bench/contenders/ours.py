@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from kdb_fast.errors import KdbFastError
+from kdb_fast.indexing.reindex import reindex
 from kdb_fast.receipt import Receipt
-from kdb_fast.reindex import reindex
 from kdb_fast.settings import ReindexOptions
 
 from .. import data, database, free_encoder
@@ -83,7 +83,7 @@ def precision(params: dict[str, Any]) -> dict[str, Any]:
 
 def _compare(params: dict[str, Any]) -> dict[str, Any]:
     """Cosine of what is stored with what the encoder gives in fp32."""
-    from kdb_fast.query import embed_queries
+    from kdb_fast.search.query import embed_queries
     from kdb_fast.settings import DEFAULT_MODEL
 
     texts = list(data.read(params["data"], params["records"]))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kdb_fast.models import resolve
+from kdb_fast.embedding.models.lookup import resolve
 from kdb_fast.settings import DEFAULT_MODEL
 
 from .. import data, database

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kdb_fast.reindex import reindex
+from kdb_fast.indexing.reindex import reindex
 from kdb_fast.settings import DEFAULT_MODEL, ReindexOptions
 
 from .. import data, database, free_encoder, vectors

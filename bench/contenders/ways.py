@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from kdb_fast.engine.sharding import SHARD_ROWS
+from kdb_fast.ipc.slab import NO_STAMP, Row, Slab, SlabShape
 from kdb_fast.records import Record
 from kdb_fast.resources import usable_cpus
 from kdb_fast.settings import DEFAULT_MODEL
-from kdb_fast.sharding import SHARD_ROWS
-from kdb_fast.slab import NO_STAMP, Row, Slab, SlabShape
-from kdb_fast.stores import open_store, pgcopy, schema
+from kdb_fast.stores import open_store
 from kdb_fast.stores.base import FlushSlot, RunSpec, Store
+from kdb_fast.stores.postgresql import pgcopy
+from kdb_fast.tables import schema
 
 from .. import data, database
 from ..source import ENTITY
@@ -111,7 +113,7 @@ def build(conninfo: str, rows: Rows, *, index: str, workers: int) -> float:
 
 def ours(conninfo: str, rows: Rows, *, indexed: bool) -> float:
     """kdb-fast's store (PostgreSQL or SQLite), from filled slots to COMMIT, and with ``indexed`` to a ready index."""
-    from kdb_fast.database import connect_sqlite
+    from kdb_fast.db.address import connect_sqlite
 
     address = database.address_of(conninfo)
     if address.dialect == "sqlite":

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..errors import DatabaseError, KdbFastError, SchemaError
-from ..hidden_rows import check_unfiltered
 from ..records import storable_key
-from ..target import RECORDS, Dialect, Rows, Target, columns_of, find_target, rows_on
+from ..tables.hidden_rows import check_unfiltered
+from ..tables.target import RECORDS, Dialect, Rows, Target, columns_of, find_target, rows_on
 
 ENTITIES = "kdb_entity_definitions"
 FIELDS = "kdb_field_definitions"

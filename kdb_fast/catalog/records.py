@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..hidden_rows import check_whole
 from ..records import UNSEEN
-from ..target import RECORDS, Dialect, Params, Rows, Target, identifier
+from ..tables.hidden_rows import check_whole
+from ..tables.target import RECORDS, Dialect, Params, Rows, Target, identifier
 from .definitions import ENTITIES, Entity, Field, Place, storage_of
 
 SYSTEM_COLUMNS = frozenset({"id", "created_at", "updated_at", "created_by", "is_deleted"})

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import click
 
-from ..console import (
+from ..errors import EXIT_OK, EXIT_PIPE, PIPED, KdbFastError, UnexpectedError, UsageError
+from .commands import cli
+from .console import (
     command_line,
     complain,
     flush_or_discard,
@@ -22,8 +24,6 @@ from ..console import (
     unexpected,
     with_database,
 )
-from ..errors import EXIT_OK, EXIT_PIPE, PIPED, KdbFastError, UnexpectedError, UsageError
-from .commands import cli
 
 __all__ = ["cli", "kameleondb_main", "main", "run"]
 

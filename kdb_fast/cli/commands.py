@@ -47,11 +47,11 @@ def kameleondb_command(arguments: tuple[str, ...]) -> int:
     KAMELEONDB_URL names the database; with KAMELEONDB_EMBEDDINGS=0 nothing is indexed.
     """
     # Before KameleonDB's command line is imported, which needs its packages.
-    from ..kameleondb import needed
+    from ..kameleondb.installation import needed
 
     needed("kameleondb")
     needed("typer")
-    from ..kameleondb_cli import run as run_kameleondb
+    from .kameleondb import run as run_kameleondb
 
     return run_kameleondb(list(arguments))
 
@@ -62,7 +62,7 @@ def kameleondb_command(arguments: tuple[str, ...]) -> int:
 @json_option
 def demo_command(db: str | None, no_progress: bool, as_json: bool) -> int:
     """Index the documentation of Python's standard library, and ask it a few questions."""
-    from ..demo import run_demo
+    from .demo import run_demo
 
     return run_demo(db, show=not no_progress, as_json=as_json)
 

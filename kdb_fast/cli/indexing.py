@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..console import command_line
 from ..errors import EXIT_OK, EXIT_REJECTS, KdbFastError, UsageError
 from ..settings import PRECISIONS, ExpectedCount, RejectLimit
+from .console import command_line
 from .options import (
     RunArguments,
     database_option,
@@ -97,13 +97,13 @@ def reindex_command(
         raise UsageError("--entity and --field belong to --from.", remedy="Name entities of KameleonDB as arguments.")
     if from_file is not None and (entities or not entity):
         raise UsageError("--from needs --entity NAME, and takes no entity arguments.")
-    from ..reindex import reindex
-    from ..report import print_receipt
+    from ..indexing.reindex import reindex
     from ..sources import SourceSpec
+    from .report import print_receipt
 
     with arguments.running() as (address, progress):
         if from_file is not None:
-            from ..database import create_sqlite
+            from ..db.address import create_sqlite
 
             create_sqlite(address)
         receipt = reindex(address, SourceSpec(entities, from_file, entity, id_field, fields, limit), options, progress)
@@ -140,8 +140,8 @@ def insert_command(arguments: RunArguments, entity: str, file: str | None, max_r
     if file is None and sys.stdin is not None and sys.stdin.isatty():
         raise UsageError("There is nothing to insert.", remedy="Name a FILE, or pipe JSON Lines into the command.")
     options = arguments.options(max_rejects=RejectLimit.parse(max_rejects))
-    from ..insert import insert
-    from ..report import print_inserted, print_rejected_lines
+    from ..indexing.insert import insert
+    from .report import print_inserted, print_rejected_lines
 
     try:
         with arguments.running() as (address, progress):

@@ -20,8 +20,8 @@ def models_group() -> None:
 @json_option
 def models_list(as_json: bool) -> None:
     """List all models that can be named, and which are on this machine."""
-    from ..models import supported
-    from ..report import print_models
+    from ..embedding.models.lookup import supported
+    from .report import print_models
 
     entries = supported()
     if as_json:
@@ -35,7 +35,7 @@ def models_list(as_json: bool) -> None:
 @json_option
 def models_pull(name: str, as_json: bool) -> None:
     """Fetch a model, check it and make it ready."""
-    from ..models import pull
+    from ..embedding.models.lookup import pull
 
     model = pull(name, report=lambda text: print(text, file=sys.stderr))
     if as_json:
@@ -48,8 +48,8 @@ def models_pull(name: str, as_json: bool) -> None:
 @click.argument("name", default=DEFAULT_MODEL)
 def models_path(name: str) -> None:
     """Print the directory of a model that is on this machine."""
+    from ..embedding.models.lookup import installed
     from ..errors import ModelError
-    from ..models import installed
 
     for model in installed():
         if model.name.lower() == name.lower():

@@ -15,8 +15,8 @@ import click
 from ..settings import DEFAULT_BATCH_SIZE, DEFAULT_MODEL, ReindexOptions
 
 if TYPE_CHECKING:
-    from ..database import DatabaseAddress
-    from ..progress import Progress
+    from ..db.address import DatabaseAddress
+    from ..indexing.progress import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])
 Option = Callable[[Callable[..., int]], Callable[..., int]]
@@ -90,7 +90,7 @@ def opened_database(url: str | None, *, reads: bool = False) -> Iterator[Databas
     Args:
         reads: The command only reads, so it must not make an embedded server's data.
     """
-    from ..database import opened, parse_address, secrets_of, unverified_server
+    from ..db.address import opened, parse_address, secrets_of, unverified_server
 
     address = parse_address(url)
     if url and any(url in argument for argument in sys.argv) and secrets_of(address):
@@ -160,7 +160,7 @@ class RunArguments:
         Args:
             reads: As for :func:`opened_database`.
         """
-        from .. import bars
+        from . import bars
 
         with (
             contextlib.closing(bars.choose(not self.no_progress)) as progress,

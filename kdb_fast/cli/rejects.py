@@ -23,8 +23,8 @@ def rejects_group() -> None:
 @json_option
 def rejects_list(db: str | None, entity: str | None, limit: int, as_json: bool) -> None:
     """List rejected records with the reason, those of the newest run first."""
-    from ..rejects import list_rejects
-    from ..report import print_rejects
+    from ..indexing.rejects import list_rejects
+    from .report import print_rejects
 
     with opened_database(db, reads=True) as address:
         rows = list_rejects(address, entity)
@@ -40,7 +40,7 @@ def rejects_list(db: str | None, entity: str | None, limit: int, as_json: bool) 
 @json_option
 def rejects_clear(db: str | None, entity: str | None, as_json: bool) -> None:
     """Forget rejected records. The records themselves stay as they are; a reindex would reject them again."""
-    from ..rejects import clear_rejects
+    from ..indexing.rejects import clear_rejects
 
     with opened_database(db, reads=True) as address:
         count = clear_rejects(address, entity)
@@ -60,8 +60,8 @@ def rejects_retry(arguments: RunArguments) -> int:
     This is a reindex of these entities, so unchanged records are skipped. Lines of files that became no record cannot
     be tried again: they are not in the database.
     """
-    from ..rejects import retry_rejects
-    from ..report import print_retried
+    from ..indexing.rejects import retry_rejects
+    from .report import print_retried
 
     options = arguments.options()
     with arguments.running(reads=True) as (address, progress):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ..console import complain
+from .console import complain
 from .options import BASE_URL_HELP, database_option, json_option, opened_database
 
 
@@ -49,9 +49,9 @@ def search_command(
     In QUERY, "two words" in quotes stay together, -word excludes (after --: kdb-fast search -- "-word …"), and or
     means either. A record that holds an identifier of the query (ERR_CONN_1111, nginx.conf, "a phrase") comes first.
     """
-    from ..query import import_ahead, run_search
-    from ..report import print_results, printable
-    from ..retrieval import check_query, parse_where
+    from ..search.query import import_ahead, run_search
+    from ..search.retrieval import check_query, parse_where
+    from .report import print_results, printable
 
     check_query(query, mode, min_score)
     alone = click.get_current_context().obj
@@ -84,8 +84,8 @@ def search_command(
 @json_option
 def status_command(db: str | None, as_json: bool) -> None:
     """Show for each entity what is indexed, pending, stale and rejected."""
-    from ..query import run_status
-    from ..report import print_status
+    from ..search.query import run_status
+    from .report import print_status
 
     with opened_database(db, reads=True) as address:
         result = run_status(address)

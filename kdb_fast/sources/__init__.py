@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..database import DatabaseAddress
+from ..db.address import DatabaseAddress
 from .base import Source
 
 

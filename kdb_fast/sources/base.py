@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Protocol, Self
 
-from ..database import DatabaseAddress
+from ..db.address import DatabaseAddress
 from ..records import Record, Reject
-from ..target import LiveRows
+from ..tables.target import LiveRows
 
 PAGE_ROWS = 1000
 """Records of one page: one query by key, some hundred kilobytes."""

@@ -11,16 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from .. import pg_errors, pg_settings
 from ..catalog.definitions import Catalog, Entity, Place
 from ..catalog.records import count_query, ids_query, live_rows, rows_query
-from ..database import DatabaseAddress, connect_postgresql, connect_sqlite
+from ..db import pg_errors, pg_settings
+from ..db.address import DatabaseAddress, connect_postgresql, connect_sqlite
+from ..db.retrying import Backoff, retry
+from ..db.sqlite_errors import translated
+from ..db.sqlite_session import patiently
 from ..errors import DatabaseError, KdbFastError
 from ..records import Record, Reject, content_from_fields, storable_key
-from ..retrying import Backoff, retry
-from ..sqlite_errors import translated
-from ..sqlite_session import patiently
-from ..target import Target, rows_on
+from ..tables.target import Target, rows_on
 from .base import PAGE_ROWS, Source
 
 BLOCK_ROWS = 50_000

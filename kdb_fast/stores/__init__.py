@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..database import DatabaseAddress
+from ..db.address import DatabaseAddress
 from .base import Store
 
 
@@ -17,9 +17,9 @@ def open_store(address: DatabaseAddress, role: str, *, patient: bool = False) ->
         DatabaseError: The database cannot be reached.
     """
     if address.dialect == "sqlite":
-        from .sqlite import SQLiteStore
+        from .sqlite.store import SQLiteStore
 
         return SQLiteStore.open(address)
-    from .postgresql import PostgreSQLStore
+    from .postgresql.store import PostgreSQLStore
 
     return PostgreSQLStore(address, role, patient=patient)

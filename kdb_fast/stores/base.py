@@ -23,11 +23,11 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..records import Reject
-from ..target import LiveRows, Target
-from .index_policy import IndexOutcome
+from ..tables.index_policy import IndexOutcome
+from ..tables.target import LiveRows, Target
 
 if TYPE_CHECKING:
-    from ..slab import Slot
+    from ..ipc.slab import Slot
 
 
 class Stored(NamedTuple):

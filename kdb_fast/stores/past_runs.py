@@ -6,13 +6,13 @@ import contextlib
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from ..database import DatabaseAddress
+from ..db.address import DatabaseAddress
+from ..db.reading import read
 from ..errors import SchemaError
 from ..origins import Origin
-from ..reading import read
-from ..target import RUNS, TABLE, columns_of, find_target
+from ..tables.reading import no_index, rows_of
+from ..tables.target import RUNS, TABLE, columns_of, find_target
 from . import open_store
-from .reading import no_index, rows_of
 
 RECENT_RUNS = 50
 """Runs of which :func:`recent_fingerprints` reads the fingerprint."""

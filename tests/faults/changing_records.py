@@ -9,8 +9,8 @@ from typing import Any
 
 from servers import execute, mixed_texts
 
-from kdb_fast.database import DatabaseAddress
-from kdb_fast.demo import sqlalchemy_url
+from kdb_fast.cli.demo import sqlalchemy_url
+from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.records import Record, content_from_fields
 
 

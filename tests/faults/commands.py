@@ -18,8 +18,8 @@ import poison_worker
 from oracle import MARK, check, processes_of
 from servers import eventually
 
-from kdb_fast.database import DatabaseAddress
-from kdb_fast.demo import sqlalchemy_url
+from kdb_fast.cli.demo import sqlalchemy_url
+from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.records import Record, content_from_fields
 
 PATIENCE = 60.0

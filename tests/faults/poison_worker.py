@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdb_fast import worker
-from kdb_fast.encoder import EncoderSpec, Tally
-from kdb_fast.slab import SlabHandle
+from kdb_fast.embedding.encoder import EncoderSpec, Tally
+from kdb_fast.engine import worker
+from kdb_fast.ipc.slab import SlabHandle
 
 DEADLY = "deadly"
 MORTAL = "mortal"

@@ -25,7 +25,7 @@ from collections.abc import Callable
 
 from servers import connect_as
 
-from kdb_fast.database import DatabaseAddress
+from kdb_fast.db.address import DatabaseAddress
 
 PASS, SLOW, HOLE, REFUSE = "pass", "slow", "hole", "refuse"
 

@@ -19,8 +19,8 @@ from commands import Command, Commands
 from servers import Server, connect_as, execute
 from test_database_faults import RECORDS, Job
 
-from kdb_fast.database import DatabaseAddress
-from kdb_fast.demo import sqlalchemy_url
+from kdb_fast.cli.demo import sqlalchemy_url
+from kdb_fast.db.address import DatabaseAddress
 
 
 def mount(size: str, where: Path | str, *options: str) -> None:

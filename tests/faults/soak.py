@@ -40,7 +40,7 @@ from nemesis import Nemesis, add
 from proxy import PASS, Proxy
 from servers import Oracle, Server, eventually, execute, index_rows
 
-from kdb_fast.models import resolve
+from kdb_fast.embedding.models.lookup import resolve
 from kdb_fast.records import Record
 from kdb_fast.settings import DEFAULT_MODEL
 

@@ -18,23 +18,19 @@ from typing import Any
 import poison_worker
 import psycopg  # noqa: F401 - imported once for all commands
 
-from kdb_fast import (
-    bars,
-    cli,
-    database,
-    engine,
-    faults,
-    flushing,
-    pipeline,
-    plan,
-    report,
-    run_embedding,
-    signals,
-    sources,
-    supervisor,
-)
-from kdb_fast.models import Model
-from kdb_fast.stores import index_policy, open_store, pg_session, postgresql, runs, sqlite
+from kdb_fast import cli, faults, sources
+from kdb_fast.cli import bars, report
+from kdb_fast.db import address as database
+from kdb_fast.embedding.models.lookup import Model
+from kdb_fast.engine import base as engine
+from kdb_fast.engine import plan
+from kdb_fast.engine import processes as supervisor
+from kdb_fast.indexing import flushing, pipeline, run_embedding, signals
+from kdb_fast.stores import open_store, runs
+from kdb_fast.stores.postgresql import session as pg_session
+from kdb_fast.stores.postgresql import store as postgresql
+from kdb_fast.stores.sqlite import store as sqlite
+from kdb_fast.tables import index_policy
 
 __all__ = ["bars", "database", "open_store", "pipeline", "postgresql", "report", "sources", "sqlite"]
 

@@ -20,11 +20,11 @@ from servers import Server, connect_as, database_name, execute, index_rows
 from sqlalchemy.orm import Session
 
 from kdb_fast.cli import run
-from kdb_fast.database import DatabaseAddress, connect_postgresql
+from kdb_fast.db.address import DatabaseAddress, connect_postgresql
+from kdb_fast.db.pg_characters import Characters
 from kdb_fast.errors import RecordError, RefusedError
-from kdb_fast.pg_characters import Characters
 from kdb_fast.records import Reject, content_hash
-from kdb_fast.search import SearchEngine
+from kdb_fast.search.engine import SearchEngine
 from kdb_fast.stores import open_store
 
 LATIN1 = "Zürich café"

@@ -24,10 +24,10 @@ from kameleondb import KameleonDB
 from servers import Oracle, Server, Vector, eventually, execute
 
 import kdb_fast
-from kdb_fast.database import DatabaseAddress
-from kdb_fast.demo import sqlalchemy_url
+from kdb_fast.cli.demo import sqlalchemy_url
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.embedding.models.lookup import Model
 from kdb_fast.faults import POINTS
-from kdb_fast.models import Model
 from kdb_fast.records import Record, content_from_fields
 
 FULL = os.environ.get("KDB_FAST_FAULT_LOOP") == "full"

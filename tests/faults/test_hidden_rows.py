@@ -15,9 +15,9 @@ from servers import Server, connect_as, role_name
 from kdb_fast import SearchEngine
 from kdb_fast.catalog.records import live_rows
 from kdb_fast.errors import SchemaError
-from kdb_fast.hidden_rows import HiddenRowsError
 from kdb_fast.stores import open_store
-from kdb_fast.stores.postgresql import PostgreSQLStore
+from kdb_fast.stores.postgresql.store import PostgreSQLStore
+from kdb_fast.tables.hidden_rows import HiddenRowsError
 
 pytest.importorskip("kameleondb")
 pytestmark = [

@@ -30,17 +30,21 @@ from limited import Result, needs_private_mounts
 from servers import ListSource, index_rows, records_of
 
 import kdb_fast
-from kdb_fast import plan, resources, run_embedding, supervisor
-from kdb_fast.database import default_data_dir, parse_address
-from kdb_fast.engine import Event
+from kdb_fast import resources
+from kdb_fast.db.address import parse_address
+from kdb_fast.embedding.models.lookup import Model
+from kdb_fast.engine import plan
+from kdb_fast.engine import processes as supervisor
+from kdb_fast.engine.base import Event
+from kdb_fast.engine.processes import ProcessEngine
+from kdb_fast.engine.sharding import SHARD_ROWS
 from kdb_fast.errors import RefusedError, ResourceError
-from kdb_fast.models import Model
-from kdb_fast.reindex import reindex as run_reindex
+from kdb_fast.indexing import run_embedding
+from kdb_fast.indexing.reindex import reindex as run_reindex
+from kdb_fast.ipc.slab import SlabShape
+from kdb_fast.paths import default_data_dir
 from kdb_fast.settings import ReindexOptions
-from kdb_fast.sharding import SHARD_ROWS
-from kdb_fast.slab import SlabShape
 from kdb_fast.stores.base import RunSpec
-from kdb_fast.supervisor import ProcessEngine
 
 GOOD, BAD = 180, 4
 """Records of the input, few enough for one process, and lines of it that are none."""
@@ -279,8 +283,8 @@ def test_a_worker_killed_for_want_of_memory_is_not_replaced(tmp_path: Path, monk
 
 FLAT = """
 import numpy as np
-from kdb_fast.encoder import Encoder, EncoderSpec
-from kdb_fast.models import resolve
+from kdb_fast.embedding.encoder import Encoder, EncoderSpec
+from kdb_fast.embedding.models.lookup import resolve
 
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
@@ -479,7 +483,7 @@ def test_no_clock_that_may_jump_measures_a_duration() -> None:
     # A server names the time at which to ask again by the clock on the wall.
     # Ids of new rows hold the time; where it jumps, they are only out of order.
     # When a file was written is told by that clock; where it jumps, the file is read under its locks, or without.
-    allowed = {"openai_answers.py", "new_ids.py", "sqlite_reading.py"}
+    allowed = {"embedding/providers/openai_answers.py", "new_ids.py", "db/sqlite_reading.py"}
     for file in Path(kdb_fast.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""

@@ -24,18 +24,20 @@ from onnx import TensorProto, helper
 from poison_worker import StubEncoder
 from servers import ListSource, Server, execute, index_rows, records_of
 
-from kdb_fast import engine as engine_module
-from kdb_fast import models, run_embedding, worker
-from kdb_fast.database import DatabaseAddress, parse_address
-from kdb_fast.encoder import Encoder, EncoderSpec
+from kdb_fast.db.address import DatabaseAddress, parse_address
+from kdb_fast.embedding.encoder import Encoder, EncoderSpec
+from kdb_fast.embedding.models import lookup as models
+from kdb_fast.embedding.models.lookup import Model
+from kdb_fast.engine import base as engine_module
+from kdb_fast.engine import worker
 from kdb_fast.errors import ModelError, ResourceError
-from kdb_fast.messages import Embed
-from kdb_fast.models import Model
+from kdb_fast.indexing import run_embedding
+from kdb_fast.indexing.reindex import reindex
+from kdb_fast.ipc.messages import Embed
+from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.receipt import Receipt
 from kdb_fast.records import MAX_CONTENT_BYTES, Record, Reject, cut_content, was_cut
-from kdb_fast.reindex import reindex
 from kdb_fast.settings import ReindexOptions, RejectLimit
-from kdb_fast.slab import Row, Slab, SlabShape
 from kdb_fast.sources.jsonl import JsonlSource
 
 # KameleonDB hands datetimes to sqlite3 as they are, which Python 3.12 deprecates.
@@ -427,7 +429,7 @@ def test_hostile_arguments_are_shown_safely_in_errors(tmp_path: Path, text: str,
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_the_command_that_carries_on_can_be_typed_again(capsys: pytest.CaptureFixture[str]) -> None:
-    from kdb_fast.console import command_line
+    from kdb_fast.cli.console import command_line
 
     arguments = ["reindex", *HOSTILE, "sqlite:///a b.db"]
     printed = command_line(arguments)
@@ -675,7 +677,8 @@ def test_a_model_is_never_named_by_a_record_or_a_path_of_one(database: Kameleon,
 
 def test_telemetry_of_the_runtime_is_off(tmp_path: Path, minilm: Model) -> None:
     code = (
-        "from kdb_fast.encoder import Encoder, EncoderSpec; from kdb_fast.models import resolve; "
+        "from kdb_fast.embedding.encoder import Encoder, EncoderSpec; "
+        "from kdb_fast.embedding.models.lookup import resolve; "
         f"Encoder(EncoderSpec(resolve({minilm.name!r}), 1)).self_test()"
     )
     environment = {
@@ -699,7 +702,7 @@ def test_a_hostile_server_cannot_write_to_the_terminal(postgres: Server, capsys:
             "RAISE EXCEPTION E'\\x1b[2J\\x07 boo' USING ERRCODE = '42501'; END $$",
         )
         execute(address, "CREATE TRIGGER shout BEFORE INSERT ON kdb_search FOR EACH ROW EXECUTE FUNCTION shout()")
-        from kdb_fast.console import complain
+        from kdb_fast.cli.console import complain
         from kdb_fast.errors import KdbFastError
 
         with pytest.raises(KdbFastError) as caught:
@@ -762,7 +765,7 @@ def test_a_hint_names_the_database_that_the_command_was_given(
 
 
 def test_a_hint_names_no_password(capsys: pytest.CaptureFixture[str]) -> None:
-    from kdb_fast import console
+    from kdb_fast.cli import console
 
     console.remember(["status", "--db", "postgresql://u:pw@h/d"])
     assert (

@@ -21,11 +21,11 @@ from oracle import PARTS
 from poison_worker import StubEncoder, vector_of
 from servers import execute, index_rows
 
-from kdb_fast import engine as engine_module
-from kdb_fast import run_embedding
 from kdb_fast.cli import run
-from kdb_fast.database import DatabaseAddress, parse_address
-from kdb_fast.models import Model
+from kdb_fast.db.address import DatabaseAddress, parse_address
+from kdb_fast.embedding.models.lookup import Model
+from kdb_fast.engine import base as engine_module
+from kdb_fast.indexing import run_embedding
 
 STUB = Model("stub", Path(), "stub.onnx", 384, 512, "mean", True, ())
 

@@ -22,8 +22,8 @@ from commands import Command, FileJob, MakeJob
 from oracle import is_alive
 from servers import eventually, execute, index_rows
 
-from kdb_fast.database import DatabaseAddress
-from kdb_fast.signals import stopping_by_signal
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.indexing.signals import stopping_by_signal
 
 FULL = os.environ.get("KDB_FAST_FAULT_LOOP") == "full"
 KILLS = 25 if FULL else 4

@@ -12,7 +12,7 @@ from kameleondb import KameleonDB
 from search_engines import sqlalchemy_url
 from servers import execute
 
-from kdb_fast.database import DatabaseAddress
+from kdb_fast.db.address import DatabaseAddress
 
 TABLES = """
 CREATE EXTENSION vector;

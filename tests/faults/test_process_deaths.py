@@ -29,18 +29,20 @@ from servers import (
     records_of,
 )
 
-from kdb_fast import engine as engine_module
-from kdb_fast import flushing, plan, run_embedding, supervisor, worker
-from kdb_fast.database import DatabaseAddress
-from kdb_fast.demo import sqlalchemy_url
+from kdb_fast.cli.demo import sqlalchemy_url
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.embedding.models.lookup import Model
+from kdb_fast.engine import base as engine_module
+from kdb_fast.engine import plan, worker
+from kdb_fast.engine import processes as supervisor
+from kdb_fast.engine.processes import ProcessEngine
 from kdb_fast.errors import ModelError, ResourceError
-from kdb_fast.models import Model
-from kdb_fast.progress import Silent
+from kdb_fast.indexing import flushing, run_embedding
+from kdb_fast.indexing.progress import Silent
+from kdb_fast.indexing.reindex import reindex
 from kdb_fast.receipt import Receipt
 from kdb_fast.records import Record, Reject, content_from_fields
-from kdb_fast.reindex import reindex
 from kdb_fast.settings import ReindexOptions
-from kdb_fast.supervisor import ProcessEngine
 
 PARTS = ("stored", "unchanged", "reused", "superseded", "rejected")
 WORKERS = 2
@@ -339,10 +341,10 @@ def test_model_that_cannot_be_loaded_is_a_model_error(
 def test_engine_that_nobody_closed_ends_with_the_process(tmp_path: Path) -> None:
     script = """
 import sys, poison_worker, stub_command
-from kdb_fast.encoder import EncoderSpec
-from kdb_fast.slab import SlabShape
+from kdb_fast.embedding.encoder import EncoderSpec
+from kdb_fast.ipc.slab import SlabShape
 from kdb_fast.stores.base import RunSpec
-from kdb_fast.supervisor import ProcessEngine
+from kdb_fast.engine.processes import ProcessEngine
 spec = EncoderSpec(stub_command.MODEL, 100)
 engine = ProcessEngine(SlabShape(2, 8, 384), spec, None, RunSpec(1, "f", "m", 384), workers=1, cpus=[],
                        worker_target=poison_worker.run)
@@ -409,7 +411,7 @@ def test_stopped_writer_does_not_block_the_parent_that_has_thousands_of_rejects_
 def test_writer_killed_while_it_changes_the_index(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
-    monkeypatch.setattr("kdb_fast.stores.index_policy.DEFER_FLOOR", 10)
+    monkeypatch.setattr("kdb_fast.tables.index_policy.DEFER_FLOOR", 10)
     runs.fault(f"{point}:1:kill", tmp_path)
     receipt = runs.run()
     assert (tmp_path / "fired").exists()

@@ -24,8 +24,8 @@ from psycopg.conninfo import conninfo_to_dict
 from servers import Server, eventually, execute
 
 import kdb_fast
-from kdb_fast.console import unexpected
-from kdb_fast.database import DatabaseAddress, parse_address, unverified_server
+from kdb_fast.cli.console import unexpected
+from kdb_fast.db.address import DatabaseAddress, parse_address, unverified_server
 
 PIECES = ("hunterOne", "hunterTwo", "hunterThree", "hunterFour")
 PASSWORD = "{}%{}@{}/{}".format(*PIECES)
@@ -355,7 +355,7 @@ def test_nothing_of_an_input_can_become_code_or_an_archive() -> None:
     for file, node in nodes():
         if isinstance(node, ast.Import):
             found = {name.name.split(".")[0] for name in node.names} & modules
-            assert not found or (file.name, found) == ("child.py", {"pickle"}), file
+            assert not found or (file.name, found) == ("ipc/child.py", {"pickle"}), file
         elif isinstance(node, ast.ImportFrom):
             assert (node.module or "").split(".")[0] not in modules, file
         elif isinstance(node, ast.Call):

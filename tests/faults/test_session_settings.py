@@ -18,13 +18,13 @@ from search_engines import Words, sqlalchemy_url
 from servers import Server, database_name, eventually, execute, index_rows, role_name
 from sqlalchemy.orm import Session
 
-from kdb_fast import pg_settings
-from kdb_fast.database import DatabaseAddress, connect_postgresql
+from kdb_fast.db import pg_settings
+from kdb_fast.db.address import DatabaseAddress, connect_postgresql
+from kdb_fast.db.pg_settings import PINNED, pinned
 from kdb_fast.errors import LockedError
-from kdb_fast.pg_settings import PINNED, pinned
-from kdb_fast.search import SearchEngine
+from kdb_fast.search.engine import SearchEngine
 from kdb_fast.stores import open_store
-from kdb_fast.stores.pg_prepare import DDL_LOCK
+from kdb_fast.stores.postgresql.prepare import DDL_LOCK
 
 ODD = {
     "DateStyle": "German, DMY",

@@ -19,11 +19,12 @@ import pytest
 from search_engines import Hashes
 from servers import execute
 
-from kdb_fast import cli, sqlite_reading
-from kdb_fast.database import DatabaseAddress, connect_sqlite, parse_address
+from kdb_fast import cli
+from kdb_fast.db import sqlite_reading
+from kdb_fast.db.address import DatabaseAddress, connect_sqlite, parse_address
+from kdb_fast.db.reading import read
 from kdb_fast.errors import DatabaseError, RefusedError, SchemaError, UsageError
-from kdb_fast.reading import read
-from kdb_fast.search import SearchEngine
+from kdb_fast.search.engine import SearchEngine
 
 NOTES = [("Note", f"r{i}", f"copper kettle number {i}") for i in range(5)]
 

@@ -12,9 +12,9 @@ import networks
 import pytest
 
 from kdb_fast import telemetry
-from kdb_fast.models import Model
-from kdb_fast.precision import unsupported
-from kdb_fast.spawning import WORKER_ENVIRONMENT
+from kdb_fast.embedding.models.lookup import Model
+from kdb_fast.embedding.precision.choice import unsupported
+from kdb_fast.ipc.spawning import WORKER_ENVIRONMENT
 
 pytestmark = pytest.mark.timeout(400)  # int8 is calibrated: ten seconds of two idle cores
 

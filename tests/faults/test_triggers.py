@@ -15,12 +15,14 @@ import stub_command
 from search_engines import Hashes, new_database, sqlalchemy_url
 from servers import Server, connect_as, database_name, execute
 
-from kdb_fast import cli, engine, run_embedding
-from kdb_fast.database import DatabaseAddress
-from kdb_fast.query import run_status
+from kdb_fast import cli
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.engine import base as engine
+from kdb_fast.indexing import run_embedding
+from kdb_fast.ipc.slab import NO_STAMP, Row, Slab, SlabShape
 from kdb_fast.records import Record
-from kdb_fast.search import SearchEngine
-from kdb_fast.slab import NO_STAMP, Row, Slab, SlabShape
+from kdb_fast.search.engine import SearchEngine
+from kdb_fast.search.query import run_status
 from kdb_fast.stores import open_store
 from kdb_fast.stores.base import FlushResult, FlushSlot
 

@@ -19,7 +19,7 @@ from commands import Command, FileJob, MakeJob
 from poison_worker import GATED
 from servers import connect_as, eventually, execute
 
-from kdb_fast.database import DatabaseAddress
+from kdb_fast.db.address import DatabaseAddress
 
 FULL = os.environ.get("KDB_FAST_FAULT_LOOP") == "full"
 PAIRS = {"postgresql": 40 if FULL else 4, "sqlite": 30 if FULL else 4, "pooler": 30 if FULL else 2}

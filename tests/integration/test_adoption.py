@@ -20,10 +20,10 @@ import pytest
 from search_engines import Hashes, Words, sqlalchemy_url
 from servers import execute, index_rows
 
-from kdb_fast.database import DatabaseAddress
-from kdb_fast.models import Model
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.embedding.models.lookup import Model
 from kdb_fast.records import content_of
-from kdb_fast.search import IndexStatus, SearchEngine, SearchResult
+from kdb_fast.search.engine import IndexStatus, SearchEngine, SearchResult
 
 kameleondb = pytest.importorskip("kameleondb")
 from kameleondb.core.engine import Entity  # noqa: E402

@@ -205,7 +205,7 @@ def test_help_names_every_command_and_the_readme_too() -> None:
 
 
 def test_the_demo_has_thousands_of_records_of_real_documentation() -> None:
-    from kdb_fast.demo import read_documentation
+    from kdb_fast.cli.demo import read_documentation
 
     records = read_documentation()
     names = [record["name"] for record in records]

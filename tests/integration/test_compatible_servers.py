@@ -14,9 +14,9 @@ from openai_server import OpenAIServer, hashed, shortened
 from servers import index_rows
 
 from kdb_fast import cli
-from kdb_fast.database import DatabaseAddress, parse_address
+from kdb_fast.db.address import DatabaseAddress, parse_address
+from kdb_fast.embedding.providers.lookup import OpenAIProvider, get_provider
 from kdb_fast.errors import ModelError
-from kdb_fast.providers import OpenAIProvider, get_provider
 
 TEXTS = [f"text number {i}" for i in range(70)]
 LONG = "a long story of a kettle " * 400

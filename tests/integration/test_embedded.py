@@ -15,9 +15,9 @@ import psutil
 import pytest
 from servers import eventually, execute
 
-from kdb_fast import embedded
-from kdb_fast.database import EMBEDDED_PATH_BYTES, DatabaseAddress, opened, parse_address
-from kdb_fast.embedded import EmbeddedServer, Postmaster, _let_pass, _let_read, _system_account
+from kdb_fast.db import embedded
+from kdb_fast.db.address import EMBEDDED_PATH_BYTES, DatabaseAddress, opened, parse_address
+from kdb_fast.db.embedded import EmbeddedServer, Postmaster, _let_pass, _let_read, _system_account
 from kdb_fast.errors import RefusedError, UsageError
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="what root has to do for PostgreSQL, which does not run as root")
@@ -143,7 +143,7 @@ def test_the_last_of_its_users_stops_it(folder: Path, prepared: Path) -> None:
 USE = """
 import sys, time
 from pathlib import Path
-from kdb_fast.embedded import EmbeddedServer
+from kdb_fast.db.embedded import EmbeddedServer
 server = EmbeddedServer(Path(sys.argv[1]))
 server.start()
 print(server.pid, flush=True)
@@ -404,7 +404,7 @@ def test_a_signal_for_the_command_does_not_reach_it(folder: Path, prepared: Path
 
 
 def test_directories_are_opened_only_where_they_are_closed(tmp_path: Path) -> None:
-    from kdb_fast.embedded import Account
+    from kdb_fast.db.embedded import Account
 
     (tmp_path / "a").mkdir(mode=0o750)
     (tmp_path / "a").chmod(0o750)

@@ -18,12 +18,13 @@ from kameleon import Kameleon, close_kameleon, open_kameleon
 from servers import Oracle, Server, index_rows
 
 from kdb_fast import cli, faults
-from kdb_fast.database import DatabaseAddress
+from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.errors import SchemaError
 from kdb_fast.records import Record
 from kdb_fast.settings import RejectLimit
-from kdb_fast.sources import inserting, kameleondb
-from kdb_fast.sources.inserting import InsertingSource, open_inserter
+from kdb_fast.sources import kameleondb
+from kdb_fast.sources.insert import inserting
+from kdb_fast.sources.insert.inserting import InsertingSource, open_inserter
 
 pytest.importorskip("kameleondb")
 
@@ -598,7 +599,7 @@ def test_a_lost_connection_inserts_no_page_twice_and_none_never(
 ) -> None:
     import psycopg
 
-    from kdb_fast.sources import insert_postgresql
+    from kdb_fast.sources.insert import postgresql as insert_postgresql
 
     once = insert_postgresql.PostgreSQLInserter._insert_once
     calls = 0

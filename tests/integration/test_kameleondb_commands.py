@@ -16,10 +16,10 @@ from development import develop
 from kameleon import Kameleon, close_kameleon, open_kameleon
 
 from kdb_fast import faults
-from kdb_fast.encoder import Encoder
+from kdb_fast.embedding.encoder import Encoder
+from kdb_fast.embedding.models.lookup import Model
 from kdb_fast.errors import LockedError
 from kdb_fast.kameleondb import installed
-from kdb_fast.models import Model
 
 pytest.importorskip("kameleondb")
 pytestmark = [
@@ -36,7 +36,7 @@ LINES = b"".join(json.dumps(record).encode() + b"\n" for record in RECORDS)
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch: pytest.MonkeyPatch, encoder: Encoder) -> None:
     """Runs in this process share one loaded model."""
-    monkeypatch.setattr("kdb_fast.engine.Encoder", lambda spec: encoder)
+    monkeypatch.setattr("kdb_fast.engine.base.Encoder", lambda spec: encoder)
 
 
 @pytest.fixture(params=["sqlite-release", "postgresql-release", "sqlite-development"])
@@ -170,7 +170,7 @@ def test_exit_codes_are_right_although_its_commands_catch_everything(
     def refuse(*arguments: Any) -> None:
         raise LockedError("Another run holds the index.")
 
-    monkeypatch.setattr("kdb_fast.search.SearchEngine.index_records_batch", refuse)
+    monkeypatch.setattr("kdb_fast.search.engine.SearchEngine.index_records_batch", refuse)
     answer = kameleon.kameleondb("data", "update", "Contact", key, '{"name": "Anna"}')
     assert answer.code == 6
     assert "stored and not indexed" in answer.err

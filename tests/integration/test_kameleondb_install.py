@@ -181,7 +181,7 @@ def test_threads_share_one_engine(kameleon: Kameleon, monkeypatch: pytest.Monkey
         made.append(arguments)
         return SearchEngine(*arguments)
 
-    monkeypatch.setattr("kdb_fast.search.SearchEngine", noted)
+    monkeypatch.setattr("kdb_fast.search.engine.SearchEngine", noted)
     contacts = kameleon.client.entity("Contact")
     start, errors = threading.Barrier(4), []
 

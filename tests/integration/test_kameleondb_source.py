@@ -20,15 +20,15 @@ from servers import Server, connect_as
 
 from kdb_fast.catalog.definitions import Catalog, load_entities
 from kdb_fast.catalog.records import ids_query, rows_query
-from kdb_fast.database import DatabaseAddress, connect_postgresql, connect_sqlite, parse_address
+from kdb_fast.db.address import DatabaseAddress, connect_postgresql, connect_sqlite, parse_address
 from kdb_fast.errors import DatabaseError, SchemaError
 from kdb_fast.records import Record, Reject
-from kdb_fast.retrieval import resolve_scope
+from kdb_fast.search.reader_postgresql import PostgresqlReader
+from kdb_fast.search.reader_sqlite import SqliteReader
+from kdb_fast.search.retrieval import resolve_scope
 from kdb_fast.sources import kameleondb as module
 from kdb_fast.sources.kameleondb import KameleonDBSource
-from kdb_fast.stores.search_postgresql import PostgresqlReader
-from kdb_fast.stores.search_sqlite import SqliteReader
-from kdb_fast.target import Target, find_target, rows_on
+from kdb_fast.tables.target import Target, find_target, rows_on
 
 KameleonDB = pytest.importorskip("kameleondb").KameleonDB
 

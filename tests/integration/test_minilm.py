@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdb_fast.encoder import Encoder, EncoderSpec
-from kdb_fast.models import Model, installed, resolve, verify
+from kdb_fast.embedding.encoder import Encoder, EncoderSpec
+from kdb_fast.embedding.models.lookup import Model, installed, resolve, verify
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "minilm.json").read_text(encoding="utf-8"))
 TEXTS: list[str] = REFERENCE["texts"]
@@ -83,9 +83,9 @@ def test_installed_model_is_found_complete_and_verified(minilm: Model) -> None:
 def test_worker_needs_nothing_of_what_fastembed_imports_for_downloads(minilm: Model) -> None:
     code = """
 import sys
-from kdb_fast.encoder import Encoder, EncoderSpec
-from kdb_fast.models import resolve
-from kdb_fast.offline import import_fastembed
+from kdb_fast.embedding.encoder import Encoder, EncoderSpec
+from kdb_fast.embedding.models.lookup import resolve
+from kdb_fast.embedding.offline import import_fastembed
 
 import_fastembed()
 encoder = Encoder(EncoderSpec(resolve(sys.argv[1]), 100))

@@ -30,7 +30,7 @@ FILES = {
 PULL = """
 import json, sys
 from kdb_fast.errors import KdbFastError
-from kdb_fast.models import resolve
+from kdb_fast.embedding.models.lookup import resolve
 try:
     model = resolve(sys.argv[1], report=lambda line: print(line, file=sys.stderr))
 except KdbFastError as error:

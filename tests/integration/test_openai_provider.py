@@ -14,11 +14,9 @@ import numpy.typing as npt
 import pytest
 from openai_server import KEY, MODEL, Items, OpenAIServer, Reply, hashed, shortened
 
-from kdb_fast.encoder import PROBE, Encoder, EncoderSpec, Tally
-from kdb_fast.errors import KdbFastError, ModelError
-from kdb_fast.models import Model
-from kdb_fast.openai_requests import MAX_BACKOFF_SECONDS
-from kdb_fast.providers import (
+from kdb_fast.embedding.encoder import PROBE, Encoder, EncoderSpec, Tally
+from kdb_fast.embedding.models.lookup import Model
+from kdb_fast.embedding.providers.lookup import (
     OpenAIProvider,
     ProviderEncoder,
     ProviderError,
@@ -26,6 +24,8 @@ from kdb_fast.providers import (
     ProviderKeyError,
     get_provider,
 )
+from kdb_fast.embedding.providers.openai_requests import MAX_BACKOFF_SECONDS
+from kdb_fast.errors import KdbFastError, ModelError
 
 DIMENSIONS = 16
 Build = Callable[..., OpenAIProvider]

@@ -14,11 +14,12 @@ import pytest
 from servers import Server, connect_as, database_name, execute
 
 from kdb_fast.catalog.records import live_rows
-from kdb_fast.database import DatabaseAddress
+from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.errors import SchemaError
-from kdb_fast.stores import pg_index, pg_index_build
-from kdb_fast.stores.pg_index_build import IndexBuilder
-from kdb_fast.stores.postgresql import PostgreSQLStore
+from kdb_fast.stores.postgresql import index as pg_index
+from kdb_fast.stores.postgresql import index_build as pg_index_build
+from kdb_fast.stores.postgresql.index_build import IndexBuilder
+from kdb_fast.stores.postgresql.store import PostgreSQLStore
 
 COLUMNS = """
   id varchar(36), entity_name varchar(255) NOT NULL, record_id varchar(36) NOT NULL,

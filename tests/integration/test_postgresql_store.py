@@ -27,13 +27,13 @@ from servers import (
     role_name,
 )
 
-from kdb_fast.database import DatabaseAddress
+from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.errors import DatabaseError, LockedError, RecordError, SchemaError
+from kdb_fast.ipc.slab import NO_STAMP, Row, Slab, SlabShape
 from kdb_fast.records import Record, Reject, content_hash
-from kdb_fast.slab import NO_STAMP, Row, Slab, SlabShape
-from kdb_fast.stores import pg_runs
 from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec
-from kdb_fast.stores.postgresql import PostgreSQLStore
+from kdb_fast.stores.postgresql import runs as pg_runs
+from kdb_fast.stores.postgresql.store import PostgreSQLStore
 from kdb_fast.stores.runs import STALE_SECONDS
 
 DIMENSIONS = 8
@@ -367,7 +367,7 @@ def test_read_only_server_is_refused(database: DatabaseAddress, open_store: Open
 
 HOLDER = """
 import sys
-from kdb_fast.database import DatabaseAddress
+from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.stores.postgresql import PostgreSQLStore
 store = PostgreSQLStore(DatabaseAddress("postgresql", sys.argv[1], "holder"), "holder")
 run = store.begin_run(fingerprint="f", model="m", dimensions=8, wait=0)

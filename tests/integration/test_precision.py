@@ -19,14 +19,14 @@ import pytest
 from cpus import RECORDED, TAKEN_AWAY, embed_with_avx2, needs_emulator, pretend, take_away
 from servers import ListSource, index_rows, records_of
 
-from kdb_fast import openvino_backend
-from kdb_fast.database import DatabaseAddress
-from kdb_fast.demo_docs import records as library_records
-from kdb_fast.encoder import Encoder, EncoderSpec
+from kdb_fast.cli.demo_docs import records as library_records
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.embedding.encoder import Encoder, EncoderSpec
+from kdb_fast.embedding.models.lookup import Model
+from kdb_fast.embedding.precision import openvino_backend
+from kdb_fast.embedding.precision.choice import CPU_FLAGS, Choice, PrecisionSelector, missing_instructions, unsupported
 from kdb_fast.errors import ModelError, StoppedError
-from kdb_fast.models import Model
-from kdb_fast.precision import CPU_FLAGS, Choice, PrecisionSelector, missing_instructions, unsupported
-from kdb_fast.reindex import reindex
+from kdb_fast.indexing.reindex import reindex
 from kdb_fast.resources import WITHOUT_CPU_FLAGS, cpu_flags
 from kdb_fast.settings import ReindexOptions
 

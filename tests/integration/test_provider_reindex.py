@@ -17,13 +17,13 @@ from search_engines import EXACT, new_database, sqlalchemy_url
 from servers import ListSource, cosine, engine_processes, eventually, execute, index_rows, records_of
 
 from kdb_fast import cli
-from kdb_fast.database import DatabaseAddress
-from kdb_fast.encoder import PROBE
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.embedding.encoder import PROBE
+from kdb_fast.embedding.models.lookup import Model
+from kdb_fast.embedding.providers.lookup import FastEmbedProvider, OpenAIProvider, ProviderKeyError
 from kdb_fast.errors import SchemaError
-from kdb_fast.models import Model
-from kdb_fast.providers import FastEmbedProvider, OpenAIProvider, ProviderKeyError
-from kdb_fast.reindex import reindex
-from kdb_fast.search import SearchEngine
+from kdb_fast.indexing.reindex import reindex
+from kdb_fast.search.engine import SearchEngine
 from kdb_fast.settings import ReindexOptions
 from kdb_fast.stores import open_store
 

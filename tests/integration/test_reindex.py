@@ -14,21 +14,21 @@ import psutil
 import pytest
 from servers import ListSource, Oracle, engine_processes, eventually, execute, index_rows, mixed_texts, records_of
 
-from kdb_fast import engine_factory, flushing
-from kdb_fast.database import DatabaseAddress
-from kdb_fast.encoder import EncoderSpec
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.embedding.encoder import EncoderSpec
+from kdb_fast.embedding.models.lookup import Model
+from kdb_fast.engine.processes import ProcessEngine
 from kdb_fast.errors import LockedError, ModelError, RejectLimitError, SchemaError, StoppedError, UnexpectedError
-from kdb_fast.models import Model
-from kdb_fast.progress import Silent
+from kdb_fast.indexing import engine_factory, flushing
+from kdb_fast.indexing.progress import Silent
+from kdb_fast.indexing.reindex import reindex
+from kdb_fast.ipc.slab import SlabShape
 from kdb_fast.receipt import Receipt
 from kdb_fast.records import Record, Reject
-from kdb_fast.reindex import reindex
 from kdb_fast.settings import ReindexOptions, RejectLimit
-from kdb_fast.slab import SlabShape
 from kdb_fast.sources.base import Source
 from kdb_fast.stores import open_store
 from kdb_fast.stores.base import RunSpec
-from kdb_fast.supervisor import ProcessEngine
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -321,7 +321,7 @@ def test_signal_ends_a_run_after_writing_what_is_embedded(
     index: DatabaseAddress, oracle: Oracle, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals, code: int
 ) -> None:
     monkeypatch.setattr(flushing, "FLOOR_BYTES", 20_000)
-    monkeypatch.setattr("kdb_fast.pipeline.SHARD_ROWS", 16)
+    monkeypatch.setattr("kdb_fast.indexing.pipeline.SHARD_ROWS", 16)
     records = records_of(TEXTS[1:61])
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     progress = StopAfterFirstRows(signum)
@@ -357,7 +357,7 @@ class StopAfterFirstRows(Silent):
 @pytest.fixture
 def kameleondb(index: DatabaseAddress) -> Iterator[Any]:
     module = pytest.importorskip("kameleondb")
-    from kdb_fast.demo import sqlalchemy_url
+    from kdb_fast.cli.demo import sqlalchemy_url
 
     client = module.KameleonDB(sqlalchemy_url(index))
     yield client

@@ -10,13 +10,13 @@ import pytest
 from kameleon import Kameleon, close_kameleon, open_kameleon
 from servers import ListSource
 
-from kdb_fast import engine as engine_module
-from kdb_fast import run_embedding
-from kdb_fast.encoder import Encoder
-from kdb_fast.models import Model, resolve
+from kdb_fast.embedding.encoder import Encoder
+from kdb_fast.embedding.models.lookup import Model, resolve
+from kdb_fast.engine import base as engine_module
+from kdb_fast.indexing import run_embedding
+from kdb_fast.indexing.reindex import reindex
+from kdb_fast.indexing.rejects import list_rejects
 from kdb_fast.records import Reject
-from kdb_fast.reindex import reindex
-from kdb_fast.rejects import list_rejects
 from kdb_fast.settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
 from kdb_fast.stores.past_runs import forget_older
 

@@ -19,16 +19,26 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdb_fast.database import DatabaseAddress, connect_postgresql, opened, parse_address
+from kdb_fast.db.address import DatabaseAddress, connect_postgresql, opened, parse_address
 from kdb_fast.errors import SchemaError, UsageError
 from kdb_fast.origins import Maker, Origin, QueryVector
-from kdb_fast.retrieval import SearchReader, SearchResult, check_query, meaning, parse_query, resolve_scope, search
-from kdb_fast.stores import schema, search_postgresql, sqlite_vectors
+from kdb_fast.search import reader_postgresql as search_postgresql
+from kdb_fast.search import sqlite_vectors
+from kdb_fast.search.reader_postgresql import PostgresqlReader
+from kdb_fast.search.reader_sqlite import SqliteReader
+from kdb_fast.search.retrieval import (
+    SearchReader,
+    SearchResult,
+    check_query,
+    meaning,
+    parse_query,
+    resolve_scope,
+    search,
+)
+from kdb_fast.search.status import statuses
 from kdb_fast.stores.base import EntityStatus
-from kdb_fast.stores.search_postgresql import PostgresqlReader
-from kdb_fast.stores.search_sqlite import SqliteReader
-from kdb_fast.stores.status import statuses
-from kdb_fast.target import Target
+from kdb_fast.tables import schema
+from kdb_fast.tables.target import Target
 
 DIMENSIONS = 8
 AT = "2026-03-01 12:00:00.000000"

@@ -15,11 +15,11 @@ from search_engines import Hashes
 from servers import Server, connect_as, execute
 
 from kdb_fast import FastEmbedProvider, SearchEngine, SearchWarning
-from kdb_fast.database import DatabaseAddress
-from kdb_fast.models import Model
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.embedding.models.lookup import Model
 from kdb_fast.sources.kameleondb import KameleonDBSource
-from kdb_fast.stores.postgresql import PostgreSQLStore
-from kdb_fast.target import Target, identifier
+from kdb_fast.stores.postgresql.store import PostgreSQLStore
+from kdb_fast.tables.target import Target, identifier
 
 pytest.importorskip("kameleondb")
 pytestmark = pytest.mark.usefixtures("loaded_once")

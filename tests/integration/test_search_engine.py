@@ -39,13 +39,13 @@ from servers import (
 from sqlalchemy.pool import StaticPool
 
 import kdb_fast
-from kdb_fast import batches, connections, transactions
-from kdb_fast.batches import BatchWriter
-from kdb_fast.database import DatabaseAddress
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.embedding.models.lookup import Model
+from kdb_fast.embedding.providers.lookup import FastEmbedProvider, ProviderError, ProviderInputError
 from kdb_fast.errors import DatabaseError, RecordError, SchemaError, SearchWarning, UsageError
-from kdb_fast.models import Model
-from kdb_fast.providers import FastEmbedProvider, ProviderError, ProviderInputError
-from kdb_fast.search import IndexStatus, SearchEngine, SearchResult
+from kdb_fast.search import batches, connections, transactions
+from kdb_fast.search.batches import BatchWriter
+from kdb_fast.search.engine import IndexStatus, SearchEngine, SearchResult
 from kdb_fast.stores.base import RunSpec
 
 Build = Callable[..., SearchEngine]
@@ -1310,7 +1310,7 @@ def test_role_that_may_not_create_the_tables_is_told(database: DatabaseAddress, 
 
 
 def test_names_of_the_package() -> None:
-    from kdb_fast import search as module
+    from kdb_fast.search import engine as module
 
     assert kdb_fast.SearchEngine is SearchEngine
     for name in kdb_fast.__all__:

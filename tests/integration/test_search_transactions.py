@@ -19,11 +19,11 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 from sqlalchemy.pool import StaticPool
 
-from kdb_fast import transactions
-from kdb_fast.database import DatabaseAddress
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.embedding.providers.lookup import ProviderError
 from kdb_fast.errors import RecordError, UsageError
-from kdb_fast.providers import ProviderError
-from kdb_fast.search import SearchEngine, SessionBatch
+from kdb_fast.search import transactions
+from kdb_fast.search.engine import SearchEngine, SessionBatch
 
 
 class Base(DeclarativeBase):

@@ -14,11 +14,11 @@ from search_engines import Hashes, Words, new_database, sqlalchemy_url
 
 from kdb_fast import SearchEngine
 from kdb_fast.accounting import Counts
-from kdb_fast.bars import Lines
-from kdb_fast.database import DatabaseAddress
+from kdb_fast.cli.bars import Lines
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.embedding.models.lookup import Model
 from kdb_fast.errors import UsageError
 from kdb_fast.kameleondb import install, uninstall
-from kdb_fast.models import Model
 from kdb_fast.settings import DEFAULT_BATCH_SIZE, ReindexOptions
 
 pytest.importorskip("kameleondb")
@@ -175,7 +175,7 @@ def test_progress_for_10_000_records_and_more(kameleon: Kameleon, monkeypatch: p
             shown.append(counts.stored)
             super().update(counts)
 
-    monkeypatch.setattr("kdb_fast.bars.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("kdb_fast.cli.bars.LINE_SECONDS", 0.0)
     result = kameleon.client.reindex_embeddings("Contact", batch_size=1000, progress=Seen())
     assert result["indexed"] == len(kameleon.index()) == count
     assert shown == sorted(shown)

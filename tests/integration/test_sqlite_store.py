@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 from kdb_fast.catalog.records import live_rows
-from kdb_fast.database import parse_address
+from kdb_fast.db.address import parse_address
 from kdb_fast.errors import DatabaseError, LockedError, RecordError, ResourceError, SchemaError
+from kdb_fast.ipc.slab import NO_STAMP, Row, Slab, SlabShape
 from kdb_fast.records import Record, Reject, content_hash
-from kdb_fast.slab import NO_STAMP, Row, Slab, SlabShape
 from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec, Stored
-from kdb_fast.stores.sqlite import SQLiteStore
+from kdb_fast.stores.sqlite.store import SQLiteStore
 
 DIMENSIONS = 8
 
@@ -857,7 +857,7 @@ def test_rows_whose_record_is_deleted_are_removed(
     remove: Callable[[Any, list[str]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kdb_fast.stores.sqlite_prune.PRUNE_KEYS", 3)
+    monkeypatch.setattr("kdb_fast.stores.sqlite.prune.PRUNE_KEYS", 3)
     db, ids = products
     run = index.begin()
     index.write(run, 1, dict.fromkeys(ids, "thing"), entity="Product")

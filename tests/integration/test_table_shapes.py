@@ -14,11 +14,12 @@ from search_engines import Hashes, new_database, sqlalchemy_url
 from servers import Server, execute, role_name
 
 from kdb_fast import cli
-from kdb_fast.database import DatabaseAddress
+from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.errors import SchemaError
-from kdb_fast.query import run_search, run_status
-from kdb_fast.search import SearchEngine
-from kdb_fast.stores import open_store, schema
+from kdb_fast.search.engine import SearchEngine
+from kdb_fast.search.query import run_search, run_status
+from kdb_fast.stores import open_store
+from kdb_fast.tables import schema
 
 DIMENSIONS = 8
 

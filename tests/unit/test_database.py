@@ -11,16 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdb_fast.database import (
-    DatabaseAddress,
-    connect_postgresql,
-    connect_sqlite,
-    default_data_dir,
-    opened,
-    parse_address,
-    redact,
-)
+from kdb_fast.db.address import DatabaseAddress, connect_postgresql, connect_sqlite, opened, parse_address, redact
 from kdb_fast.errors import DatabaseError, KdbFastError, RefusedError, UsageError
+from kdb_fast.paths import default_data_dir
 
 if TYPE_CHECKING:
     from servers import Server

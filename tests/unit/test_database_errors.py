@@ -14,21 +14,21 @@ from typing import Any, NamedTuple
 import psycopg
 import pytest
 
-from kdb_fast import pg_errors, retrying, sqlite_errors
-from kdb_fast.batches import Put
-from kdb_fast.database import DatabaseAddress
+from kdb_fast.db import pg_errors, retrying, sqlite_errors
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.db.pg_errors import explain, kind_of, sqlstate
+from kdb_fast.db.retrying import MOST_TIMEOUTS, Backoff, ErrorKind, retry
+from kdb_fast.db.sqlite_session import patiently, transaction
 from kdb_fast.errors import DatabaseError, KdbFastError, LockedError
-from kdb_fast.pg_errors import explain, kind_of, sqlstate
 from kdb_fast.records import Record
-from kdb_fast.retrying import MOST_TIMEOUTS, Backoff, ErrorKind, retry
-from kdb_fast.sources.insert_postgresql import PostgreSQLInserter
-from kdb_fast.sources.insert_sqlite import SQLiteInserter
+from kdb_fast.search.batches import Put
+from kdb_fast.search.transactions import WAITS, write_at_once
+from kdb_fast.sources.insert.postgresql import PostgreSQLInserter
+from kdb_fast.sources.insert.sqlite import SQLiteInserter
 from kdb_fast.sources.kameleondb import KameleonDBSource
-from kdb_fast.sqlite_session import patiently, transaction
-from kdb_fast.stores.pg_session import PgSession
-from kdb_fast.stores.reading import rows_of, sqlite_cursor
-from kdb_fast.stores.sqlite import SQLiteStore
-from kdb_fast.transactions import WAITS, write_at_once
+from kdb_fast.stores.postgresql.session import PgSession
+from kdb_fast.stores.sqlite.store import SQLiteStore
+from kdb_fast.tables.reading import rows_of, sqlite_cursor
 
 ADDRESS = DatabaseAddress("postgresql", "password=SENTINEL", "postgresql://tests")
 PATIENCE = 5.0
@@ -125,7 +125,7 @@ SIDES = [in_the_store, in_the_source, in_the_inserter]
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("state", "kind"), [*STATES, (None, ErrorKind.PASSING)])
 class TestEachSide:
-    """Store, source and inserter, for each SQLSTATE that the table of :mod:`kdb_fast.pg_errors` names."""
+    """Store, source and inserter, for each SQLSTATE that the table of :mod:`kdb_fast.db.pg_errors` names."""
 
     def test_what_passes_is_tried_again_and_nothing_else(
         self, side: Callable[[Failing], object], state: str | None, kind: ErrorKind
@@ -365,7 +365,7 @@ def test_a_lock_of_another_connection_is_waited_for(path: Path, monkeypatch: pyt
         contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other,
     ):
         # SQLite's own waits would take real time.
-        monkeypatch.setattr("kdb_fast.sqlite_session.BUSY_STEP_MS", 1)
+        monkeypatch.setattr("kdb_fast.db.sqlite_session.BUSY_STEP_MS", 1)
         attempts = itertools.count()
 
         def sleep(seconds: float) -> None:

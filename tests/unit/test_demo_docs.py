@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdb_fast.demo_docs import split_summary
+from kdb_fast.cli.demo_docs import split_summary
 
 
 @given(st.text(alphabet="ab.?\n ", max_size=400).map(str.strip).filter(bool), st.integers(1, 60))

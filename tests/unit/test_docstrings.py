@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import kdb_fast
-from kdb_fast.search import SessionBatch
+from kdb_fast.search.engine import SessionBatch
 
 
 def public() -> Iterator[tuple[str, Any]]:

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kdb_fast.batching import MAX_PADDING, TOKEN_BUDGET, plan_batches
-from kdb_fast.encoder import mean_pool
+from kdb_fast.embedding.batching import MAX_PADDING, TOKEN_BUDGET, plan_batches
+from kdb_fast.embedding.encoder import mean_pool
 
 LENGTHS = hnp.arrays(np.int64, st.integers(0, 150), elements=st.integers(1, 600))
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kdb_fast.batching import pack_batches
+from kdb_fast.embedding.batching import pack_batches
+from kdb_fast.embedding.precision.fidelity import overlap, unit
+from kdb_fast.embedding.precision.openvino_rows import SIZES, STEP, row_numbers
+from kdb_fast.embedding.precision.preparation import prepared_fingerprint
+from kdb_fast.embedding.precision.quantised_weights import activation_grid, round_weights, smoothing, weight_scale
 from kdb_fast.errors import UsageError
-from kdb_fast.fidelity import overlap, unit
-from kdb_fast.openvino_rows import SIZES, STEP, row_numbers
 from kdb_fast.origins import same_model
-from kdb_fast.preparation import prepared_fingerprint
-from kdb_fast.quantised_weights import activation_grid, round_weights, smoothing, weight_scale
 from kdb_fast.settings import ReindexOptions
 
 RNG = np.random.default_rng(7)

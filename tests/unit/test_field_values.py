@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kdb_fast.sources.field_values import FieldRule, UnfitError, check_record
+from kdb_fast.sources.insert.field_values import FieldRule, UnfitError, check_record
 
 RULES = {
     rule.name: rule

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from kdb_fast.catalog.definitions import Entity, Field, Place, Storage
 from kdb_fast.errors import DatabaseError, UsageError
-from kdb_fast.retrieval import MIN_DEPTH, checked_vector, fuse, parse_query, resolve_scope, search
-from kdb_fast.stores.search_base import Hit, Key, Query, Scope, SearchReader, Term, in_order
-from kdb_fast.target import Params
+from kdb_fast.search.reader import Hit, Key, Query, Scope, SearchReader, Term, in_order
+from kdb_fast.search.retrieval import MIN_DEPTH, checked_vector, fuse, parse_query, resolve_scope, search
+from kdb_fast.tables.target import Params
 
 VECTOR = np.array([1, 0], np.float32)
 

@@ -1,5 +1,5 @@
-"""Who may import whom. The rules keep processes apart (worker and writer know nothing of each other), start-up
-quick and the pure modules pure."""
+"""Who may import whom: the table of rooms in ARCHITECTURE.md. It keeps processes apart (worker and writer know nothing
+of each other), start-up quick, and the way of a record downwards."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import kdb_fast
 PACKAGE = Path(kdb_fast.__file__).parent
 HEAVY = {"psycopg", "psycopg_c", "psycopg_binary", "onnxruntime", "onnx", "openvino", "fastembed", "sqlalchemy",
          "rich", "kameleondb", "huggingface_hub", "tokenizers", "requests", "httpx"}  # fmt: skip
-FOUNDATION = {"accounting", "errors", "settings", "receipt", "records", "messages"}
-PIPELINE_PARTS = ["accounting", "flushing", "intake", "key_ledger", "leases", "screening", "text_reuse"]
-ABOVE = {"worker", "writer", "supervisor", "pipeline", "engine_factory", "reindex", "bars", "cli"}
+PIPELINE_PARTS = [
+    f"indexing.{name}" for name in ("flushing", "intake", "key_ledger", "leases", "screening", "text_reuse")
+]
 
 
 class Import(NamedTuple):
@@ -95,99 +95,103 @@ def below(*names: str) -> list[str]:
 
 
 def test_imports_are_read_rightly() -> None:
-    assert {"errors", "messages", "worker", "writer", "slab"} <= own_imports("supervisor")
-    assert {"slab"} <= own_imports("stores.pgcopy")
-    assert {"stores.pg_index", "stores.pg_runs", "stores.base"} <= own_imports("stores.postgresql")
-    assert "writer" in own_imports("engine")
-    assert "writer" not in own_imports("engine", lazy=False)
+    assert {"errors", "ipc.messages", "engine.worker", "engine.writer", "ipc.slab"} <= own_imports("engine.processes")
+    assert {"stores.postgresql.index", "stores.postgresql.runs", "stores.base"} <= own_imports(
+        "stores.postgresql.store"
+    )
+    assert "engine.writer" in own_imports("engine.base")
+    assert "engine.writer" not in own_imports("engine.base", lazy=False)
     assert "receipt" not in own_imports("errors"), "for type checkers only"
     assert "receipt" in own_imports("errors", types=True)
-    assert Import("psycopg", False, True) in imports_of("database")
+    assert Import("psycopg", False, True) in imports_of("db.address")
 
 
-# -- which way imports point -------------------------------------------------------------------------------
+# -- the rooms ---------------------------------------------------------------------------------------------
+
+TOP = "top level"
+ROW = re.compile(r"^\| ([^|]+) \|[^|]*\| ([^|]+) \|$", re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", sorted(FOUNDATION))
-def test_foundation_imports_nothing_of_the_package_but_itself(name: str) -> None:
-    assert own_imports(name) <= FOUNDATION
+def table() -> dict[str, set[str]]:
+    """What each room, and each module that has a row of its own, may import, as ARCHITECTURE.md says."""
+    _, _, section = (PACKAGE.parent / "ARCHITECTURE.md").read_text().partition("\n## Rooms")
+    found: list[tuple[str, str]] = ROW.findall(section.partition("\n## ")[0])
+    return {
+        name.strip().strip("`/"): {part.strip().strip("`/") for part in allowed.split(",")} - {"nothing"}
+        for name, allowed in found
+        if name != "room" and not name.startswith("---")
+    }
 
 
-@pytest.mark.parametrize("name", sorted(FOUNDATION))
-def test_foundation_needs_the_standard_library_only(name: str) -> None:
-    outside = {i.target.split(".")[0] for i in imports_of(name) if not i.own}
+ROOMS = table()
+
+
+def room(name: str) -> str:
+    """The row that a module belongs to: its own one, or that of its room."""
+    parts = name.split(".")
+    own = "/".join(parts) + ".py"
+    return own if own in ROOMS else parts[0] if (PACKAGE / parts[0]).is_dir() else TOP
+
+
+def test_the_table_names_every_room_and_nothing_else() -> None:
+    there = {TOP} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {name for name in ROOMS if "/" not in name} == there
+    assert all((PACKAGE / name).exists() for name in ROOMS if name != TOP)
+    assert set().union(*ROOMS.values()) <= there
+
+
+def test_the_top_level_is_small() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 12
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"", "__main__"}))
+def test_a_module_imports_what_the_table_allows(name: str) -> None:
+    own = room(name)
+    reached = {room(target).partition("/")[0] for target in own_imports(name, types=True)}
+    assert reached <= ROOMS[own] | ({own} if "/" not in own else set())
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name and room(name) == TOP and name != "__main__"))
+def test_the_top_level_needs_the_standard_library_only(name: str) -> None:
+    outside = {i.target.split(".")[0] for i in imports_of(name) if not i.own and not i.lazy}
     assert outside <= set(sys.stdlib_module_names)
-
-
-@pytest.mark.parametrize("name", below("sources", "sharding", "slab", "stores", "encoder", "vectors", "resources"))
-def test_parts_never_import_the_processes_that_use_them(name: str) -> None:
-    assert not own_imports(name) & ABOVE
-
-
-@pytest.mark.parametrize("name", below("sources"))
-def test_sources_know_nothing_of_the_index(name: str) -> None:
-    assert not [i for i in own_imports(name) if i.startswith("stores") or i in {"slab", "encoder", "models"}]
-
-
-@pytest.mark.parametrize("name", below("stores"))
-def test_stores_know_nothing_of_sources_and_models(name: str) -> None:
-    assert not [i for i in own_imports(name) if i.startswith("sources") or i in {"encoder", "models"}]
-
-
-@pytest.mark.parametrize("name", below("catalog"))
-def test_the_catalogue_of_kameleondb_knows_nothing_of_those_who_ask_it(name: str) -> None:
-    assert own_imports(name) <= {"errors", "hidden_rows", "records", "target", *below("catalog")}
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - set(below("catalog"))))
 def test_only_the_catalogue_spells_what_kameleondbs_tables_are_like(name: str) -> None:
-    """Docstrings may name them; ``kdb_records`` is also where :mod:`kdb_fast.target` finds the schema."""
+    """Docstrings may name them; ``kdb_records`` is also where :mod:`kdb_fast.tables.target` finds the schema."""
     constants = {n.value for n in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(n, ast.Constant)}
     statements = [text for text in constants if isinstance(text, str) and "``" not in text]
     words = "kdb_entity_definitions|kdb_field_definitions|is_deleted|storage_mode|dedicated_table_name"
-    assert not [text for text in statements if re.search(words if name == "target" else f"{words}|kdb_records", text)]
-
-
-def test_worker_and_writer_never_import_each_other_or_the_parent() -> None:
-    assert not own_imports("worker") & {"writer", "supervisor", "pipeline", "engine", "reindex", "cli"}
-    assert not own_imports("writer") & {"worker", "supervisor", "pipeline", "engine", "reindex", "cli"}
+    words = words if name == "tables.target" else f"{words}|kdb_records"
+    assert not [text for text in statements if re.search(words, text)]
 
 
 def test_the_worker_has_no_way_to_a_database() -> None:
-    assert not {i for i in own_imports("worker") if i == "database" or i.startswith(("stores", "sources"))}
+    reached, new = {"engine.worker"}, {"engine.worker"}
+    while new:
+        new = {name for module in new if module in MODULES for name in own_imports(module)} - reached
+        reached |= new
+    assert not [name for name in reached if room(name) in {"db", "catalog", "sources", "stores"}]
 
 
-def test_the_writer_has_no_way_to_a_model() -> None:
-    assert not own_imports("writer") & {"encoder", "models", "minilm", "hub"}
-
-
-@pytest.mark.parametrize("name", sorted(set(MODULES) - {"supervisor", "engine"}))
-def test_only_supervisor_and_engine_import_worker_and_writer(name: str) -> None:
-    assert not own_imports(name) & {"worker", "writer"}
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"engine.processes", "engine.base"}))
+def test_only_the_engine_imports_worker_and_writer(name: str) -> None:
+    assert not own_imports(name) & {"engine.worker", "engine.writer"}
 
 
 def test_the_engine_imports_worker_and_writer_only_when_it_runs() -> None:
-    assert not own_imports("engine", lazy=False) & {"worker", "writer"}
+    assert not own_imports("engine.base", lazy=False) & {"engine.worker", "engine.writer"}
 
 
-@pytest.mark.parametrize("name", ["pipeline", *PIPELINE_PARTS])
+@pytest.mark.parametrize("name", ["indexing.pipeline", *PIPELINE_PARTS])
 def test_the_pipeline_knows_no_process(name: str) -> None:
-    assert not own_imports(name) & {"worker", "writer", "supervisor", "reindex", "cli"}
+    assert not own_imports(name) & {"engine.processes", "indexing.reindex"}
 
 
 @pytest.mark.parametrize("name", PIPELINE_PARTS)
 def test_the_parts_of_the_pipeline_need_no_engine(name: str) -> None:
-    assert not own_imports(name) & {"pipeline", "engine"}
-
-
-@pytest.mark.parametrize("name", sorted(set(MODULES) - {"__main__", *below("cli")}))
-def test_nothing_imports_the_command_line(name: str) -> None:
-    assert not own_imports(name) & set(below("cli"))
-
-
-@pytest.mark.parametrize("name", ["reindex", "insert", "rejects", "pipeline", "engine_factory", "run_embedding"])
-def test_a_run_does_not_know_how_it_is_shown(name: str) -> None:
-    assert not own_imports(name, types=True) & {"bars", "report", "console"}
+    assert not own_imports(name) & {"indexing.pipeline", "engine.base"}
 
 
 def circles(graph: dict[str, set[str]]) -> dict[str, set[str]]:
@@ -220,7 +224,7 @@ def test_heavy_packages_are_imported_where_they_are_used(name: str) -> None:
     assert not at_the_top & HEAVY
 
 
-@pytest.mark.parametrize("name", sorted(set(MODULES) - {"own_provider"}))
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"embedding.providers.own_provider"}))
 def test_nobody_asks_what_a_provider_is(name: str) -> None:
     """It answers for itself; only where an object of the caller's own comes in, it is looked at."""
     calls = [n for n in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(n, ast.Call)]
@@ -229,10 +233,12 @@ def test_nobody_asks_what_a_provider_is(name: str) -> None:
 
 
 def test_calls_within_the_model_area_go_down() -> None:
-    order = ["models", "model_fetching", "minilm", "minilm_graph", "hub", "model_cache", "model_manifest",
-             "model_files", "onnx_files", "model_catalogue"]  # fmt: skip
-    for place, name in enumerate(order):
-        assert not own_imports(name) & set(order[:place]), f"{name} climbs back up"
+    order = ["lookup", "fetching", "minilm", "minilm_graph", "hub", "cache", "manifest", "files", "onnx_files",
+             "catalogue"]  # fmt: skip
+    modules = [f"embedding.models.{name}" for name in order]
+    assert set(modules) == {name for name in below("embedding.models") if name != "embedding.models"}
+    for place, name in enumerate(modules):
+        assert not own_imports(name) & set(modules[:place]), f"{name} climbs back up"
 
 
 def test_only_encoder_and_catalogue_import_the_model_libraries() -> None:
@@ -242,7 +248,7 @@ def test_only_encoder_and_catalogue_import_the_model_libraries() -> None:
         for i in imports_of(name)
         if not i.own and i.target.split(".")[0] in {"fastembed", "onnxruntime"}
     }
-    assert users <= {"encoder", "hub", "model_catalogue", "offline"}
+    assert users <= {"embedding.encoder", "embedding.offline", "embedding.models.hub", "embedding.models.catalogue"}
 
 
 def test_nobody_imports_openvino_past_the_place_that_silences_it() -> None:
@@ -253,11 +259,17 @@ def test_nobody_imports_openvino_past_the_place_that_silences_it() -> None:
     ("module", "unloaded"),
     [
         ("kdb_fast.cli", {"numpy", "psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy", "kameleondb", "typer"}),
-        ("kdb_fast.kameleondb", {"numpy", "psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy", "kameleondb"}),
-        ("kdb_fast.supervisor", {"psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy"}),
-        ("kdb_fast.worker", {"psycopg", "rich", "sqlalchemy", "kdb_fast.writer", "kdb_fast.stores.postgresql"}),
-        ("kdb_fast.writer", {"onnxruntime", "fastembed", "rich", "sqlalchemy", "kdb_fast.worker"}),
-        ("kdb_fast.reindex", {"psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy"}),
+        (
+            "kdb_fast.kameleondb.installation",
+            {"numpy", "psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy", "kameleondb"},
+        ),
+        ("kdb_fast.engine.processes", {"psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy"}),
+        (
+            "kdb_fast.engine.worker",
+            {"psycopg", "rich", "sqlalchemy", "kdb_fast.engine.writer", "kdb_fast.stores.postgresql.store"},
+        ),
+        ("kdb_fast.engine.writer", {"onnxruntime", "fastembed", "rich", "sqlalchemy", "kdb_fast.engine.worker"}),
+        ("kdb_fast.indexing.reindex", {"psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy"}),
     ],
 )
 def test_a_fresh_interpreter_loads_no_more_than_it_needs(module: str, unloaded: set[str]) -> None:

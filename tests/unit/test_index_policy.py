@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from kdb_fast.stores.index_policy import (
+from kdb_fast.tables.index_policy import (
     DEFER_FLOOR,
     IndexAction,
     IndexDecision,

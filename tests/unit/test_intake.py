@@ -7,17 +7,17 @@ from typing import cast
 
 import pytest
 
-from kdb_fast import intake as module
 from kdb_fast.accounting import Counts, Fate
-from kdb_fast.flushing import FlushPlanner
-from kdb_fast.intake import FIRST_WINDOW_ROWS, IN_FLIGHT_STAMP, TAKEN_ROWS, Intake
-from kdb_fast.key_ledger import KeyLedger
+from kdb_fast.engine.sharding import WINDOW_ROWS
+from kdb_fast.indexing import intake as module
+from kdb_fast.indexing.flushing import FlushPlanner
+from kdb_fast.indexing.intake import FIRST_WINDOW_ROWS, IN_FLIGHT_STAMP, TAKEN_ROWS, Intake
+from kdb_fast.indexing.key_ledger import KeyLedger
+from kdb_fast.indexing.screening import Screen
+from kdb_fast.indexing.text_reuse import TextReuse
+from kdb_fast.ipc.slab import NO_STAMP, SlabShape
 from kdb_fast.records import Record, content_hash
-from kdb_fast.screening import Screen
-from kdb_fast.sharding import WINDOW_ROWS
-from kdb_fast.slab import NO_STAMP, SlabShape
 from kdb_fast.stores.base import Store, Stored
-from kdb_fast.text_reuse import TextReuse
 
 
 class Index:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kdb_fast.stores.json_vectors import BLOCK_NUMBERS, json_vectors
+from kdb_fast.stores.sqlite.json_vectors import BLOCK_NUMBERS, json_vectors
 
 SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 EDGES = [0.0, -0.0, 0.99999994, -0.99999994, 1.0, -1.0, 5e-9, -4.9e-9, 1e-8, SMALLEST, -SMALLEST, 0.1, 3.4e38]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kdb_fast import key_ledger
 from kdb_fast.accounting import Counts, Fate
-from kdb_fast.key_ledger import KeyLedger
+from kdb_fast.indexing import key_ledger
+from kdb_fast.indexing.key_ledger import KeyLedger
 
 A, B = ("E", "a"), ("E", "b")
 

@@ -8,9 +8,9 @@ import pytest
 
 from kdb_fast.accounting import Fate
 from kdb_fast.errors import KdbFastError
-from kdb_fast.leases import ROW_OVERHEAD_BYTES, Numbered, SlotPool, microseconds
+from kdb_fast.indexing.leases import ROW_OVERHEAD_BYTES, Numbered, SlotPool, microseconds
+from kdb_fast.ipc.slab import NO_STAMP, Row, Slab, SlabShape
 from kdb_fast.records import Record
-from kdb_fast.slab import NO_STAMP, Row, Slab, SlabShape
 
 MOMENT = datetime(2024, 5, 1, 12, tzinfo=timezone(timedelta(hours=2)))
 

@@ -16,20 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdb_fast import (
-    hub,
-    minilm,
-    minilm_graph,
-    model_cache,
-    model_fetching,
-    model_files,
-    model_manifest,
-    models,
-    onnx_files,
-)
+from kdb_fast.embedding.models import cache as model_cache
+from kdb_fast.embedding.models import fetching as model_fetching
+from kdb_fast.embedding.models import files as model_files
+from kdb_fast.embedding.models import hub, minilm, minilm_graph, onnx_files
+from kdb_fast.embedding.models import lookup as models
+from kdb_fast.embedding.models import manifest as model_manifest
+from kdb_fast.embedding.models.catalogue import CatalogueEntry
+from kdb_fast.embedding.models.files import Model
 from kdb_fast.errors import ModelError
-from kdb_fast.model_catalogue import CatalogueEntry
-from kdb_fast.model_files import Model
 
 BGE = "BAAI/bge-small-en-v1.5"
 ONNX_FILE = b"\x08\x08"  # the smallest ONNX file: ir_version = 8

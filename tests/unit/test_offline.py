@@ -36,7 +36,7 @@ def run(directory: Path, fastembed: str, code: str) -> str:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(text)
     program = f"import sys; sys.path.insert(0, {str(directory)!r})\n"
-    program += f"from kdb_fast.offline import import_fastembed\nimport_fastembed()\nimport fastembed\n{code}"
+    program += f"from kdb_fast.embedding.offline import import_fastembed\nimport_fastembed()\nimport fastembed\n{code}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -12,8 +12,8 @@ from hypothesis.extra import numpy as hnp
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.types import numeric
 
-from kdb_fast.slab import NO_STAMP
-from kdb_fast.stores.pgcopy import (
+from kdb_fast.ipc.slab import NO_STAMP
+from kdb_fast.stores.postgresql.pgcopy import (
     NULL,
     SIGNATURE,
     TRAILER,

@@ -22,21 +22,21 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kdb_fast import flushing, intake
-from kdb_fast import pipeline as module
 from kdb_fast.accounting import Counts
-from kdb_fast.engine import Engine, Event, Note, SlotFilled
+from kdb_fast.embedding.vector_cache import VectorCache
+from kdb_fast.engine.base import Engine, Event, Note, SlotFilled
 from kdb_fast.errors import RejectLimitError
-from kdb_fast.flushing import FlushSize
-from kdb_fast.leases import microseconds
-from kdb_fast.messages import Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex, row_bits, rows_of_bits
-from kdb_fast.pipeline import Pipeline, StopRequested
+from kdb_fast.indexing import flushing, intake
+from kdb_fast.indexing import pipeline as module
+from kdb_fast.indexing.flushing import FlushSize
+from kdb_fast.indexing.leases import microseconds
+from kdb_fast.indexing.pipeline import Pipeline, StopRequested
+from kdb_fast.ipc.messages import Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex, row_bits, rows_of_bits
+from kdb_fast.ipc.slab import NO_STAMP, ROW_NOT_FINITE, Slab, SlabShape
 from kdb_fast.records import MAX_CONTENT_BYTES, Record, Reject, content_hash, unfit
 from kdb_fast.settings import RejectLimit
-from kdb_fast.slab import NO_STAMP, ROW_NOT_FINITE, Slab, SlabShape
 from kdb_fast.stores.base import Store, Stored
-from kdb_fast.stores.index_policy import IndexAction, IndexOutcome
-from kdb_fast.vectors import VectorCache
+from kdb_fast.tables.index_policy import IndexAction, IndexOutcome
 
 FINGERPRINT = "of this model"
 DIMENSIONS = 4

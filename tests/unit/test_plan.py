@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdb_fast import plan
-from kdb_fast.batching import TOKEN_BUDGET
-from kdb_fast.plan import FLUSH_SLOTS, INLINE_ROWS, MEMORY_FOR_SLAB, WORKER_BYTES, Plan, inline_shape, make_plan
-from kdb_fast.sharding import SHARD_ROWS
-from kdb_fast.slab import SlabShape
+from kdb_fast.embedding.batching import TOKEN_BUDGET
+from kdb_fast.engine import plan
+from kdb_fast.engine.plan import FLUSH_SLOTS, INLINE_ROWS, MEMORY_FOR_SLAB, WORKER_BYTES, Plan, inline_shape, make_plan
+from kdb_fast.engine.sharding import SHARD_ROWS
+from kdb_fast.ipc.slab import SlabShape
 
 GIGABYTE = 10**9
 

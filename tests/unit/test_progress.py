@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdb_fast import bars
 from kdb_fast.accounting import Counts
-from kdb_fast.bars import LINE_SECONDS, RATE_WINDOW, Bar, Estimate, Lines, choose, clock
-from kdb_fast.progress import Silent
+from kdb_fast.cli import bars
+from kdb_fast.cli.bars import LINE_SECONDS, RATE_WINDOW, Bar, Estimate, Lines, choose, clock
+from kdb_fast.indexing.progress import Silent
 
 
 class Time:

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdb_fast import query_model
+from kdb_fast.embedding.models.lookup import Model
+from kdb_fast.embedding.providers.openai_provider import openai_fingerprint
 from kdb_fast.errors import ModelError, SchemaError
-from kdb_fast.models import Model
-from kdb_fast.openai_provider import openai_fingerprint
 from kdb_fast.origins import Maker, Origin
-from kdb_fast.query_model import embed_query, query_vectors
+from kdb_fast.search import query_model
+from kdb_fast.search.query_model import embed_query, query_vectors
 from kdb_fast.settings import DEFAULT_MODEL
-from kdb_fast.stores import schema
 from kdb_fast.stores.past_runs import IndexModel, index_model
+from kdb_fast.tables import schema
 
 ADDRESS = "http://127.0.0.1:1/v1"
 SMALL = "text-embedding-3-small"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kdb_fast.indexing.screening import Screen
 from kdb_fast.records import MAX_CONTENT_BYTES, Record, Reject, content_hash
-from kdb_fast.screening import Screen
 
 
 def test_fit_records_are_numbered_in_the_order_of_reading_and_the_others_rejected() -> None:

@@ -5,9 +5,9 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdb_fast.engine.sharding import SHARD_CHARS, SHARD_ROWS, cut_shards, text_bytes
+from kdb_fast.ipc.slab import Row
 from kdb_fast.records import Record
-from kdb_fast.sharding import SHARD_CHARS, SHARD_ROWS, cut_shards, text_bytes
-from kdb_fast.slab import Row
 
 ROWS = st.lists(st.builds(lambda e, i, c: Row(Record(e, i, c)), st.text(max_size=5), st.text(max_size=5), st.text()))
 

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb_fast.errors import ResourceError
-from kdb_fast.records import MAX_CONTENT_BYTES, MAX_ENTITY_CHARS, MAX_RECORD_ID_CHARS, Record
-from kdb_fast.slab import (
+from kdb_fast.ipc.slab import (
     ALIGNMENT,
     BLOB_BYTES,
     NO_STAMP,
@@ -30,6 +29,7 @@ from kdb_fast.slab import (
     SlabHandle,
     SlabShape,
 )
+from kdb_fast.records import MAX_CONTENT_BYTES, MAX_ENTITY_CHARS, MAX_RECORD_ID_CHARS, Record
 
 SMALL = SlabShape(slots=3, rows=4, dimensions=5, blob_bytes=4096)
 TEXT = st.text(max_size=30)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kdb_fast.leases import Numbered
+from kdb_fast.indexing.leases import Numbered
+from kdb_fast.indexing.text_reuse import Placement, TextReuse
+from kdb_fast.ipc.slab import Row
 from kdb_fast.records import Record
-from kdb_fast.slab import Row
-from kdb_fast.text_reuse import Placement, TextReuse
 
 FIT, UNFIT = np.zeros(1, np.uint8), np.full(1, 3, np.uint8)
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdb_fast import transactions
-from kdb_fast.batches import Delete, Operation, Put
 from kdb_fast.errors import DatabaseError, RecordError
 from kdb_fast.records import Record
-from kdb_fast.transactions import OPERATION_BYTES, Queue, _Repeatable, write_at_once
+from kdb_fast.search import transactions
+from kdb_fast.search.batches import Delete, Operation, Put
+from kdb_fast.search.transactions import OPERATION_BYTES, Queue, _Repeatable, write_at_once
 
 
 class Conflict(Exception):

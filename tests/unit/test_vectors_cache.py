@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kdb_fast.vectors import CACHE_BYTES, VectorCache
+from kdb_fast.embedding.vector_cache import CACHE_BYTES, VectorCache
 
 DIMENSIONS = 3
 

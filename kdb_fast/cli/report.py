@@ -1,0 +1,192 @@
+"""What commands print for people. Everything that came from records is shown without control characters."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..receipt import InsertReceipt, Receipt, Retried
+from ..records import storable_key
+from ..tables.target import Target
+from .bars import clock
+from .console import shell_word, with_database
+
+SHOWN_CHARS = 100
+"""Characters of a text in a list of results."""
+
+NOTE_CHARS = 1000
+"""Characters of a note: a server's notice may quote anything."""
+
+SHOWN_REJECTS = 10
+"""Rejected lines that are printed at the end of an insert."""
+
+
+def print_receipt(receipt: Receipt, database: str) -> None:
+    """The summary of a run."""
+    database = _with_schema(database, receipt.schema)
+    written, read = receipt.written, receipt.read
+    if not read and receipt.empty:
+        print(f"{database}: none of the {receipt.empty:,} records has any text.")
+    elif not read:
+        print(f"{database}: there were no records to read.")
+    elif not written and not receipt.rejected:
+        print(f"{database}: nothing changed: {receipt.unchanged:,} records are up to date.")
+    else:
+        print(
+            f"{database}: {written:,} of {read:,} records written in {clock(receipt.seconds)} "
+            f"({receipt.records_per_second:,.0f} records/s, {receipt.tokens_per_second:,.0f} tokens/s)"
+        )
+    ends = [f"{count:,} {fate}" for fate, count in receipt.fates.items() if count or fate == "stored"]
+    rows = [("records", ", ".join(ends))]
+    also = (
+        (receipt.deleted, "removed from the index"),
+        (receipt.empty, "without text, not indexed"),
+        (receipt.truncated, "longer than the model reads"),
+    )
+    extra = [f"{count:,} {text}" for count, text in also if count]
+    if extra:
+        rows.append(("also", ", ".join(extra)))
+    if receipt.tokens:
+        padding = 1 - receipt.tokens / max(1, receipt.padded_tokens)
+        rows.append(
+            ("tokens", f"{receipt.tokens:,} ({receipt.tokens / max(1, receipt.stored):.0f} a record, "
+                       f"padding {padding:.1%})")
+        )  # fmt: skip
+        rows.append(("plan", receipt.plan))
+    rows.append(("model", f"{receipt.model}, {receipt.dimensions} dimensions, {receipt.precision}, "
+                          f"fingerprint {receipt.fingerprint}"))  # fmt: skip
+    if receipt.flushes:
+        rows.append(("flushes", f"{receipt.flushes}: {receipt.flush_size}"))
+    if receipt.index:
+        rows.append(("index", receipt.index))
+    if written:
+        phases = receipt.phases
+        rows.append(("time", f"embedding {phases.embed:.1f} s of worker time, writing {phases.write:.1f} s, "
+                             f"index {phases.index:.1f} s"))  # fmt: skip
+        rows.append(("memory", f"{receipt.peak_rss_bytes / 1e6:,.0f} MB at most, all processes together"))
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print(f"  {name:<{width}}  {printable(text, NOTE_CHARS)}")
+    for warning in receipt.warnings:
+        print(f"  note: {printable(warning, NOTE_CHARS)}")
+    if receipt.rejected:
+        print(with_database("  See the rejected records: kdb-fast rejects list"))
+
+
+def _with_schema(database: str, schema: str | None) -> str:
+    """The address and the schema, where it is not the one that everybody expects."""
+    return database if schema in (None, "public") else f"{database}, schema {Target(schema).shown()}"
+
+
+def printable(text: str, limit: int = SHOWN_CHARS) -> str:
+    """One line without control characters, cut at ``limit`` characters."""
+    return storable_key(" ".join(text.split()), limit)
+
+
+def print_results(query: str, results: Sequence[Mapping[str, Any]]) -> None:
+    """Search results, best first."""
+    if not results:
+        print("no results")
+        return
+    for number, result in enumerate(results, 1):
+        print(f"{number:>3}. {result['score']:.4f}  {printable(result['entity'], 40)}/{printable(result['id'], 40)}")
+        print(f"     {printable(result['matched_text'])}")
+
+
+def print_status(status: Mapping[str, Any], database: str) -> None:
+    """A table of entities."""
+    from rich.console import Console
+    from rich.table import Table
+
+    entities = status["entities"]
+    database = _with_schema(database, status.get("schema"))
+    print(f"{database}: {status['indexed']:,} records indexed")
+    if not entities:
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("entity")
+    for name in ("indexed", "pending", "stale", "rejected"):
+        table.add_column(name, justify="right")
+    table.add_column("last update")
+    for row in entities:
+        pending = "?" if row["pending"] is None else f"{row['pending']:,}"
+        updated = str(row["last_updated"] or "never")[:19]
+        table.add_row(printable(row["entity"], 60), f"{row['indexed']:,}", pending, f"{row['stale']:,}",
+                      f"{row['rejected']:,}", updated)  # fmt: skip
+    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+    if status.get("run"):
+        run = status["run"]
+        print(f"last run: {run['run']}, {run['state']}, began {str(run['started_at'])[:19]}")
+
+
+def print_models(entries: Iterable[Any]) -> None:
+    """All models, those on this machine first."""
+    for entry in sorted(entries, key=lambda e: (not e.installed, e.name)):
+        mark = "here" if entry.installed else "    "
+        print(f"{mark}  {entry.dimensions:>5}  {entry.size_gb:>6.2f} GB  {entry.name}")
+    sys.stdout.flush()
+
+
+def print_inserted(receipt: InsertReceipt, entity: str, database: str) -> None:
+    """The summary of an insert."""
+    print(f"{database}: {receipt.inserted:,} records inserted into {printable(entity, 60)}")
+    if receipt.read:
+        print_receipt(receipt, database)
+    elif receipt.empty:
+        print(f"  None of the {receipt.empty:,} has any text, so nothing was indexed.")
+        for warning in receipt.warnings:
+            print(f"  note: {printable(warning, NOTE_CHARS)}")
+
+
+def print_rejected_lines(receipt: Receipt | None) -> None:
+    """The first rejected lines of an insert's input, to standard error."""
+    if not isinstance(receipt, InsertReceipt):
+        return
+    for reject in receipt.rejects[:SHOWN_REJECTS]:
+        where = f"line {reject.line}" if reject.line else f"record {printable(reject.record_id, 60)}"
+        print(f"{where}: {reject.reason}: {printable(reject.detail, 500)}", file=sys.stderr)
+    if receipt.rejected > SHOWN_REJECTS:
+        print(f"and {receipt.rejected - SHOWN_REJECTS:,} more", file=sys.stderr)
+
+
+def print_rejects(rows: Sequence[Mapping[str, Any]], limit: int) -> None:
+    """Rejected records, one line each."""
+    if not rows:
+        print("There are no rejected records.")
+        return
+    for row in rows[:limit]:
+        where = printable(row["entity"], 60)
+        if row["record_id"]:
+            where += f"/{printable(row['record_id'], 60)}"
+        if row["line"]:
+            where += f" line {row['line']}"
+        reason = printable(f"{row['reason']}: {row['detail']}", 500)
+        print(f"{where}: {reason} (run {row['run']}, {str(row['rejected_at'])[:19]})")
+    if len(rows) > limit:
+        print(f"and {len(rows) - limit:,} more: see --limit")
+
+
+def print_retried(result: Retried, database: str) -> None:
+    """What became of rejected records that were tried again."""
+    if not result.rejects_before:
+        print("There are no rejected records.")
+        return
+    if result.receipt is not None:
+        print_receipt(result.receipt, database)
+        print(f"{result.remaining:,} rejected records remain")
+    there = with_database("kdb-fast status").removeprefix("kdb-fast status")
+    for entity, count in result.lines_of_inserts.items():
+        name = printable(entity, 60)
+        word = shell_word(entity)
+        print(
+            f"{count:,} rejected lines for {name} became no record: correct them and insert only them "
+            f"(kdb-fast insert {word} FILE{there}), then forget these: kdb-fast rejects clear --entity {word}{there}"
+        )
+    for entity, count in result.lines_of_files.items():
+        name = printable(entity, 60)
+        print(
+            f"{count:,} rejected lines of {name} are of a file and not in the database: correct them, then run "
+            f"kdb-fast reindex --from FILE --entity {shell_word(entity)} again{there and ' with'}{there} "
+            "(what is stored is skipped)"
+        )

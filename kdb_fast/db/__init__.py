@@ -1,0 +1,1 @@
+"""Reaching a database: addresses, connections, sessions, which errors pass."""

@@ -1,0 +1,150 @@
+"""Connections to PostgreSQL on which no wait is endless.
+
+Keepalives notice a network that is gone. They do not notice a proxy, a pooler or a firewall that keeps the connection
+open and passes nothing on, nor an answer that got lost there: the client would wait for ever. So a server that has
+been silent for a while is asked, on a second connection, whether it still works on the statement. A long statement
+may take as long as it takes; one that nobody works on ends with an error, after which a new connection is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+from ..settings import silence_seconds
+from .pg_settings import pin
+
+if TYPE_CHECKING:
+    import psycopg
+
+    Connection = psycopg.Connection[tuple[Any, ...]]
+
+TIMES_UNKNOWN = 10
+"""Checks without an answer (behind a pooler the session is not known) before the connection is given up."""
+
+SECOND_LOOK_SECONDS = 1.0
+"""An answer may be on its way when the server says that it has nothing to do."""
+
+
+class ConnectionWatchdog:
+    """Watches one connection, so that no answer is waited for that nobody is working on.
+
+    Args:
+        second: Opens another connection to the same database.
+
+    Attributes:
+        session: The server process that works for the connection in its present transaction, where libpq does not
+            know it: behind a pooler.
+    """
+
+    def __init__(self, second: Callable[[], Connection] | None) -> None:
+        self.silence = silence_seconds()
+        self.session: int | None = None
+        self._second = second
+
+    def over(self, connection: Connection, waiting: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        """psycopg's generator ``waiting``, ended with an OperationalError when nobody works on it any more.
+
+        psycopg resumes it whenever the socket is ready, and some ten times a second while it is not.
+        """
+        import psycopg
+
+        if connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE:
+            self.session = None
+        began = heard = time.monotonic()
+        unknown = idle = 0
+        try:
+            wanted = next(waiting)
+            while True:
+                ready = yield wanted
+                now = time.monotonic()
+                if ready:
+                    heard, unknown, idle = now, 0, 0
+                elif now - heard >= self.silence:
+                    try:
+                        works = self._works(connection)
+                    except psycopg.errors.ConnectionTimeout:
+                        works, idle = False, 1  # there is nobody there to look at a second time
+                    unknown += works is None
+                    idle = idle + 1 if works is False else 0
+                    if idle > 1 or unknown >= TIMES_UNKNOWN:
+                        connection.pgconn.finish()
+                        raise psycopg.OperationalError(f"no answer for {time.monotonic() - began:.0f} s")
+                    heard = time.monotonic()
+                    if idle:
+                        heard -= self.silence - min(SECOND_LOOK_SECONDS, self.silence)
+                wanted = waiting.send(ready)
+        except StopIteration as ended:
+            return ended.value
+
+    def _works(self, connection: Connection) -> bool | None:
+        """Whether the server works on a statement of this connection; None where that cannot be known.
+
+        A server that waits for us does not work.
+
+        Raises:
+            psycopg.errors.ConnectionTimeout: A new connection gets no answer either.
+        """
+        import psycopg
+
+        if self._second is None:
+            return False
+        session = self.session or connection.info.backend_pid
+        try:
+            with contextlib.closing(self._second()) as second:
+                row = second.execute(
+                    # Without track_activities only its locks tell: no session idles in a transaction of ours for long.
+                    "SELECT CASE WHEN state = 'disabled' "
+                    "THEN EXISTS (SELECT FROM pg_locks l WHERE l.pid = a.pid AND l.locktype = 'virtualxid') "
+                    "ELSE state = 'active' AND wait_event_type IS DISTINCT FROM 'Client' END "
+                    "FROM pg_stat_activity a WHERE pid = %s",
+                    (session,),
+                ).fetchone()
+        except psycopg.errors.ConnectionTimeout:
+            raise
+        except psycopg.Error:
+            return None
+        return row[0] if row else None
+
+
+@functools.cache
+def _connection_class() -> type[Connection]:
+    # In a function, because psycopg takes a quarter of a second to import.
+    import psycopg
+
+    class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
+        watchdog: ConnectionWatchdog | None = None
+
+        def wait(self, gen: Any, *args: Any, **options: Any) -> Any:
+            return super().wait(self.watchdog.over(self, gen) if self.watchdog else gen, *args, **options)
+
+    return WatchedConnection
+
+
+def connect(conninfo: str, **options: Any) -> Connection:
+    """:func:`psycopg.connect` with a :class:`ConnectionWatchdog` over it, and the pins of :mod:`.pg_settings`.
+
+    Args:
+        options: Of psycopg.connect; ``application_name`` among them.
+
+    Raises:
+        psycopg.Error: The server cannot be reached, or refuses.
+    """
+
+    def open_watched(second: Callable[[], Connection] | None, **changed: Any) -> Connection:
+        connection = _connection_class().connect(conninfo, **{**options, **changed})
+        pin(connection)
+        connection.watchdog = ConnectionWatchdog(second)  # type: ignore[attr-defined]
+        return connection
+
+    return open_watched(lambda: open_watched(None, application_name="kdb-fast/check", autocommit=True))
+
+
+def name_session(connection: Connection, session: int) -> None:
+    """Say which server process works for the connection until the end of the transaction."""
+    watchdog = getattr(connection, "watchdog", None)
+    if watchdog is not None:
+        watchdog.session = session

@@ -1,0 +1,396 @@
+"""Texts → float32 matrix. The only module that runs fastembed and onnxruntime (OpenVINO: openvino_backend.py).
+
+What makes it fast on a CPU (all measured, see ARCHITECTURE.md): one thread a process; every text tokenised
+once; rows of near-equal token counts in small batches (batching.py), so that next to nothing is padding and the
+activations stay in the core's cache; pooling here, so that only rows × dimensions leave the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import KdbFastError, ModelError, ResourceError
+from ..records import was_cut
+from .batching import TOKEN_BUDGET, pack_batches, plan_batches
+from .models.files import Model
+from .precision.openvino_rows import WIDTH_CLASS, filled_rows
+
+CHARS_PER_TOKEN = 24
+"""Texts are cut at this many characters a token of the model's window before they are tokenised; a cut that
+left the window unfilled is repeated longer, so the result never depends on it. English has 4 to 5."""
+
+
+PROBE = "The quick brown fox jumps over the lazy dog."
+"""Embedded to see that a model or an API works: a text of our own, so what is said of it may be shown."""
+
+
+class Tally(NamedTuple):
+    """What an encode call computed, in tokens with the special ones.
+
+    ``padded_tokens`` are the rows that dense layers computed: with padding, or with what OpenVINO's are filled up with.
+    """
+
+    tokens: int
+    padded_tokens: int
+    truncated: int
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """All a process needs to build an encoder. Small and picklable.
+
+    ``precision`` other than fp32 runs on OpenVINO: the model's own file, or the quantised ``prepared`` in its place.
+    ``unquantised_precision`` is what int8 leaves unquantised, attention above all, is computed in: fp32 or bf16.
+    """
+
+    model: Model
+    batch_size: int
+    token_budget: int = TOKEN_BUDGET
+    threads: int = 1
+    precision: str = "fp32"
+    prepared: Path | None = None
+    unquantised_precision: str = "fp32"
+
+    @property
+    def read_chars(self) -> int:
+        """Characters of a text that count for the size of its shard: what is behind them is not tokenised."""
+        return self.model.max_tokens * CHARS_PER_TOKEN
+
+
+Matrix = npt.NDArray[np.float32]
+Tokens = npt.NDArray[np.int64]
+
+
+class Encoder:
+    """One model in this process.
+
+    Raises:
+        ModelError: The model cannot be loaded, or does not give the vectors it promises.
+        ResourceError: There is not enough memory for it.
+    """
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        self.spec = spec
+        self.dimensions = spec.model.dimensions
+        self.max_tokens = spec.model.max_tokens
+        self._inner = _load_fastembed(spec)
+        self._backend: _Backend
+        if spec.precision != "fp32":
+            self._backend = _openvino(self._inner, spec)
+        elif _is_plain(self._inner):
+            self._backend = _OnnxBackend(self._inner, self._inner.model)
+        else:
+            self._backend = _WholeModel(self._inner)
+
+    def encode(self, texts: Sequence[str], out: Matrix) -> Tally:
+        """Embed ``texts`` into ``out`` (float32, len(texts) × dimensions), row for row.
+
+        Order and batching do not change a row by more than 1e-6; in a lower precision not at all.
+        """
+        return self._backend.encode(texts, out, self.spec)
+
+    def embed(self, texts: Sequence[str]) -> Matrix:
+        """:meth:`encode` into a new matrix."""
+        out = np.empty((len(texts), self.dimensions), dtype=np.float32)
+        if texts:
+            self.encode(texts, out)
+        return out
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text, cut at the model's window, special ones included.
+
+        Raises:
+            ModelError: The model is no plain transformer.
+        """
+        return self._plain()._tokenise(texts, self.max_tokens)[0]
+
+    def feed(self, ids: Sequence[int]) -> dict[str, Tokens]:
+        """The inputs of the graph for one text without padding, int64 [1, tokens] each."""
+        return self._plain().feed(np.array([ids], dtype=np.int64), np.ones((1, len(ids)), dtype=np.int64))
+
+    def _plain(self) -> _OnnxBackend:
+        if not isinstance(self._backend, _OnnxBackend):
+            raise ModelError(
+                f"{self.spec.model.name} is no plain transformer, so it has no lower precision.",
+                remedy="Use --precision fp32.",
+            )
+        return self._backend
+
+    def self_test(self) -> None:
+        """Embed a probe alone and within a ragged batch; refuse a model for which that makes a difference.
+
+        Dynamic int8 models fail here: their vectors depend on the batch, so that a repeated, resumed or
+        deduplicated run would store different ones (onnxruntime issue 10111).
+        """
+        with _explained(self.spec.model, "fails on a probe"):
+            self._probe()
+
+    def _probe(self) -> None:
+        others = ["short", PROBE * 6, "Überraschung: naïve café", "1 2 3 4 5 6 7 8 9", PROBE + " Again."]
+        alone = self.embed([PROBE])[0]
+        out = np.empty((6, self.dimensions), dtype=np.float32)
+        self._backend.encode([*others[:2], PROBE, *others[2:]], out, self.spec, ragged=True)
+        if not np.isfinite(out).all() or not out.any(axis=1).all():
+            fault = "zeros" if np.isfinite(out).all() else "NaN or infinity"
+            raise ModelError(f"{self.spec.model.name} gives a vector of {fault} for a plain sentence.")
+        norm = float(np.linalg.norm(alone) * np.linalg.norm(out[2])) or 1.0
+        cosine = float(alone @ out[2]) / norm
+        if cosine < BATCH_INVARIANCE:
+            raise ModelError(
+                f"{self.spec.model.name} gives another vector for the same text in another batch "
+                f"(cosine {cosine:.5f}, expected at least {BATCH_INVARIANCE}).",
+                remedy="It is quantised dynamically; choose a model in fp32 or one with static quantisation.",
+            )
+
+
+BATCH_INVARIANCE = 0.9998
+"""Least cosine between any two batchings of a text: the worst that static int8 gave was 0.99989."""
+
+
+class _Backend:
+    def encode(self, texts: Sequence[str], out: Matrix, spec: EncoderSpec, *, ragged: bool = False) -> Tally:
+        raise NotImplementedError
+
+
+class _OnnxBackend(_Backend):
+    """The usual case: tokenizer → ONNX session → FastEmbed's own pooling for this model."""
+
+    def __init__(self, inner: Any, session: Any, width_class: int = 0) -> None:
+        self._tokenizer = inner.tokenizer
+        padding = self._tokenizer.padding or {}
+        self._pad_id = int(padding.get("pad_id", 0))
+        self._pad_left = padding.get("direction") == "left"
+        self._tokenizer.no_padding()
+        self._session = session
+        self._width_class = width_class
+        self._inputs = {node.name for node in self._session.get_inputs()}
+        self._inner = inner
+        self._mean = type(inner).__name__ == "PooledNormalizedEmbedding"
+
+    def encode(self, texts: Sequence[str], out: Matrix, spec: EncoderSpec, *, ragged: bool = False) -> Tally:
+        ids, truncated = self._tokenise(texts, spec.model.max_tokens)
+        lengths = np.fromiter((len(row) for row in ids), dtype=np.int64, count=len(ids))
+        if ragged:
+            batches = [np.arange(len(ids))]
+        elif self._width_class:
+            batches = list(pack_batches(lengths, spec.token_budget, spec.batch_size, self._width_class))
+        else:
+            batches = list(plan_batches(lengths, spec.token_budget, spec.batch_size))
+        padded = 0
+        for rows in batches:
+            width = int(lengths[rows].max())
+            if self._width_class:
+                width = min(-(-width // self._width_class) * self._width_class, spec.model.max_tokens)
+                padded += filled_rows(int(lengths[rows].sum()), spec.precision)
+            else:
+                padded += width * len(rows)
+            _put(out, rows, self._run(ids, lengths, rows, width), spec.model)
+        return Tally(int(lengths.sum()), padded, truncated)
+
+    def _tokenise(self, texts: Sequence[str], window: int) -> tuple[list[list[int]], int]:
+        limit = window * CHARS_PER_TOKEN
+        encodings = self._tokenizer.encode_batch_fast([text[:limit] for text in texts])
+        ids = [e.ids for e in encodings]
+        truncated = [bool(e.overflowing) for e in encodings]
+        for i, text in enumerate(texts):
+            cut = limit
+            while len(text) > cut and len(ids[i]) < window:
+                cut *= 8
+                encoding = self._tokenizer.encode_batch_fast([text[:cut]])[0]
+                ids[i] = encoding.ids
+                truncated[i] = bool(encoding.overflowing)
+            truncated[i] |= len(text) > cut
+        # What was cut before it came here was counted there.
+        return ids, sum(more and not was_cut(text) for text, more in zip(texts, truncated, strict=True))
+
+    def feed(self, input_ids: Tokens, mask: Tokens) -> dict[str, Tokens]:
+        """The inputs that this graph has."""
+        feed = {"input_ids": input_ids}
+        if "attention_mask" in self._inputs:
+            feed["attention_mask"] = mask
+        if "token_type_ids" in self._inputs:
+            feed["token_type_ids"] = np.zeros_like(input_ids)
+        result: dict[str, Tokens] = self._inner._preprocess_onnx_input(feed)
+        return result
+
+    def _run(self, ids: list[list[int]], lengths: Tokens, rows: npt.NDArray[np.intp], width: int) -> Matrix:
+        n = len(rows)
+        input_ids: Tokens
+        if int(lengths[rows].min()) == width:
+            input_ids = np.array([ids[i] for i in rows], dtype=np.int64)
+            mask = np.ones((n, width), dtype=np.int64)
+        else:
+            input_ids = np.full((n, width), self._pad_id, dtype=np.int64)
+            mask = np.zeros((n, width), dtype=np.int64)
+            for row, i in enumerate(rows):
+                k = len(ids[i])
+                at = slice(width - k, width) if self._pad_left else slice(0, k)
+                input_ids[row, at] = ids[i]
+                mask[row, at] = 1
+        hidden = self._session.run(None, self.feed(input_ids, mask))[0]
+        if self._mean:
+            return mean_pool(hidden, mask)
+        from fastembed.common.onnx_model import OnnxOutputContext
+
+        context = OnnxOutputContext(model_output=hidden, attention_mask=mask, input_ids=input_ids)
+        return np.asarray(list(self._inner._post_process_onnx_output(context)), dtype=np.float32)
+
+
+class _WholeModel(_Backend):
+    """Models that FastEmbed runs in a way of its own (static embeddings, task adapters): through its public API."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def encode(self, texts: Sequence[str], out: Matrix, spec: EncoderSpec, *, ragged: bool = False) -> Tally:
+        lengths = np.fromiter((min(len(t), 4 * spec.model.max_tokens) for t in texts), dtype=np.int64)
+        chars = 4 * spec.token_budget
+        batches = [np.arange(len(texts))] if ragged else list(plan_batches(lengths, chars, spec.batch_size))
+        for rows in batches:
+            vectors = list(self._inner.embed([texts[i] for i in rows], batch_size=len(rows)))
+            _put(out, rows, np.asarray(vectors, dtype=np.float32), spec.model)
+        counted = (
+            int(self._inner.token_count(list(texts))) if hasattr(self._inner, "token_count") else int(lengths.sum())
+        )
+        return Tally(counted, counted, 0)
+
+
+def _put(out: Matrix, rows: npt.NDArray[np.intp], vectors: Matrix, model: Model) -> None:
+    """Write the vectors of ``rows``. NumPy alone would repeat a single vector for all rows.
+
+    Raises:
+        ModelError: There are more or fewer than rows, or they are not of the model's length.
+    """
+    if vectors.shape != (len(rows), model.dimensions):
+        raise ModelError(
+            f"{model.name} gives a matrix of {vectors.shape} for {len(rows)} texts; "
+            f"expected {(len(rows), model.dimensions)}.",
+            remedy="Is it the model of this name?",
+        )
+    out[rows] = vectors
+
+
+def is_memory_error(error: Exception) -> bool:
+    """Whether an exception of Python or of ONNX Runtime, which has no class for it, says that memory ran out."""
+    said = ("bad_alloc", "Failed to allocate memory", "failed to map segment", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in said)
+
+
+@contextlib.contextmanager
+def _explained(model: Model, fault: str) -> Iterator[None]:
+    """Any error of the libraries is the model's, unless memory ran out."""
+    try:
+        yield
+    except KdbFastError:
+        raise
+    except Exception as error:
+        if is_memory_error(error):
+            raise memory_ran_out() from error
+        raise ModelError(
+            f"The model {model.name} {fault}: {type(error).__name__}: {' '.join(str(error).split())}",
+            remedy=f"Fetch it again: kdb-fast models pull {model.name}",
+        ) from error
+
+
+def memory_ran_out() -> ResourceError:
+    """The error that says that this process may not use the memory that a model needs."""
+    return ResourceError(
+        "Memory ran out while texts were embedded.",
+        remedy="Raise the limit (ulimit -v, or the container's), or use fewer --workers or a smaller model; then run "
+        "the same command again: what was committed is safe.",
+    )
+
+
+def mean_pool(hidden: npt.NDArray[np.float32], mask: Tokens) -> Matrix:
+    """Mean of the token vectors that the mask marks, then unit length. float32, rows × dimensions.
+
+    Same as FastEmbed's pooling to 1e-7; one matrix product instead of a masked sum in float64.
+    """
+    weights = mask.astype(np.float32)
+    with np.errstate(all="ignore"):  # NaN and infinity are found in the result, row by row
+        pooled = np.matmul(weights[:, None, :], hidden)[:, 0, :]
+        norms = np.linalg.norm(pooled, axis=1, keepdims=True)
+        result: Matrix = pooled / np.maximum(norms, 1e-12)
+    return result
+
+
+def _is_plain(inner: Any) -> bool:
+    """Whether a FastEmbed model is tokenizer → session → pooling, without steps of its own in between."""
+    from fastembed.text.onnx_text_model import OnnxTextModel
+
+    return (
+        isinstance(inner, OnnxTextModel)
+        and type(inner).onnx_embed is OnnxTextModel.onnx_embed
+        and type(inner).__name__ != "JinaEmbeddingV3"
+    )
+
+
+def _openvino(inner: Any, spec: EncoderSpec) -> _OnnxBackend:
+    from fastembed.common.preprocessor_utils import load_tokenizer
+
+    from .precision.openvino_backend import OpenVinoSession
+
+    if not _is_plain(inner):
+        raise ModelError(
+            f"{spec.model.name} is no plain transformer, so it has no lower precision.", remedy="Use --precision fp32."
+        )
+    inner.tokenizer, inner.special_token_to_id = load_tokenizer(model_dir=spec.model.path)
+    path = spec.prepared or spec.model.path / spec.model.model_file
+    hint = "bf16" if "bf16" in (spec.precision, spec.unquantised_precision) else "f32"
+    session = OpenVinoSession(path, precision=spec.precision, hint=hint, threads=spec.threads)
+    return _OnnxBackend(inner, session, WIDTH_CLASS)
+
+
+def _load_fastembed(spec: EncoderSpec) -> Any:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # FastEmbed's imports may write to stderr; a person running `reindex` has no use for it.
+    with _explained(spec.model, "cannot be loaded"), contextlib.redirect_stderr(io.StringIO()):
+        from fastembed import TextEmbedding
+
+        with _without_kleidiai():
+            model = TextEmbedding(
+                model_name=spec.model.name,
+                specific_model_path=str(spec.model.path),
+                # It makes this directory: by default one for all users, in the system's temporary directory.
+                cache_dir=str(spec.model.path),
+                local_files_only=True,
+                threads=spec.threads,
+                providers=["CPUExecutionProvider"],
+                # Where OpenVINO runs the model, ONNX Runtime need not load it: 100 MB and 0.3 s.
+                lazy_load=spec.precision != "fp32",
+            )
+    return model.model
+
+
+@contextlib.contextmanager
+def _without_kleidiai() -> Iterator[None]:
+    """On aarch64: let sessions made meanwhile do without Arm's KleidiAI, whose kernels keep memory for every new shape
+    of a batch, gigabytes in the end (onnxruntime issue 29538). FastEmbed hands no such setting on."""
+    if platform.machine() not in ("aarch64", "arm64"):
+        yield
+        return
+    import onnxruntime
+
+    usual = onnxruntime.SessionOptions
+
+    def options() -> Any:
+        made = usual()
+        made.add_session_config_entry("mlas.disable_kleidiai", "1")
+        return made
+
+    onnxruntime.SessionOptions = options
+    try:
+        yield
+    finally:
+        onnxruntime.SessionOptions = usual

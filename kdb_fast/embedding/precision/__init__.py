@@ -1,0 +1,1 @@
+"""Lower precisions: what this machine can do, and whether the vectors are near enough."""

@@ -1,0 +1,1 @@
+"""Who gives vectors: a model on this machine, or an API."""

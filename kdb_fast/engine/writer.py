@@ -1,0 +1,165 @@
+"""PROCESS ×1: the only one that writes rows of the index. One connection, one transaction a flush."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ..db.address import DatabaseAddress
+from ..faults import fault
+from ..ipc.child import enter_child
+from ..ipc.messages import (
+    Busy,
+    Failed,
+    Finish,
+    Finished,
+    Flush,
+    Flushed,
+    IndexPrepared,
+    PrepareIndex,
+    Ready,
+    Stop,
+    row_bits,
+)
+from ..ipc.slab import Slab, SlabHandle
+from ..records import storable_key
+from ..stores import open_store
+from ..stores.base import FlushSlot, RunSpec, Store
+from ..tables.hidden_rows import HiddenRowsError
+from ..tables.index_policy import IndexAction, IndexOutcome
+
+BEAT_SECONDS = 2.0
+"""How often a busy writer says that it is alive."""
+
+NAMES_SHOWN = 10
+"""Entities that a note names."""
+
+
+def run(connection: Connection, slab: SlabHandle, address: DatabaseAddress, spec: RunSpec, stderr: Any) -> None:
+    """Entry point of the process."""
+    started = time.monotonic()
+    enter_child(stderr)
+    sender = _Sender(connection)
+    try:
+        fault("writer.start")
+        attached = slab.attach()
+        store = open_store(address, "writer", patient=True)
+        store.on_wait = sender.say
+        fault("writer.ready")
+        sender.send(Ready(time.monotonic() - started))
+        serve(connection, sender, attached, store, spec)
+        store.close()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        os._exit(0)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            sender.send(Failed.of(error))
+        os._exit(1)
+    os._exit(0)
+
+
+class _Sender:
+    """The pipe to the parent, shared by the loop and the thread that says the process is alive."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._doing = ""
+
+    def send(self, message: Any) -> None:
+        with self._lock:
+            self._connection.send(message)
+
+    def say(self, doing: str) -> None:
+        self._doing = doing
+
+    @contextlib.contextmanager
+    def beating(self, doing: str) -> Any:
+        """Send Busy every BEAT_SECONDS while the block runs."""
+        self._doing = doing
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(BEAT_SECONDS):
+                with contextlib.suppress(OSError):
+                    self.send(Busy(self._doing))
+
+        thread = threading.Thread(target=beat, name="beat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def serve(connection: Connection, sender: _Sender, slab: Slab, store: Store, spec: RunSpec) -> None:
+    """Answer every request until Stop."""
+    while True:
+        message = connection.recv()
+        if isinstance(message, Stop):
+            return
+        fault("writer.received")
+        with sender.beating(type(message).__name__.lower()):
+            answer: Flushed | IndexPrepared | Finished
+            if isinstance(message, Flush):
+                answer = flush(slab, store, spec, message)
+                fault("writer.flushed")
+            elif isinstance(message, PrepareIndex):
+                answer = IndexPrepared(store.defer_index())
+            else:
+                answer = finish(store, message, sender.say)
+        sender.send(answer)
+        fault("writer.answered")
+
+
+def flush(slab: Slab, store: Store, spec: RunSpec, message: Flush) -> Flushed:
+    """Write the slots of a Flush. The store checks the vectors against what the workers said they wrote."""
+    started = time.perf_counter()
+    slots = []
+    for rows in message.slots:
+        slot = slab.slots[rows.slot]
+        if slot.generation != rows.generation:
+            raise RuntimeError(f"slot {rows.slot} is of generation {slot.generation}, expected {rows.generation}")
+        slots.append(FlushSlot(slot, frozenset(rows.skip), rows.crcs))
+    result = store.flush(spec, message.number, slots, message.rejects, message.deletes)
+    return Flushed(
+        message.number,
+        result.rows,
+        result.bytes,
+        result.deleted,
+        time.perf_counter() - started,
+        row_bits(result.lost),
+        row_bits((slot, row) for slot, row, _, _ in result.rejected),
+    )
+
+
+def finish(store: Store, message: Finish, beat: Any) -> Finished:
+    """Remove what has no record any more, then build what index is missing."""
+    started = time.perf_counter()
+    deleted = 0
+    hidden: dict[str, list[str]] = {}
+    for entity in message.prune:
+        assert message.live_rows is not None
+        beat(f"removing deleted records of {entity}")
+        try:
+            deleted += store.prune(entity, message.live_rows)
+        except HiddenRowsError as error:
+            hidden.setdefault(error.message, []).append(entity)
+    warnings = tuple(
+        f"Nothing was removed from the index for {_names(entities)}, since a record that is hidden must not look "
+        f"deleted: {why}."
+        for why, entities in hidden.items()
+    )
+    kept = tuple(entity for entities in hidden.values() for entity in entities)
+    outcome = store.finish_index(beat) if message.build_index else IndexOutcome(IndexAction.NOT_BUILT)
+    return Finished(deleted, outcome, time.perf_counter() - started, warnings, kept)
+
+
+def _names(entities: list[str]) -> str:
+    shown = ", ".join(storable_key(entity, 60) for entity in entities[:NAMES_SHOWN])
+    return shown + (f" and {len(entities) - NAMES_SHOWN} more" if len(entities) > NAMES_SHOWN else "")

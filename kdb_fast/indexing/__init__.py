@@ -1,0 +1,1 @@
+"""A run: records in, flushes out, every record accounted for."""

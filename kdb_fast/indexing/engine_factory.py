@@ -1,0 +1,96 @@
+"""Which engine a run gets: processes, threads that call a provider's API, or this process."""
+
+from __future__ import annotations
+
+import time
+
+from ..db.address import DatabaseAddress
+from ..engine.base import Engine, InlineEngine
+from ..engine.plan import INLINE_ROWS, Plan, inline_shape, make_plan
+from ..ipc.slab import ROW_REASONS, ROW_WORKER_DIED
+from ..settings import ReindexOptions
+from ..stores.base import RunSpec, Store
+from .progress import Progress
+from .run_embedding import Embedding
+
+
+class EngineFactory:
+    """Starts the engine of one run once it is known that there is work for it.
+
+    Attributes:
+        plan: What was chosen; None where this process embeds, or nothing does.
+        engine: What was started; None before.
+        seconds: What the start took.
+    """
+
+    def __init__(
+        self,
+        address: DatabaseAddress,
+        store: Store,
+        run: RunSpec,
+        embedding: Embedding,
+        options: ReindexOptions,
+        progress: Progress,
+    ) -> None:
+        self._address, self._store, self._run = address, store, run
+        self._embedding, self._options, self._progress = embedding, options, progress
+        self.plan: Plan | None = None
+        self.engine: Engine | None = None
+        self.seconds = 0.0
+
+    def start(self, rows: int, more: bool) -> Engine:
+        """Start the engine. Called once, when there is something to embed or to remove.
+
+        Args:
+            rows: Rows that wait.
+            more: More may come: a small run that is all there is needs no processes.
+        """
+        began = time.monotonic()
+        options, embedding = self._options, self._embedding
+        if embedding.provider is not None:
+            from ..engine.api import ProviderEngine
+
+            threads = options.workers or embedding.provider.concurrent_calls
+            # A slot is a request.
+            self.plan = make_plan(
+                workers=threads, dimensions=embedding.dimensions, model_bytes=0, shard_rows=options.batch_size
+            )
+            self._progress.plan(f"{threads} requests in flight; {self.plan.shape.slots} slots")
+            self.engine = ProviderEngine(self.plan.shape, embedding.provider, self._address, self._run, threads=threads)
+            self.seconds = time.monotonic() - began
+            return self.engine
+        spec = embedding.spec
+        assert spec is not None
+        plan = make_plan(
+            workers=options.workers,
+            dimensions=embedding.dimensions,
+            model_bytes=spec.model.memory_bytes,
+            token_budget=spec.token_budget,
+        )
+        small = rows <= INLINE_ROWS and options.workers is None
+        if not more and (not rows or (small and not self._may_be_deadly())):
+            self.engine = InlineEngine(inline_shape(embedding.dimensions), spec, self._store, self._run)
+        else:
+            from ..engine.processes import ProcessEngine
+
+            if embedding.why:
+                plan = plan.because(embedding.why)
+            self.plan = plan
+            self._progress.plan(plan.describe())
+            self.engine = ProcessEngine(
+                plan.shape, spec, self._address, self._run, workers=plan.workers, cpus=plan.cpus
+            )
+        self.seconds = time.monotonic() - began
+        return self.engine
+
+    def _may_be_deadly(self) -> bool:
+        """Whether a text has ended its process in an earlier run, or may have: it must not end this one."""
+        if self._store.after_a_crash(self._run.number):
+            return True
+        reason, _ = ROW_REASONS[ROW_WORKER_DIED]
+        return any(reject["reason"] == reason for reject in self._store.rejects())
+
+    def close(self, *, kill: bool) -> None:
+        """End the engine, at once with ``kill``."""
+        if self.engine is not None:
+            self.engine.close(kill=kill)

@@ -1,0 +1,177 @@
+"""From a page of records to the window: what is unfit, unchanged, or equal to another text goes its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..accounting import Counts
+from ..engine.sharding import WINDOW_ROWS, shard_numbers
+from ..ipc.slab import Row, SlabShape
+from ..records import Record, Reject, was_cut
+from ..stores.base import Store, Stored
+from .flushing import FlushPlanner
+from .key_ledger import Key, KeyLedger
+from .leases import Numbered
+from .screening import Fit, Screen
+from .text_reuse import CACHED, NEW, TextReuse
+
+TAKEN_ROWS = 64
+"""Records that are taken in (1 ms) before the writer and the workers are looked at again: they wait that long."""
+
+FIRST_WINDOW_ROWS = 1000
+"""Of the first window, so that the workers begin soon; each one is twice as large as the one before it."""
+
+IN_FLIGHT_STAMP = 1
+"""Version of a row that an earlier record of this run is about to write: no other program's row has it."""
+
+
+class Intake:
+    """Takes in records, and gives each its number in the order of reading.
+
+    Args:
+        store: For look-ups.
+        screen: Tells which records can be stored.
+        counts: Where what ends here is counted.
+        ledger: Told of every record that is on its way.
+        reuse: Asked whether a text is known.
+        flushes: Given what is rejected, and the keys that leave the index.
+        fingerprint: Of the model, to tell which rows are unchanged.
+        read_chars: Characters of a text beyond which the model reads nothing.
+        force: No row is unchanged.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        screen: Screen,
+        counts: Counts,
+        ledger: KeyLedger,
+        reuse: TextReuse,
+        flushes: FlushPlanner,
+        *,
+        fingerprint: str,
+        read_chars: int,
+        force: bool = False,
+    ) -> None:
+        self.window: list[Numbered] = []
+        """Rows to be embedded, in the order of reading."""
+        self.rows_at_start: int | None = None
+        """Rows of the index before the first record was taken in; None until then."""
+        self._store, self._screen, self._counts = store, screen, counts
+        self._ledger, self._reuse, self._flushes = ledger, reuse, flushes
+        self._fingerprint, self._read_chars, self._force = fingerprint, read_chars, force
+        self._sequence = 0
+        self._goal = FIRST_WINDOW_ROWS
+
+    @property
+    def waiting(self) -> int:
+        """Rows in the window, and those that wait for an equal text: a file of one text repeated must not pile up."""
+        return len(self.window) + self._reuse.waiting
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the window is large enough to be cut."""
+        return self.waiting >= self._goal
+
+    def widen(self) -> None:
+        """The next window may be larger."""
+        self._goal = min(WINDOW_ROWS, 2 * self._goal)
+
+    def cut(self, shape: SlabShape, shard_chars: int, *, keep_part: bool) -> list[list[Numbered]]:
+        """The window becomes shards of similar length.
+
+        Args:
+            shape: Of the slab that they must fit.
+            shard_chars: Most characters of a shard that are read.
+            keep_part: A last shard that is not full stays in the window.
+        """
+        window, self.window = self.window, []
+        shards = [
+            [window[number] for number in numbers]
+            for numbers in shard_numbers(
+                [row for row, _, _ in window],
+                shard_rows=shape.rows,
+                shard_chars=shard_chars,
+                blob_bytes=shape.blob_bytes,
+                read_chars=self._read_chars,
+            )
+        ]
+        # Rows that wait for an equal text must not pile up behind one that is not embedded.
+        if keep_part and self._reuse.waiting < len(shards[-1]) < shape.rows:
+            self.window = shards.pop()
+        return shards
+
+    def take_in(self, page: list[Record | Reject]) -> Iterator[None]:
+        """Take in a page in parts; gives control back after each, and at least once."""
+        # What a record is compared with must not have been looked up before an earlier record of its key was written.
+        # Where no key comes twice a whole page is looked up at once: 30,000 unchanged rows take 0.34 s, not 0.45.
+        together = len(page) if self._ledger.unique_keys else TAKEN_ROWS
+        for start in range(0, max(1, len(page)), max(1, together)):  # an empty page may bring deletes
+            part = page[start : start + together]
+            fit, rejects = self._screen.sort(part, self._sequence)
+            self._sequence += len(part)
+            self._counts.read += len(part)
+            self._counts.rejected += len(rejects)
+            for reject in rejects:
+                self._flushes.reject(reject)
+            stored = self._look_up(fit)
+            for first in range(0, max(1, len(fit)), TAKEN_ROWS):
+                self._take(fit[first : first + TAKEN_ROWS], stored)
+                yield
+
+    def take_out(self, keys: list[Key]) -> None:
+        """Records that have no text any more leave the index; what was read of them before is outdated."""
+        for key in keys:
+            self._sequence += 1
+            self._ledger.outdate(key, self._sequence)
+        self._flushes.delete(keys)
+
+    def _look_up(self, fit: list[Fit]) -> dict[Key, Stored]:
+        """What the index holds for the records' keys."""
+        if self.rows_at_start is None:
+            self.rows_at_start = self._store.count()
+        result: dict[Key, Stored] = {}
+        by_entity: dict[str, list[str]] = {}
+        for record, _, _ in fit:
+            by_entity.setdefault(record.entity, []).append(record.record_id)
+        for entity, ids in by_entity.items():
+            # Where the index was empty nothing needs looking up; a row that appears meanwhile meets the
+            # unique constraint at the flush, which then decides row by row.
+            if self.rows_at_start or not self._ledger.unique_keys:
+                for record_id, found in self._store.lookup(entity, ids).items():
+                    result[entity, record_id] = found
+        return result
+
+    def _take(self, fit: list[Fit], stored: dict[Key, Stored]) -> None:
+        """Count what is unchanged; the rest goes to the window, or beside an equal text."""
+        ledger, being_written, may_leave = self._ledger, self._ledger.being_written, self._flushes.has_deletes
+        for record, digest, sequence in fit:
+            key = (record.entity, record.record_id)
+            found = stored.get(key)
+            if (
+                found is not None
+                and found.content_hash == digest
+                and found.fingerprint == self._fingerprint
+                and not self._force
+                and key not in being_written
+            ):
+                if may_leave:
+                    self._flushes.keep(key)
+                ledger.unchanged(key, sequence)
+                continue
+            # Here and not where it is embedded, so that it counts once, also where the model reads all that is left.
+            self._counts.truncated += was_cut(record.content)
+            on_its_way = ledger.begin(key)
+            if found is not None:
+                row = Row(record, True, found.stamp)
+            elif on_its_way:
+                # A row of this run will be there: merging at once is cheaper than a conflict.
+                row = Row(record, True, IN_FLIGHT_STAMP)
+            else:
+                row = Row(record)
+            numbered = (row, sequence, digest)
+            placement = self._reuse.place(numbered)
+            if placement is NEW:
+                self.window.append(numbered)
+            elif placement is CACHED:
+                ledger.has_vector(key, sequence)

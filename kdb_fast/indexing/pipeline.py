@@ -1,0 +1,351 @@
+"""PARENT: records in, flushes out. Owns every slot and accounts for every record.
+
+::
+
+    page ─► unfit? ─► hash ─► unchanged? ─► known text? ──no──► window ─► shard ─► slot ─► worker ┐
+              │                   │              │ yes                                           │
+           rejects             counted     cached vector ─────────────► slot ─────────────────┐  │
+                                                                                              ▼  ▼
+                                        counted ◄── COMMIT ◄── writer ◄── flush ◄───────── filled slots
+
+Every record ends as exactly one of stored, unchanged, reused, superseded or rejected (:mod:`.accounting`). This module
+is the loop. What it decides with stands beside it: :mod:`.intake` (unchanged?) with :mod:`.screening` (unfit?),
+:mod:`.text_reuse` (known text?), :mod:`.key_ledger` (outdated?), :mod:`.leases` (slots), :mod:`.flushing` (what is
+written when) and :mod:`.stores.index_policy` (is the index dropped for it?).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from ..accounting import Counts, Fate
+from ..engine.base import Engine, Event, SlotFilled
+from ..engine.sharding import SHARD_ROWS, WINDOW_ROWS
+from ..errors import RejectLimitError
+from ..faults import fault
+from ..ipc.messages import Finish, Finished, Flushed, IndexPrepared, PrepareIndex
+from ..ipc.slab import ROW_REASONS, Row
+from ..records import Record, Reject
+from ..settings import RejectLimit
+from ..stores.base import Store
+from ..tables.index_policy import IndexRecord, decide
+from ..tables.target import LiveRows
+from .flushing import MESSAGE_BYTES, FlushPlanner, first_of
+from .intake import Intake
+from .key_ledger import Key, KeyLedger
+from .leases import Numbered, SlotPool
+from .screening import Screen
+from .text_reuse import TextReuse
+
+DRAIN_SECONDS = 6.0
+"""A run that is being stopped waits so long for its last flushes: a container is killed ten seconds after SIGTERM.
+What is not written by then is embedded again by the next run."""
+
+
+class StopRequested(Exception):
+    """Raised inside the pipeline when a signal asked for the end."""
+
+
+class Pipeline:
+    """One pass over a source.
+
+    Args:
+        store: The parent's own connection, for look-ups.
+        start_engine: Called once, with the number of rows that wait and whether more may come, when there is
+            something to embed. Not called when everything is unchanged.
+        screen: Tells which records can be stored.
+        fingerprint: Of the model, to tell which rows are unchanged.
+        dimensions: Of the vectors.
+        read_chars: Characters of a text beyond which the model reads nothing.
+        max_rejects: Beyond it the run ends.
+        force: Embed unchanged records, too.
+        unique_keys: No key comes twice.
+        estimate: How many records there will be, where that is known.
+        on_progress: Called with the counts after every step.
+        on_note: Called with what a person should know.
+        should_stop: Asked often; true ends the run after what is embedded has been written.
+        on_phase: Called with the phase of the run at every turn.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        start_engine: Callable[[int, bool], Engine],
+        fingerprint: str,
+        dimensions: int,
+        read_chars: int,
+        max_rejects: RejectLimit,
+        screen: Screen | None = None,
+        force: bool = False,
+        unique_keys: bool = False,
+        estimate: int | None = None,
+        on_progress: Callable[[Counts], None] = lambda counts: None,
+        on_note: Callable[[str], None] = lambda text: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_phase: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        self.counts = Counts()
+        self.index = IndexRecord()
+        self.warnings: list[str] = []
+        self.not_pruned: set[str] = set()
+        self.engine: Engine | None = None
+        self._store, self._start_engine = store, start_engine
+        self._max_rejects, self._estimate = max_rejects, estimate
+        self._on_progress, self._on_note = on_progress, on_note
+        self._should_stop, self._on_phase = should_stop, on_phase
+        self._ledger = KeyLedger(self.counts, unique_keys=unique_keys)
+        self._reuse = TextReuse(dimensions)
+        self.flushes = FlushPlanner(self.counts, self._ledger)
+        self._intake = Intake(
+            store,
+            screen or Screen(),
+            self.counts,
+            self._ledger,
+            self._reuse,
+            self.flushes,
+            fingerprint=fingerprint,
+            read_chars=read_chars,
+            force=force,
+        )
+        self._slots: SlotPool | None = None
+        self._shards: deque[list[Numbered]] = deque()
+        self._finished: Finished | None = None
+        self._all_read = self._stopping = False
+
+    # -- the pass --------------------------------------------------------------------------------------
+
+    def run(self, pages: Iterable[list[Record | Reject]], emptied: Callable[[], list[Key]] = lambda: []) -> None:
+        """Read all pages and write everything that must be written.
+
+        Args:
+            pages: The records.
+            emptied: Asked after each page for the keys of records read with it that have no text.
+
+        Raises:
+            StopRequested: A signal asked for the end; what was embedded is committed.
+            RejectLimitError: Too many records were rejected; what was embedded is committed.
+            KdbFastError: The engine or the database failed for good.
+        """
+        try:
+            for page in pages:
+                fault("source.page")
+                for _ in self._intake.take_in(page):
+                    self._on_progress(self.counts)
+                    self._pump(0)
+                self._intake.take_out(emptied())
+                if self._intake.is_full:
+                    self._cut()
+                    self._intake.widen()
+                self._check_limits()
+                if self.flushes.has_many_notices:
+                    self._ensure_engine(0, True)
+                while self._backlog():
+                    self._pump(1.0)
+            self._cut(last=True)
+            self._all_read = True
+            self._check_limits()
+            while self._unfinished():
+                self._pump(1.0, last=True)
+        except StopRequested:
+            self.drain(DRAIN_SECONDS)
+            raise
+        except RejectLimitError:
+            # Its remedy names the list of rejects, so they must be there.
+            self._ensure_engine(0, False)
+            self.drain()
+            raise
+
+    def drain(self, seconds: float = math.inf) -> None:
+        """Write what is embedded, within ``seconds``; forget what is not."""
+        end = time.monotonic() + seconds
+        self._stopping = True
+        self._intake.window, self._shards = [], deque()
+        self._reuse.forget_waiting()
+        if self.engine is None or self._slots is None:
+            return
+        for slot in self.engine.cancel_embedding():
+            self._slots.release(slot)
+        # The shard each worker is in the middle of takes a second or two; a container has ten to end in.
+        deadline = time.monotonic() + 3.0
+        while self._embedding() and time.monotonic() < deadline:
+            self._pump(0.2, last=True)
+        while (self.flushes.unwritten or self._reuse.ready) and time.monotonic() < end:
+            self._pump(1.0, last=True)
+
+    def finish(self, prune: tuple[str, ...], build_index: bool = True, live_rows: LiveRows | None = None) -> None:
+        """Remove rows of the entities in ``prune`` without a live record, and build whatever index is missing."""
+        fault("pipeline.finish")
+        if self.engine is None:
+            if prune == () and not build_index:
+                return
+            self._ensure_engine(0, False)
+        while (part := first_of(prune, MESSAGE_BYTES)) < len(prune):
+            self._ask(Finish(prune[:part], False, live_rows))
+            prune = prune[part:]
+        self.index.finished = self._ask(Finish(prune, build_index, live_rows)).outcome
+
+    def _ask(self, message: Finish) -> Finished:
+        """Have the writer do something after the last flush."""
+        assert self.engine is not None
+        self._finished = None
+        self.engine.request(message)
+        while self._finished is None:
+            self._pump(1.0, last=True, phase="index")
+        done: Finished = self._finished
+        self.counts.deleted += done.deleted
+        self.counts.index_seconds += done.seconds
+        self.warnings += done.warnings + done.outcome.warnings
+        self.not_pruned |= set(done.not_pruned)
+        return done
+
+    # -- work for the engine ---------------------------------------------------------------------------
+
+    def _reject_row(self, row: Row, digest: bytes, code: int) -> None:
+        """Its text cannot be embedded."""
+        self.flushes.reject(Reject(*row.record[:2], *ROW_REASONS[code], digest, row.record.position))
+        self._ledger.settle([row.record[:2]], Fate.REJECTED)
+
+    def _check_limits(self) -> None:
+        if not self._stopping:
+            counts = self.counts
+            self._max_rejects.check(rejected=counts.rejected, read=counts.read, finished=self._all_read)
+
+    def _cut(self, *, last: bool = False) -> None:
+        """The window becomes shards of similar length."""
+        if self._intake.window:
+            engine = self._ensure_engine(self._intake.waiting, not last)
+            keep_part = engine.full_shards and not last
+            self._shards += self._intake.cut(engine.slab.shape, engine.shard_chars, keep_part=keep_part)
+
+    def _ensure_engine(self, rows: int, more: bool) -> Engine:
+        if self.engine is None:
+            self.engine = self._start_engine(rows, more)
+            self._slots = SlotPool(self.engine.slab)
+            self.flushes.start(self.engine.slab.shape, self.engine.workers)
+        return self.engine
+
+    def _backlog(self) -> bool:
+        """Whether to wait before reading more: enough shards are cut to keep every worker busy meanwhile."""
+        if self.engine is None:
+            return False
+        return (
+            len(self._shards) > 2 * max(1, self.engine.workers)
+            or len(self._reuse.ready) >= 4 * SHARD_ROWS
+            or (self._reuse.waiting >= WINDOW_ROWS and bool(self._embedding() or self._shards))
+            or self.flushes.has_too_many_notices
+        )
+
+    def _embedding(self) -> bool:
+        """Whether a slot is with a worker."""
+        return self._slots is not None and self._slots.leased > self.flushes.slots
+
+    def _unfinished(self) -> bool:
+        if self.engine is None or self._slots is None:
+            if self.flushes.notices:
+                self._ensure_engine(0, False)
+            return self.engine is not None
+        waiting = (self._shards, self._reuse.ready, self._slots.leased, self.flushes.notices)
+        return any(waiting) or not self.engine.writer_idle
+
+    def _pump(self, timeout: float, *, last: bool = False, phase: str = "embed") -> None:
+        """One turn: give work, send a flush, take what has happened."""
+        if self._should_stop() and not self._stopping:
+            raise StopRequested
+        self._on_phase(phase)
+        engine, slots = self.engine, self._slots
+        if engine is None or slots is None:
+            return
+        self._give_work(engine, slots, last)
+        self._send_flush(engine, slots, last)
+        # Waiting makes sense only for an answer that is due.
+        busy = self._embedding() or not engine.writer_idle
+        for event in engine.poll(timeout if busy else 0.0):
+            self._happened(event, slots)
+        # At once and not after the next page, for which the database would have to wait.
+        self._send_flush(engine, slots, last)
+        self._on_progress(self.counts)
+        # Only now: an answer that came beside the one that went over the limit must not be lost.
+        self._check_limits()
+
+    def _give_work(self, engine: Engine, slots: SlotPool, last: bool) -> None:
+        shape = engine.slab.shape
+        while self._reuse.ready and slots.free and (last or len(self._reuse.ready) >= SHARD_ROWS):
+            lease = slots.lease(self._reuse.take(shape.rows, shape.blob_bytes), Fate.REUSED)
+            vectors = engine.slab.slots[lease.slot].vectors
+            for i, digest in enumerate(lease.hashes):
+                vectors[i] = self._reuse.vector(digest)
+            self.flushes.filled(lease)
+        while self._shards and slots.free and engine.wants_work():
+            fault("pipeline.dispatch")
+            lease = slots.lease(self._shards.popleft(), Fate.STORED)
+            engine.embed(lease.slot, lease.number, len(lease.rows))
+
+    def _send_flush(self, engine: Engine, slots: SlotPool, last: bool) -> None:
+        if not engine.writer_idle:
+            return
+        tight = slots.free < 2 * max(1, engine.workers)
+        nothing_comes = last and (self._stopping or not (self._shards or self._embedding()))
+        if self.flushes.is_due(tight=tight, now=nothing_comes) and not self._drop_index(engine):
+            fault("pipeline.flush")
+            engine.request(self.flushes.take())
+
+    def _drop_index(self, engine: Engine) -> bool:
+        """Ask the writer to drop the search indexes if most of the table will be written. True if it was asked."""
+        # A run that is being stopped will not be there to build them again.
+        if self.index.deferred or self._stopping or not self._store.has_vector_index:
+            return False
+        counts = self.counts
+        decision = decide(
+            rows_in_index=self._intake.rows_at_start or 0,
+            estimate=self._estimate,
+            read=counts.read,
+            to_write=counts.read - counts.unchanged - counts.rejected - counts.superseded,
+            written=counts.written,
+        )
+        self.index.decided(decision)
+        if self.index.deferred:
+            engine.request(PrepareIndex())
+        return self.index.deferred
+
+    def _happened(self, event: Event, slots: SlotPool) -> None:
+        if isinstance(event, SlotFilled):
+            self._slot_filled(event, slots)
+        elif isinstance(event, Flushed):
+            fault("pipeline.flushed")
+            for lease in self.flushes.flushed(event):
+                slots.release(lease.slot)
+        elif isinstance(event, IndexPrepared):
+            self.index.dropped = event.outcome
+        elif isinstance(event, Finished):
+            self._finished = event
+        else:
+            self.warnings.append(event.text)
+            self._on_note(event.text)
+
+    def _slot_filled(self, event: SlotFilled, slots: SlotPool) -> None:
+        fault("pipeline.embedded")
+        lease = slots.of(event.slot, event.generation)
+        lease.crcs = event.crcs
+        self.flushes.filled(lease)
+        self.counts.embedded(event.tokens, event.padded_tokens, event.truncated, event.seconds)
+        slot = slots.slab.slots[event.slot]
+        ledger, codes = self._ledger, slot.code[: len(lease.rows)]
+        waited = self._reuse.filled(lease.hashes, slot.vectors[: len(lease.rows)], codes)
+        for i in codes.nonzero()[0].tolist():
+            lease.skip.add(i)
+            self._reject_row(lease.rows[i], lease.hashes[i], int(codes[i]))
+        if ledger.has_repeated:
+            for i, (key, sequence) in enumerate(zip(lease.keys, lease.sequences, strict=True)):
+                if i not in lease.skip:
+                    ledger.has_vector(key, sequence)
+        for numbered, code in waited:
+            for row, sequence, digest in numbered:
+                if code:
+                    # What the model cannot embed for one it cannot embed for its equals.
+                    self._reject_row(row, digest, code)
+                else:
+                    ledger.has_vector(row.record[:2], sequence)

@@ -1,0 +1,136 @@
+"""``rejects``: show what could not be stored, try it again, forget it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from ..catalog.definitions import load_entities, translated
+from ..db.address import DatabaseAddress
+from ..db.reading import read
+from ..receipt import Receipt, Retried
+from ..records import storable_key
+from ..settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
+from ..sources import SourceSpec
+from ..stores import open_store
+from ..stores.base import Store
+from ..stores.past_runs import last_run
+from ..tables.reading import rows_of
+from ..tables.target import REJECTS, columns_of, find_target, rows_on
+from .progress import Progress
+from .reindex import reindex
+
+Rows = list[dict[str, Any]]
+
+
+def list_rejects(address: DatabaseAddress, entity: str | None = None) -> Rows:
+    """The rejected records, those of the newest run first; [] where there has been no run.
+
+    Each has ``entity``, ``record_id`` ('' for a line of an input that became no record), ``reason``, ``detail``,
+    ``line`` (0 for a record of the database), ``run`` and ``rejected_at`` (an aware datetime).
+
+    Raises:
+        DatabaseError: The database cannot be reached.
+    """
+    name = None if entity is None else storable_key(entity)
+    if address.dialect == "sqlite":
+        from ..stores.sqlite.store import SQLiteStore
+
+        rows = read(address, lambda file: list(SQLiteStore(file).rejects(name)) if _is_there(file, address) else [])
+    else:
+        with _opened(address) as store:
+            rows = list(store.rejects(name)) if store is not None else []
+    for row in rows:
+        row["line"] = row.pop("position")
+        row.pop("content_hash")
+    return rows
+
+
+def clear_rejects(address: DatabaseAddress, entity: str | None = None) -> int:
+    """Forget the rejected records of an entity or all; returns how many. The records themselves stay as they are."""
+    with _opened(address) as store:
+        if store is None:
+            return 0
+        if entity is None:
+            return store.clear_rejects()
+        rows = list(store.rejects(storable_key(entity)))
+        store.clear_rejects({(row["entity"], row["record_id"]) for row in rows})
+        return len(rows)
+
+
+def retry_rejects(
+    address: DatabaseAddress,
+    options: ReindexOptions,
+    progress: Progress | None = None,
+    *,
+    model: str | None = None,
+) -> Retried:
+    """Read the entities that have rejected records again, and store what can be stored now.
+
+    A record that is stored now, is gone, or has no text any more is forgotten in the table of rejects. A line of a
+    file that became no record is not in the database, so it cannot be tried again and stays.
+
+    Args:
+        address: The database; an embedded server must be running.
+        options: As for a reindex; all rejects are allowed.
+        model: Name of the model; None means that of the newest run, so that unchanged records stay as they are.
+
+    Raises:
+        KdbFastError: As for :func:`kdb_fast.indexing.reindex.reindex`.
+    """
+    before = list_rejects(address)
+    known = _known_entities(address)
+    names = sorted({known[row["entity"]] for row in before if row["entity"] in known and row["record_id"]})
+    receipt: Receipt | None = None
+    if names:
+        chosen = replace(
+            options,
+            entities=tuple(names),
+            model=model or _model_of_newest_run(address),
+            max_rejects=RejectLimit(count=None, share=1.0),
+        )
+        receipt = reindex(address, SourceSpec(names), chosen, progress)
+    after = list_rejects(address)
+    of_known = [row for row in after if row["entity"] in known]
+    return Retried(
+        rejects_before=len(before),
+        remaining=sum(1 for row in of_known if row["record_id"]),
+        lines_of_inserts=dict(Counter(row["entity"] for row in of_known if not row["record_id"])),
+        lines_of_files=dict(Counter(row["entity"] for row in after if row["entity"] not in known)),
+        receipt=receipt,
+    )
+
+
+@contextlib.contextmanager
+def _opened(address: DatabaseAddress) -> Iterator[Store | None]:
+    """The store, or None where no run has made its tables."""
+    if not read(address, lambda connection: _is_there(connection, address)):
+        yield None
+        return
+    with contextlib.closing(open_store(address, "rejects")) as store:
+        yield store
+
+
+def _is_there(connection: Any, address: DatabaseAddress) -> bool:
+    rows = rows_of(connection, address.dialect)
+    return bool(columns_of(rows, find_target(rows, address.dialect), [REJECTS]))
+
+
+def _known_entities(address: DatabaseAddress) -> dict[str, str]:
+    """Entities that KameleonDB defines, by name as the table of rejects has it."""
+
+    def work(connection: Any) -> dict[str, str]:
+        rows = rows_on(connection, address.dialect)
+        with translated(address.display):
+            entities = load_entities(rows, find_target(rows, address.dialect))
+        return {storable_key(entity.name): entity.name for entity in entities if entity.active}
+
+    return read(address, work)
+
+
+def _model_of_newest_run(address: DatabaseAddress) -> str:
+    run = read(address, lambda connection: last_run(connection, address.dialect))
+    return run.model if run else DEFAULT_MODEL

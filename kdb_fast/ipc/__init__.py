@@ -1,0 +1,1 @@
+"""Between processes: the shared memory, the messages, starting a child."""

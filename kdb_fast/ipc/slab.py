@@ -1,0 +1,263 @@
+"""The shared memory that texts and vectors travel in.
+
+The slab is one anonymous memory file (``memfd`` on Linux) cut into equal slots. One slot carries one
+shard from the parent to a worker and on to the writer; texts, keys and vectors never cross a pipe, so
+control messages stay tiny and a send to a stopped process cannot block.
+
+Only the parent owns the state of a slot, in its own memory::
+
+    FREE ──lease──► LEASED ──worker done──► FILLED ──flush sent──► WRITING ──COMMIT──► FREE
+
+Slot layout, in bytes, every part aligned to 64::
+
+    header   8 × int64            generation, rows, crc of the vectors, blob length
+    code     R × uint8            0 = stored as it is, else why the row is unfit (ROW_REASONS)
+    known    R × uint8            1 = the index has a row for this key, as far as the parent saw
+    stamp    R × int64            that row's version as the parent saw it (NO_STAMP: none)
+    source   R × int64            last change of the record at its source, µs since 1970 UTC (NO_STAMP: unknown)
+    ends     R × 3 × int32        where entity, record id and content of each row end in the blob
+    vectors  R × D × float32      written by the worker
+    blob     B × uint8            entity, record id, content of row 0, of row 1, …, UTF-8
+
+A message about a slot carries its generation, and the message that says it is filled carries the CRC-32
+of the vectors, so a late or wrong write is seen (faults A8 and D5 in docs/reliability.md).
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import mmap
+import os
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import reduction, shared_memory
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ResourceError
+from ..records import MAX_CONTENT_BYTES, Record
+
+NO_STAMP = -(2**63)
+ALIGNMENT = 64
+"""Cache line of x86-64 and most arm64: parts written by different processes share none."""
+BLOB_BYTES = MAX_CONTENT_BYTES + 64 * 1024
+"""Text area of a slot: the longest record with its key always fits."""
+
+ROW_OK = 0
+ROW_REASONS = {
+    1: ("not_finite", "the model gave a vector with NaN or infinity"),
+    2: ("zero_vector", "the model gave a vector of zeros, which no cosine index can hold"),
+    3: ("not_encodable", "the tokenizer or the model refused the text"),
+    4: ("worker_died", "the text ended its embedding process each time it was tried"),
+}
+ROW_NOT_FINITE, ROW_ZERO, ROW_NOT_ENCODABLE, ROW_WORKER_DIED = 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class SlabShape:
+    """Dimensions of a slab: number of slots, rows of a slot, length of a vector, bytes of text in a slot."""
+
+    slots: int
+    rows: int
+    dimensions: int
+    blob_bytes: int = BLOB_BYTES
+
+    def offsets(self) -> dict[str, int]:
+        """Byte offset of each part within a slot; ``end`` is the size of a slot."""
+        sizes = [
+            ("header", 8 * 8),
+            ("code", self.rows),
+            ("known", self.rows),
+            ("stamp", self.rows * 8),
+            ("source", self.rows * 8),
+            ("ends", self.rows * 3 * 4),
+            ("vectors", self.rows * self.dimensions * 4),
+            ("blob", self.blob_bytes),
+        ]
+        result, position = {}, 0
+        for name, size in sizes:
+            result[name] = position
+            position += -(-size // ALIGNMENT) * ALIGNMENT
+        result["end"] = position
+        return result
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.offsets()["end"]
+
+    @property
+    def total_bytes(self) -> int:
+        return self.slots * self.slot_bytes
+
+
+class Row(NamedTuple):
+    """A record on its way into a slot, with what the parent knows about the index's row for it."""
+
+    record: Record
+    known: bool = False
+    stamp: int = NO_STAMP
+
+
+class Slot:
+    """Views on one slot of the slab. Arrays are shared memory: writing to them is seen by all processes."""
+
+    def __init__(self, buffer: Any, shape: SlabShape, number: int) -> None:
+        at = shape.offsets()
+        base = number * shape.slot_bytes
+        rows = shape.rows
+
+        def part(name: str, dtype: Any, count: int) -> npt.NDArray[Any]:
+            return np.frombuffer(buffer, dtype=dtype, count=count, offset=base + at[name])
+
+        self.number = number
+        self.capacity = rows
+        self.header: npt.NDArray[np.int64] = part("header", np.int64, 8)
+        self.code: npt.NDArray[np.uint8] = part("code", np.uint8, rows)
+        self.known: npt.NDArray[np.uint8] = part("known", np.uint8, rows)
+        self.stamp: npt.NDArray[np.int64] = part("stamp", np.int64, rows)
+        self.source: npt.NDArray[np.int64] = part("source", np.int64, rows)
+        self.ends: npt.NDArray[np.int32] = part("ends", np.int32, rows * 3)
+        self.vectors: npt.NDArray[np.float32] = part("vectors", np.float32, rows * shape.dimensions).reshape(
+            rows, shape.dimensions
+        )
+        self._blob = memoryview(buffer)[base + at["blob"] : base + at["blob"] + shape.blob_bytes]
+
+    @property
+    def generation(self) -> int:
+        return int(self.header[0])
+
+    @property
+    def rows(self) -> int:
+        return int(self.header[1])
+
+    @property
+    def text_bytes(self) -> int:
+        return int(self.header[3])
+
+    def put(self, generation: int, rows: Sequence[Row], sources: Sequence[int]) -> None:
+        """Write keys, texts and what is known of each row; vectors are left as they are.
+
+        Args:
+            generation: Number of this use of the slot.
+            rows: At most ``capacity`` rows whose text fits the blob.
+            sources: For each row, microseconds since 1970 of its last change, or NO_STAMP.
+        """
+        parts = [value.encode() for record, _, _ in rows for value in record[:3]]
+        ends = list(itertools.accumulate(map(len, parts)))
+        n, position = len(rows), ends[-1] if ends else 0
+        self._blob[:position] = b"".join(parts)
+        self.ends[: 3 * n] = ends
+        self.code[:n] = ROW_OK
+        self.known[:n] = [row.known for row in rows]
+        self.stamp[:n] = [row.stamp for row in rows]
+        self.source[:n] = sources
+        self.header[:4] = (generation, n, 0, position)
+
+    def contents(self, start: int, stop: int) -> list[str]:
+        """The texts of rows ``start`` to ``stop`` (exclusive)."""
+        ends = self.ends[: 3 * stop].tolist()
+        blob = self._blob
+        return [str(blob[ends[3 * i + 1] : ends[3 * i + 2]], "utf-8") for i in range(start, stop)]
+
+    def raw_rows(self) -> list[tuple[bytes, bytes, bytes]]:
+        """(entity, record id, content) of every row, UTF-8."""
+        n = self.rows
+        raw = bytes(self._blob[: self.text_bytes])
+        ends = [0, *self.ends[: 3 * n].tolist()]
+        return [
+            (
+                raw[ends[3 * i] : ends[3 * i + 1]],
+                raw[ends[3 * i + 1] : ends[3 * i + 2]],
+                raw[ends[3 * i + 2] : ends[3 * i + 3]],
+            )
+            for i in range(n)
+        ]
+
+    def mark_unfit(self, start: int, stop: int) -> None:
+        """Give a code to rows ``start`` to ``stop`` whose vector says nothing, unless they have one already."""
+        vectors, code = self.vectors[start:stop], self.code[start:stop]
+        unmarked = code == ROW_OK
+        code[unmarked & ~np.isfinite(vectors).all(axis=1)] = ROW_NOT_FINITE
+        code[unmarked & ~vectors.any(axis=1)] = ROW_ZERO
+
+    def checksum(self, start: int = 0, stop: int | None = None) -> int:
+        """CRC-32 of the vectors of rows ``start`` to ``stop``, or of all rows."""
+        return zlib.crc32(self.vectors[start : self.rows if stop is None else stop].data.cast("B"))
+
+
+class Slab:
+    """All slots. The parent creates it and passes ``handle`` to its children, which attach.
+
+    Raises:
+        ResourceError: The memory cannot be had. It is allocated for real at once: a sparse file would end
+            a process with SIGBUS at first touch, long after the start (CPython issue 114390).
+    """
+
+    def __init__(self, shape: SlabShape, buffer: Any, keep: Any, fd: int | None, name: str | None) -> None:
+        self.shape = shape
+        self._buffer, self._keep, self._fd, self._name = buffer, keep, fd, name
+        self.slots = [Slot(buffer, shape, number) for number in range(shape.slots)]
+
+    @classmethod
+    def local(cls, shape: SlabShape) -> Slab:
+        """A slab in this process only, for runs without children."""
+        return cls(shape, bytearray(shape.total_bytes), None, None, None)
+
+    @classmethod
+    def create(cls, shape: SlabShape) -> Slab:
+        size = shape.total_bytes
+        try:
+            if sys.platform == "linux":
+                fd = os.memfd_create("kdb-fast-slab", os.MFD_CLOEXEC)
+                try:
+                    os.posix_fallocate(fd, 0, size)
+                    return cls(shape, mmap.mmap(fd, size), None, fd, None)
+                except BaseException:
+                    os.close(fd)
+                    raise
+            segment = shared_memory.SharedMemory(create=True, size=size)
+            return cls(shape, segment.buf, segment, None, segment.name)
+        except OSError as error:
+            limits = {errno.EMFILE: "of open files (ulimit -n)", errno.EFBIG: "of the size of a file (ulimit -f)"}
+            limit = limits.get(error.errno or 0)
+            raise ResourceError(
+                f"Shared memory of {size / 1e6:.0f} MB cannot be allocated: {error.strerror or error}.",
+                remedy=f"Raise the limit {limit}."
+                if limit
+                else "Use fewer --workers, or give the container more memory.",
+            ) from None
+
+    def handle(self) -> SlabHandle:
+        """What a spawned child needs to attach. Only valid while a child is being started."""
+        return SlabHandle(self.shape, reduction.DupFd(self._fd) if self._fd is not None else None, self._name)
+
+    def close(self) -> None:
+        """Give the memory back once no process uses it. Views must not be used afterwards."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+        if self._keep is not None:
+            self._keep.unlink()
+            self._keep = None
+
+
+class SlabHandle(NamedTuple):
+    shape: SlabShape
+    fd: Any
+    name: str | None
+
+    def attach(self) -> Slab:
+        if self.fd is not None:
+            fd = self.fd.detach()
+            buffer = mmap.mmap(fd, self.shape.total_bytes)
+            os.close(fd)
+            return Slab(self.shape, buffer, None, None, None)
+        segment = shared_memory.SharedMemory(name=self.name)
+        slab = Slab(self.shape, segment.buf, None, None, None)
+        slab._keep_attached = segment  # type: ignore[attr-defined]
+        return slab

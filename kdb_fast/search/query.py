@@ -1,0 +1,175 @@
+"""``search`` and ``status``: open the index for reading, embed the query, answer with plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..catalog.definitions import load_entities
+from ..db.address import DatabaseAddress
+from ..db.reading import read
+from ..errors import SchemaError
+from ..stores.past_runs import last_run
+from ..tables.reading import rows_of
+from ..tables.target import find_target
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from ..origins import Origin, QueryVector
+    from .retrieval import LeftOut, SearchReader, SearchResult
+
+    Vector = npt.NDArray[np.float32]
+    Vectors = npt.NDArray[np.float32]
+
+T = TypeVar("T")
+
+
+def embed_queries(texts: Sequence[str], model_name: str, model_path: Path | None) -> Vectors:
+    """The queries' vectors (float32, texts × dimensions), always in fp32."""
+    from ..embedding.encoder import Encoder, EncoderSpec
+    from ..embedding.models.lookup import resolve
+
+    model = resolve(model_name, model_path)
+    return Encoder(EncoderSpec(model, batch_size=1)).embed(texts)
+
+
+def import_ahead() -> None:
+    """Import what embeds a query and ranks, without what FastEmbed needs for downloads.
+
+    For processes of our own only, as :func:`kdb_fast.embedding.offline.import_fastembed`.
+    """
+    from ..embedding.offline import import_fastembed
+
+    import_fastembed()
+    from ..embedding import encoder  # noqa: F401
+
+
+def run_search(
+    address: DatabaseAddress,
+    query: str,
+    *,
+    mode: str,
+    entities: Sequence[str],
+    limit: int,
+    where: Mapping[str, Any] | None,
+    min_score: float,
+    model_name: str | None = None,
+    model_path: Path | None = None,
+    provider: str | None = None,
+    base_url: str | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> tuple[list[dict[str, Any]], list[LeftOut]]:
+    """Results as plain dictionaries with the fields of SearchResult, and what could not be ranked by vector.
+
+    Without a model and a provider the query is embedded by every model that made vectors of what is searched;
+    ``meanwhile`` is called while its files are verified, if it is the only one.
+
+    Raises:
+        SchemaError: There is no index; its vectors are another model's; a search by vector can compare none.
+        KdbFastError: As :func:`kdb_fast.search.query_model.query_vectors`.
+    """
+    from .query_model import query_vectors
+    from .reader import count_origins
+    from .retrieval import left_out, meaning, resolve_scope
+
+    vectors: list[QueryVector] | None = None
+    missed: list[LeftOut] = []
+    text = meaning(query)
+    if mode != "keyword" and text:
+
+        def count(connection: Any) -> dict[tuple[str, Origin], int]:
+            rows = rows_of(connection, address.dialect)
+            target = find_target(rows, address.dialect)
+            scope = resolve_scope(load_entities(rows, target), entities, where)
+            return {key: number for key, number in count_origins(rows, target).rows.items() if scope.admits(key[0])}
+
+        counts = read(address, count)
+        origins: Counter[Origin] = Counter()
+        for (_, origin), number in counts.items():
+            origins[origin] += number
+        vectors, why = query_vectors(
+            text,
+            origins,
+            provider=provider,
+            model=model_name,
+            model_path=model_path,
+            base_url=base_url,
+            meanwhile=meanwhile,
+        )
+        missed = left_out(counts, why)
+        if mode == "vector" and missed and all(map(why, origins)):
+            raise SchemaError(str(missed[0])[:1].upper() + str(missed[0])[1:])
+    results = search_open(
+        address, query, vectors, mode=mode, entities=entities, limit=limit, where=where, min_score=min_score
+    )
+    return results, missed
+
+
+def search_open(
+    address: DatabaseAddress,
+    query: str,
+    vector: Vector | list[QueryVector] | None,
+    *,
+    mode: str = "hybrid",
+    entities: Sequence[str] = (),
+    limit: int = 10,
+    where: Mapping[str, Any] | None = None,
+    min_score: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Results as plain dictionaries with the fields of SearchResult.
+
+    Args:
+        vector: As of :func:`kdb_fast.search.retrieval.search`; None for keywords only.
+    """
+    from .retrieval import search
+
+    def work(connection: Any) -> list[SearchResult]:
+        return search(
+            open_reader(connection, address.dialect),
+            query,
+            query_vector=vector,
+            mode=mode,  # type: ignore[arg-type]
+            entities=entities,
+            limit=limit,
+            min_score=min_score,
+            where=where,
+        )
+
+    return [dataclasses.asdict(result) for result in read(address, work)]
+
+
+def open_reader(connection: Any, dialect: str) -> SearchReader:
+    """The reader of rankings for this dialect, on an open connection."""
+    if dialect == "sqlite":
+        from .reader_sqlite import SqliteReader
+
+        return SqliteReader(connection)
+    from .reader_postgresql import PostgresqlReader
+
+    return PostgresqlReader(connection)
+
+
+def run_status(address: DatabaseAddress) -> dict[str, Any]:
+    """Counts of each entity, their sums, and the last run."""
+    from .status import statuses
+
+    def work(connection: Any) -> tuple[Any, ...]:
+        schema = find_target(rows_of(connection, address.dialect), address.dialect).schema
+        return statuses(connection, address.dialect, None), last_run(connection, address.dialect), schema
+
+    rows, run, schema = read(address, work)
+    return {
+        "database": address.display,
+        "schema": schema,
+        "indexed": sum(row.indexed for row in rows),
+        "pending": sum(row.pending or 0 for row in rows),
+        "stale": sum(row.stale for row in rows),
+        "rejected": sum(row.rejected for row in rows),
+        "entities": [row._asdict() for row in rows],
+        "run": run._asdict() if run else None,
+    }

@@ -1,0 +1,228 @@
+"""Search in PostgreSQL: the HNSW index of pgvector for vectors, full-text search for keywords.
+
+Vectors are first ranked through the HNSW index, which stops after a number of rows that do not pass the
+filters; where that leaves the ranking short, it is done again exactly, so a result is never missing because
+a filter was selective. Measured on 100,000 × 384: 8 ms a search; with a ``where`` that every second record
+passes the same, with one that few pass 80 to 130 ms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..catalog.definitions import Field, Place
+from ..catalog.records import owned
+from ..db import pg_settings
+from ..db.pg_characters import Characters
+from ..errors import UsageError
+from ..tables.reading import postgresql_errors
+from ..tables.target import Dialect, Params, identifier
+from .reader import Hit, Key, Query, Scope, SearchReader, Term, in_order
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+MAX_EF_SEARCH = 1000
+"""pgvector's upper limit of ``hnsw.ef_search``."""
+
+EF_PER_ROW = 4
+"""``hnsw.ef_search`` for each row of the ranking. Of the true first ten of 100,000 × 384, 97.5 % are found with
+1, 98.7 % with 2, 99.9 % with 4, in nearly the same time."""
+
+SCAN_PER_ROW = 40
+"""Rows the index scan looks at for each row of the ranking, before it is done exactly instead. Looking at 2,000
+rows takes 30 ms, at 20,000 (pgvector's default) 300 ms; the exact way takes 50 ms for a selective filter."""
+
+MAX_RANKED = 20_000
+"""Matches that are ranked by keyword. Ranking costs 1.5 µs each; words that more texts hold say little."""
+
+
+class PostgresqlReader(SearchReader):
+    """Reads the index through a psycopg connection, best in autocommit mode. Settings last for one transaction."""
+
+    dialect: ClassVar[Dialect] = "postgresql"
+    _iterative: bool | None = None
+
+    def __init__(self, connection: Any) -> None:
+        super().__init__(connection)
+        self._characters = Characters.of(connection)
+
+    def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
+        if self._characters is None:
+            return frozenset()
+        with postgresql_errors():
+            return self._characters.missing(self._connection, texts)
+
+    def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
+        import psycopg
+
+        text = "[" + ",".join(map(str, vector.tolist())) + "]"
+        try:
+            with self._transaction():
+                self._set_index_scan(limit)
+                found = self._by_index(text, scope, limit)
+                if len(found) < limit:
+                    found = self._exactly(text, scope, limit)
+        except psycopg.errors.DataException as error:
+            if "dimensions" not in (error.diag.message_primary or ""):
+                raise
+            raise UsageError(
+                f"The query vector has another length than the vectors of the index: {error.diag.message_primary}.",
+                remedy="Search with the model that the index was made with.",
+            ) from None
+        return in_order(Hit(entity, record_id, 1.0 - distance) for entity, record_id, distance in found)
+
+    def _with_all(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+        params = Params(self.dialect)
+        every = f"websearch_to_tsquery('english', {params(query.websearch())})"
+        return self._matching_text(every, "ts_rank_cd", params, query, scope, limit)
+
+    def _with_required(self, required: Sequence[Term], query: Query, scope: Scope, limit: int) -> list[Hit]:
+        params = Params(self.dialect)
+        every = " && ".join(_tsquery(term, params) for term in required)
+        either = " || ".join(_tsquery(term, params) for term in query.terms)
+        return self._matching_text(f"({every} && ({either}))", "ts_rank", params, query, scope, limit)
+
+    def _with_any(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+        params = Params(self.dialect)
+        either = " || ".join(_tsquery(term, params, term.phrase) for term in query.alternatives())
+        # ts_rank counts a word's repetitions less and less, so texts with more of the words come first.
+        return self._matching_text(f"({either})", "ts_rank", params, query, scope, limit)
+
+    def _without(self, excluded: Sequence[Term], params: Params) -> str:
+        return " AND ".join(f"NOT s.tsv @@ {_tsquery(term, params)}" for term in excluded) or "true"
+
+    def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
+        found = self._rows(
+            f"SELECT s.entity_name, s.record_id, s.content FROM {self._index} s "  # noqa: S608
+            "JOIN unnest(%(e)s::text[], %(r)s::text[]) AS k (e, r) ON s.entity_name = k.e AND s.record_id = k.r",
+            {"e": [entity for entity, _ in keys], "r": [record_id for _, record_id in keys]},
+        )
+        return {(entity, record_id): content for entity, record_id, content in found}
+
+    def data(self, keys: Sequence[Key], scope: Scope) -> dict[Key, dict[str, Any]]:
+        definitions = {d.name: d for d in scope.definitions}
+        result: dict[Key, dict[str, Any]] = {key: {} for key in keys if key[0] not in definitions}
+        for entity in {entity for entity, _ in keys} & definitions.keys():
+            definition = definitions[entity]
+            wanted = {record_id for name, record_id in keys if name == entity}
+            for place in definition.places:
+                if not wanted:
+                    break
+                params = Params(self.dialect)
+                # to_jsonb() writes timestamps as shared storage holds them: in ISO format.
+                data = "r.data" if place.columns is None else "to_jsonb(r)"
+                statement = (
+                    f"SELECT r.id, {data}, {self._matching(definition, place, scope, params)} "  # noqa: S608
+                    f"FROM {self.target.table(place.table)} r "
+                    f"WHERE r.id = ANY({params(list(wanted))}::text[]){owned(place, params)}"
+                )
+                for record_id, values, matches in self._rows(statement, params.values):
+                    wanted.discard(record_id)
+                    if matches:
+                        values = values if isinstance(values, dict) else {}
+                        result[entity, record_id] = {f.name: values.get(f.column) for f in definition.fields}
+        return result
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with postgresql_errors(), pg_settings.transaction(self._connection):
+            yield
+
+    def _set_index_scan(self, limit: int) -> None:
+        if self._iterative is None:
+            version = self._rows("SELECT extversion FROM pg_extension WHERE extname = 'vector'", {})
+            numbers = [int(n) for n in version[0][0].split(".")[:2] if n.isdigit()] if version else []
+            self._iterative = numbers >= [0, 8]
+        # Without iterative scans (pgvector before 0.8) all rows must come from one list of candidates.
+        wanted = limit * EF_PER_ROW if self._iterative else limit * SCAN_PER_ROW
+        settings = {"hnsw.ef_search": str(min(max(wanted, 40), MAX_EF_SEARCH))}
+        if self._iterative:
+            settings["hnsw.iterative_scan"] = "strict_order"
+            settings["hnsw.max_scan_tuples"] = str(limit * SCAN_PER_ROW)
+        params = Params(self.dialect)
+        calls = ", ".join(f"set_config({params(name)}, {params(value)}, true)" for name, value in settings.items())
+        self._rows(f"SELECT {calls}", params.values)
+
+    def _by_index(self, text: str, scope: Scope, limit: int) -> list[tuple[Any, ...]]:
+        params = Params(self.dialect)
+        distance = self._distance(params(text))
+        return self._rows(
+            f"SELECT s.entity_name, s.record_id, {distance} FROM {self._index} s "  # noqa: S608
+            f"WHERE s.embedding IS NOT NULL AND {self._named(scope, params)} AND {self._living(scope, params)} "
+            f"AND {self._fit(scope, params)} ORDER BY {distance} LIMIT {params(limit)}",
+            params.values,
+        )
+
+    def _distance(self, vector: str) -> str:
+        """The cosine distance between a row ``s`` and the vector of this placeholder."""
+        return self.target.statement("s.embedding OPERATOR({pgvector}<=>) " + vector + "::{vector}").decode()
+
+    def _exactly(self, text: str, scope: Scope, limit: int) -> list[tuple[Any, ...]]:
+        params = Params(self.dialect)
+        columns = f"s.entity_name, s.record_id, {self._distance(params(text))} AS distance"
+        living = " UNION ALL ".join(self._all_living(scope, params, columns))
+        # Adding 0 keeps the planner from the HNSW index, whose order this is not.
+        return self._rows(
+            f"SELECT entity_name, record_id, distance FROM ({living}) x "  # noqa: S608
+            f"ORDER BY distance + 0 LIMIT {params(limit)}",
+            params.values,
+        )
+
+    def _matching_text(
+        self, tsquery: str, rank: str, params: Params, query: Query, scope: Scope, limit: int
+    ) -> list[Hit]:
+        """Rows that match ``tsquery`` (its values are in ``params``) and hold nothing excluded, best first.
+
+        Records are looked up in the order of rank until ``limit`` are found, not for every match.
+        """
+        named, living = self._named(scope, params), self._living(scope, params)
+        without = self._without(query.excluded, params)
+        matches = f"FROM {self._index} s WHERE s.tsv @@ {tsquery} AND {named} AND {without} LIMIT %(cap)s"
+        order = "rank DESC, entity_name, record_id"
+        statement = (
+            f"SELECT s.entity_name, s.record_id, s.rank FROM ("  # noqa: S608
+            f"SELECT m.entity_name, m.record_id, {rank}(m.tsv, {tsquery}) AS rank "
+            f"FROM (SELECT s.entity_name, s.record_id, s.tsv {matches}) m ORDER BY {order} OFFSET 0) s "
+            f"WHERE {living} ORDER BY {order} LIMIT {params(limit)}"
+        )
+        found = self._rows(statement, params.values | {"cap": MAX_RANKED})
+        if len(found) < limit:
+            count = f"SELECT count(*) FROM (SELECT {matches}) m"  # noqa: S608
+            if (
+                self._rows(count, params.values | {"cap": MAX_RANKED})[0][0] == MAX_RANKED
+            ):  # the filters left too few of those that were ranked
+                found = self._rows(statement, params.values | {"cap": None})
+        return in_order(Hit(entity, record_id, rank) for entity, record_id, rank in found)
+
+    def _equals(self, place: Place, field: Field, value: Any, params: Params) -> str:
+        if place.columns is None:
+            stored = f"(r.data -> {params(field.column)}::text)"
+        elif field.column not in place.columns:
+            stored = "NULL::jsonb"
+        else:
+            column = f"r.{identifier(field.column)}"
+            if field.type == "datetime" and isinstance(value, str):
+                with contextlib.suppress(ValueError):
+                    return f"{column} = {params(datetime.fromisoformat(value))}"
+                return "false"
+            # As JSON a value of another type is just not equal, where = on the column would be an error.
+            stored = f"to_jsonb({column})"
+        if value is None:
+            return f"({stored} IS NULL OR {stored} = 'null'::jsonb)"
+        if isinstance(value, bool):
+            return f"{stored} = to_jsonb({params(value)}::boolean)"
+        if isinstance(value, str):
+            return f"{stored} = to_jsonb({params(value)}::text)"
+        # By its digits: a float8 parameter would be rounded to 15 of them.
+        digits = repr(float(value)) if isinstance(value, float) else str(int(value))
+        return f"{stored} = to_jsonb({params(digits)}::numeric)"
+
+
+def _tsquery(term: Term, params: Params, together: bool = True) -> str:
+    """A term as a tsquery; its words one behind the other, or (``together`` False) anywhere in the text."""
+    return f"{'phraseto' if together else 'plainto'}_tsquery('english', {params(term.text)})"

@@ -1,0 +1,341 @@
+"""Search in SQLite: exact over all vectors, FTS5 for keywords.
+
+The vectors stay in memory between searches; the first one goes through sqlite-vec where there is one. See
+:mod:`.sqlite_vectors`, with what was measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ..catalog.definitions import Field, Place
+from ..catalog.records import json_member, owned
+from ..tables.target import TABLE, Dialect, Params, identifier
+from .reader import Hit, Key, Query, Scope, SearchReader, Term, in_order
+from .sqlite_vectors import ExactVectorSearch
+
+FTS = "kdb_search_fts"
+CANDIDATES_PER_ROW = 2
+"""Best vectors looked up for each row wanted: few records of the index are deleted ones."""
+
+CANDIDATES_PER_ROW_WHERE = 20
+"""The same with a ``where`` or excluded words. Only if too few of them pass it, all records are filtered, which takes
+ten times as long: 160 ms for 100,000."""
+
+STOP_WORDS = frozenset(
+    [
+        "i",
+        "me",
+        "my",
+        "myself",
+        "we",
+        "our",
+        "ours",
+        "ourselves",
+        "you",
+        "your",
+        "yours",
+        "yourself",
+        "yourselves",
+        "he",
+        "him",
+        "his",
+        "himself",
+        "she",
+        "her",
+        "hers",
+        "herself",
+        "it",
+        "its",
+        "itself",
+        "they",
+        "them",
+        "their",
+        "theirs",
+        "themselves",
+        "what",
+        "which",
+        "who",
+        "whom",
+        "this",
+        "that",
+        "these",
+        "those",
+        "am",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "been",
+        "being",
+        "have",
+        "has",
+        "had",
+        "having",
+        "do",
+        "does",
+        "did",
+        "doing",
+        "a",
+        "an",
+        "the",
+        "and",
+        "but",
+        "if",
+        "or",
+        "because",
+        "as",
+        "until",
+        "while",
+        "of",
+        "at",
+        "by",
+        "for",
+        "with",
+        "about",
+        "against",
+        "between",
+        "into",
+        "through",
+        "during",
+        "before",
+        "after",
+        "above",
+        "below",
+        "to",
+        "from",
+        "up",
+        "down",
+        "in",
+        "out",
+        "on",
+        "off",
+        "over",
+        "under",
+        "again",
+        "further",
+        "then",
+        "once",
+        "here",
+        "there",
+        "when",
+        "where",
+        "why",
+        "how",
+        "all",
+        "any",
+        "both",
+        "each",
+        "few",
+        "more",
+        "most",
+        "other",
+        "some",
+        "such",
+        "no",
+        "nor",
+        "not",
+        "only",
+        "own",
+        "same",
+        "so",
+        "than",
+        "too",
+        "very",
+        "s",
+        "t",
+        "can",
+        "will",
+        "just",
+        "don",
+        "should",
+        "now",
+    ]
+)
+"""PostgreSQL's English stop words. FTS5 has none: without this, "read a file" finds only texts with an "a"."""
+
+
+class SqliteReader(SearchReader):
+    """Reads the index through a sqlite3 connection; keeps the vectors in memory as long as it lives."""
+
+    dialect: ClassVar[Dialect] = "sqlite"
+    # SQLite reads the tables of a CROSS JOIN in the order they are written. Without statistics it would rather
+    # read all records of an entity than look a few up.
+    join: ClassVar[str] = "CROSS JOIN"
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        super().__init__(connection)
+        self._vectors = ExactVectorSearch(connection)
+
+    def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
+        unit = (vector / np.linalg.norm(vector.astype(np.float64))).astype(np.float32)
+        tried = limit * (CANDIDATES_PER_ROW_WHERE if scope.where or scope.excluded else CANDIDATES_PER_ROW)
+        best = self._vectors.nearest(unit, scope, tried, None)
+        hits = self._passing(best, scope)
+        if len(hits) < limit and len(best) == tried:
+            params = Params(self.dialect)
+            # One by one: SQLite takes at most 500 queries in one UNION.
+            queries = self._all_living(scope, params, "s.rowid")
+            rowids = np.array([row[0] for query in queries for row in self._rows(query, params.values)], np.int64)
+            hits = self._passing(self._vectors.nearest(unit, scope, limit, rowids), scope)
+        self._vectors.keeps = True
+        return in_order(hits)[:limit]
+
+    def _file_state(self) -> object:
+        (version,) = self._rows("PRAGMA data_version", {})[0]  # changes with commits of other connections
+        return version, self._connection.total_changes
+
+    def _passing(self, best: dict[int, float], scope: Scope) -> list[Hit]:
+        params = Params(self.dialect)
+        statement = (
+            f"SELECT s.rowid, s.entity_name, s.record_id FROM json_each({params(json.dumps(list(best)))}) k "  # noqa: S608
+            f"CROSS JOIN {TABLE} s ON s.rowid = k.value "
+            f"WHERE {self._named(scope, params)} AND {self._living(scope, params)} "
+            f"AND {self._fit(scope, params)}"
+        )
+        return [Hit(entity, record, best[rowid]) for rowid, entity, record in self._rows(statement, params.values)]
+
+    def _with_all(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+        return self._matching_text(_all_of(query), query, scope, limit)
+
+    def _with_required(self, required: Sequence[Term], query: Query, scope: Scope, limit: int) -> list[Hit]:
+        every = f"({' AND '.join(map(_fts_string, required))})"
+        return self._matching_text(f"{every} AND ({_any_of(_meaningful(query.terms))})", query, scope, limit)
+
+    def _with_any(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+        terms = _meaningful(query.alternatives())
+        return self._matching_text(_any_of(terms), query, scope, limit) if len(terms) > 1 else []
+
+    def _without(self, excluded: Sequence[Term], params: Params) -> str:
+        words = _excludable(excluded)
+        if not words:
+            return "true"
+        match = params(f"{{content}} : ({_any_of(words)})")
+        # By key: the rows of the full-text table need not have the numbers of those they belong to.
+        matching = f"SELECT entity_name, record_id FROM {FTS} WHERE {FTS} MATCH {match}"  # noqa: S608
+        return f"(s.entity_name, s.record_id) NOT IN ({matching})"
+
+    def _matching_text(self, match: str, query: Query, scope: Scope, limit: int) -> list[Hit]:
+        """Rows that match an FTS5 expression and hold nothing excluded, best first."""
+        if not match:
+            return []
+        params = Params(self.dialect)
+        match = f"({match})" + "".join(f" NOT {_fts_string(term)}" for term in _excludable(query.excluded))
+        # Ordered by `rank` alone, FTS5 sorts first and the records are looked up only until the limit is reached.
+        statement = (
+            f"SELECT s.entity_name, s.record_id, s.rank FROM {FTS} s "  # noqa: S608
+            f"WHERE {FTS} MATCH {params(f'{{content}} : ({match})')} "
+            f"AND {self._named(scope, params)} AND {self._living(scope, params)} ORDER BY s.rank LIMIT {params(limit)}"
+        )
+        found = self._rows(statement, params.values)
+        return in_order(Hit(entity, record_id, -rank) for entity, record_id, rank in found)
+
+    def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
+        found = self._rows(
+            f"SELECT s.entity_name, s.record_id, s.content FROM json_each(:keys) k CROSS JOIN {TABLE} s "  # noqa: S608
+            "ON s.entity_name = json_extract(k.value, '$[0]') AND s.record_id = json_extract(k.value, '$[1]')",
+            {"keys": json.dumps(keys)},
+        )
+        return {(entity, record_id): content for entity, record_id, content in found}
+
+    def data(self, keys: Sequence[Key], scope: Scope) -> dict[Key, dict[str, Any]]:
+        definitions = {d.name: d for d in scope.definitions}
+        result: dict[Key, dict[str, Any]] = {key: {} for key in keys if key[0] not in definitions}
+        for entity in {entity for entity, _ in keys} & definitions.keys():
+            definition = definitions[entity]
+            wanted = {record_id for name, record_id in keys if name == entity}
+            for place in definition.places:
+                if not wanted:
+                    break
+                fields = place.stored(definition.fields)
+                columns = (
+                    ["r.data"] if place.columns is None else [f"r.{identifier(f.column, 'sqlite')}" for f in fields]
+                )
+                params = Params(self.dialect)
+                statement = (
+                    f"SELECT {', '.join(['r.id', self._matching(definition, place, scope, params), *columns])} "  # noqa: S608
+                    f"FROM json_each({params(json.dumps(list(wanted)))}) k "
+                    f"CROSS JOIN {self.target.table(place.table)} r ON r.id = k.value "
+                    f"WHERE true{owned(place, params)}"
+                )
+                for record_id, matches, *values in self._rows(statement, params.values):
+                    wanted.discard(record_id)
+                    if matches:
+                        stored = json.loads(values[0]) if place.columns is None else _from_columns(fields, values)
+                        stored = stored if isinstance(stored, dict) else {}
+                        result[entity, record_id] = {f.name: stored.get(f.column) for f in definition.fields}
+        return result
+
+    def _equals(self, place: Place, field: Field, value: Any, params: Params) -> str:
+        if place.columns is None:
+            kind, stored = json_member(field.column, params)
+        elif field.column not in place.columns:
+            kind, stored = "NULL", "NULL"
+        else:
+            stored = f"r.{identifier(field.column, self.dialect)}"
+            kind = f"typeof({stored})"
+            if field.type == "bool":  # stored as 0 and 1
+                kind = f"CASE {stored} WHEN 1 THEN 'true' WHEN 0 THEN 'false' ELSE 'null' END"
+            elif field.type == "json":
+                stored = f"CASE WHEN json_valid({stored}) THEN {stored} END"
+                kind, stored = f"json_type({stored})", f"json_extract({stored}, '$')"
+        if value is None:
+            return f"coalesce({kind}, 'null') = 'null'"
+        if isinstance(value, bool):
+            return f"{kind} = {params('true' if value else 'false')}"
+        if isinstance(value, str):
+            return f"{kind} = 'text' AND {stored} = {params(str(value))}"
+        return f"{kind} IN ('integer', 'real') AND {stored} = {params(value)}"
+
+
+def _from_columns(fields: Sequence[Field], values: Sequence[Any]) -> dict[str, Any]:
+    """Values of a dedicated table as shared storage would hold them: booleans and JSON as such."""
+    stored = {}
+    for field, value in zip(fields, values, strict=True):
+        if field.type == "bool" and isinstance(value, int):
+            value = bool(value)
+        elif field.type == "json" and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = json.loads(value)
+        stored[field.column] = value
+    return stored
+
+
+def _fts_string(term: Term) -> str:
+    """A term as an FTS5 string: whatever is in it, the tokenizer and not the query parser reads it."""
+    return '"' + term.text.replace('"', '""') + '"'
+
+
+def _any_of(terms: Sequence[Term]) -> str:
+    """The FTS5 expression of texts that hold at least one of the terms."""
+    return " OR ".join(map(_fts_string, terms))
+
+
+def _excludable(terms: Sequence[Term]) -> list[Term]:
+    """The terms without stop words: PostgreSQL, which does not store them, cannot exclude a text for one."""
+    return [term for term in terms if term.phrase or term.text.casefold() not in STOP_WORDS]
+
+
+def _meaningful(terms: Sequence[Term]) -> list[Term]:
+    """The terms without stop words; all of them if there is nothing else."""
+    kept = [term for term in terms if term.phrase or term.text.casefold() not in STOP_WORDS]
+    return kept or list(terms)
+
+
+def _all_of(query: Query) -> str:
+    """The FTS5 expression of all terms; a bare ``or`` binds less than the implicit AND, as in PostgreSQL."""
+    groups: list[list[Term]] = [[]]
+    for term in query.terms:
+        if term.either:
+            groups.append([])
+        else:
+            groups[-1].append(term)
+    return " OR ".join(" ".join(map(_fts_string, _meaningful(group))) for group in groups if group)

@@ -1,0 +1,1 @@
+"""Records into KameleonDB's own tables."""

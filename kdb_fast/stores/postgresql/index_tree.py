@@ -1,0 +1,177 @@
+"""PostgreSQL: what search indexes there are, which were dropped, and what is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...tables.target import TABLE, Target
+from .index_catalog import Name, Relation, SearchIndex, read_indexes, read_relations
+
+if TYPE_CHECKING:
+    import psycopg
+
+    Cursor = psycopg.Cursor[tuple[Any, ...]]
+
+STATE_KEY = "dropped_indexes"
+
+
+@dataclass
+class IndexTree:
+    """The search indexes that are there and those that were dropped, of the search table and all its partitions."""
+
+    relations: dict[Name, Relation]
+    present: list[SearchIndex]
+    dropped: list[SearchIndex]
+    vectors: bool
+    """Whether the table's vectors can be indexed."""
+    texts: bool
+    """Whether there is a column for full-text search."""
+    pgvector: str
+    """The schema of pgvector's operator classes, as the server writes it in definitions."""
+
+    @classmethod
+    def read(cls, cursor: Cursor, target: Target) -> IndexTree:
+        """Read it; for the rest of the transaction the role's ``statement_timeout`` does not count."""
+        cursor.execute("SET LOCAL statement_timeout = 0")
+        dropped = _remembered(cursor, target)
+        others = {index.place for index in dropped}
+        row = cursor.execute(
+            "SELECT coalesce(bool_or(attname = 'embedding' AND atttypmod BETWEEN 1 AND 2000), false), "
+            "coalesce(bool_or(attname = 'tsv'), false), (SELECT quote_ident(n.nspname) FROM pg_extension e "
+            "JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector') FROM pg_attribute "
+            "WHERE attrelid = to_regclass(%s) AND NOT attisdropped",
+            (target.regclass(TABLE),),
+        ).fetchone()
+        assert row is not None
+        return cls(read_relations(cursor, target, others), read_indexes(cursor, target, others), dropped, *row)
+
+    def found(self, index: SearchIndex) -> SearchIndex | None:
+        """What is there of a dropped index: one of its name on its table, else its equal of a name that none had."""
+        on_table = [p for p in self.present if p.place == index.place and p.partitioned == index.partitioned]
+        for candidate in on_table:
+            if candidate.name == index.name:
+                return candidate
+        names = {d.key for d in self.dropped}
+        equal = (p for p in on_table if p.using == index.using and p.key not in names and (p.valid or p.partitioned))
+        return next(equal, None)
+
+    def lost(self) -> list[SearchIndex]:
+        """Dropped indexes of tables that hold rows, which are to be built."""
+        keys = {d.key: d for d in self.dropped}
+        lost = []
+        for index in self.dropped:
+            relation = self.relations.get(index.place)
+            if relation is None or not relation.leaf or index.partitioned or self.found(index) is not None:
+                continue
+            # Another program has made another index under the parent's name meanwhile: its parts are there.
+            parent = keys.get(index.parent) if index.parent else None
+            there = self.found(parent) if parent is not None else None
+            if parent is None or there is None or there.using == parent.using:
+                lost.append(index)
+        return lost
+
+    def broken(self) -> list[SearchIndex]:
+        """Invalid indexes to be built again. Beside a valid one of its kind an invalid one is what an interrupted
+        REINDEX CONCURRENTLY left behind."""
+        names = {d.key for d in self.dropped}
+        usable = self._usable() | {(index.place, index.vector) for index in self.lost()}
+        return [
+            p
+            for p in self.present
+            if not p.partitioned
+            and not p.valid
+            and (p.key in names or (self.relations[p.place].inside and (p.place, p.vector) not in usable))
+        ]
+
+    def uncovered(self, vector: bool) -> list[Name]:
+        """Tables that hold rows and have no valid index of the kind, though they could."""
+        if not (self.vectors if vector else self.texts):
+            return []
+        usable = self._usable()
+        return [
+            place
+            for place, relation in self.relations.items()
+            if relation.leaf and relation.inside and (place, vector) not in usable
+        ]
+
+    def _usable(self) -> set[tuple[Name, bool]]:
+        return {(p.place, p.vector) for p in self.present if p.valid and not p.partitioned}
+
+    def children(self, place: Name) -> list[Name]:
+        """The partitions of a table, one level down."""
+        return [name for name, relation in self.relations.items() if relation.parent == place]
+
+    def parts(self, parent: SearchIndex) -> dict[Name, SearchIndex]:
+        """The indexes that are attached to a partitioned one, by their table."""
+        return {p.place: p for p in self.present if p.parent == parent.key}
+
+    def unfinished(self) -> bool:
+        """Whether something is to be built, or put together."""
+        return (
+            bool(self.lost() or self.broken() or self.uncovered(True) or self.uncovered(False))
+            or any(True for _ in self.absent())
+            or any(True for _ in self.detached())
+            or any(True for _ in self.incomplete())
+        )
+
+    def absent(self) -> Iterator[SearchIndex]:
+        """Dropped partitioned indexes that are to be made."""
+        for index in self.dropped:
+            relation = self.relations.get(index.place)
+            if index.partitioned and relation is not None and not relation.leaf and self.found(index) is None:
+                yield index
+
+    def detached(self) -> Iterator[tuple[SearchIndex, SearchIndex]]:
+        """(Part, index) that are there and were attached when they were dropped."""
+        dropped = {d.key: d for d in self.dropped}
+        for index in self.dropped:
+            parent = dropped.get(index.parent) if index.parent else None
+            part, whole = self.found(index), self.found(parent) if parent is not None else None
+            if part is None or whole is None or part.parent is not None:
+                continue
+            if self.relations[part.place].parent == whole.place and part.place not in self.parts(whole):
+                yield part, whole
+
+    def incomplete(self) -> Iterator[SearchIndex]:
+        """Partitioned indexes that are to be valid and lack parts: they were valid, or a table has no other index."""
+        valid = {(found.key) for d in self.dropped if d.partitioned and d.valid and (found := self.found(d))}
+        for index in self.present:
+            if index.partitioned and not index.valid:
+                bare = set(self.uncovered(index.vector))
+                if index.key in valid or any(place in bare for place in self._leaves(index.place)):
+                    yield index
+
+    def _leaves(self, place: Name) -> Iterator[Name]:
+        for child in self.children(place):
+            if self.relations[child].leaf:
+                yield child
+            yield from self._leaves(child)
+
+
+def _remembered(cursor: Cursor, target: Target) -> list[SearchIndex]:
+    row = cursor.execute(target.statement("SELECT value FROM {kdb_fast_state} WHERE key = %s"), (STATE_KEY,)).fetchone()
+    remembered = json.loads(row[0]) if row else []
+    if isinstance(remembered, dict):
+        # By a version that kept the definition alone, by name; its run was killed before the indexes were built again.
+        quoted = cursor.execute("SELECT quote_ident(%s)", (target.pgvector,)).fetchone()
+        pgvector = str(quoted and quoted[0])
+        return [SearchIndex.from_definition(str(target.schema), pgvector, *index) for index in remembered.items()]
+    return [SearchIndex.from_json(values) for values in remembered]
+
+
+def remember(cursor: Cursor, target: Target, indexes: Iterable[SearchIndex]) -> None:
+    """Keep in the database what was dropped, so that whoever comes next can build it again."""
+    cursor.execute(
+        target.statement(
+            "INSERT INTO {kdb_fast_state} VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = EXCLUDED.value"
+        ),
+        (STATE_KEY, json.dumps([index.as_json() for index in indexes])),
+    )
+
+
+def forget(cursor: Cursor, target: Target) -> None:
+    """All that was dropped is there again."""
+    cursor.execute(target.statement("DELETE FROM {kdb_fast_state} WHERE key = %s"), (STATE_KEY,))

@@ -1,0 +1,196 @@
+"""PostgreSQL: create what is missing of the tables, and prune."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ...errors import SchemaError
+from ...faults import fault
+from ...tables import schema, seal
+from ...tables.hidden_rows import check_whole
+from ...tables.reading import rows_of
+from ...tables.target import REJECTS, RUNS, STATE, TABLE, LiveRows, Params, Target, identifier, other_indexes, rows_on
+from .check import check_kind, check_rights, check_table, column_names, exists, vector_version
+from .index_catalog import free_name
+from .seal import find_causes
+from .session import PgSession
+
+if TYPE_CHECKING:
+    import psycopg
+
+DDL_LOCK = 0x6B64625F66617374
+"""Key of the advisory lock ("kdb_fast") that keeps two first runs from creating the same table at once."""
+
+PRUNE_BATCH = 10_000
+"""Rows deleted in one transaction: short enough not to hold up other writers for long."""
+
+
+def prepare(session: PgSession, dimensions: int) -> tuple[str, ...]:
+    """See :meth:`kdb_fast.stores.base.Store.prepare`."""
+    import psycopg
+
+    notes: tuple[str, ...] = ()
+    try:
+        with session.transaction() as cursor:
+            if cursor.execute("SELECT current_setting('transaction_read_only')").fetchone() == ("on",):
+                raise _read_only()
+            cursor.execute("SET LOCAL default_tablespace TO DEFAULT")  # new tables are made where the user's would be
+            cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
+            _extension(cursor)
+            target = session.find_target()
+            if exists(cursor, target, TABLE):
+                check_kind(cursor, target, TABLE)
+                check_table(cursor, target, dimensions)
+            else:
+                name = target.regclass(TABLE)
+                if cursor.execute("SELECT to_regtype(%s) IS NOT NULL", (name,)).fetchone() == (True,):
+                    raise SchemaError(
+                        f"{target.shown(TABLE)} is a data type; expected a table, whose rows are of such a type.",
+                        remedy="Rename it, or use another schema or database for this index.",
+                    )
+                notes = _others(cursor, target)
+                if dimensions > 2000:
+                    raise SchemaError(
+                        f"The model gives {dimensions} dimensions; a pgvector HNSW index holds at most 2000.",
+                        remedy="Choose a model with at most 2000 dimensions, or ask an API for fewer: --dimensions N.",
+                    )
+                cursor.execute(target.statement(schema.POSTGRESQL_SEARCH, dimensions=str(int(dimensions))))
+                home = str(target.schema)
+                for name, using in {**schema.POSTGRESQL_PLAIN_INDEXES, **schema.POSTGRESQL_SEARCH_USING}.items():
+                    # An earlier table that was renamed keeps its indexes, and so their names.
+                    on = f"CREATE INDEX {identifier(free_name(cursor, home, name))} ON {{kdb_search}} "
+                    cursor.execute(target.statement(on + using))
+            _own_parts(cursor, target)
+            check_rights(cursor, target)
+        return notes
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise SchemaError(
+            f"The role {session.connection().info.user!r} may not prepare the index: {error.diag.message_primary}.",
+            remedy=f"Run once as the owner of the schema, or let the owner run: GRANT CREATE ON SCHEMA "
+            f"{session.target.shown()} TO …; ALTER TABLE {session.target.shown(TABLE)} OWNER TO …;",
+        ) from None
+    except psycopg.errors.ReadOnlySqlTransaction:
+        raise _read_only() from None
+    except psycopg.errors.LockNotAvailable:
+        raise SchemaError(
+            "The search table is locked by another session for more than 30 s.",
+            remedy="See pg_locks and pg_stat_activity for who holds it; run the same command again later.",
+        ) from None
+
+
+def _read_only() -> SchemaError:
+    return SchemaError(
+        "The server is read-only (a standby, or default_transaction_read_only is on).",
+        remedy="Give the address of the primary server, or add target_session_attrs=read-write.",
+    )
+
+
+def _others(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> tuple[str, ...]:
+    """A note on other indexes that the search path shows, before one is made in this schema."""
+    found = other_indexes(rows_of(cursor.connection, target.dialect), target)
+    if not found:
+        return ()
+    return (
+        f"The index was made in {target.shown(TABLE)}, the schema of the records. Another one on the search_path, "
+        f"{', '.join(found)}, is left as it is, whoever made it: see whether rows of this schema's records are in it.",
+    )
+
+
+def _extension(cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
+    import psycopg
+
+    row = cursor.execute(
+        "SELECT n.nspname::text, has_schema_privilege(n.oid, 'USAGE'), current_user::text FROM pg_extension e "
+        "JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector'"
+    ).fetchone()
+    if row is None:
+        # Not into a tenant's schema where there is a choice: dropping that would take the others' vectors along.
+        found = cursor.execute("SELECT 'public' = ANY (current_schemas(false))").fetchone()
+        schema_clause = b" SCHEMA public" if found and found[0] else b""
+        try:
+            with cursor.connection.transaction():
+                cursor.execute(b"CREATE EXTENSION vector" + schema_clause)
+        except psycopg.errors.InsufficientPrivilege:
+            raise SchemaError(
+                "The extension pgvector is not installed in this database, and this role may not install it.",
+                remedy="Let a superuser run in this database: CREATE EXTENSION vector;",
+            ) from None
+        except psycopg.Error:
+            raise SchemaError(
+                "The extension pgvector is not available on this server; kdb-fast needs version 0.5.0 or newer.",
+                remedy="Install pgvector on the server (package postgresql-NN-pgvector), then CREATE EXTENSION vector;",
+            ) from None
+    elif not row[1]:
+        raise SchemaError(
+            f"The extension pgvector is installed in the schema {Target(row[0]).shown()}, which the role "
+            f"{row[2]!r} may not use.",
+            remedy=f"Let its owner run: GRANT USAGE ON SCHEMA {Target(row[0]).shown()} TO {row[2]};",
+        )
+    version = vector_version(cursor)
+    if version < (0, 5, 0):
+        raise SchemaError(
+            f"pgvector is version {'.'.join(map(str, version))}; kdb-fast needs 0.5.0 or newer (HNSW).",
+            remedy="Upgrade the package, then: ALTER EXTENSION vector UPDATE;",
+        )
+
+
+def _own_parts(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:
+    have = column_names(cursor, target, TABLE)
+    wanted = [f"ADD COLUMN {name} {kind}" for name, kind in schema.POSTGRESQL_COLUMNS.items() if name not in have]
+    if wanted:
+        # Nullable columns without a default: no row is rewritten, the lock is held for milliseconds.
+        cursor.execute(target.statement("ALTER TABLE {kdb_search} " + ", ".join(wanted)))
+    if seal.COLUMN not in have and find_causes(cursor, target) and _owns_table(cursor, target):
+        cursor.execute(target.statement(f"ALTER TABLE {{kdb_search}} ADD COLUMN {seal.COLUMN} bytea"))
+    for table, statement in zip((RUNS, REJECTS, STATE), schema.POSTGRESQL_OWN, strict=True):
+        if not exists(cursor, target, table):
+            cursor.execute(target.statement(statement))
+            continue
+        check_kind(cursor, target, table)
+        have = column_names(cursor, target, table)
+        if missing := [name for name in schema.columns_in(statement) if name not in have]:
+            shown = target.shown(table)
+            raise SchemaError(
+                f"The table {shown} has no column {', '.join(missing)}; expected kdb-fast's own table.",
+                remedy=f"Is it another program's? ALTER TABLE {shown} RENAME TO …; then it is made anew.",
+            )
+
+
+def _owns_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> bool:
+    """Whether this role may drop and create indexes of the search table."""
+    row = cursor.execute(
+        "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass(%s)", (target.regclass(TABLE),)
+    ).fetchone()
+    return bool(row and row[0])
+
+
+def prune(session: PgSession, entity: str, live_rows: LiveRows) -> int:
+    """See :meth:`kdb_fast.stores.base.Store.prune`."""
+    total = 0
+    while True:
+        fault("store.prune")
+        with session.transaction() as cursor:
+            # One snapshot: an entity that moves to a table of its own meanwhile must not look empty. And what a policy
+            # hides must not look deleted: in this transaction hiding is an error.
+            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SET LOCAL row_security = off")
+            deleted = _prune_once(cursor, session.target, entity, live_rows)
+        total += deleted
+        if deleted < PRUNE_BATCH:
+            return total
+
+
+def _prune_once(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, entity: str, live_rows: LiveRows) -> int:
+    rows, params = rows_on(cursor, target.dialect), Params(target.dialect)
+    check_whole(rows, target, (TABLE,))
+    live = live_rows(rows, target, entity, params)
+    if live is None:
+        return 0
+    statement = target.statement(
+        # By their keys: in another partition another row has the same ctid.
+        "DELETE FROM {kdb_search} WHERE entity_name = {entity} AND record_id = ANY (ARRAY(SELECT s.record_id "
+        "FROM {kdb_search} s WHERE s.entity_name = {entity} AND NOT {live} LIMIT {batch}))",
+        entity=params(entity),
+        live=live,
+        batch=params(PRUNE_BATCH),
+    )
+    return cursor.execute(statement, params.values).rowcount

@@ -1,0 +1,312 @@
+"""SQLite: the rows of one flush on their way into the tables, within the flush's transaction.
+
+The transaction holds SQLite's only write lock, so what is read at its start stays true: each key is looked
+up once, and that decides whether the row is new, ours to overwrite, or another program's to keep.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterator, Sequence, Set
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...db.retrying import ErrorKind
+from ...db.sqlite import now, select_in, timestamp
+from ...db.sqlite_errors import RowIgnoredError, kind_of, reason_of
+from ...ipc.slab import NO_STAMP, Slot
+from ...tables import seal
+from ..base import FlushSlot, RunSpec
+from ..new_ids import ID_CHARS, new_ids
+from .full_text import FullText, FullTextRow, Key
+from .json_vectors import json_vectors
+
+CHUNK_ROWS = 1_000
+"""Rows prepared at a time: JSON text and copies take 10 KB a row for 384 dimensions."""
+
+INSERT = (
+    "INSERT INTO kdb_search (rowid, id, entity_name, record_id, created_at, content, embedding, kdb_fast_source_at, "
+    "updated_at, kdb_fast_at, model, dimensions, kdb_fast_fingerprint, kdb_fast_run) "
+    "VALUES (?1, ?2, ?3, ?4, ?8, ?5, ?6, ?7, ?8, ?8, ?9, ?10, ?11, ?12)"
+)
+UPDATE = (
+    "UPDATE kdb_search SET content = ?5, embedding = ?6, kdb_fast_source_at = ?7, updated_at = ?8, kdb_fast_at = ?8, "
+    "model = ?9, dimensions = ?10, kdb_fast_fingerprint = ?11, kdb_fast_run = ?12 WHERE rowid = ?1"
+)
+
+SEAL = seal.expression("sqlite", "?11", "?9", "?10", "?5", "?6")
+SEALED_INSERT = INSERT.replace("kdb_fast_run) ", f"kdb_fast_run, {seal.COLUMN}) ").replace("?12)", f"?12, {SEAL})")
+SEALED_UPDATE = UPDATE.replace(" WHERE", f", {seal.COLUMN} = {SEAL} WHERE")
+
+WHOLE_SECONDS = len("2026-01-31 23:59:59")
+"""Characters of a time without a fraction: two writes within a second look alike."""
+
+RawRow = tuple[bytes, bytes, bytes]
+"""Entity, record id and content, UTF-8."""
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def row_stamp(updated_at: bytes | None, content: bytes) -> int:
+    """Version of a row as an int64, never NO_STAMP: another time or another text gives another number.
+
+    The time is whatever another program has written there: bytes, since not all of it need be text in UTF-8.
+    """
+    digest = hashlib.sha256((updated_at or b"") + b"\n" + content).digest()
+    number = int.from_bytes(digest[:8], "little", signed=True)
+    return number if number != NO_STAMP else 0
+
+
+def _new_ids(count: int) -> list[str]:
+    texts = new_ids(count).tobytes().decode("ascii")
+    return [texts[i : i + ID_CHARS] for i in range(0, len(texts), ID_CHARS)]
+
+
+class _Row(NamedTuple):
+    """A row to be written, without its vector, which stays in the slot until then."""
+
+    number: int
+    rowid: int
+    search_id: str
+    entity: str
+    record_id: str
+    content: str
+    source_at: str | None
+    known: bool
+    same_text: bool
+
+
+class _Text(NamedTuple):
+    """What the full-text table is to hold for a row, and whether that was so before this flush."""
+
+    row: FullTextRow
+    known: bool
+    same: bool
+
+
+class FlushWriter:
+    """Writes rows and counts what became of them. Call :meth:`write` for each slot, then :meth:`finish`.
+
+    Args:
+        force: Overwrite a row whoever wrote it.
+        vectors: False leaves embedding, model and dimensions empty.
+        sealed: The table has a column for seals.
+
+    Attributes:
+        rows: Rows written.
+        bytes: Of texts and vectors, as written.
+        stored: Keys of these rows.
+        lost: (slot, row) that another program has changed meanwhile.
+        rejected: (slot, row, reason, detail) that the database refused.
+    """
+
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        full_text: FullText,
+        run: RunSpec,
+        *,
+        force: bool = False,
+        vectors: bool = True,
+        sealed: bool = False,
+    ) -> None:
+        self._sealed = sealed
+        self._connection, self._full_text, self._run = connection, full_text, run
+        self._force, self._vectors = force, vectors
+        self._at = now()
+        self.rows = self.bytes = 0
+        self.stored: list[Key] = []
+        self.lost: list[tuple[int, int]] = []
+        self.rejected: list[tuple[int, int, str, str]] = []
+        self._texts: dict[int, _Text] = {}
+        (last,) = connection.execute("SELECT max(rowid) FROM kdb_search").fetchone()
+        # Free in both tables, so that a record has the same rowid in both.
+        self._next_rowid = max(last or 0, full_text.last_rowid()) + 1
+
+    def write(self, flush_slot: FlushSlot) -> None:
+        """Write the rows of a slot into the search table and the vectors' table."""
+        flush_slot.verify()
+        slot = flush_slot.slot
+        raw = slot.raw_rows()
+        vectors = slot.vectors[: slot.rows if self._vectors else 0]
+        infinite = set(np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist())
+        for i in sorted(infinite - flush_slot.skip):
+            self.rejected.append((slot.number, i, "not_finite", "the vector has NaN or infinity"))
+        for numbers in _chunks(raw, flush_slot.skip | infinite):
+            rows = self._plan(slot, raw, numbers)
+            if rows:
+                self._store_or_halve(slot, raw, rows)
+
+    def finish(self) -> None:
+        """Bring the full-text table in step with all rows written.
+
+        In one go at the end: FTS5 writes out what it has gathered at every savepoint.
+        """
+        if self._sealed and self._vectors:
+            self._follow_times()
+        known = [text.row for text in self._texts.values() if text.known]
+        found, taken = self._full_text.locate([(row[2], row[3], row[0]) for row in known])
+        add: list[FullTextRow] = []
+        change: list[tuple[int, str, str]] = []
+        for row, is_known, same in self._texts.values():
+            rowid, search_id, entity, record_id, content = row
+            there = found.get((entity, record_id)) if is_known else None
+            if there is None:
+                add.append(row if rowid not in taken else (self._take_rowid(), *row[1:]))
+            elif not same:
+                # A row that only got another vector keeps its text, and the index of it.
+                change.append((there, search_id, content))
+        self._full_text.add(add)
+        self._full_text.change(change)
+
+    def _follow_times(self) -> None:
+        """The copies of the vectors hold for the times that triggers have set.
+
+        A time in whole seconds does not say that no other program writes the row within that second: searches then read
+        KameleonDB's JSON text.
+        """
+        changed = "SELECT rowid, updated_at FROM kdb_search WHERE updated_at <> ? AND length(updated_at) > ? "
+        changed += "AND rowid IN (…)"
+        times = list(select_in(self._connection, changed, list(self._texts), self._at, WHOLE_SECONDS))
+        self._connection.executemany(
+            "UPDATE kdb_fast_vectors SET at = ? WHERE search_rowid = ?", [(time, rowid) for rowid, time in times]
+        )
+
+    def _take_rowid(self) -> int:
+        self._next_rowid += 1
+        return self._next_rowid - 1
+
+    def _plan(self, slot: Slot, raw: Sequence[RawRow], numbers: list[int]) -> list[_Row]:
+        """Decide for each row whether it is new, ours to overwrite, or another program's."""
+        keys = [(raw[i][0].decode(), raw[i][1].decode()) for i in numbers]
+        existing = self._existing(keys)
+        known, stamps, sources = slot.known.tolist(), slot.stamp.tolist(), _source_times(slot)
+        run = self._run.number
+        rows: list[_Row] = []
+        for i, (entity, record_id), new_id in zip(numbers, keys, _new_ids(len(numbers)), strict=True):
+            content = raw[i][2]
+            found = existing.get((entity, record_id))
+            if found is None:
+                rows.append(
+                    _Row(i, self._take_rowid(), new_id, entity, record_id, content.decode(), sources[i], False, False)
+                )
+                continue
+            rowid, search_id, updated_at, ours, by, stored = found
+            if self._force or (by == run and ours) or (known[i] and stamps[i] == row_stamp(updated_at, stored)):
+                same_text = stored == content
+                rows.append(_Row(i, rowid, search_id, entity, record_id, content.decode(), sources[i], True, same_text))
+            else:
+                self.lost.append((slot.number, i))
+        return rows
+
+    def _existing(self, keys: Sequence[Key]) -> dict[Key, tuple[Any, ...]]:
+        """For each key in the table: rowid, id, updated_at, whether nobody has written the row since kdb-fast did,
+        kdb_fast_run, content as bytes."""
+        ours = seal.ours("sqlite", (seal.COLUMN,) if self._sealed else ())
+        by_entity: dict[str, list[str]] = {}
+        for entity, record_id in keys:
+            by_entity.setdefault(entity, []).append(record_id)
+        return {
+            (entity, row[0]): row[1:]
+            for entity, record_ids in by_entity.items()
+            for row in select_in(
+                self._connection,
+                "SELECT record_id, rowid, id, CAST(updated_at AS BLOB), <ours>, kdb_fast_run, "
+                "CAST(coalesce(content, '') AS BLOB) "
+                "FROM kdb_search WHERE entity_name = ? AND record_id IN (…)".replace("<ours>", ours),
+                record_ids,
+                entity,
+            )
+        }
+
+    def _store_or_halve(self, slot: Slot, raw: Sequence[RawRow], rows: Sequence[_Row]) -> None:
+        """Store all rows or, where the database refuses one, halve until the refused ones stand alone."""
+        execute = self._connection.execute
+        execute("SAVEPOINT kdb_fast_rows")
+        try:
+            size = self._store(slot, rows)
+        except sqlite3.Error as error:
+            if kind_of(error) is not ErrorKind.DATA or not self._connection.in_transaction:
+                raise
+            execute("ROLLBACK TO kdb_fast_rows")
+            execute("RELEASE kdb_fast_rows")
+            if len(rows) == 1:
+                self.rejected.append((slot.number, rows[0].number, reason_of(error), str(error)))
+                return
+            middle = len(rows) // 2
+            self._store_or_halve(slot, raw, rows[:middle])
+            self._store_or_halve(slot, raw, rows[middle:])
+            return
+        execute("RELEASE kdb_fast_rows")
+        self.rows += len(rows)
+        self.bytes += size + sum(len(raw[row.number][2]) for row in rows)
+        for row in rows:
+            self.stored.append((row.entity, row.record_id))
+            before = self._texts.get(row.rowid)
+            text = (row.rowid, row.search_id, row.entity, row.record_id, row.content)
+            if before is None:
+                self._texts[row.rowid] = _Text(text, row.known, row.same_text)
+            else:
+                self._texts[row.rowid] = _Text(text, before.known, before.same and row.same_text)
+
+    def _store(self, slot: Slot, rows: Sequence[_Row]) -> int:
+        """Write rows with their vectors; returns the bytes of the vectors as written."""
+        run = self._run
+        texts: Sequence[str | None] = [None] * len(rows)
+        origin: tuple[str | None, int | None] = (None, None)
+        floats, width = b"", 0
+        if self._vectors:
+            matrix = slot.vectors[[row.number for row in rows]].astype("<f4", copy=False)
+            floats, width = matrix.tobytes(), matrix.shape[1] * 4
+            texts, origin = json_vectors(matrix), (run.model[:100], run.dimensions)
+        fixed = (self._at, *origin, run.fingerprint, run.number)
+        new: list[tuple[Any, ...]] = []
+        known: list[tuple[Any, ...]] = []
+        for row, text in zip(rows, texts, strict=True):
+            _, rowid, search_id, entity, record_id, content, source_at, is_known, _ = row
+            (known if is_known else new).append((rowid, search_id, entity, record_id, content, text, source_at, *fixed))
+        statements = (SEALED_INSERT, SEALED_UPDATE) if self._sealed else (INSERT, UPDATE)
+        for statement, parameters in zip(statements, (new, known), strict=True):
+            if parameters and self._connection.executemany(statement, parameters).rowcount != len(parameters):
+                raise RowIgnoredError("a trigger of the table left the row out")
+        if self._vectors:
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO kdb_fast_vectors (search_rowid, search_id, at, vector) VALUES (?, ?, ?, ?)",
+                [(row[1], row[2], self._at, floats[i * width : (i + 1) * width]) for i, row in enumerate(rows)],
+            )
+        else:
+            self._connection.executemany(
+                "DELETE FROM kdb_fast_vectors WHERE search_rowid = ?", [(row.rowid,) for row in rows if row.known]
+            )
+        return len(floats) + sum(len(text or "") for text in texts)
+
+
+def _chunks(raw: Sequence[RawRow], skip: Set[int]) -> Iterator[list[int]]:
+    """Row numbers in order, at most CHUNK_ROWS at a time, no key twice: the later row finds the earlier stored."""
+    chunk: list[int] = []
+    keys: set[tuple[bytes, bytes]] = set()
+    for i, (entity, record_id, _) in enumerate(raw):
+        if i in skip:
+            continue
+        if len(chunk) == CHUNK_ROWS or (entity, record_id) in keys:
+            yield chunk
+            chunk, keys = [], set()
+        chunk.append(i)
+        keys.add((entity, record_id))
+    if chunk:
+        yield chunk
+
+
+def _source_times(slot: Slot) -> list[str | None]:
+    """Last change of each row at its source, as text; equal neighbours are formatted once."""
+    result: list[str | None] = []
+    last, text = NO_STAMP, None
+    for value in slot.source[: slot.rows].tolist():
+        if value != last:
+            last = value
+            text = None if value == NO_STAMP else timestamp(EPOCH + timedelta(microseconds=value))
+        result.append(text)
+    return result

@@ -1,0 +1,205 @@
+"""SQLite: check the search tables before anything is embedded, create what is missing."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sqlite3
+
+from ...db.sqlite import quoted, table_exists
+from ...db.sqlite_errors import primary_code
+from ...db.sqlite_session import transaction
+from ...errors import SchemaError
+from ...records import storable_key
+from ...tables import schema, seal
+
+NEEDED_COLUMNS = (
+    "id", "entity_name", "record_id", "content", "embedding", "model", "dimensions", "created_at", "updated_at",
+)  # fmt: skip
+FTS_COLUMNS = ("id", "entity_name", "record_id", "content")
+
+GENERATED = (2, 3)
+"""Of ``hidden`` in ``PRAGMA table_xinfo``: virtual and stored generated columns."""
+
+PROBE = (
+    "EXPLAIN INSERT INTO kdb_search (rowid, id, entity_name, record_id, created_at, content, embedding, updated_at, "
+    "model, dimensions) VALUES (1, '', '', '', '', '', '', '', '', 1) ON CONFLICT (entity_name, record_id) DO NOTHING"
+)
+"""Compiles only if the table has row ids, a unique constraint on the key, and no generated column where we write; runs
+nothing."""
+
+
+def columns(connection: sqlite3.Connection, table: str) -> dict[str, tuple[bool, bool]]:
+    """Name of each column → (must not be null, has a default or is generated)."""
+    rows = connection.execute(f"PRAGMA table_xinfo({quoted(table)})")
+    return {
+        str(name).lower(): (bool(not_null), default is not None or hidden in GENERATED)
+        for _, name, _, not_null, default, _, hidden in rows
+    }
+
+
+def prepare(connection: sqlite3.Connection) -> None:
+    """See :meth:`kdb_fast.stores.base.Store.prepare`. All or nothing: one transaction."""
+    try:
+        with transaction(connection):
+            _encoding(connection)
+            _search_table(connection)
+            _full_text(connection)
+            for statement in schema.SQLITE_OWN:
+                _own_table(connection, statement)
+            # Where nothing had to be created: BEGIN IMMEDIATE alone does not fail on a read-only file.
+            connection.execute("DELETE FROM kdb_fast_state WHERE false")
+    except sqlite3.Error as error:
+        if primary_code(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+            raise SchemaError(
+                f"The database cannot be written: {error}.",
+                remedy="Make its directory writable, and the file: SQLite keeps its journal beside it.",
+            ) from error
+        raise
+
+
+def _encoding(connection: sqlite3.Connection) -> None:
+    (encoding,) = connection.execute("PRAGMA encoding").fetchone()
+    if encoding != "UTF-8":
+        raise SchemaError(
+            f"The database keeps text as {encoding}; expected UTF-8, SQLite's and KameleonDB's default.",
+            remedy="Copy it into a new file: sqlite3 old.db .dump | sqlite3 new.db",
+        )
+
+
+def _search_table(connection: sqlite3.Connection) -> None:
+    if _check_kind(connection, "kdb_search"):
+        _check_search_table(connection)
+    else:
+        connection.execute(schema.SQLITE_SEARCH)
+    _plain_indexes(connection)
+    have = columns(connection, "kdb_search")
+    wanted = dict(schema.SQLITE_COLUMNS)
+    if _triggers(connection):
+        wanted[seal.COLUMN] = "BLOB"
+    for name, data_type in wanted.items():
+        if name not in have:
+            connection.execute(f"ALTER TABLE kdb_search ADD COLUMN {name} {data_type}")
+
+
+def _triggers(connection: sqlite3.Connection) -> list[str]:
+    statement = "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = 'kdb_search' COLLATE NOCASE"
+    return [storable_key(row[0]) for row in connection.execute(statement)]
+
+
+def altered(connection: sqlite3.Connection, run: int) -> list[str]:
+    """See :meth:`kdb_fast.stores.base.Store.altered`; the table has a column for seals."""
+    causes = [f"trigger {name}" for name in _triggers(connection)]
+    if not causes:
+        return []
+    times, others = connection.execute(
+        "SELECT coalesce(sum(held AND kdb_fast_at IS NOT updated_at), 0), coalesce(sum(NOT held), 0) FROM "
+        "(SELECT kdb_fast_at, updated_at, <held> AS held FROM kdb_search WHERE kdb_fast_run = ?)".replace(
+            "<held>", f"{seal.COLUMN} IS {seal.of_row('sqlite')}"
+        ),
+        (run,),
+    ).fetchone()
+    remedy = "To spare that, let the trigger leave a time alone that the writer sets: WHEN NEW.updated_at IS "
+    remedy += "OLD.updated_at, on INSERT WHEN NEW.updated_at IS NULL."
+    return seal.warnings("kdb_search", causes, times, others, sealed=True, remedy=remedy)
+
+
+def _plain_indexes(connection: sqlite3.Connection) -> None:
+    """Make those that are missing. An earlier table that was renamed keeps its indexes, and so their names."""
+    tables = dict(connection.execute("SELECT lower(name), lower(tbl_name) FROM sqlite_master"))
+    for name, column in schema.SQLITE_PLAIN_INDEXES.items():
+        candidates = itertools.chain([name], (f"{name}{number}" for number in itertools.count(1)))
+        free = next(c for c in candidates if tables.get(c, "kdb_search") == "kdb_search")
+        connection.execute(f"CREATE INDEX IF NOT EXISTS {free} ON kdb_search ({column})")
+
+
+def _own_table(connection: sqlite3.Connection, statement: str) -> None:
+    (name,) = re.findall(r"EXISTS (\w+)", statement)
+    if not _check_kind(connection, name):
+        connection.execute(statement)
+        return
+    have = columns(connection, name)
+    if missing := [column for column in schema.columns_in(statement) if column not in have]:
+        raise SchemaError(
+            f"The table {name} has no column {', '.join(missing)}; expected kdb-fast's own table.",
+            remedy=f"Is it another program's? ALTER TABLE {name} RENAME TO …; then it is made anew.",
+        )
+
+
+def _check_kind(connection: sqlite3.Connection, name: str) -> bool:
+    """Whether there is an ordinary table of this name, in whatever case. Raises SchemaError for anything else."""
+    row = connection.execute(
+        "SELECT type, sql FROM sqlite_master WHERE name = ? COLLATE NOCASE AND type IN ('table', 'view', 'index')",
+        (name,),
+    ).fetchone()
+    if row is None:
+        return False
+    kind = "virtual table" if str(row[1]).upper().startswith("CREATE VIRTUAL") else row[0]
+    if kind != "table":
+        raise SchemaError(
+            f"{name} is {'an' if kind == 'index' else 'a'} {kind}; expected a table.",
+            remedy="Rename it, or use another file for this index.",
+        )
+    return True
+
+
+def _check_search_table(connection: sqlite3.Connection) -> None:
+    have = columns(connection, "kdb_search")
+    missing = [name for name in NEEDED_COLUMNS if name not in have]
+    if missing:
+        raise SchemaError(
+            f"The table kdb_search has no column {', '.join(missing)}; expected KameleonDB's search table.",
+            remedy="Is kdb_search another program's table? Use another file for this index.",
+        )
+    unfilled = [
+        name
+        for name, (not_null, has_default) in have.items()
+        if not_null and not has_default and name not in NEEDED_COLUMNS
+    ]
+    if unfilled:
+        raise SchemaError(
+            f"The table kdb_search needs a value in {', '.join(unfilled)}, which kdb-fast does not write: no row could "
+            "be stored.",
+            remedy="Give these columns a default, or allow NULL in them.",
+        )
+    try:
+        connection.execute(PROBE)
+    except sqlite3.OperationalError as error:
+        if "generated column" in str(error):
+            raise SchemaError(
+                f"A column of kdb_search that kdb-fast writes is generated: {error}.",
+                remedy="Make the table anew with an ordinary column, or use another file for this index.",
+            ) from None
+        raise SchemaError(
+            f"kdb_search must have row ids and a unique constraint on (entity_name, record_id): {error}.",
+            remedy="Run: CREATE UNIQUE INDEX ux_kdb_search_key ON kdb_search (entity_name, record_id);",
+        ) from None
+
+
+def _full_text(connection: sqlite3.Connection) -> None:
+    row = connection.execute("SELECT sql FROM sqlite_master WHERE name = ?", ("kdb_search_fts",)).fetchone()
+    try:
+        if row is None:
+            connection.execute(schema.SQLITE_FTS)
+            # The rows of a table that was made without full-text search are not read again: fill it now.
+            connection.execute(
+                "INSERT INTO kdb_search_fts (rowid, id, entity_name, record_id, content) "
+                "SELECT rowid, id, entity_name, record_id, content FROM kdb_search"
+            )
+        else:
+            connection.execute("SELECT rowid FROM kdb_search_fts LIMIT 1").fetchone()
+    except sqlite3.OperationalError as error:
+        if "no such module" not in str(error):
+            raise
+        raise SchemaError(
+            f"This Python's SQLite ({sqlite3.sqlite_version}) has no full-text search (FTS5).",
+            remedy="Use a Python whose SQLite is built with FTS5; those of python.org and all Linux systems are.",
+        ) from None
+    have = columns(connection, "kdb_search_fts")
+    missing = [name for name in FTS_COLUMNS if name not in have]
+    if missing or not table_exists(connection, "kdb_search_fts_content"):
+        raise SchemaError(
+            "kdb_search_fts is not KameleonDB's full-text table: expected FTS5 with its own content and the columns "
+            f"{', '.join(FTS_COLUMNS)}; found {', '.join(have)}.",
+            remedy="If it can be built anew from kdb_search: DROP TABLE kdb_search_fts;",
+        )

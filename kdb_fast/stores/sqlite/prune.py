@@ -1,0 +1,74 @@
+"""SQLite: remove rows of the index, with their text and vector."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+
+from ...db.sqlite import batches, select_in
+from ...faults import fault
+from ...tables.target import LiveRows, Params, Target, rows_on
+from .full_text import FullText
+
+PRUNE_KEYS = 5_000
+"""Keys looked at in one step: a step that removes rows holds the write lock for some ten milliseconds."""
+
+
+def prune(connection: sqlite3.Connection, full_text: FullText, entity: str, live_rows: LiveRows) -> int:
+    """See :meth:`kdb_fast.stores.base.Store.prune`."""
+
+    def dead(after: str, last: str) -> list[str]:
+        """Record ids of the index, greater than ``after`` up to ``last``, that have no live record."""
+        rows, params = rows_on(connection, "sqlite"), Params("sqlite")
+        live = live_rows(rows, Target(), entity, params)
+        if live is None:
+            return []
+        found = rows(
+            f"SELECT s.record_id FROM kdb_search s WHERE s.entity_name = {params(entity)} "  # noqa: S608 - parameters
+            f"AND s.record_id > {params(after)} AND s.record_id <= {params(last)} AND NOT {live}",
+            params.values,
+        )
+        return [record_id for (record_id,) in found]
+
+    if live_rows(rows_on(connection, "sqlite"), Target(), entity, Params("sqlite")) is None:
+        return 0
+    removed, after = 0, ""
+    while True:
+        fault("store.prune")
+        (last,) = connection.execute(
+            "SELECT max(record_id) FROM (SELECT record_id FROM kdb_search WHERE entity_name = ? AND record_id > ? "
+            "ORDER BY record_id LIMIT ?)",
+            (entity, after, PRUNE_KEYS),
+        ).fetchone()
+        if last is None:
+            break
+        # Most steps find nothing and need no lock. Those that do look again under the lock: the entity may
+        # have moved to its own table meanwhile, and then every record seems gone from the old one.
+        if dead(after, last):
+            with full_text.transaction():
+                removed += delete_records(connection, full_text, entity, dead(after, last))
+        after = last
+    _prune_full_text(connection, full_text, entity)
+    return removed
+
+
+def _prune_full_text(connection: sqlite3.Connection, full_text: FullText, entity: str) -> None:
+    """Remove full-text rows of an entity that no row of the index belongs to."""
+    for rowids in batches(full_text.orphans(entity)):
+        with full_text.transaction():
+            full_text.remove(full_text.orphans(entity, rowids))
+
+
+def delete_records(connection: sqlite3.Connection, full_text: FullText, entity: str, record_ids: Sequence[str]) -> int:
+    """Within a transaction: remove these rows of the index; returns how many there were."""
+    removed = 0
+    for batch in batches(record_ids):
+        query = "SELECT rowid, record_id FROM kdb_search WHERE entity_name = ? AND record_id IN (…)"
+        rows = list(select_in(connection, query, batch, entity))
+        found, _ = full_text.locate([(entity, record_id, rowid) for rowid, record_id in rows])
+        full_text.remove(list(found.values()))
+        rowids = [(rowid,) for rowid, _ in rows]
+        connection.executemany("DELETE FROM kdb_fast_vectors WHERE search_rowid = ?", rowids)
+        connection.executemany("DELETE FROM kdb_search WHERE rowid = ?", rowids)
+        removed += len(rows)
+    return removed

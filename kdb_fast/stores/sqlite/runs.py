@@ -1,0 +1,126 @@
+"""SQLite: the row of a run, which is the lock (see :mod:`.runs`). SQLite's own lock lasts for a transaction only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Callable
+from typing import Any
+
+from ...db.sqlite import moment, now
+from ...db.sqlite_session import transaction
+from ...tables.target import Target
+from ..base import FlushResult, RunSpec
+from ..runs import (
+    AFTER_A_CRASH,
+    PHASE_CHARS,
+    Holder,
+    gives_signs,
+    process_is_gone,
+    taken_over,
+    this_process,
+    wait_for_lock,
+)
+
+HEARTBEAT_PATIENCE_MS = 200
+"""Milliseconds a heartbeat waits for a flush to end; the flush is a sign of life itself."""
+
+
+def begin(
+    connection: sqlite3.Connection,
+    *,
+    fingerprint: str,
+    model: str,
+    dimensions: int,
+    wait: float,
+    on_wait: Callable[[str], None],
+) -> RunSpec:
+    """See :meth:`kdb_fast.stores.base.Store.begin_run`."""
+
+    def attempt() -> RunSpec | Holder:
+        with transaction(connection):
+            holder = _holder(connection)
+            if holder is not None:
+                return holder
+            return RunSpec(_start(connection, fingerprint, model, dimensions), fingerprint, model, dimensions)
+
+    return wait_for_lock(attempt, wait, on_wait)
+
+
+def _holder(connection: sqlite3.Connection) -> Holder | None:
+    """The living run that holds the lock; dead ones are marked as abandoned."""
+    rows = connection.execute(
+        "SELECT run, host, pid, process_started, started_at, (julianday('now') - julianday(heartbeat_at)) * 86400.0 "
+        "FROM kdb_fast_runs WHERE state = 'running'"
+    ).fetchall()
+    for run, host, pid, process_started, started_at, age in rows:
+        if gives_signs(host, pid, age) and not process_is_gone(host, pid, process_started):
+            return Holder(run, host, pid, moment(started_at), float(age))
+        connection.execute("UPDATE kdb_fast_runs SET state = 'abandoned', ended_at = ? WHERE run = ?", (now(), run))
+    return None
+
+
+def _start(connection: sqlite3.Connection, fingerprint: str, model: str, dimensions: int) -> int:
+    number = connection.execute(
+        "INSERT INTO kdb_fast_runs (state, fingerprint, model, dimensions, host, pid, process_started) "
+        "VALUES ('running', ?, ?, ?, ?, ?, ?)",
+        (fingerprint, model, dimensions, *this_process()),
+    ).lastrowid
+    assert number is not None
+    return number
+
+
+def after_a_crash(connection: sqlite3.Connection, run: int) -> bool:
+    """See :meth:`kdb_fast.stores.base.Store.after_a_crash`."""
+    statement = Target().statement(AFTER_A_CRASH).decode().replace("%(run)s", ":run")
+    row = connection.execute(statement, {"run": run}).fetchone()
+    return bool(row[0])
+
+
+def heartbeat(connection: sqlite3.Connection, run: int, phase: str) -> None:
+    """A sign of life, unless another connection is writing just now."""
+    with contextlib.suppress(sqlite3.OperationalError), transaction(connection, HEARTBEAT_PATIENCE_MS):
+        connection.execute(
+            "UPDATE kdb_fast_runs SET heartbeat_at = ?, phase = ? WHERE run = ? AND state = 'running'",
+            (now(), phase[:PHASE_CHARS], run),
+        )
+
+
+def end(connection: sqlite3.Connection, run: int, state: str, receipt: dict[str, Any]) -> None:
+    """See :meth:`kdb_fast.stores.base.Store.end_run`."""
+    with transaction(connection):
+        connection.execute(
+            "UPDATE kdb_fast_runs SET state = ?, phase = 'end', ended_at = ?, receipt = ? "
+            "WHERE run = ? AND state = 'running'",
+            (state, now(), json.dumps(receipt), run),
+        )
+
+
+def fence(connection: sqlite3.Connection, run: int, number: int) -> FlushResult | None:
+    """Within the flush's transaction: make sure the run still holds the lock.
+
+    Returns:
+        The result of flush ``number`` if it was committed before, else None.
+
+    Raises:
+        LockedError: Another run has taken over.
+    """
+    held = connection.execute(
+        "UPDATE kdb_fast_runs SET heartbeat_at = ?, phase = 'write' WHERE run = ? AND state = 'running'",
+        (now(), run),
+    ).rowcount
+    if held != 1:
+        raise taken_over(run)
+    last_flush, result = connection.execute(
+        "SELECT last_flush, last_result FROM kdb_fast_runs WHERE run = ?", (run,)
+    ).fetchone()
+    return FlushResult.from_json(result) if last_flush >= number else None
+
+
+def record_flush(connection: sqlite3.Connection, run: int, number: int, result: FlushResult) -> None:
+    """Last statement of a flush. Its time counts as a sign of life: a flush may last longer than 30 s."""
+    connection.execute(
+        "UPDATE kdb_fast_runs SET last_flush = ?, last_result = ?, heartbeat_at = ? WHERE run = ?",
+        (number, result.as_json(), now(), run),
+    )

@@ -1,0 +1,210 @@
+"""Where the tables are: names as statements and messages write them.
+
+In PostgreSQL every statement names its tables with their schema. What a bare name means depends on the session's
+``search_path`` and on temporary tables; it may be another tenant's table. The path itself is left as it is, for the
+triggers and defaults that users have written for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import SchemaError
+from ..records import storable_key
+
+Rows = Callable[[str, Mapping[str, Any]], list[tuple[Any, ...]]]
+"""Run a statement with named parameters and return all its rows as tuples."""
+
+Dialect = Literal["postgresql", "sqlite"]
+
+
+class Params:
+    """Named parameters of one statement. Calling it with a value returns the placeholder to write."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self.dialect = dialect
+        self.values: dict[str, Any] = {}
+
+    def __call__(self, value: Any) -> str:
+        name = f"p{len(self.values)}"
+        self.values[name] = value
+        return f"%({name})s" if self.dialect == "postgresql" else f":{name}"
+
+    def list(self, values: Iterable[Any]) -> str:
+        """Placeholders of several values, for ``IN (…)``."""
+        return ", ".join(self(value) for value in values)
+
+
+TABLE = "kdb_search"
+RUNS = "kdb_fast_runs"
+REJECTS = "kdb_fast_rejects"
+STATE = "kdb_fast_state"
+RECORDS = "kdb_records"
+"""KameleonDB's table of all entities in shared storage: the index belongs beside it."""
+
+STAGING = "pg_temp.kdb_fast_staging"
+
+_FIND = f"""
+SELECT home.nspname::text, (
+  SELECT n.nspname::text FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
+  WHERE e.extname = 'vector')
+FROM unnest(CASE WHEN %(schema)s::text IS NULL THEN current_schemas(false)::text[] ELSE ARRAY[%(schema)s::text] END)
+  WITH ORDINALITY AS path(name, place)
+JOIN pg_catalog.pg_namespace home ON home.nspname = path.name AND home.oid <> pg_my_temp_schema()
+LEFT JOIN pg_catalog.pg_class r ON r.relnamespace = home.oid AND r.relname = '{RECORDS}'
+LEFT JOIN pg_catalog.pg_class s ON s.relnamespace = home.oid AND s.relname = '{TABLE}'
+ORDER BY r.oid IS NULL, CASE WHEN r.oid IS NULL THEN s.oid IS NULL END, path.place LIMIT 1
+"""  # noqa: S608 - constants
+
+
+@dataclass(frozen=True)
+class Target:
+    """The schema of KameleonDB's tables and of the index, as one connection sees it.
+
+    Attributes:
+        schema: Its name in PostgreSQL; None in SQLite.
+        pgvector: Name of the schema in which the extension pgvector is; None where it is not installed, or SQLite.
+    """
+
+    schema: str | None = None
+    pgvector: str | None = None
+
+    @property
+    def dialect(self) -> Dialect:
+        return "sqlite" if self.schema is None else "postgresql"
+
+    def table(self, name: str) -> str:
+        """A table, type or operator class of the schema, for a statement.
+
+        Raises:
+            SchemaError: No table can have this name.
+        """
+        return identifier(name, self.dialect) if self.schema is None else f"{self._prefix}{identifier(name)}"
+
+    def regclass(self, name: str) -> str:
+        """The table as the value of a parameter that ``to_regclass()`` reads."""
+        return f"{_quoted(self.schema)}.{_quoted(name)}" if self.schema is not None else name
+
+    def shown(self, name: str | None = None) -> str:
+        """The table, or without a name the schema, for a message; such that it can be copied into a statement."""
+        names = [part for part in (self.schema, name) if part is not None]
+        if self.schema is not None:
+            names = [part if _PLAIN.fullmatch(part) else _quoted(part) for part in names]
+        return storable_key(".".join(names), 300)
+
+    def statement(self, template: str, **parts: str) -> bytes:
+        """A statement with its names filled in.
+
+        Args:
+            template: ``{kdb_search}`` and the like stand for tables, ``{vector}`` for pgvector's type, ``{pgvector}``
+                for what to write before its functions, operators and operator classes.
+            parts: Other parts of the template by name.
+        """
+        return template.format(**self._names, **parts).encode()
+
+    @functools.cached_property
+    def _prefix(self) -> str:
+        return "" if self.schema is None else f"{identifier(self.schema)}."
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        tables = (TABLE, RUNS, REJECTS, STATE)
+        pgvector = "" if self.pgvector is None else f"{identifier(self.pgvector)}."
+        return {
+            **{name: self.table(name) for name in tables},
+            "staging": STAGING,
+            "pgvector": pgvector,
+            "vector": f"{pgvector}vector",
+        }
+
+
+LiveRows = Callable[[Rows, Target, str, Params], str | None]
+"""``live_rows(rows, target, entity, params)``: the condition that the record of a row ``s`` of the index lives, as the
+database has it now; None where it has no such entity. Raises
+:class:`~kdb_fast.tables.hidden_rows.HiddenRowsError` where a record that is not seen may be there all the same."""
+
+
+def find_target(rows: Rows, dialect: str, schema: str | None = None) -> Target:
+    """The schema in which ``kdb_records`` is found by the session's search path; without it that in which
+    ``kdb_search`` is found; else the one in which a new table would be made. Temporary tables do not count.
+
+    Args:
+        rows: Runs a statement on the connection.
+        schema: The schema, where it is known already.
+
+    Raises:
+        SchemaError: No schema of the search path exists and may be used.
+    """
+    if dialect == "sqlite":
+        return Target()
+    found = rows(_FIND, {"schema": schema})
+    if not found:
+        raise SchemaError(
+            "No schema of the session's search_path exists and may be used by this role."
+            if schema is None
+            else f"The schema {storable_key(schema)} does not exist any more.",
+            remedy="Create the schema, let its owner GRANT USAGE on it, or set another search_path.",
+        )
+    return Target(*found[0])
+
+
+def other_indexes(rows: Rows, target: Target) -> list[str]:
+    """Search tables in other schemas of the session's search path, as messages name them."""
+    if target.schema is None:
+        return []
+    found = rows(
+        "SELECT n.nspname::text FROM unnest(current_schemas(false)) WITH ORDINALITY path(name, place) "
+        "JOIN pg_catalog.pg_namespace n ON n.nspname = path.name AND n.oid <> pg_my_temp_schema() "
+        "JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = %(table)s "
+        "WHERE n.nspname <> %(schema)s ORDER BY place",
+        {"table": TABLE, "schema": target.schema},
+    )
+    return [Target(schema).shown(TABLE) for (schema,) in found]
+
+
+def rows_on(connection: Any, dialect: str) -> Rows:
+    """A function that runs statements on a connection or cursor; the driver's errors are passed on as they are."""
+
+    def rows(statement: str, params: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        # psycopg takes a statement that is not a literal as bytes only.
+        query = statement.encode() if dialect == "postgresql" else statement
+        return list(connection.execute(query, params).fetchall())
+
+    return rows
+
+
+def columns_of(rows: Rows, target: Target, tables: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Columns of each of these tables; tables that do not exist are left out."""
+    if target.dialect == "sqlite":
+        found = {t: [r[0] for r in rows("SELECT name FROM pragma_table_info(:t)", {"t": t})] for t in tables}
+        return {table: frozenset(columns) for table, columns in found.items() if columns}
+    names = list(tables)
+    pairs = rows(
+        # By the name that was asked for: the server's own is cut at 63 bytes.
+        "SELECT t, array_agg(a.attname) FROM unnest(%(t)s::text[], %(q)s::text[]) x(t, q) "
+        "JOIN pg_attribute a ON a.attrelid = to_regclass(q) "
+        "WHERE a.attnum > 0 AND NOT a.attisdropped GROUP BY t",
+        {"t": names, "q": [target.regclass(name) for name in names]},
+    )
+    return {table: frozenset(columns) for table, columns in pairs}
+
+
+def identifier(name: str, dialect: Dialect = "postgresql") -> str:
+    """A name for a statement, with or without parameters. Raises SchemaError for a name that no table can have."""
+    if "\x00" in name:
+        raise SchemaError("The name of a table or column holds a NUL character.")
+    if dialect == "postgresql" and "%" in name:
+        # psycopg reads a per cent sign as the start of a placeholder where a statement has parameters, and only there.
+        return "U&" + _quoted(name.replace("\\", "\\\\").replace("%", "\\0025"))
+    return _quoted(name)
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+_PLAIN = re.compile(r"[a-z_][a-z0-9_]*")
