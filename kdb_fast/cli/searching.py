@@ -49,12 +49,11 @@ def search_command(
     In QUERY, "two words" in quotes stay together, -word excludes (after --: kdb-fast search -- "-word …"), and or
     means either. A record that holds an identifier of the query (ERR_CONN_1111, nginx.conf, "a phrase") comes first.
     """
-    from ..search.query import import_ahead, run_search
+    from ..search.query import run_search
     from ..search.retrieval import check_query, parse_where
     from .report import print_results, printable
 
     check_query(query, mode, min_score)
-    alone = click.get_current_context().obj
     with opened_database(db, reads=True) as address:
         results, missed = run_search(
             address,
@@ -68,7 +67,7 @@ def search_command(
             model_path=model_path,
             provider=provider,
             base_url=base_url,
-            meanwhile=import_ahead if alone else lambda: None,
+            alone=bool(click.get_current_context().obj),
         )
     for part in missed:
         complain(f"warning: {printable(str(part), 1000)}")

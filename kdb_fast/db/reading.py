@@ -19,14 +19,17 @@ def open_connection(address: DatabaseAddress) -> Any:
     return connect_postgresql(address, role="search")
 
 
-def read(address: DatabaseAddress, work: Callable[[Any], T]) -> T:
+def read(address: DatabaseAddress, work: Callable[[Any], T], *, mapped: bool = False) -> T:
     """``work(connection)`` on a connection for reading; called again where an SQLite file was written meanwhile without
     its locks between us.
+
+    Args:
+        mapped: Read an SQLite file through memory where that can be, see :func:`.sqlite_reading.read`.
 
     Raises:
         DatabaseError: The database cannot be reached.
     """
     if address.dialect == "sqlite":
-        return sqlite_reading.read(address, work)
+        return sqlite_reading.read(address, work, mapped=mapped)
     with contextlib.closing(open_connection(address)) as connection:
         return work(connection)

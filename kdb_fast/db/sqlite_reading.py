@@ -42,6 +42,9 @@ QUIET_SECONDS = 1.0
 NO_WAY = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
 """Primary result codes of a way to open that this file does not allow."""
 
+MAPPED_BYTES = (1 << 31) - 65536
+"""Of a file read through memory: the most that SQLite allows as it is usually built; the rest is read as ever."""
+
 AS_IT_IS = "mode=ro&immutable=1"
 WITH_ITS_LOG = "mode=ro&vfs=unix-none"
 
@@ -63,8 +66,12 @@ class _WithItsLog(_Unlocked):
         _left_open.append(self)
 
 
-def read(address: DatabaseAddress, work: Callable[[sqlite3.Connection], T]) -> T:
+def read(address: DatabaseAddress, work: Callable[[sqlite3.Connection], T], *, mapped: bool = False) -> T:
     """``work(connection)``, again where the file was written meanwhile without SQLite's locks between us.
+
+    Args:
+        mapped: Read the file through memory if its locks can be had: a table of long rows in a third of the time. For a
+            process of our own only, since a program that cuts the file off without asking for the locks ends it.
 
     Raises:
         DatabaseError: The file does not exist, is no database, or is written all the time.
@@ -72,6 +79,8 @@ def read(address: DatabaseAddress, work: Callable[[sqlite3.Connection], T]) -> T
     """
     for _ in range(READINGS):
         with contextlib.closing(connect_reading(address)) as connection:
+            if mapped and not isinstance(connection, _Unlocked):
+                connection.execute(f"PRAGMA mmap_size = {MAPPED_BYTES}")
             try:
                 result = work(connection)
             except (sqlite3.Error, KdbFastError):

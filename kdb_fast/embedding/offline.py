@@ -1,11 +1,13 @@
-"""WORKER: FastEmbed without what it imports for downloads.
+"""WORKER: FastEmbed without what it imports for downloads and for images.
 
 A worker gets a model that lies on disk, but FastEmbed imports huggingface_hub, its HTTP clients and requests all the
-same: 370 of a worker's 860 modules, 0.2 of the 0.7 s of a core until it is ready, and 18 MB.
+same: 370 of a worker's 860 modules, 0.2 of the 0.7 s of a core until it is ready, and 18 MB. Pillow is for models of
+images.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -13,7 +15,8 @@ import types
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-LEFT_OUT = ("huggingface_hub", "requests")
+DOWNLOADS = ("huggingface_hub", "requests")
+LEFT_OUT = (*DOWNLOADS, "PIL")
 
 
 class _LeftOutType(type):
@@ -25,7 +28,7 @@ class _LeftOutType(type):
         return _LeftOut
 
     def __call__(cls, *arguments: Any, **options: Any) -> NoReturn:
-        raise RuntimeError(f"{' and '.join(LEFT_OUT)} are left out in a worker: it downloads nothing")
+        raise RuntimeError(f"{' and '.join(DOWNLOADS)} are left out in a worker: it downloads nothing")
 
 
 class _LeftOut(Exception, metaclass=_LeftOutType):
@@ -47,6 +50,13 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             return _LeftOut
 
         module.__getattr__ = attribute  # type: ignore[method-assign]
+
+
+def import_libraries() -> None:
+    """Import what FastEmbed runs any model with, before it is known whether that one is still to be fetched."""
+    with contextlib.suppress(ImportError):  # FastEmbed's own import says what is wrong
+        import onnxruntime  # noqa: F401
+        import tokenizers  # noqa: F401
 
 
 def import_fastembed() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ..catalog.definitions import load_entities
 from ..db.address import DatabaseAddress
@@ -21,12 +22,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ..origins import Origin, QueryVector
+    from .reader import Origins, Scope
     from .retrieval import LeftOut, SearchReader, SearchResult
 
     Vector = npt.NDArray[np.float32]
     Vectors = npt.NDArray[np.float32]
-
-T = TypeVar("T")
 
 
 def embed_queries(texts: Sequence[str], model_name: str, model_path: Path | None) -> Vectors:
@@ -38,8 +38,16 @@ def embed_queries(texts: Sequence[str], model_name: str, model_path: Path | None
     return Encoder(EncoderSpec(model, batch_size=1)).embed(texts)
 
 
+def import_first() -> None:
+    """Import what any model of FastEmbed needs, be it there or still to be fetched."""
+    from ..embedding.offline import import_libraries
+
+    import_libraries()
+    from . import retrieval  # noqa: F401
+
+
 def import_ahead() -> None:
-    """Import what embeds a query and ranks, without what FastEmbed needs for downloads.
+    """Import what embeds a query, without what FastEmbed needs for downloads.
 
     For processes of our own only, as :func:`kdb_fast.embedding.offline.import_fastembed`.
     """
@@ -62,12 +70,15 @@ def run_search(
     model_path: Path | None = None,
     provider: str | None = None,
     base_url: str | None = None,
-    meanwhile: Callable[[], None] = lambda: None,
+    alone: bool = False,
 ) -> tuple[list[dict[str, Any]], list[LeftOut]]:
     """Results as plain dictionaries with the fields of SearchResult, and what could not be ranked by vector.
 
-    Without a model and a provider the query is embedded by every model that made vectors of what is searched;
-    ``meanwhile`` is called while its files are verified, if it is the only one.
+    Without a model and a provider the query is embedded by every model that made vectors of what is searched.
+
+    Args:
+        alone: The process ends after it. What embeds is then imported while the database counts what made the vectors
+            and while the model's files are verified, and an SQLite file is read through memory.
 
     Raises:
         SchemaError: There is no index; its vectors are another model's; a search by vector can compare none.
@@ -78,17 +89,23 @@ def run_search(
     from .retrieval import left_out, meaning, resolve_scope
 
     vectors: list[QueryVector] | None = None
+    counted: Origins | None = None
     missed: list[LeftOut] = []
     text = meaning(query)
     if mode != "keyword" and text:
 
-        def count(connection: Any) -> dict[tuple[str, Origin], int]:
+        def count(connection: Any) -> tuple[Origins, Scope]:
             rows = rows_of(connection, address.dialect)
             target = find_target(rows, address.dialect)
             scope = resolve_scope(load_entities(rows, target), entities, where)
-            return {key: number for key, number in count_origins(rows, target).rows.items() if scope.admits(key[0])}
+            return count_origins(rows, target), scope
 
-        counts = read(address, count)
+        with ThreadPoolExecutor(1, "kdb-fast-count") as pool:
+            counting = pool.submit(read, address, count, mapped=alone)
+            if alone and provider != "openai" and not base_url:
+                import_first()
+            counted, scope = counting.result()
+        counts = {key: number for key, number in counted.rows.items() if scope.admits(key[0])}
         origins: Counter[Origin] = Counter()
         for (_, origin), number in counts.items():
             origins[origin] += number
@@ -99,13 +116,22 @@ def run_search(
             model=model_name,
             model_path=model_path,
             base_url=base_url,
-            meanwhile=meanwhile,
+            meanwhile=import_ahead if alone else lambda: None,
         )
         missed = left_out(counts, why)
         if mode == "vector" and missed and all(map(why, origins)):
             raise SchemaError(str(missed[0])[:1].upper() + str(missed[0])[1:])
     results = search_open(
-        address, query, vectors, mode=mode, entities=entities, limit=limit, where=where, min_score=min_score
+        address,
+        query,
+        vectors,
+        mode=mode,
+        entities=entities,
+        limit=limit,
+        where=where,
+        min_score=min_score,
+        counted=counted,
+        mapped=alone,
     )
     return results, missed
 
@@ -120,17 +146,24 @@ def search_open(
     limit: int = 10,
     where: Mapping[str, Any] | None = None,
     min_score: float = 0.0,
+    counted: Origins | None = None,
+    mapped: bool = False,
 ) -> list[dict[str, Any]]:
     """Results as plain dictionaries with the fields of SearchResult.
 
     Args:
         vector: As of :func:`kdb_fast.search.retrieval.search`; None for keywords only.
+        counted: What made the vectors, where that has been counted just before.
+        mapped: As of :func:`read`.
     """
     from .retrieval import search
 
     def work(connection: Any) -> list[SearchResult]:
+        reader = open_reader(connection, address.dialect, once=True)
+        if counted is not None:
+            reader.assume_origins(counted)
         return search(
-            open_reader(connection, address.dialect),
+            reader,
             query,
             query_vector=vector,
             mode=mode,  # type: ignore[arg-type]
@@ -140,15 +173,19 @@ def search_open(
             where=where,
         )
 
-    return [dataclasses.asdict(result) for result in read(address, work)]
+    return [dataclasses.asdict(result) for result in read(address, work, mapped=mapped)]
 
 
-def open_reader(connection: Any, dialect: str) -> SearchReader:
-    """The reader of rankings for this dialect, on an open connection."""
+def open_reader(connection: Any, dialect: str, *, once: bool = False) -> SearchReader:
+    """The reader of rankings for this dialect, on an open connection.
+
+    Args:
+        once: It is for one search: SQLite's vectors are not kept in memory for another.
+    """
     if dialect == "sqlite":
         from .reader_sqlite import SqliteReader
 
-        return SqliteReader(connection)
+        return SqliteReader(connection, once=once)
     from .reader_postgresql import PostgresqlReader
 
     return PostgresqlReader(connection)

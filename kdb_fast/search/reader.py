@@ -242,6 +242,10 @@ class SearchReader(ABC):
             self._count_again = started + COUNT_EVERY * took if took > QUICK else 0.0
         return self._counted.rows
 
+    def assume_origins(self, counted: Origins) -> None:
+        """Take these for what made the vectors; for a reader of one search, which has counted just before."""
+        self._counted, self._counted_at, self._count_again = counted, object(), math.inf
+
     def _file_state(self) -> object:
         """Something that changes with the database; equal to nothing where that cannot be known."""
         return object()

@@ -171,9 +171,9 @@ class SqliteReader(SearchReader):
     # read all records of an entity than look a few up.
     join: ClassVar[str] = "CROSS JOIN"
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, *, once: bool = False) -> None:
         super().__init__(connection)
-        self._vectors = ExactVectorSearch(connection)
+        self._vectors = ExactVectorSearch(connection, once=once)
 
     def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
         unit = (vector / np.linalg.norm(vector.astype(np.float64))).astype(np.float32)

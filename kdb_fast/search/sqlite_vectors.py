@@ -18,6 +18,8 @@ every later search, matrix in memory         24            450
 every search, index too large for a matrix   2,500         450
 ===========================================  ============  ==========
 
+A command searches once, so it fills no matrix and reads the file through memory: 400 ms without sqlite-vec.
+
 So sqlite-vec alone would miss 100 ms a search. A temporary ``vec0`` table in the matrix's place takes 109 ms a search
 and 2.8 s to fill.
 """
@@ -80,6 +82,9 @@ class Block(NamedTuple):
 class ExactVectorSearch:
     """Finds the nearest vectors in the database of one connection.
 
+    Args:
+        once: For one search: no matrix is filled.
+
     Attributes:
         keeps: Whether to fill the matrix, if it is not too large, even where sqlite-vec is at hand. Set after the
             first search.
@@ -88,8 +93,8 @@ class ExactVectorSearch:
     tell two writes within one second apart, so rows that carry the newest such second are always read again.
     """
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: sqlite3.Connection, *, once: bool = False) -> None:
+        self._connection, self._once = connection, once
         self._rows = rows_of(connection, "sqlite")
         self._seen: tuple[Any, ...] | None = None
         self._block: Block | None = None
@@ -113,7 +118,7 @@ class ExactVectorSearch:
         best_rowids, best = np.empty(0, np.int64), np.empty(0, np.float64)
         usable = False
         picked = self._picked(unit, scope, limit, rowids)
-        for block in self._blocks(len(unit)) if picked is None else picked:
+        for block in self._blocks(len(unit), rowids) if picked is None else picked:
             scores = _products(block.matrix, unit)
             allowed = block.usable
             usable = usable or bool(allowed.any())
@@ -148,7 +153,7 @@ class ExactVectorSearch:
         if not self._has_sqlite_vec:
             return None
         with self._one_state():
-            if self.keeps and self._matrix_bytes(len(unit)) <= CACHE_BYTES:
+            if self.keeps and not self._once and self._matrix_bytes(len(unit)) <= CACHE_BYTES:
                 return None
             self._start_reading()
             copy, join = self._float_copy(len(unit))
@@ -168,7 +173,7 @@ class ExactVectorSearch:
                 )
             except DatabaseError:
                 return None  # a vector of another length, or none at all: NumPy leaves out just that row
-            return [block for _, block in self._read(len(unit), [row[0] for row in found])]
+            return [block for _, block in self._read(len(unit), [row[0] for row in found], versions=False)]
 
     @contextlib.contextmanager
     def _one_state(self) -> Iterator[bool]:
@@ -185,8 +190,14 @@ class ExactVectorSearch:
     def _matrix_bytes(self, dimensions: int) -> int:
         return int(self._rows(f"SELECT count(*) FROM {TABLE}", {})[0][0]) * dimensions * 4  # noqa: S608
 
-    def _blocks(self, dimensions: int) -> Iterator[Block]:
-        """The current vectors: in one block from memory, or block by block from the file if they are too many."""
+    def _blocks(self, dimensions: int, rowids: npt.NDArray[np.int64] | None) -> Iterator[Block]:
+        """The current vectors, at least those of ``rowids`` (None: all): in one block from memory, or block by block
+        from the file if they are too many or for one search."""
+        if self._once:
+            self._start_reading()
+            chosen = None if rowids is None else rowids.tolist()
+            yield from (block for _, block in self._read(dimensions, chosen, versions=False))
+            return
         # Asked first: what is written after this is noticed by the next search.
         seen = (
             *self._rows("PRAGMA data_version", {})[0],  # commits of other connections
@@ -207,7 +218,7 @@ class ExactVectorSearch:
             yield self._block
         else:
             self._start_reading()
-            yield from (block for _, block in self._read(dimensions, None))
+            yield from (block for _, block in self._read(dimensions, None, versions=False))
 
     def _refresh(self, rows: int, dimensions: int) -> None:
         old = self._block
@@ -252,26 +263,30 @@ class ExactVectorSearch:
         self._names, self._other_lengths = {}, set()
         self._copies = VECTORS in columns_of(self._rows, Target(), [VECTORS])
 
-    def _read(self, dimensions: int, rowids: list[int] | None) -> Iterator[tuple[list[tuple[Any, ...]], Block]]:
+    def _read(
+        self, dimensions: int, rowids: list[int] | None, *, versions: bool = True
+    ) -> Iterator[tuple[list[tuple[Any, ...]], Block]]:
         """Rows with an embedding (all, or those of ``rowids``) in the order of their rowid, BLOCK_ROWS at a time.
 
-        Each with its (rowid, id, time). The float32 copy is taken where it is as new as the row, else the JSON.
+        Each with its (rowid, id, time), unless ``versions`` is False. The float32 copy is taken where it is as new as
+        the row, else the JSON.
         """
         copy, join = self._float_copy(dimensions)
         chosen = "" if rowids is None else "AND s.rowid IN (SELECT value FROM json_each(:rowids))"
+        version = ", s.id, coalesce(s.updated_at, s.created_at)" if versions else ""
         statement = (
-            f"SELECT s.rowid, s.id, coalesce(s.updated_at, s.created_at), s.entity_name, {copy}, "  # noqa: S608
-            f"CASE WHEN {copy} IS NULL THEN s.embedding END FROM {TABLE} s {join} "
+            f"SELECT s.rowid, s.entity_name, {copy}, "  # noqa: S608
+            f"CASE WHEN {copy} IS NULL THEN s.embedding END{version} FROM {TABLE} s {join} "
             f"WHERE s.embedding IS NOT NULL {chosen} ORDER BY s.rowid"
         )
         with sqlite_cursor(self._connection) as cursor:
             cursor.execute(statement, {} if rowids is None else {"rowids": json.dumps(rowids)})
             while rows := cursor.fetchmany(BLOCK_ROWS):
-                vectors = b"".join(blob or self._bytes(embedding, dimensions) for *_, blob, embedding in rows)
+                vectors = b"".join([row[2] or self._bytes(row[3], dimensions) for row in rows])
                 matrix, usable = _unit(np.frombuffer(vectors, "<f4").reshape(len(rows), dimensions))
-                codes = [self._names.setdefault(row[3], len(self._names)) for row in rows]
+                codes = [self._names.setdefault(row[1], len(self._names)) for row in rows]
                 block = Block(np.array([r[0] for r in rows], np.int64), np.array(codes, np.int32), usable, matrix)
-                yield [row[:3] for row in rows], block
+                yield [(row[0], *row[4:]) for row in rows] if versions else [], block
 
     def _float_copy(self, dimensions: int) -> tuple[str, str]:
         """The expression for a row's float32 copy, NULL unless it is as new as the row, and the join it needs."""
@@ -362,4 +377,6 @@ def _unit(matrix: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt
     with np.errstate(all="ignore"):
         norms = np.sqrt(np.einsum("ij,ij->i", matrix, matrix))
         usable = np.isfinite(norms) & (norms > 0)
-        return np.where(usable[:, None], matrix / np.where(usable, norms, 1)[:, None], np.float32(0)), usable
+        unit = np.divide(matrix, np.where(usable, norms, 1)[:, None], dtype=np.float32)
+        unit[~usable] = 0
+        return unit, usable

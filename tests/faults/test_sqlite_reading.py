@@ -258,6 +258,23 @@ def test_a_file_without_an_index_that_cannot_be_written_says_so(tmp_path: Path) 
         SearchEngine(f"sqlite:///{tmp_path}/f.db?mode=ro", Hashes())
 
 
+@pytest.mark.parametrize("mode", ["delete", "wal", "left"])
+def test_a_file_is_read_through_memory_only_under_its_locks(tmp_path: Path, mode: str) -> None:
+    address = make_index(tmp_path / "f.db", mode)
+
+    def mapped(connection: sqlite3.Connection) -> int:
+        assert len(contents(connection)) == 5
+        (size,) = connection.execute("PRAGMA mmap_size").fetchone() or (0,)  # nothing where SQLite was built without
+        return int(size)
+
+    locked = read(address, mapped, mapped=True) > 0
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        possible = ("MAX_MMAP_SIZE=0",) not in connection.execute("PRAGMA compile_options").fetchall()
+    assert locked == (possible and mode != "left")
+    assert read(address, mapped) == 0
+    assert read(parse_address(f"{address.display}?mode=ro"), mapped, mapped=True) == 0
+
+
 # -- beside a program that writes --------------------------------------------------------------------------
 
 

@@ -913,6 +913,26 @@ class TestWithoutSqliteVec:
         assert len(recwarn) == 0
         connection.close()
 
+    def test_a_reader_for_one_search_finds_the_same_without_a_matrix(
+        self, sqlite: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sqlite_vectors, "load_sqlite_vec", lambda connection: False)
+        monkeypatch.setattr(sqlite_vectors, "BLOCK_ROWS", 64)
+        sqlite.create_index()
+        sqlite.create_kameleon()
+        vectors = fill(sqlite)
+        query = random_vectors(1, seed=15)[0]
+        # So many of the nearest are gone that the rows of living records are ranked.
+        for row in nearest(vectors, query, range(ROWS))[:200]:
+            sqlite.run("UPDATE kdb_records SET is_deleted = 1 WHERE id = ?", f"{row:03}")
+        for options in ({}, {"entities": ["Odd"]}, {"limit": 40}):
+            once, kept = SqliteReader(sqlite.connection, once=True), SqliteReader(sqlite.connection)
+            found = search(once, "q", query_vector=query, mode="vector", **options)
+            assert found
+            assert found == search(kept, "q", query_vector=query, mode="vector", **options)
+            assert once._vectors._block is None
+            assert kept._vectors._block is not None
+
     def test_the_callers_connection_in_memory_is_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         loaded: list[Any] = []
         monkeypatch.setitem(sys.modules, "sqlite_vec", SimpleNamespace(load=loaded.append))

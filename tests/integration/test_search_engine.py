@@ -43,9 +43,12 @@ from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.embedding.models.lookup import Model
 from kdb_fast.embedding.providers.lookup import FastEmbedProvider, ProviderError, ProviderInputError
 from kdb_fast.errors import DatabaseError, RecordError, SchemaError, SearchWarning, UsageError
-from kdb_fast.search import batches, connections, transactions
+from kdb_fast.origins import Maker, QueryVector
+from kdb_fast.search import batches, connections, query_model, reader, transactions
 from kdb_fast.search.batches import BatchWriter
 from kdb_fast.search.engine import IndexStatus, SearchEngine, SearchResult
+from kdb_fast.search.query import run_search
+from kdb_fast.search.reader import count_origins
 from kdb_fast.stores.base import RunSpec
 
 Build = Callable[..., SearchEngine]
@@ -631,6 +634,29 @@ def test_rows_of_another_model_are_left_out_of_the_ranking_by_vector_and_counted
     assert ids(other.search("nosuchword", entity="Song")) == ["s0"]
     with pytest.warns(SearchWarning, match="60 rows of Book, Film, embedded by the model words"):
         assert ids(other.search("nosuchword")) == ["s0"]
+
+
+def test_a_command_counts_what_made_the_vectors_once(
+    library: SearchEngine, address: DatabaseAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = library.embedding_provider
+    assert provider is not None
+    vector = np.array(provider.embed("whales"), np.float32)
+    maker = Maker("name:words", provider.model_name, 16)
+    counts: list[Any] = []
+
+    def counted(*arguments: Any) -> Any:
+        counts.append(count_origins(*arguments))
+        return counts[-1]
+
+    monkeypatch.setattr(reader, "count_origins", counted)
+    monkeypatch.setattr(query_model, "query_vectors", lambda *a, **k: ([QueryVector(vector, maker)], lambda o: ""))
+    found, missed = run_search(
+        address, "whales", mode="hybrid", entities=(), limit=5, where=None, min_score=0.0, alone=True
+    )
+    assert len(counts) == 1
+    assert missed == []
+    assert [r["id"] for r in found] == ids(library.search("whales", limit=5))
 
 
 def test_status_of_a_keyword_index_counts_its_rows(engine: sqlalchemy.Engine, build: Build) -> None:

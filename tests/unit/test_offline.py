@@ -12,11 +12,16 @@ REAL = {
     "huggingface_hub/__init__.py": "def snapshot_download(): return 'downloaded'",
     "huggingface_hub/utils/__init__.py": "class HubError(Exception): pass",
     "requests.py": "def get(): return 'got'",
+    "PIL/Image.py": "class Image: pass",
 }
 USUAL = """
+from typing import Union
 import requests
+from PIL import Image
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HubError, httpx
+
+Picture = Union[str, Image.Image]
 
 def fetch():
     return snapshot_download()
