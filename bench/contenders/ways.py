@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kdb_fast.engine.sharding import SHARD_ROWS
-from kdb_fast.ipc.slab import NO_STAMP, Row, Slab, SlabShape
+from kdb_fast.ipc.slab import NO_VALUE, Row, Slab, SlabShape
 from kdb_fast.records import Record
 from kdb_fast.resources import usable_cpus
 from kdb_fast.settings import DEFAULT_MODEL
@@ -124,7 +124,7 @@ def ours(conninfo: str, rows: Rows, *, indexed: bool) -> float:
     groups = list(_filled_slots(rows))
     started = time.perf_counter()
     if store.has_vector_index:
-        store.defer_index()
+        store.drop_index()
     _flush(store, run, groups)
     if indexed:
         store.finish_index(lambda what: None)
@@ -150,7 +150,7 @@ def _filled_slots(rows: Rows) -> Iterator[list[FlushSlot]]:
         slab = Slab.local(SlabShape(-(-len(part) // SHARD_ROWS), SHARD_ROWS, database.DIMENSIONS, BLOB_BYTES))
         for slot, first in zip(slab.slots, range(0, len(part), SHARD_ROWS), strict=True):
             shard = part[first : first + SHARD_ROWS]
-            slot.put(1, [Row(Record(r[1], r[2], r[3])) for r in shard], [NO_STAMP] * len(shard))
+            slot.put(1, [Row(Record(r[1], r[2], r[3])) for r in shard], [NO_VALUE] * len(shard))
             slot.vectors[: len(shard)] = [r[4] for r in shard]
         yield [FlushSlot(slot, frozenset()) for slot in slab.slots]
 

@@ -57,13 +57,13 @@ class ProviderEngine(Engine):
             # Daemons: a request that waits for a rate limit must not hold up the end of the process.
             threading.Thread(target=self._serve, name=f"provider-{number + 1}", daemon=True).start()
 
-    def embed(self, slot: int, generation: int, rows: int) -> None:
+    def embed(self, slot: int, lease: int, rows: int) -> None:
         if not self._tested:
             # Before the first request that is paid for; a run in which nothing changed sends none at all.
             self._encoder.self_test()
             self._tested = True
         self._in_flight.add(slot)
-        self._asked.put((slot, generation, rows))
+        self._asked.put((slot, lease, rows))
 
     def _serve(self) -> None:
         while (task := self._asked.get()) is not None:
@@ -72,7 +72,7 @@ class ProviderEngine(Engine):
             except BaseException as error:
                 self._answers.put(error)
 
-    def _embed(self, number: int, generation: int, rows: int) -> SlotFilled:
+    def _embed(self, number: int, lease: int, rows: int) -> SlotFilled:
         started = time.perf_counter()
         slot = self.slab.slots[number]
         tally, refused = self._encoder.encode_each(slot.contents(0, rows), slot.vectors[:rows])
@@ -81,7 +81,7 @@ class ProviderEngine(Engine):
         slot.mark_unfit(0, rows)
         crc = slot.checksum(0, rows)
         seconds = time.perf_counter() - started
-        return filled(Embedded(number, generation, 0, rows, *tally, seconds, crc))
+        return filled(Embedded(number, lease, 0, rows, *tally, seconds, crc))
 
     def wants_work(self) -> bool:
         return len(self._in_flight) < self.workers

@@ -21,7 +21,7 @@ class SlotFilled(NamedTuple):
     """All rows of a slot are embedded (or marked as unfit). ``crcs`` are (start, stop, crc of the vectors)."""
 
     slot: int
-    generation: int
+    lease: int
     tokens: int
     padded_tokens: int
     truncated: int
@@ -54,7 +54,7 @@ class Engine(ABC):
     full_shards = False
 
     @abstractmethod
-    def embed(self, slot: int, generation: int, rows: int) -> None:
+    def embed(self, slot: int, lease: int, rows: int) -> None:
         """Embed all rows of a slot; a SlotFilled follows."""
 
     @abstractmethod
@@ -98,8 +98,8 @@ class InlineEngine(Engine):
         self._work: deque[Embed] = deque()
         self._requests: deque[Flush | PrepareIndex | Finish] = deque()
 
-    def embed(self, slot: int, generation: int, rows: int) -> None:
-        self._work.append(Embed(slot, generation, 0, rows))
+    def embed(self, slot: int, lease: int, rows: int) -> None:
+        self._work.append(Embed(slot, lease, 0, rows))
 
     def wants_work(self) -> bool:
         return not self._work
@@ -121,7 +121,7 @@ class InlineEngine(Engine):
             if isinstance(message, Flush):
                 answer = flush(self.slab, self._store, self._run, message)
             elif isinstance(message, PrepareIndex):
-                answer = IndexPrepared(self._store.defer_index())
+                answer = IndexPrepared(self._store.drop_index())
             else:
                 answer = finish(self._store, message, lambda what: None)
             self._requests.popleft()
@@ -147,7 +147,7 @@ def filled(*parts: Embedded) -> SlotFilled:
     """One SlotFilled from the answers for all parts of a slot."""
     return SlotFilled(
         parts[0].slot,
-        parts[0].generation,
+        parts[0].lease,
         sum(p.tokens for p in parts),
         sum(p.padded_tokens for p in parts),
         sum(p.truncated for p in parts),

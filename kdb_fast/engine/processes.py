@@ -75,7 +75,7 @@ class _Task:
     """Rows of a slot for one worker; ``deaths`` counts workers that died while they worked on it."""
 
     slot: int
-    generation: int
+    lease: int
     start: int
     stop: int
     deaths: int = 0
@@ -176,10 +176,10 @@ class ProcessEngine(Engine):
 
     # -- the engine's face -----------------------------------------------------------------------------
 
-    def embed(self, slot: int, generation: int, rows: int) -> None:
+    def embed(self, slot: int, lease: int, rows: int) -> None:
         self._missing[slot] = rows
         self._parts[slot] = []
-        self._waiting.append(_Task(slot, generation, 0, rows))
+        self._waiting.append(_Task(slot, lease, 0, rows))
         self._feed()
 
     def wants_work(self) -> bool:
@@ -257,7 +257,7 @@ class ProcessEngine(Engine):
             assert isinstance(message, messages.Busy)
 
     def _embedded(self, child: _Child, answer: Embedded) -> None:
-        if not child.tasks or child.tasks[0].generation != answer.generation:
+        if not child.tasks or child.tasks[0].lease != answer.lease:
             return
         child.tasks.popleft()
         self._deaths_in_a_row = 0
@@ -281,7 +281,7 @@ class ProcessEngine(Engine):
                     if not child.tasks:
                         child.since = time.monotonic()
                     child.tasks.append(task)
-                    self._send(child, Embed(task.slot, task.generation, task.start, task.stop))
+                    self._send(child, Embed(task.slot, task.lease, task.start, task.stop))
 
     def _send(self, child: _Child, message: Any) -> None:
         # A dead child is noticed by its sentinel, where its work is given to another.
@@ -399,11 +399,11 @@ class ProcessEngine(Engine):
             slot.vectors[task.start] = 0
             slot.code[task.start] = ROW_WORKER_DIED
             crc = slot.checksum(task.start, task.stop)
-            self._complete(Embedded(task.slot, task.generation, task.start, task.stop, 0, 0, 0, 0.0, crc))
+            self._complete(Embedded(task.slot, task.lease, task.start, task.stop, 0, 0, 0, 0.0, crc))
         elif rows > 1 and task.deaths >= 2:
             middle = (task.start + task.stop) // 2
             for start, stop in ((middle, task.stop), (task.start, middle)):
-                self._waiting.appendleft(_Task(task.slot, task.generation, start, stop, 1))
+                self._waiting.appendleft(_Task(task.slot, task.lease, start, stop, 1))
         else:
             self._waiting.appendleft(task)
 

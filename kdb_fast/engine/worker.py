@@ -71,15 +71,15 @@ def serve(connection: Connection, slab: Slab, encoder: Encoder) -> None:
 def embed_rows(slot: Slot, order: Embed, encoder: Encoder) -> Embedded:
     """Embed rows ``order.start`` to ``order.stop`` of a slot; rows that cannot be embedded get a code."""
     started = time.perf_counter()
-    if slot.generation != order.generation:
-        raise RuntimeError(f"slot {slot.number} is of generation {slot.generation}, the order of {order.generation}")
+    if slot.lease != order.lease:
+        raise RuntimeError(f"slot {slot.number} is of lease {slot.lease}, the order of {order.lease}")
     start, stop = order.start, order.stop
     fault("worker.encode")
     tally = _encode(slot, start, stop, encoder)
     slot.mark_unfit(start, stop)
     return Embedded(
         slot.number,
-        order.generation,
+        order.lease,
         start,
         stop,
         tally.tokens,

@@ -110,7 +110,7 @@ def serve(connection: Connection, sender: _Sender, slab: Slab, store: Store, spe
                 answer = flush(slab, store, spec, message)
                 fault("writer.flushed")
             elif isinstance(message, PrepareIndex):
-                answer = IndexPrepared(store.defer_index())
+                answer = IndexPrepared(store.drop_index())
             else:
                 answer = finish(store, message, sender.say)
         sender.send(answer)
@@ -123,8 +123,8 @@ def flush(slab: Slab, store: Store, spec: RunSpec, message: Flush) -> Flushed:
     slots = []
     for rows in message.slots:
         slot = slab.slots[rows.slot]
-        if slot.generation != rows.generation:
-            raise RuntimeError(f"slot {rows.slot} is of generation {slot.generation}, expected {rows.generation}")
+        if slot.lease != rows.lease:
+            raise RuntimeError(f"slot {rows.slot} is of lease {slot.lease}, expected {rows.lease}")
         slots.append(FlushSlot(slot, frozenset(rows.skip), rows.crcs))
     result = store.flush(spec, message.number, slots, message.rejects, message.deletes)
     return Flushed(
@@ -133,7 +133,7 @@ def flush(slab: Slab, store: Store, spec: RunSpec, message: Flush) -> Flushed:
         result.bytes,
         result.deleted,
         time.perf_counter() - started,
-        row_bits(result.lost),
+        row_bits(result.superseded),
         row_bits((slot, row) for slot, row, _, _ in result.rejected),
     )
 

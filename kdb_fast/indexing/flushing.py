@@ -233,9 +233,9 @@ class FlushPlanner:
         counts.write_seconds += answer.seconds
         counts.bytes_written += answer.bytes
         counts.deleted += answer.deleted
-        lost, refused = rows_of_bits(answer.lost), rows_of_bits(answer.rejected)
+        superseded, refused = rows_of_bits(answer.superseded), rows_of_bits(answer.rejected)
         for lease in leases:
-            if not (lease.skip or lost or refused):
+            if not (lease.skip or superseded or refused):
                 if self._ledger.unique_keys:
                     counts.add(lease.fate, len(lease.rows))
                 else:
@@ -249,7 +249,7 @@ class FlushPlanner:
                     fate = Fate.REJECTED
                     if key in self._kept:
                         self._deletes[key] = None
-                elif (lease.slot, i) in lost:
+                elif (lease.slot, i) in superseded:
                     fate = Fate.SUPERSEDED
                 self._ledger.settle([key], fate)
         self.size.note(sum(lease.size for lease in leases), answer.seconds)

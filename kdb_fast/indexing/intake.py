@@ -21,7 +21,7 @@ TAKEN_ROWS = 64
 FIRST_WINDOW_ROWS = 1000
 """Of the first window, so that the workers begin soon; each one is twice as large as the one before it."""
 
-IN_FLIGHT_STAMP = 1
+IN_FLIGHT_VERSION = 1
 """Version of a row that an earlier record of this run is about to write: no other program's row has it."""
 
 
@@ -163,10 +163,10 @@ class Intake:
             self._counts.truncated += was_cut(record.content)
             on_its_way = ledger.begin(key)
             if found is not None:
-                row = Row(record, True, found.stamp)
+                row = Row(record, True, found.row_version)
             elif on_its_way:
                 # A row of this run will be there: merging at once is cheaper than a conflict.
-                row = Row(record, True, IN_FLIGHT_STAMP)
+                row = Row(record, True, IN_FLIGHT_VERSION)
             else:
                 row = Row(record)
             numbered = (row, sequence, digest)

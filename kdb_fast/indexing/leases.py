@@ -18,7 +18,7 @@ from functools import cached_property
 
 from ..accounting import Fate
 from ..errors import KdbFastError
-from ..ipc.slab import NO_STAMP, Row, Slab
+from ..ipc.slab import NO_VALUE, Row, Slab
 from .key_ledger import Key
 
 Numbered = tuple[Row, int, bytes]
@@ -115,9 +115,9 @@ class SlotPool:
 
 
 def microseconds(moment: datetime | None) -> int:
-    """Microseconds since 1970 UTC, exactly; NO_STAMP for None."""
+    """Microseconds since 1970 UTC, exactly; NO_VALUE for None."""
     if moment is None:
-        return NO_STAMP
+        return NO_VALUE
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     delta = moment - _EPOCH

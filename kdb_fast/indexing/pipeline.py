@@ -328,7 +328,7 @@ class Pipeline:
 
     def _slot_filled(self, event: SlotFilled, slots: SlotPool) -> None:
         fault("pipeline.embedded")
-        lease = slots.of(event.slot, event.generation)
+        lease = slots.of(event.slot, event.lease)
         lease.crcs = event.crcs
         self.flushes.filled(lease)
         self.counts.embedded(event.tokens, event.padded_tokens, event.truncated, event.seconds)

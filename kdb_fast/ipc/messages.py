@@ -1,7 +1,7 @@
 """Everything that crosses a process boundary, and nothing else.
 
 All are small, so that none blocks its sender or arrives in pieces: texts, keys and vectors stay in the slab. A
-message names a slot with its generation, so that an answer about an earlier use of the slot is recognised.
+message names a slot with its lease, so that an answer about an earlier use of the slot is recognised.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Embed(NamedTuple):
     """Parent → worker: embed rows ``start`` to ``stop`` (exclusive) of a slot."""
 
     slot: int
-    generation: int
+    lease: int
     start: int
     stop: int
 
@@ -37,7 +37,7 @@ class Embedded(NamedTuple):
     """
 
     slot: int
-    generation: int
+    lease: int
     start: int
     stop: int
     tokens: int
@@ -75,7 +75,7 @@ class SlotRows(NamedTuple):
     """
 
     slot: int
-    generation: int
+    lease: int
     skip: tuple[int, ...]
     crcs: tuple[tuple[int, int, int], ...]
 
@@ -92,8 +92,8 @@ class Flush(NamedTuple):
 class Flushed(NamedTuple):
     """Writer → parent: flush ``number`` is committed.
 
-    ``lost`` are the rows whose row in the index had been changed by another program since it was read: the newer one
-    stays. ``rejected`` are those that the database refused. Both as given by :func:`row_bits`.
+    ``superseded`` are the rows whose row in the index had been changed by another program since it was read: the newer
+    one stays. ``rejected`` are those that the database refused. Both as given by :func:`row_bits`.
     """
 
     number: int
@@ -101,7 +101,7 @@ class Flushed(NamedTuple):
     bytes: int
     deleted: int
     seconds: float
-    lost: tuple[tuple[int, int], ...] = ()
+    superseded: tuple[tuple[int, int], ...] = ()
     rejected: tuple[tuple[int, int], ...] = ()
 
 

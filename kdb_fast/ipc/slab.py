@@ -10,16 +10,16 @@ Only the parent owns the state of a slot, in its own memory::
 
 Slot layout, in bytes, every part aligned to 64::
 
-    header   8 × int64            generation, rows, crc of the vectors, blob length
+    header   8 × int64            lease, rows, crc of the vectors, blob length
     code     R × uint8            0 = stored as it is, else why the row is unfit (ROW_REASONS)
-    known    R × uint8            1 = the index has a row for this key, as far as the parent saw
-    stamp    R × int64            that row's version as the parent saw it (NO_STAMP: none)
-    source   R × int64            last change of the record at its source, µs since 1970 UTC (NO_STAMP: unknown)
+    exists   R × uint8            1 = the index has a row for this key, as far as the parent saw
+    version  R × int64            that row's version as the parent saw it (NO_VALUE: none)
+    source   R × int64            last change of the record at its source, µs since 1970 UTC (NO_VALUE: unknown)
     ends     R × 3 × int32        where entity, record id and content of each row end in the blob
     vectors  R × D × float32      written by the worker
     blob     B × uint8            entity, record id, content of row 0, of row 1, …, UTF-8
 
-A message about a slot carries its generation, and the message that says it is filled carries the CRC-32
+A message about a slot carries its lease, and the message that says it is filled carries the CRC-32
 of the vectors, so a late or wrong write is seen (faults A8 and D5 in docs/reliability.md).
 """
 
@@ -42,7 +42,7 @@ import numpy.typing as npt
 from ..errors import ResourceError
 from ..records import MAX_CONTENT_BYTES, Record
 
-NO_STAMP = -(2**63)
+NO_VALUE = -(2**63)
 ALIGNMENT = 64
 """Cache line of x86-64 and most arm64: parts written by different processes share none."""
 BLOB_BYTES = MAX_CONTENT_BYTES + 64 * 1024
@@ -72,8 +72,8 @@ class SlabShape:
         sizes = [
             ("header", 8 * 8),
             ("code", self.rows),
-            ("known", self.rows),
-            ("stamp", self.rows * 8),
+            ("exists", self.rows),
+            ("row_version", self.rows * 8),
             ("source", self.rows * 8),
             ("ends", self.rows * 3 * 4),
             ("vectors", self.rows * self.dimensions * 4),
@@ -99,8 +99,8 @@ class Row(NamedTuple):
     """A record on its way into a slot, with what the parent knows about the index's row for it."""
 
     record: Record
-    known: bool = False
-    stamp: int = NO_STAMP
+    exists: bool = False
+    row_version: int = NO_VALUE
 
 
 class Slot:
@@ -118,8 +118,8 @@ class Slot:
         self.capacity = rows
         self.header: npt.NDArray[np.int64] = part("header", np.int64, 8)
         self.code: npt.NDArray[np.uint8] = part("code", np.uint8, rows)
-        self.known: npt.NDArray[np.uint8] = part("known", np.uint8, rows)
-        self.stamp: npt.NDArray[np.int64] = part("stamp", np.int64, rows)
+        self.exists: npt.NDArray[np.uint8] = part("exists", np.uint8, rows)
+        self.row_version: npt.NDArray[np.int64] = part("row_version", np.int64, rows)
         self.source: npt.NDArray[np.int64] = part("source", np.int64, rows)
         self.ends: npt.NDArray[np.int32] = part("ends", np.int32, rows * 3)
         self.vectors: npt.NDArray[np.float32] = part("vectors", np.float32, rows * shape.dimensions).reshape(
@@ -128,7 +128,7 @@ class Slot:
         self._blob = memoryview(buffer)[base + at["blob"] : base + at["blob"] + shape.blob_bytes]
 
     @property
-    def generation(self) -> int:
+    def lease(self) -> int:
         return int(self.header[0])
 
     @property
@@ -139,13 +139,13 @@ class Slot:
     def text_bytes(self) -> int:
         return int(self.header[3])
 
-    def put(self, generation: int, rows: Sequence[Row], sources: Sequence[int]) -> None:
+    def put(self, lease: int, rows: Sequence[Row], sources: Sequence[int]) -> None:
         """Write keys, texts and what is known of each row; vectors are left as they are.
 
         Args:
-            generation: Number of this use of the slot.
+            lease: Number of this use of the slot.
             rows: At most ``capacity`` rows whose text fits the blob.
-            sources: For each row, microseconds since 1970 of its last change, or NO_STAMP.
+            sources: For each row, microseconds since 1970 of its last change, or NO_VALUE.
         """
         parts = [value.encode() for record, _, _ in rows for value in record[:3]]
         ends = list(itertools.accumulate(map(len, parts)))
@@ -153,10 +153,10 @@ class Slot:
         self._blob[:position] = b"".join(parts)
         self.ends[: 3 * n] = ends
         self.code[:n] = ROW_OK
-        self.known[:n] = [row.known for row in rows]
-        self.stamp[:n] = [row.stamp for row in rows]
+        self.exists[:n] = [row.exists for row in rows]
+        self.row_version[:n] = [row.row_version for row in rows]
         self.source[:n] = sources
-        self.header[:4] = (generation, n, 0, position)
+        self.header[:4] = (lease, n, 0, position)
 
     def contents(self, start: int, stop: int) -> list[str]:
         """The texts of rows ``start`` to ``stop`` (exclusive)."""

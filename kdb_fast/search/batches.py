@@ -21,7 +21,7 @@ from ..engine.base import Engine, SlotFilled
 from ..engine.plan import make_plan
 from ..engine.sharding import cut_shards
 from ..errors import ProviderInputError, RecordError
-from ..ipc.slab import BLOB_BYTES, NO_STAMP, ROW_REASONS, Row, Slab, SlabShape, Slot
+from ..ipc.slab import BLOB_BYTES, NO_VALUE, ROW_REASONS, Row, Slab, SlabShape, Slot
 from ..records import Record, content_hash, cut_content, storable_key, unfit
 from ..stores.base import FlushSlot, RunSpec, Store
 
@@ -176,7 +176,7 @@ class BatchWriter:
 
     def _write_plain(self, records: list[Record]) -> None:
         for slot, shard in self._slots([Row(record) for record in records]):
-            slot.put(1, shard, [NO_STAMP] * len(shard))
+            slot.put(1, shard, [NO_VALUE] * len(shard))
             self._store.put(self._run, [FlushSlot(slot, frozenset())], [], vectors=False)
 
     def _slots(self, rows: list[Row]) -> Iterator[tuple[Slot, list[Row]]]:
@@ -215,7 +215,7 @@ class BatchWriter:
             cache.put([content_hash(row.record.content) for row in shard], slot.vectors[: len(shard)])
             self._store.put(self._run, [FlushSlot(slot, frozenset())], [])
         for slot, shard in self._slots(rows):
-            slot.put(1, shard, [NO_STAMP] * len(shard))
+            slot.put(1, shard, [NO_VALUE] * len(shard))
             for i, row in enumerate(shard):
                 digest = others[row.record.entity, row.record.record_id]
                 if digest in first:
@@ -234,13 +234,13 @@ class BatchWriter:
         waiting = deque(map(_in_order, shards))
         free = deque(range(shape.slots))
         given: dict[int, list[Row]] = {}
-        generation = 0
+        lease = 0
         while waiting or given:
             while waiting and free and engine.wants_work():
                 number, shard = free.popleft(), waiting.popleft()
-                generation += 1
-                engine.slab.slots[number].put(generation, shard, [NO_STAMP] * len(shard))
-                engine.embed(number, generation, len(shard))
+                lease += 1
+                engine.slab.slots[number].put(lease, shard, [NO_VALUE] * len(shard))
+                engine.embed(number, lease, len(shard))
                 given[number] = shard
             for event in engine.poll(1.0):
                 if isinstance(event, SlotFilled):
@@ -250,7 +250,7 @@ class BatchWriter:
     def _embedded_here(self, rows: list[Row]) -> Iterator[tuple[Slot, list[Row]]]:
         for slot, shard in self._slots(rows):
             assert self._encoder is not None
-            slot.put(1, shard, [NO_STAMP] * len(shard))
+            slot.put(1, shard, [NO_VALUE] * len(shard))
             try:
                 self._encoder().encode(slot.contents(0, len(shard)), slot.vectors[: len(shard)])
             except ProviderInputError as error:

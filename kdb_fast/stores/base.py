@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 class Stored(NamedTuple):
     """The index's row for a key, as the parent saw it.
 
-    ``stamp`` is its version (an opaque int64); ``content_hash`` is SHA-256 of the stored content;
+    ``row_version`` is its version (an opaque int64); ``content_hash`` is SHA-256 of the stored content;
     ``fingerprint`` is None unless kdb-fast wrote the row and nobody has changed it since.
     """
 
     content_hash: bytes
     fingerprint: str | None
-    stamp: int
+    row_version: int
 
 
 class RunSpec(NamedTuple):
@@ -73,14 +73,14 @@ class FlushSlot(NamedTuple):
 class FlushResult(NamedTuple):
     """What became of a flush.
 
-    ``bytes`` are those of texts and vectors as written; ``lost`` are (slot, row) that another program has changed
+    ``bytes`` are those of texts and vectors as written; ``superseded`` are (slot, row) that another program has changed
     meanwhile, ``rejected`` (slot, row, reason, detail) that the database refused.
     """
 
     rows: int
     bytes: int
     deleted: int
-    lost: tuple[tuple[int, int], ...]
+    superseded: tuple[tuple[int, int], ...]
     rejected: tuple[tuple[int, int, str, str], ...]
 
     def as_json(self) -> str:
@@ -89,8 +89,8 @@ class FlushResult(NamedTuple):
 
     @classmethod
     def from_json(cls, text: str) -> FlushResult:
-        rows, size, deleted, lost, rejected = json.loads(text)
-        return cls(rows, size, deleted, tuple(map(tuple, lost)), tuple(map(tuple, rejected)))
+        rows, size, deleted, superseded, rejected = json.loads(text)
+        return cls(rows, size, deleted, tuple(map(tuple, superseded)), tuple(map(tuple, rejected)))
 
 
 class EntityStatus(NamedTuple):
@@ -209,7 +209,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def defer_index(self) -> IndexOutcome:
+    def drop_index(self) -> IndexOutcome:
         """Drop the vector index (and full-text index) before a large load; remembers how to build it again."""
 
     @abstractmethod

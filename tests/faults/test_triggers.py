@@ -19,7 +19,7 @@ from kdb_fast import cli
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.engine import base as engine
 from kdb_fast.indexing import run_embedding
-from kdb_fast.ipc.slab import NO_STAMP, Row, Slab, SlabShape
+from kdb_fast.ipc.slab import NO_VALUE, Row, Slab, SlabShape
 from kdb_fast.records import Record
 from kdb_fast.search.engine import SearchEngine
 from kdb_fast.search.query import run_status
@@ -176,13 +176,13 @@ def test_a_row_of_this_run_is_known_beside_such_a_trigger(kind: str, trigger: st
         slab = Slab.local(SlabShape(slots=1, rows=4, dimensions=384))
 
         def write(number: int, text: str) -> FlushResult:
-            slab.slots[0].put(number, [Row(Record("Note", "a", text), True, 1)], [NO_STAMP])
+            slab.slots[0].put(number, [Row(Record("Note", "a", text), True, 1)], [NO_VALUE])
             slab.slots[0].vectors[:] = number / 8
             return store.flush(spec, number, [FlushSlot(slab.slots[0], frozenset())], [], [])
 
         assert [write(1, "first").rows, write(2, "second").rows] == [1, 1]
         execute(index, "UPDATE kdb_search SET content = 'theirs'")
-        assert write(3, "third").lost == ((0, 0),)
+        assert write(3, "third").superseded == ((0, 0),)
     assert execute(index, "SELECT content FROM kdb_search") == [("theirs",)]
 
 

@@ -95,7 +95,7 @@ def no_beat(what: str) -> None:
 
 def load(store: PostgreSQLStore) -> tuple[str, tuple[str, ...]]:
     """Drop, write, build; what was said about it."""
-    assert store.defer_index().text == "dropped for the load"
+    assert store.drop_index().text == "dropped for the load"
     assert search_indexes(store.address) == []
     fill(store.address)
     outcome = store.finish_index(no_beat)
@@ -184,7 +184,7 @@ def test_a_tree_of_indexes_is_after_a_load_what_it_was(database: DatabaseAddress
 
 def load_again(store: PostgreSQLStore) -> list[tuple[Any, ...]]:
     """What is there after another one, which changes nothing."""
-    store.defer_index()
+    store.drop_index()
     store.finish_index(no_beat)
     return snapshot(store.address)
 
@@ -204,7 +204,7 @@ def test_a_tree_that_was_left_half_built_is_completed_by_whoever_comes_next(
     )
     before = snapshot(database)
     assert len(search_indexes(database)) == 6
-    store.defer_index()
+    store.drop_index()
     left = iter(range(1, after))
 
     def fail(point: str) -> None:
@@ -219,7 +219,7 @@ def test_a_tree_that_was_left_half_built_is_completed_by_whoever_comes_next(
     with contextlib.closing(other):
         if after % 2:
             # A run that loads again remembers what is there now and what was there before.
-            assert other.defer_index().text == "dropped for the load"
+            assert other.drop_index().text == "dropped for the load"
         other.finish_index(no_beat)
         assert execute(database, "SELECT * FROM kdb_fast_state") == []
     assert snapshot(database) == before
@@ -241,7 +241,7 @@ def test_definitions_that_an_earlier_version_remembered_are_built(database: Data
 
 def test_a_partition_that_comes_during_the_load_gets_its_index(database: DatabaseAddress, make: Make) -> None:
     store = make(BY_ENTITY)
-    store.defer_index()
+    store.drop_index()
     execute(
         database,
         "CREATE TABLE kdb_search_beta PARTITION OF kdb_search FOR VALUES IN ('Beta'); "
@@ -264,7 +264,7 @@ def test_a_partition_that_comes_during_the_load_gets_its_index(database: Databas
 
 def test_a_partition_that_leaves_during_the_load_gets_its_index_back(database: DatabaseAddress, make: Make) -> None:
     store = make(BY_ENTITY)
-    store.defer_index()
+    store.drop_index()
     execute(
         database,
         "ALTER TABLE kdb_search DETACH PARTITION kdb_search_alpha; "
@@ -274,7 +274,7 @@ def test_a_partition_that_leaves_during_the_load_gets_its_index_back(database: D
     store.finish_index(no_beat)
     assert len(search_indexes(database)) == 8
     execute(database, "DROP TABLE kdb_search_alpha")
-    store.defer_index()
+    store.drop_index()
     execute(database, "DROP TABLE kdb_search_new")
     outcome = store.finish_index(no_beat)
     assert len([w for w in outcome.warnings if "kdb_search_new" in w and "is gone" in w]) == 2
@@ -307,7 +307,7 @@ def test_a_partition_without_an_index_gets_one_and_the_others_are_left_alone(
 
 def test_an_index_made_by_another_program_meanwhile_is_not_made_twice(database: DatabaseAddress, make: Make) -> None:
     store = make(BY_ENTITY + "ALTER INDEX kdb_search_alpha_embedding_idx RENAME TO mine")
-    store.defer_index()
+    store.drop_index()
     execute(database, INDEXES)  # as KameleonDB does when it starts
     made = snapshot(database)
     assert store.finish_index(no_beat).text == "kept"
@@ -383,7 +383,7 @@ def test_an_index_stays_in_its_tablespace_whatever_the_roles_default_is(
             assert load(store)[1] == ()
             assert snapshot(database) == before
             # A tablespace that is gone meanwhile is told, and costs no index.
-            store.defer_index()
+            store.drop_index()
             execute(postgres.address, f'DROP TABLESPACE "{tablespaces[0]}"')
             outcome = store.finish_index(no_beat)
         assert f"tablespace {tablespaces[0]}" in outcome.warnings[0]
@@ -405,7 +405,7 @@ def test_what_cannot_be_made_again_is_not_dropped(database: DatabaseAddress, mak
     load(store)
     assert snapshot(database) == before
     execute(database, "ALTER INDEX ix_kdb_search_vector DEPENDS ON EXTENSION vector")
-    assert store.defer_index().text.startswith("kept: ix_kdb_search_vector cannot be dropped")
+    assert store.drop_index().text.startswith("kept: ix_kdb_search_vector cannot be dropped")
     assert snapshot(database) == before
 
 
@@ -426,7 +426,7 @@ def test_what_the_role_could_not_make_again_is_not_dropped(
         else:
             execute(database, "ALTER TABLE kdb_search_rest OWNER TO postgres")
         before = snapshot(database)
-        text = store.defer_index().text
+        text = store.drop_index().text
         assert text.startswith("kept: this role ")
         assert lacking in text
         assert snapshot(database) == before
@@ -469,7 +469,7 @@ def test_what_is_not_there_after_building_is_not_reported_as_built(
     database: DatabaseAddress, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make(PLAIN)
-    store.defer_index()
+    store.drop_index()
     look = IndexBuilder.outcome
 
     def after_another_session(self: Any, homeless: Any) -> Any:
@@ -487,7 +487,7 @@ def test_what_is_not_there_after_building_is_not_reported_as_built(
 
 def test_a_name_that_is_taken_during_the_load_costs_no_index(database: DatabaseAddress, make: Make) -> None:
     store = make(BY_ENTITY)
-    store.defer_index()
+    store.drop_index()
     execute(
         database,
         "CREATE TABLE ix_kdb_search_vector (); CREATE SEQUENCE kdb_search_alpha_embedding_idx; "

@@ -29,7 +29,7 @@ from servers import (
 
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.errors import DatabaseError, LockedError, RecordError, SchemaError
-from kdb_fast.ipc.slab import NO_STAMP, Row, Slab, SlabShape
+from kdb_fast.ipc.slab import NO_VALUE, Row, Slab, SlabShape
 from kdb_fast.records import Record, Reject, content_hash
 from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec
 from kdb_fast.stores.postgresql import runs as pg_runs
@@ -93,14 +93,14 @@ def end(store: PostgreSQLStore, run: RunSpec) -> None:
     store.end_run(run.number, "done", {})
 
 
-_generations = itertools.count(1)
+_leases = itertools.count(1)
 
 
 def slot_of(rows: Sequence[Row], skip: Sequence[int] = (), number: int = 0) -> FlushSlot:
     """A slot as a worker leaves it; the vectors are random, and the same for the same texts."""
     shape = SlabShape(number + 1, max(1, len(rows)), DIMENSIONS)
     slot = Slab.local(shape).slots[number]
-    slot.put(next(_generations), rows, [NO_STAMP] * len(rows))
+    slot.put(next(_leases), rows, [NO_VALUE] * len(rows))
     for i, row in enumerate(rows):
         slot.vectors[i] = vector_of(row.record.content)
     return FlushSlot(slot, frozenset(skip))
@@ -116,9 +116,9 @@ def fresh(*pairs: tuple[str, str], entity: str = "Note") -> list[Row]:
 
 
 def known(store: PostgreSQLStore, *pairs: tuple[str, str], entity: str = "Note") -> list[Row]:
-    """Rows as the parent makes them: with the stamp of what is stored now."""
+    """Rows as the parent makes them: with the version of what is stored now."""
     stored = store.lookup(entity, [key for key, _ in pairs])
-    return [Row(Record(entity, key, text), True, stored[key].stamp) for key, text in pairs]
+    return [Row(Record(entity, key, text), True, stored[key].row_version) for key, text in pairs]
 
 
 _numbers = itertools.count(1)
@@ -344,7 +344,7 @@ def test_role_that_only_writes_leaves_the_index_to_the_owner(
     assert flush(writer, run, slot_of(known(writer, ("a", "three")))).rows == 1
     assert contents(database) == {"a": "three", "b": "two"}
     before = index_definitions(database)
-    assert writer.defer_index().text.startswith("kept: this role does not own public.kdb_search")
+    assert writer.drop_index().text.startswith("kept: this role does not own public.kdb_search")
     assert index_definitions(database) == before
     execute(database, "DROP INDEX ix_kdb_search_vector")
     outcome = writer.finish_index(lambda what: None)
@@ -572,7 +572,7 @@ UNICODE = [
 def test_fresh_rows_are_stored_as_they_are(database: DatabaseAddress, store: PostgreSQLStore, run: RunSpec) -> None:
     rows = fresh(*((f"k{i}", text) for i, text in enumerate(UNICODE)), entity="Ünïcode 实体")
     result = flush(store, run, slot_of(rows[:5]), slot_of(rows[5:], number=1))
-    assert (result.rows, result.lost, result.rejected, result.deleted) == (len(UNICODE), (), (), 0)
+    assert (result.rows, result.superseded, result.rejected, result.deleted) == (len(UNICODE), (), (), 0)
     assert result.bytes > 100_000
     stored = index_rows(database)
     for i, text in enumerate(UNICODE):
@@ -596,7 +596,7 @@ def test_skipped_rows_are_not_stored(database: DatabaseAddress, store: PostgreSQ
 def test_time_of_the_source_is_kept_to_the_microsecond(
     database: DatabaseAddress, store: PostgreSQLStore, run: RunSpec
 ) -> None:
-    moments = [1_700_000_000_123_456, -1, NO_STAMP]
+    moments = [1_700_000_000_123_456, -1, NO_VALUE]
     slot = slot_of(fresh(("a", "one"), ("b", "two"), ("c", "three")))
     slot.slot.source[:3] = moments
     flush(store, run, slot)
@@ -615,7 +615,7 @@ def test_known_rows_are_replaced_and_keep_their_id(
     end(store, run)
     second = begin(store, fingerprint="other")
     result = flush(store, second, slot_of([*known(store, ("a", "changed")), *fresh(("c", "new"))]))
-    assert (result.rows, result.lost) == (2, ())
+    assert (result.rows, result.superseded) == (2, ())
     assert contents(database) == {"a": "changed", "b": "two", "c": "new"}
     row = index_rows(database)["Note", "a"]
     np.testing.assert_array_equal(row.vector, vector_of("changed"))
@@ -633,7 +633,7 @@ def test_same_text_new_text_and_new_rows_in_one_flush(
     slot = slot_of(rows)
     slot.slot.vectors[0] = vector_of("another model")
     result = flush(store, second, slot)
-    assert (result.rows, result.lost, result.rejected) == (3, (), ())
+    assert (result.rows, result.superseded, result.rejected) == (3, (), ())
     stored = index_rows(database)
     # A row whose text is the same gets the new vector all the same, and counts as written by this run.
     np.testing.assert_array_equal(stored["Note", "a"].vector, vector_of("another model"))
@@ -656,7 +656,7 @@ def test_row_that_was_never_updated_can_be_replaced(
         database,
         "INSERT INTO kdb_search (id, entity_name, record_id, content) VALUES ('1', 'Note', 'a', 'theirs')",
     )
-    assert store.lookup("Note", ["a"])["a"].stamp == NO_STAMP
+    assert store.lookup("Note", ["a"])["a"].row_version == NO_VALUE
     assert flush(store, run, slot_of(known(store, ("a", "ours")))).rows == 1
     assert contents(database) == {"a": "ours"}
 
@@ -677,12 +677,12 @@ def test_row_inserted_by_another_program_meanwhile_stays(
     rows = fresh(("a", "ours"), ("b", "ours"), ("c", "ours"))
     insert_as_another_program(database, "b")
     result = flush(store, run, slot_of(fresh(("z", "ours"))), slot_of(rows, number=1))
-    assert (result.rows, result.lost) == (3, ((1, 1),))
+    assert (result.rows, result.superseded) == (3, ((1, 1),))
     assert contents(database) == {"a": "ours", "b": "theirs", "c": "ours", "z": "ours"}
     # The next flush goes the careful way at once, with the same outcome.
     insert_as_another_program(database, "e")
     result = flush(store, run, slot_of(fresh(("d", "ours"), ("e", "ours"))))
-    assert (result.rows, result.lost) == (1, ((0, 1),))
+    assert (result.rows, result.superseded) == (1, ((0, 1),))
     assert contents(database)["e"] == "theirs"
 
 
@@ -695,7 +695,7 @@ def test_row_changed_by_another_program_meanwhile_stays(
     rows = known(store, ("a", "ours"), ("b", "ours"))
     execute(database, "UPDATE kdb_search SET content = 'theirs', updated_at = now() WHERE record_id = 'b'")
     result = flush(store, second, slot_of(rows))
-    assert (result.rows, result.lost) == (1, ((0, 1),))
+    assert (result.rows, result.superseded) == (1, ((0, 1),))
     assert contents(database) == {"a": "ours", "b": "theirs"}
 
 
@@ -705,7 +705,7 @@ def test_row_written_by_this_run_and_changed_by_another_program_stays(
     flush(store, run, slot_of(fresh(("a", "one"))))
     execute(database, "UPDATE kdb_search SET content = 'theirs', updated_at = clock_timestamp()")
     result = flush(store, run, slot_of(fresh(("a", "two"))))
-    assert (result.rows, result.lost) == (0, ((0, 0),))
+    assert (result.rows, result.superseded) == (0, ((0, 0),))
     assert contents(database) == {"a": "theirs"}
 
 
@@ -722,7 +722,7 @@ def test_known_row_deleted_by_another_program_is_written_again(
 def test_run_overwrites_its_own_row(database: DatabaseAddress, store: PostgreSQLStore, run: RunSpec) -> None:
     flush(store, run, slot_of(fresh(("a", "earlier"))))
     result = flush(store, run, slot_of(fresh(("a", "later"))))
-    assert (result.rows, result.lost) == (1, ())
+    assert (result.rows, result.superseded) == (1, ())
     assert contents(database) == {"a": "later"}
 
 
@@ -736,7 +736,7 @@ def test_repeated_flush_gives_the_first_result_and_writes_nothing(
     before = execute(database, "SELECT ctid, xmin, * FROM kdb_search ORDER BY record_id")
     again = flush(open_store(database), run, slot_of(rows), number=5, rejects=[reject], deletes=[("Note", "a")])
     assert again == first
-    assert first.lost == ((0, 1),)
+    assert first.superseded == ((0, 1),)
     assert execute(database, "SELECT ctid, xmin, * FROM kdb_search ORDER BY record_id") == before
     assert len(list(store.rejects())) == 1
 
@@ -943,14 +943,14 @@ def test_index_is_built_again_exactly_as_it_was_even_after_a_crash(
     before = index_definitions(database)
     assert "m='8', ef_construction='32'" in before["ix_kdb_search_vector"]
     run = begin(first)
-    assert first.defer_index().text == "dropped for the load"
+    assert first.drop_index().text == "dropped for the load"
     assert set(before) - set(index_definitions(database)) == {"ix_kdb_search_vector", "ix_kdb_search_fts", "my_words"}
     flush(first, run, slot_of(fresh(*((f"k{i}", f"text {i}") for i in range(50)))))
     first.close()  # as a crash does: nothing was said to the database
 
     second = open_store(database)
     second.prepare(DIMENSIONS)
-    assert second.defer_index().text == "dropped for the load"
+    assert second.drop_index().text == "dropped for the load"
     beats: list[str] = []
     outcome = second.finish_index(beats.append)
     assert outcome.text.startswith("built ")
@@ -1004,7 +1004,7 @@ def test_invalid_copy_beside_a_valid_index_is_left_alone(database: DatabaseAddre
 def test_nearest_rows_are_found_by_the_rebuilt_index(
     database: DatabaseAddress, store: PostgreSQLStore, run: RunSpec
 ) -> None:
-    store.defer_index()
+    store.drop_index()
     texts = [f"text {i}" for i in range(100)]
     flush(store, run, slot_of(fresh(*((f"k{i}", text) for i, text in enumerate(texts)))))
     store.finish_index(no_beat)
@@ -1083,7 +1083,7 @@ def test_flush_is_repeated_when_the_connection_is_lost(
                 postgres.restart()
     (result,) = outcome
     assert isinstance(result, FlushResult), result
-    assert (result.rows, result.lost, result.rejected) == (30, (), ())
+    assert (result.rows, result.superseded, result.rejected) == (30, (), ())
     assert contents(database) == dict(pairs)
     assert waits
     assert set(waits) == {"waiting for the database (writing)"}
@@ -1127,7 +1127,7 @@ def test_index_build_is_not_bound_by_the_statement_timeout(
 ) -> None:
     flush(store, run, slot_of(fresh(*((f"k{i}", f"text {i}") for i in range(2000)))))
     hurried = open_store(connect_as(database, options="-c statement_timeout=20ms"))
-    hurried.defer_index()
+    hurried.drop_index()
     assert hurried.finish_index(no_beat).text == "built ix_kdb_search_fts, ix_kdb_search_vector"
 
 

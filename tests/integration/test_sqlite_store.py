@@ -21,7 +21,7 @@ import pytest
 from kdb_fast.catalog.records import live_rows
 from kdb_fast.db.address import parse_address
 from kdb_fast.errors import DatabaseError, LockedError, RecordError, ResourceError, SchemaError
-from kdb_fast.ipc.slab import NO_STAMP, Row, Slab, SlabShape
+from kdb_fast.ipc.slab import NO_VALUE, Row, Slab, SlabShape
 from kdb_fast.records import Record, Reject, content_hash
 from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec, Stored
 from kdb_fast.stores.sqlite.store import SQLiteStore
@@ -103,11 +103,11 @@ class Index:
     ) -> FlushSlot:
         pairs = list(contents.items()) if isinstance(contents, dict) else list(contents)
         rows = [
-            Row(Record(entity, key, text), key in seen, seen[key].stamp if key in seen else NO_STAMP)
+            Row(Record(entity, key, text), key in seen, seen[key].row_version if key in seen else NO_VALUE)
             for key, text in pairs
         ]
         target = self.slab.slots[slot]
-        target.put(1, rows, [NO_STAMP] * len(rows))
+        target.put(1, rows, [NO_VALUE] * len(rows))
         vectors = self.random.standard_normal((len(rows), DIMENSIONS)).astype(np.float32)
         target.vectors[: len(rows)] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return FlushSlot(target, frozenset())
@@ -178,7 +178,7 @@ def test_a_new_row_has_every_column_that_kameleondb_and_kdb_fast_read(index: Ind
     before = datetime.now(UTC)
     result = index.store.flush(run, 1, [slot], [], [])
 
-    assert (result.rows, result.lost, result.rejected, result.deleted) == (1, (), (), 0)
+    assert (result.rows, result.superseded, result.rejected, result.deleted) == (1, (), (), 0)
     ((search_id, embedding, model, dimensions, created, updated, at, by, fingerprint, source),) = index.rows(
         "SELECT id, embedding, model, dimensions, created_at, updated_at, kdb_fast_at, kdb_fast_run, "
         "kdb_fast_fingerprint, kdb_fast_source_at FROM kdb_search"
@@ -214,7 +214,7 @@ def test_lookup_gives_hash_and_fingerprint_of_stored_rows_only(index: Index) -> 
     assert len(found) == 60
     assert found["r007"].content_hash == content_hash("text number7")
     assert {row.fingerprint for row in found.values()} == {"f1"}
-    assert all(row.stamp != NO_STAMP for row in found.values())
+    assert all(row.row_version != NO_VALUE for row in found.values())
     assert index.store.lookup("memo", ["r007"]) == {}
     assert index.store.lookup("note", []) == {}
 
@@ -226,7 +226,7 @@ def test_a_row_changed_by_another_program_has_no_fingerprint_any_more(index: Ind
     after = index.store.lookup("note", ["r000", "r001"])
     assert after["r000"].fingerprint is None
     assert after["r000"].content_hash == before.content_hash
-    assert after["r000"].stamp != before.stamp
+    assert after["r000"].row_version != before.row_version
     assert after["r001"].fingerprint == "f1"
 
 
@@ -311,7 +311,7 @@ def test_a_repeated_flush_changes_nothing_and_gives_the_first_result(index: Inde
     )
     kameleon.index("r002", "theirs")
     first = index.write(run, 1, numbered(5), seen={}, deletes=[("note", "r009")])
-    assert (first.rows, first.lost) == (3, ((0, 2),))
+    assert (first.rows, first.superseded) == (3, ((0, 2),))
     assert len(first.rejected) == 1
     stamp = index.rows("SELECT max(updated_at) FROM kdb_search")
     assert index.write(run, 1, numbered(5), seen={}, deletes=[("note", "r009")]) == first
@@ -343,7 +343,7 @@ def test_rows_that_another_program_changed_since_the_lookup_are_theirs(index: In
     kameleon.index("r004", "theirs, new")
     kameleon.delete("r003")
     result = index.write(run, 1, numbered(6, "ours"), seen=seen)
-    assert result.lost == ((0, 1), (0, 4))
+    assert result.superseded == ((0, 1), (0, 4))
     assert result.rows == 4
     assert index.contents() == {
         "r000": "ours number0",
@@ -360,7 +360,7 @@ def test_a_change_within_this_run_by_another_program_is_seen(index: Index, kamel
     run = index.begin()
     index.write(run, 1, {"a": "ours"})
     kameleon.index("a", "theirs")
-    assert index.write(run, 2, {"a": "ours again"}, seen={}).lost == ((0, 0),)
+    assert index.write(run, 2, {"a": "ours again"}, seen={}).superseded == ((0, 0),)
     assert index.contents() == {"a": "theirs"}
 
 
@@ -595,7 +595,7 @@ def test_a_full_disk_takes_back_the_whole_flush_and_it_can_be_repeated(index: In
 
 
 def test_no_vector_index_is_dropped_built_or_missed(index: Index) -> None:
-    assert index.store.defer_index().text == "none"
+    assert index.store.drop_index().text == "none"
     outcome = index.store.finish_index(lambda doing: None)
     assert (outcome.text, outcome.warnings) == ("exact search on SQLite, no vector index", ())
 
@@ -748,7 +748,7 @@ def test_an_open_connection_in_memory_serves_and_stays_open() -> None:
         store.prepare(DIMENSIONS)
         run = store.begin_run(fingerprint="f", model="m", dimensions=DIMENSIONS, wait=0)
         slab = Slab.local(SlabShape(slots=1, rows=4, dimensions=DIMENSIONS))
-        slab.slots[0].put(1, [Row(Record("note", "a", "text"))], [NO_STAMP])
+        slab.slots[0].put(1, [Row(Record("note", "a", "text"))], [NO_VALUE])
         slab.slots[0].vectors[:] = 0.25
         assert store.flush(run, 1, [FlushSlot(slab.slots[0], frozenset())], [], []).rows == 1
         store.heartbeat(run.number, "embed")
@@ -788,7 +788,7 @@ def test_put_without_vectors_leaves_none_behind(index: Index) -> None:
     index.write(index.begin(), 1, numbered(2))
     with index.store.unit():
         slot = Slab.local(SlabShape(slots=1, rows=4, dimensions=1)).slots[0]
-        slot.put(1, [Row(Record("note", key, "plain")) for key in ("r000", "new")], [NO_STAMP] * 2)
+        slot.put(1, [Row(Record("note", key, "plain")) for key in ("r000", "new")], [NO_VALUE] * 2)
         index.store.put(LIBRARY, [FlushSlot(slot, frozenset())], [], vectors=False)
     assert (
         index.rows("SELECT embedding, model, dimensions FROM kdb_search WHERE content = 'plain'") == [(None,) * 3] * 2

@@ -213,7 +213,7 @@ def test_a_flush_takes_slots_in_order_up_to_its_size_and_gives_them_back_once_co
     assert plan.planner.size is not None
     plan.planner.size.target = leases[0].size + 1
     flush = plan.planner.take()
-    assert [(rows.slot, rows.generation, rows.skip) for rows in flush.slots] == [(n, n + 1, ()) for n in range(2)]
+    assert [(rows.slot, rows.lease, rows.skip) for rows in flush.slots] == [(n, n + 1, ()) for n in range(2)]
     assert (plan.planner.slots, plan.counts.flushes, plan.counts.stored) == (3, 1, 0), "nothing is counted yet"
     assert ("E", "a0") in plan.ledger.being_written
     assert plan.answer(flush) == leases[:2]
@@ -236,7 +236,7 @@ def test_rows_of_which_a_newer_one_can_be_stored_are_left_out(plan: Planner) -> 
 def test_what_the_database_refuses_or_another_program_has_written_is_counted_so(plan: Planner) -> None:
     lease = plan.fill("a", "b", "c")
     flush = plan.planner.take()
-    plan.answer(flush, lost=row_bits([(lease.slot, 0)]), rejected=row_bits([(lease.slot, 2)]))
+    plan.answer(flush, superseded=row_bits([(lease.slot, 0)]), rejected=row_bits([(lease.slot, 2)]))
     assert (plan.counts.superseded, plan.counts.stored, plan.counts.rejected) == (1, 1, 1)
 
 

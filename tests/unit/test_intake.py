@@ -11,11 +11,11 @@ from kdb_fast.accounting import Counts, Fate
 from kdb_fast.engine.sharding import WINDOW_ROWS
 from kdb_fast.indexing import intake as module
 from kdb_fast.indexing.flushing import FlushPlanner
-from kdb_fast.indexing.intake import FIRST_WINDOW_ROWS, IN_FLIGHT_STAMP, TAKEN_ROWS, Intake
+from kdb_fast.indexing.intake import FIRST_WINDOW_ROWS, IN_FLIGHT_VERSION, TAKEN_ROWS, Intake
 from kdb_fast.indexing.key_ledger import KeyLedger
 from kdb_fast.indexing.screening import Screen
 from kdb_fast.indexing.text_reuse import TextReuse
-from kdb_fast.ipc.slab import NO_STAMP, SlabShape
+from kdb_fast.ipc.slab import NO_VALUE, SlabShape
 from kdb_fast.records import Record, content_hash
 from kdb_fast.stores.base import Store, Stored
 
@@ -62,18 +62,18 @@ class Parts:
 
     def window(self) -> list[tuple[str, bool, int, int]]:
         """(record id, whether the index has a row, its version, sequence number) of each row in the window."""
-        return [(row.record.record_id, row.known, row.stamp, number) for row, number, _ in self.intake.window]
+        return [(row.record.record_id, row.exists, row.row_version, number) for row, number, _ in self.intake.window]
 
 
-def stored(text: str, fingerprint: str | None = "ours", stamp: int = 7) -> Stored:
-    return Stored(content_hash(text), fingerprint, stamp)
+def stored(text: str, fingerprint: str | None = "ours", version: int = 7) -> Stored:
+    return Stored(content_hash(text), fingerprint, version)
 
 
 def test_what_is_stored_already_is_unchanged_and_the_rest_is_to_be_embedded() -> None:
     index = Index(a=stored("one"), b=stored("old"), c=stored("three", "another model"), d=stored("four", None))
     parts = Parts(index)
     parts.take(("a", "one"), ("b", "two"), ("c", "three"), ("d", "four"), ("e", "five"), ("f", ""))
-    assert parts.window() == [("b", True, 7, 2), ("c", True, 7, 3), ("d", True, 7, 4), ("e", False, NO_STAMP, 5)]
+    assert parts.window() == [("b", True, 7, 2), ("c", True, 7, 3), ("d", True, 7, 4), ("e", False, NO_VALUE, 5)]
     assert (parts.counts.read, parts.counts.unchanged, parts.counts.rejected) == (6, 1, 1)
     assert parts.flushes.notices == 1
     assert parts.intake.rows_at_start == 4
@@ -95,7 +95,7 @@ def test_what_was_looked_up_is_not_believed_while_the_key_is_being_written() -> 
 def test_a_row_that_an_earlier_record_of_this_run_will_write_is_merged_with() -> None:
     parts = Parts()
     parts.take(("a", "one"), ("a", "two"))
-    assert parts.window() == [("a", False, NO_STAMP, 1), ("a", True, IN_FLIGHT_STAMP, 2)]
+    assert parts.window() == [("a", False, NO_VALUE, 1), ("a", True, IN_FLIGHT_VERSION, 2)]
     assert parts.ledger.has_repeated
 
 

@@ -9,7 +9,7 @@ import pytest
 from kdb_fast.accounting import Fate
 from kdb_fast.errors import KdbFastError
 from kdb_fast.indexing.leases import ROW_OVERHEAD_BYTES, Numbered, SlotPool, microseconds
-from kdb_fast.ipc.slab import NO_STAMP, Row, Slab, SlabShape
+from kdb_fast.ipc.slab import NO_VALUE, Row, Slab, SlabShape
 from kdb_fast.records import Record
 
 MOMENT = datetime(2024, 5, 1, 12, tzinfo=timezone(timedelta(hours=2)))
@@ -27,9 +27,9 @@ def test_a_lease_puts_rows_into_a_free_slot_and_knows_what_is_in_it() -> None:
     pool = pool_of(2)
     lease = pool.lease([numbered(5), numbered(3)], Fate.STORED)
     slot = pool.slab.slots[lease.slot]
-    assert slot.generation == lease.number
+    assert slot.lease == lease.number
     assert slot.raw_rows() == [(b"E", b"r5", b"text"), (b"E", b"r3", b"text")]
-    assert (slot.known[:2].tolist(), slot.stamp[:2].tolist()) == ([1, 1], [7, 7])
+    assert (slot.exists[:2].tolist(), slot.row_version[:2].tolist()) == ([1, 1], [7, 7])
     assert slot.source[:2].tolist() == [microseconds(MOMENT)] * 2
     assert (lease.sequences, lease.hashes, lease.fate) == ([5, 3], [b"hash 5", b"hash 3"], Fate.STORED)
     assert lease.size == slot.text_bytes + 2 * (4 * 3 + ROW_OVERHEAD_BYTES)
@@ -57,7 +57,7 @@ def test_a_slot_is_used_again_after_all_that_were_free_before_it() -> None:
 
 
 def test_microseconds_of_no_moment_and_of_one_without_a_zone() -> None:
-    assert microseconds(None) == NO_STAMP
+    assert microseconds(None) == NO_VALUE
     assert (
         microseconds(datetime(1970, 1, 1, 0, 0, 1)) == microseconds(datetime(1970, 1, 1, 0, 0, 1, tzinfo=UTC)) == 10**6
     )

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.types import numeric
 
-from kdb_fast.ipc.slab import NO_STAMP
+from kdb_fast.ipc.slab import NO_VALUE
 from kdb_fast.stores.postgresql.pgcopy import (
     NULL,
     SIGNATURE,
@@ -97,12 +97,12 @@ def test_timestamps_count_microseconds_from_2000(moment: datetime, since_2000: i
 
 
 def test_a_missing_timestamp_is_null() -> None:
-    assert timestamp_field(NO_STAMP) == NULL
-    assert timestamp_fields(np.array([NO_STAMP, 0, NO_STAMP, NO_STAMP])) == [NULL, timestamp_field(0), NULL, NULL]
+    assert timestamp_field(NO_VALUE) == NULL
+    assert timestamp_fields(np.array([NO_VALUE, 0, NO_VALUE, NO_VALUE])) == [NULL, timestamp_field(0), NULL, NULL]
 
 
 @settings(deadline=None)
-@given(st.lists(st.one_of(st.just(NO_STAMP), st.sampled_from([0, 1]), MICROSECONDS), max_size=20))
+@given(st.lists(st.one_of(st.just(NO_VALUE), st.sampled_from([0, 1]), MICROSECONDS), max_size=20))
 def test_many_timestamps_are_each_packed_as_one(values: list[int]) -> None:
     assert timestamp_fields(np.array(values, dtype=np.int64)) == [timestamp_field(v) for v in values]
 
@@ -165,7 +165,7 @@ def test_a_column_with_too_few_pieces_is_an_error() -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.text(max_size=5), INT64, st.one_of(st.just(NO_STAMP), MICROSECONDS)), max_size=6))
+@given(st.lists(st.tuples(st.text(max_size=5), INT64, st.one_of(st.just(NO_VALUE), MICROSECONDS)), max_size=6))
 def test_rows_can_be_taken_apart_again(rows: list[tuple[str, int, int]]) -> None:
     raw = pack_rows(
         4,
@@ -193,5 +193,5 @@ def test_rows_can_be_taken_apart_again(rows: list[tuple[str, int, int]]) -> None
         assert values[:2] == [text.encode(), b"same"]
         assert values[2] is not None
         assert struct.unpack(">q", values[2]) == (number,)
-        assert (values[3] is None) == (moment == NO_STAMP)
+        assert (values[3] is None) == (moment == NO_VALUE)
     assert position == len(raw)

@@ -32,7 +32,7 @@ from kdb_fast.indexing.flushing import FlushSize
 from kdb_fast.indexing.leases import microseconds
 from kdb_fast.indexing.pipeline import Pipeline, StopRequested
 from kdb_fast.ipc.messages import Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex, row_bits, rows_of_bits
-from kdb_fast.ipc.slab import NO_STAMP, ROW_NOT_FINITE, Slab, SlabShape
+from kdb_fast.ipc.slab import NO_VALUE, ROW_NOT_FINITE, Slab, SlabShape
 from kdb_fast.records import MAX_CONTENT_BYTES, Record, Reject, content_hash, unfit
 from kdb_fast.settings import RejectLimit
 from kdb_fast.stores.base import Store, Stored
@@ -59,7 +59,7 @@ class Entry(NamedTuple):
     """A row of the index."""
 
     content: str
-    stamp: int
+    row_version: int
     fingerprint: str | None = None
     run: int | None = None
 
@@ -91,7 +91,7 @@ class Index:
     def lookup(self, entity: str, record_ids: Sequence[str]) -> dict[str, Stored]:
         self.lookups += 1
         found = {i: self.rows[entity, i] for i in record_ids if (entity, i) in self.rows}
-        return {i: Stored(content_hash(e.content), e.fingerprint, e.stamp) for i, e in found.items()}
+        return {i: Stored(content_hash(e.content), e.fingerprint, e.row_version) for i, e in found.items()}
 
 
 class FakeEngine(Engine):
@@ -127,11 +127,11 @@ class FakeEngine(Engine):
 
     # -- the engine's face
 
-    def embed(self, slot: int, generation: int, rows: int) -> None:
+    def embed(self, slot: int, lease: int, rows: int) -> None:
         assert slot not in self._orders, "a slot is embedded twice at a time"
         assert slot not in self._slots_of_flush(), "a slot is used again before it was written"
-        assert self.slab.slots[slot].generation == generation
-        self._orders[slot] = (generation, rows, self.slab.slots[slot].raw_rows())
+        assert self.slab.slots[slot].lease == lease
+        self._orders[slot] = (lease, rows, self.slab.slots[slot].raw_rows())
 
     def wants_work(self) -> bool:
         return len(self._orders) < 2 * max(1, self.workers)
@@ -171,9 +171,9 @@ class FakeEngine(Engine):
     # -- what workers and writer do
 
     def _embed(self, number: int) -> SlotFilled:
-        generation, rows, raw = self._orders.pop(number)
+        lease, rows, raw = self._orders.pop(number)
         slot = self.slab.slots[number]
-        assert (slot.generation, slot.rows, slot.raw_rows()) == (generation, rows, raw), "the slot was touched"
+        assert (slot.lease, slot.rows, slot.raw_rows()) == (lease, rows, raw), "the slot was touched"
         for i, (entity, record_id, text) in enumerate(raw):
             content = text.decode()
             self.embedded[content] += 1
@@ -185,8 +185,8 @@ class FakeEngine(Engine):
                 self.delivered.add((entity.decode(), record_id.decode()))
         middle = rows // 2
         crcs = tuple((a, b, crc32(slot.vectors[a:b].data.cast("B"))) for a, b in ((0, middle), (middle, rows)) if b > a)
-        self._crcs[number, generation] = crcs
-        return SlotFilled(number, generation, 3 * rows, 4 * rows, 0, 0.01, crcs)
+        self._crcs[number, lease] = crcs
+        return SlotFilled(number, lease, 3 * rows, 4 * rows, 0, 0.01, crcs)
 
     def _answer(self) -> Flushed | IndexPrepared | Finished:
         message, self._request = self._request, None
@@ -202,9 +202,9 @@ class FakeEngine(Engine):
         rows = 0
         for given_rows in message.slots:
             slot = self.slab.slots[given_rows.slot]
-            assert slot.generation == given_rows.generation
+            assert slot.lease == given_rows.lease
             assert given_rows.slot not in self._orders, "a slot is written while it is embedded"
-            assert given_rows.crcs == self._crcs.get((given_rows.slot, given_rows.generation), ())
+            assert given_rows.crcs == self._crcs.get((given_rows.slot, given_rows.lease), ())
             for start, stop, crc in given_rows.crcs:
                 assert crc32(slot.vectors[start:stop].data.cast("B")) == crc
             for i, parts in enumerate(slot.raw_rows()):
@@ -219,7 +219,11 @@ class FakeEngine(Engine):
                 there = self.index.rows.get(key)
                 if REFUSED in content:
                     refused.append((slot.number, i))
-                elif there is None or there.run == self.index.run or (slot.known[i] and slot.stamp[i] == there.stamp):
+                elif (
+                    there is None
+                    or there.run == self.index.run
+                    or (slot.exists[i] and slot.row_version[i] == there.row_version)
+                ):
                     self.index.write(key, content, FINGERPRINT, self.index.run)
                     rows += 1
                 else:
@@ -719,8 +723,9 @@ def test_a_stop_writes_an_embedded_record_whose_newer_one_is_not_embedded_yet() 
 
 def test_a_record_whose_key_is_in_flight_is_written_over_what_this_run_writes_only() -> None:
     run = one_row_shards(lambda possible: possible).go([record(1, "old and longer"), record(1, "new")], page=2)
-    rows = {slot.contents(0, 1)[0]: (int(slot.known[0]), int(slot.stamp[0])) for slot in run.engine.slab.slots[:2]}
-    assert rows == {"old and longer": (0, NO_STAMP), "new": (1, intake.IN_FLIGHT_STAMP)}
+    slots = run.engine.slab.slots[:2]
+    rows = {slot.contents(0, 1)[0]: (int(slot.exists[0]), int(slot.row_version[0])) for slot in slots}
+    assert rows == {"old and longer": (0, NO_VALUE), "new": (1, intake.IN_FLIGHT_VERSION)}
 
 
 def test_a_row_that_another_program_wrote_meanwhile_stays_and_ours_counts_as_superseded() -> None:
@@ -949,10 +954,10 @@ def test_what_was_known_of_a_row_travels_with_it() -> None:
     slots = run.engine.slab.slots
     rows = {raw[1]: (s, i) for s in slots for i, raw in enumerate(s.raw_rows())}
     slot, i = rows[b"r1"]
-    assert (slot.known[i], slot.stamp[i]) == (1, 1)
+    assert (slot.exists[i], slot.row_version[i]) == (1, 1)
     assert slot.source[i] == int((moment - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(microseconds=1))
     slot, i = rows[b"r2"]
-    assert (slot.known[i], slot.stamp[i], slot.source[i]) == (0, NO_STAMP, NO_STAMP)
+    assert (slot.exists[i], slot.row_version[i], slot.source[i]) == (0, NO_VALUE, NO_VALUE)
 
 
 @settings(deadline=None)
@@ -961,7 +966,7 @@ def test_a_moment_becomes_exact_microseconds(moment: datetime) -> None:
     aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     value = microseconds(moment)
     assert datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=value) == aware
-    assert microseconds(None) == NO_STAMP
+    assert microseconds(None) == NO_VALUE
 
 
 # -- ending early ------------------------------------------------------------------------------------------
@@ -1192,9 +1197,9 @@ def test_where_a_request_costs_the_same_for_any_rows_shards_wait_until_they_are_
         given = sizes[full_shards] = []
         embed = run.engine.embed
 
-        def noted(slot: int, generation: int, rows: int, given: list[int] = given, embed: Any = embed) -> None:
+        def noted(slot: int, lease: int, rows: int, given: list[int] = given, embed: Any = embed) -> None:
             given.append(rows)
-            embed(slot, generation, rows)
+            embed(slot, lease, rows)
 
         run.engine.embed = noted  # type: ignore[method-assign]
         items = [record(number, f"text {number}") for number in range(96)]

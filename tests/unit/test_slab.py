@@ -17,7 +17,7 @@ from kdb_fast.errors import ResourceError
 from kdb_fast.ipc.slab import (
     ALIGNMENT,
     BLOB_BYTES,
-    NO_STAMP,
+    NO_VALUE,
     ROW_NOT_ENCODABLE,
     ROW_NOT_FINITE,
     ROW_OK,
@@ -38,7 +38,7 @@ ROWS = st.lists(
         Row,
         st.builds(Record, TEXT, TEXT, TEXT),
         st.booleans(),
-        st.integers(NO_STAMP, 2**63 - 1),
+        st.integers(NO_VALUE, 2**63 - 1),
     ),
     max_size=SMALL.rows,
 )
@@ -69,8 +69,8 @@ def test_parts_of_a_slot_are_aligned_and_do_not_overlap(slots: int, rows: int, d
     sizes = {
         "header": 64,
         "code": rows,
-        "known": rows,
-        "stamp": 8 * rows,
+        "exists": rows,
+        "row_version": 8 * rows,
         "source": 8 * rows,
         "ends": 12 * rows,
         "vectors": 4 * rows * dimensions,
@@ -91,24 +91,24 @@ def test_text_area_holds_the_longest_record_with_the_longest_key() -> None:
     shape = SlabShape(1, 1, 1)
     slot = Slab.local(shape).slots[0]
     record = Record("𝕖" * MAX_ENTITY_CHARS, "𝕣" * MAX_RECORD_ID_CHARS, "x" * MAX_CONTENT_BYTES)
-    slot.put(1, [Row(record)], [NO_STAMP])
+    slot.put(1, [Row(record)], [NO_VALUE])
     assert slot.contents(0, 1) == [record.content]
 
 
 @settings(deadline=None)
 @given(ROWS, st.data())
 def test_what_is_put_into_a_slot_comes_out_again(rows: list[Row], data: st.DataObject) -> None:
-    sources = data.draw(st.lists(st.integers(NO_STAMP, 2**63 - 1), min_size=len(rows), max_size=len(rows)))
+    sources = data.draw(st.lists(st.integers(NO_VALUE, 2**63 - 1), min_size=len(rows), max_size=len(rows)))
     slot = Slab.local(SMALL).slots[1]
     slot.put(7, rows, sources)
     n = len(rows)
-    assert (slot.generation, slot.rows) == (7, n)
+    assert (slot.lease, slot.rows) == (7, n)
     assert slot.raw_rows() == [tuple(v.encode() for v in row.record[:3]) for row in rows]
     start = data.draw(st.integers(0, n))
     stop = data.draw(st.integers(start, n))
     assert slot.contents(start, stop) == [row.record.content for row in rows[start:stop]]
-    assert slot.known[:n].tolist() == [int(row.known) for row in rows]
-    assert slot.stamp[:n].tolist() == [row.stamp for row in rows]
+    assert slot.exists[:n].tolist() == [int(row.exists) for row in rows]
+    assert slot.row_version[:n].tolist() == [row.row_version for row in rows]
     assert slot.source[:n].tolist() == sources
     assert slot.text_bytes == sum(len(v.encode()) for row in rows for v in row.record[:3])
 
@@ -117,10 +117,10 @@ def test_what_is_put_into_a_slot_comes_out_again(rows: list[Row], data: st.DataO
 @given(st.lists(ROWS, min_size=2, max_size=5))
 def test_a_slot_used_again_holds_nothing_of_its_former_use(uses: list[list[Row]]) -> None:
     slot = Slab.local(SMALL).slots[0]
-    for generation, rows in enumerate(uses):
+    for lease, rows in enumerate(uses):
         slot.code[:] = ROW_NOT_FINITE
-        slot.put(generation, rows, [0] * len(rows))
-        assert slot.generation == generation
+        slot.put(lease, rows, [0] * len(rows))
+        assert slot.lease == lease
         assert slot.contents(0, len(rows)) == [row.record.content for row in rows]
         assert (slot.code[: len(rows)] == ROW_OK).all()
 
@@ -141,10 +141,10 @@ def test_too_many_rows_or_too_much_text_leave_the_slot_as_it_was() -> None:
     slot.put(1, [Row(Record("E", "1", "text"))], [0])
     with pytest.raises(ValueError):
         slot.put(2, [Row(Record("E", str(i), "text")) for i in range(SMALL.rows + 1)], [0] * (SMALL.rows + 1))
-    assert (slot.generation, slot.rows) == (1, 1)
+    assert (slot.lease, slot.rows) == (1, 1)
     with pytest.raises(ValueError):
         slot.put(3, [Row(Record("E", "1", "x" * SMALL.blob_bytes))], [0])
-    assert (slot.generation, slot.rows) == (1, 1)
+    assert (slot.lease, slot.rows) == (1, 1)
 
 
 def test_a_text_that_just_fits_is_stored() -> None:
@@ -166,7 +166,7 @@ def test_checksum_is_crc32_of_the_vectors_of_the_rows_in_use() -> None:
 
 def test_rows_whose_vector_says_nothing_are_marked_but_for_those_that_are_marked_already() -> None:
     slot = Slab.local(SlabShape(slots=1, rows=8, dimensions=2, blob_bytes=4096)).slots[0]
-    slot.put(1, [Row(Record("E", str(i), "t")) for i in range(7)], [NO_STAMP] * 7)
+    slot.put(1, [Row(Record("E", str(i), "t")) for i in range(7)], [NO_VALUE] * 7)
     slot.vectors[:7] = np.array([[1, 0], [0, 0], [np.nan, 0], [-np.inf, 1], [0, 0], [np.nan, np.nan], [0, 0]])
     slot.code[4] = ROW_NOT_ENCODABLE
     slot.mark_unfit(0, 6)
@@ -186,7 +186,7 @@ def test_whoever_attaches_sees_the_same_memory(shared: Slab) -> None:
     other = shared.handle().attach()
     shared.slots[1].put(5, [Row(Record("E", "é", "日本"), True, 42)], [43])
     seen = other.slots[1]
-    assert (seen.generation, seen.contents(0, 1), seen.stamp[0], seen.source[0]) == (5, ["日本"], 42, 43)
+    assert (seen.lease, seen.contents(0, 1), seen.row_version[0], seen.source[0]) == (5, ["日本"], 42, 43)
     seen.vectors[0] = 1.5
     seen.code[0] = ROW_ZERO
     assert (shared.slots[1].vectors[0] == 1.5).all()

@@ -32,7 +32,7 @@ COPY_TABLE = (
     "kdb_fast_fingerprint, kdb_fast_run, kdb_fast_at, kdb_fast_source_at) FROM STDIN (FORMAT BINARY)"
 )
 CREATE_STAGING = (
-    "CREATE TEMP TABLE {staging} (slot int4, row int4, known bool, stamp timestamptz, id varchar(36), "
+    "CREATE TEMP TABLE {staging} (slot int4, row int4, row_exists bool, row_version timestamptz, id varchar(36), "
     "entity_name varchar(255), record_id varchar(36), content text, embedding {vector}, source_at timestamptz) "
     "ON COMMIT DROP"
 )
@@ -43,7 +43,7 @@ UPDATE {kdb_search} t SET <content>embedding = s.embedding, model = %(model)s::t
   kdb_fast_run = %(run)s, kdb_fast_at = now(), kdb_fast_source_at = s.source_at<set seal>
 FROM {staging} s
 WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id AND t.content <compared> s.content
-  AND ((s.known AND t.updated_at IS NOT DISTINCT FROM s.stamp)
+  AND ((s.row_exists AND t.updated_at IS NOT DISTINCT FROM s.row_version)
        OR (t.kdb_fast_run = %(run)s AND <ours>))
 """
 MERGE_SAME_TEXT = MERGE_KNOWN.replace("<content>", "").replace("<compared>", "=")
@@ -142,11 +142,11 @@ class FlushWriter:
         self._force, self._vectors, self._pieces, self._sealed = force, vectors, pieces, sealed
         self.met_conflict = False
         self.rows = self.bytes = 0
-        self.lost: list[tuple[int, int]] = []
+        self.superseded: list[tuple[int, int]] = []
         self.rejected: list[tuple[int, int, str, str]] = []
         self._merge_all = merge_all or sealed
         self._fresh: list[Group] = []
-        self._known: list[Group] = []
+        self._existing: list[Group] = []
         stamp = pgcopy.timestamp_field(now)
         origin = pgcopy.text_field(run.model[:100]) + pgcopy.int_field(run.dimensions, 4)
         self._constant = (
@@ -158,16 +158,16 @@ class FlushWriter:
         )
 
     def add(self, flush_slot: FlushSlot) -> None:
-        known = flush_slot.slot.known[: flush_slot.slot.rows].tolist()
-        for group, wanted in ((self._fresh, 0), (self._known, 1)):
-            rows = [i for i, k in enumerate(known) if k == wanted and i not in flush_slot.skip]
+        existing = flush_slot.slot.exists[: flush_slot.slot.rows].tolist()
+        for group, wanted in ((self._fresh, 0), (self._existing, 1)):
+            rows = [i for i, k in enumerate(existing) if k == wanted and i not in flush_slot.skip]
             if rows:
                 group.append((flush_slot, rows))
 
     def write(self, careful: bool) -> None:
         import psycopg
 
-        fresh, known = self._fresh, self._known
+        fresh, existing = self._fresh, self._existing
         if fresh and not careful and not self._merge_all:
             wanted = total = _count(fresh)
             try:
@@ -182,8 +182,8 @@ class FlushWriter:
                 # Somebody else indexed one of these since the parent looked: merge decides whose is newer.
                 # Or a trigger dropped rows: merge tells which.
                 self.met_conflict = True
-        if fresh or known:
-            self._merge([*fresh, *known], careful)
+        if fresh or existing:
+            self._merge([*fresh, *existing], careful)
 
     def _merge(self, groups: list[Group], careful: bool) -> None:
         if careful:
@@ -208,7 +208,7 @@ class FlushWriter:
     def _note_unwritten(self, rows: Iterable[tuple[Any, ...]]) -> None:
         for slot, row, is_there in rows:
             if is_there:
-                self.lost.append((slot, row))
+                self.superseded.append((slot, row))
             else:
                 self.rejected.append((slot, row, *DROPPED))
 
@@ -319,8 +319,8 @@ class FlushWriter:
         return pgcopy.pack_rows(
             STAGING_COLUMNS,
             [
-                [number + pgcopy.int_field(i, 4) + flags[int(slot.known[i])] for i in rows],
-                pgcopy.stamp_fields(slot.stamp[rows]),
+                [number + pgcopy.int_field(i, 4) + flags[int(slot.exists[i])] for i in rows],
+                pgcopy.version_fields(slot.row_version[rows]),
                 pgcopy.id_fields(len(rows)),
                 self._keys_and_texts(flush_slot, rows),
                 self._vector_fields(flush_slot, rows),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ...ipc.slab import NO_STAMP
+from ...ipc.slab import NO_VALUE
 from ..new_ids import ID_CHARS, new_ids
 
 SIGNATURE = b"PGCOPY\n\xff\r\n\x00" + struct.pack(">ii", 0, 0)
@@ -39,29 +39,29 @@ MINUS_INFINITY = -(2**63)
 """``-infinity`` in PostgreSQL's binary form; ``infinity`` is the greatest int64."""
 
 
-def row_stamp(sent: bytes | None) -> int:
-    """Version of a row from what ``timestamptz_send`` gives of its time; NO_STAMP for NULL.
+def row_version(sent: bytes | None) -> int:
+    """Version of a row from what ``timestamptz_send`` gives of its time; NO_VALUE for NULL.
 
     Microseconds since 2000, exactly, of any year and of infinity: Python's own type ends with the year 9999.
     """
     if sent is None:
-        return NO_STAMP
+        return NO_VALUE
     value = int.from_bytes(sent, "big", signed=True)
     return value if value != MINUS_INFINITY else value + 1  # which is before the first year of any timestamp
 
 
-def stamp_fields(stamps: npt.NDArray[np.int64]) -> list[bytes]:
-    """The timestamptz that each version of a row (:func:`row_stamp`) stands for; NO_STAMP is NULL."""
+def version_fields(versions: npt.NDArray[np.int64]) -> list[bytes]:
+    """The timestamptz that each version of a row (:func:`row_version`) stands for; NO_VALUE is NULL."""
     first = MINUS_INFINITY + 1
     return [
-        NULL if value == NO_STAMP else struct.pack(">iq", 8, value if value != first else MINUS_INFINITY)
-        for value in stamps.tolist()
+        NULL if value == NO_VALUE else struct.pack(">iq", 8, value if value != first else MINUS_INFINITY)
+        for value in versions.tolist()
     ]
 
 
 def timestamp_field(microseconds: int) -> bytes:
-    """A timestamptz from microseconds since 1970 UTC; NO_STAMP is NULL."""
-    return NULL if microseconds == NO_STAMP else struct.pack(">iq", 8, microseconds - EPOCH_SHIFT)
+    """A timestamptz from microseconds since 1970 UTC; NO_VALUE is NULL."""
+    return NULL if microseconds == NO_VALUE else struct.pack(">iq", 8, microseconds - EPOCH_SHIFT)
 
 
 def timestamp_fields(microseconds: npt.NDArray[np.int64]) -> list[bytes]:

@@ -3,7 +3,7 @@
 A flush takes one of two ways for each row:
 
 * *fresh*, no row had that key when the parent looked: binary COPY straight into ``kdb_search``;
-* *known*, or a fresh one that met a unique violation: binary COPY into a temporary table, then an UPDATE
+* *existing*, or a fresh one that met a unique violation: binary COPY into a temporary table, then an UPDATE
   join that leaves rows alone which another program has changed since, then an INSERT of what is missing.
 
 Straight COPY writes a first load 1.5 times as fast as staging and merging it (ARCHITECTURE.md, measurements).
@@ -34,7 +34,7 @@ from . import rejects as pg_rejects
 from . import runs as pg_runs
 from . import seal as pg_seal
 from .flush import DROPPED, FlushWriter, delete_keys
-from .pgcopy import row_stamp
+from .pgcopy import row_version
 from .session import LIMITS, PgSession
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class PostgreSQLStore(Store):
     def end_run(self, run: int, state: str, receipt: dict[str, Any]) -> None:
         pg_runs.end(self.session, run, state, receipt)
 
-    def defer_index(self) -> IndexOutcome:
+    def drop_index(self) -> IndexOutcome:
         return self.session.retrying("dropping the vector index", lambda: pg_index.defer(self.session))
 
     def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
@@ -187,7 +187,7 @@ class PostgreSQLStore(Store):
                 ),
                 (list(record_ids), entity),
             )
-            return {r[0]: Stored(r[1], r[2], row_stamp(r[3])) for r in rows}
+            return {r[0]: Stored(r[1], r[2], row_version(r[3])) for r in rows}
 
         return self.session.retrying("looking up what is stored", work)
 
@@ -261,7 +261,7 @@ class PostgreSQLStore(Store):
             has_rejects = self._has_rejects or bool(all_rejects)
             if has_rejects:
                 has_rejects = pg_rejects.forget_stored(cursor, target, run.number)
-            result = FlushResult(writer.rows, writer.bytes, deleted, tuple(writer.lost), tuple(writer.rejected))
+            result = FlushResult(writer.rows, writer.bytes, deleted, tuple(writer.superseded), tuple(writer.rejected))
             pg_runs.record_flush(cursor, target, run.number, number, result)
             fault("store.before_commit")
         self._has_rejects = has_rejects
@@ -296,7 +296,7 @@ class PostgreSQLStore(Store):
                 raise RecordError(
                     f"A record was refused ({reason}): {detail}.", remedy="Nothing of the batch was stored."
                 ) from None
-            if writer.lost or writer.rejected:
+            if writer.superseded or writer.rejected:
                 reason, detail = DROPPED
                 raise RecordError(
                     f"A record was refused ({reason}): {detail}.", remedy="Nothing of the batch was stored."

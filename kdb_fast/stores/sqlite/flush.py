@@ -17,7 +17,7 @@ import numpy as np
 from ...db.retrying import ErrorKind
 from ...db.sqlite import now, select_in, timestamp
 from ...db.sqlite_errors import RowIgnoredError, kind_of, reason_of
-from ...ipc.slab import NO_STAMP, Slot
+from ...ipc.slab import NO_VALUE, Slot
 from ...tables import seal
 from ..base import FlushSlot, RunSpec
 from ..new_ids import ID_CHARS, new_ids
@@ -50,14 +50,14 @@ RawRow = tuple[bytes, bytes, bytes]
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def row_stamp(updated_at: bytes | None, content: bytes) -> int:
-    """Version of a row as an int64, never NO_STAMP: another time or another text gives another number.
+def row_version(updated_at: bytes | None, content: bytes) -> int:
+    """Version of a row as an int64, never NO_VALUE: another time or another text gives another number.
 
     The time is whatever another program has written there: bytes, since not all of it need be text in UTF-8.
     """
     digest = hashlib.sha256((updated_at or b"") + b"\n" + content).digest()
     number = int.from_bytes(digest[:8], "little", signed=True)
-    return number if number != NO_STAMP else 0
+    return number if number != NO_VALUE else 0
 
 
 def _new_ids(count: int) -> list[str]:
@@ -75,7 +75,7 @@ class _Row(NamedTuple):
     record_id: str
     content: str
     source_at: str | None
-    known: bool
+    exists: bool
     same_text: bool
 
 
@@ -83,7 +83,7 @@ class _Text(NamedTuple):
     """What the full-text table is to hold for a row, and whether that was so before this flush."""
 
     row: FullTextRow
-    known: bool
+    exists: bool
     same: bool
 
 
@@ -99,7 +99,7 @@ class FlushWriter:
         rows: Rows written.
         bytes: Of texts and vectors, as written.
         stored: Keys of these rows.
-        lost: (slot, row) that another program has changed meanwhile.
+        superseded: (slot, row) that another program has changed meanwhile.
         rejected: (slot, row, reason, detail) that the database refused.
     """
 
@@ -119,7 +119,7 @@ class FlushWriter:
         self._at = now()
         self.rows = self.bytes = 0
         self.stored: list[Key] = []
-        self.lost: list[tuple[int, int]] = []
+        self.superseded: list[tuple[int, int]] = []
         self.rejected: list[tuple[int, int, str, str]] = []
         self._texts: dict[int, _Text] = {}
         (last,) = connection.execute("SELECT max(rowid) FROM kdb_search").fetchone()
@@ -147,13 +147,13 @@ class FlushWriter:
         """
         if self._sealed and self._vectors:
             self._follow_times()
-        known = [text.row for text in self._texts.values() if text.known]
-        found, taken = self._full_text.locate([(row[2], row[3], row[0]) for row in known])
+        existing = [text.row for text in self._texts.values() if text.exists]
+        found, taken = self._full_text.locate([(row[2], row[3], row[0]) for row in existing])
         add: list[FullTextRow] = []
         change: list[tuple[int, str, str]] = []
-        for row, is_known, same in self._texts.values():
+        for row, exists, same in self._texts.values():
             rowid, search_id, entity, record_id, content = row
-            there = found.get((entity, record_id)) if is_known else None
+            there = found.get((entity, record_id)) if exists else None
             if there is None:
                 add.append(row if rowid not in taken else (self._take_rowid(), *row[1:]))
             elif not same:
@@ -183,7 +183,7 @@ class FlushWriter:
         """Decide for each row whether it is new, ours to overwrite, or another program's."""
         keys = [(raw[i][0].decode(), raw[i][1].decode()) for i in numbers]
         existing = self._existing(keys)
-        known, stamps, sources = slot.known.tolist(), slot.stamp.tolist(), _source_times(slot)
+        exists, versions, sources = slot.exists.tolist(), slot.row_version.tolist(), _source_times(slot)
         run = self._run.number
         rows: list[_Row] = []
         for i, (entity, record_id), new_id in zip(numbers, keys, _new_ids(len(numbers)), strict=True):
@@ -195,11 +195,11 @@ class FlushWriter:
                 )
                 continue
             rowid, search_id, updated_at, ours, by, stored = found
-            if self._force or (by == run and ours) or (known[i] and stamps[i] == row_stamp(updated_at, stored)):
+            if self._force or (by == run and ours) or (exists[i] and versions[i] == row_version(updated_at, stored)):
                 same_text = stored == content
                 rows.append(_Row(i, rowid, search_id, entity, record_id, content.decode(), sources[i], True, same_text))
             else:
-                self.lost.append((slot.number, i))
+                self.superseded.append((slot.number, i))
         return rows
 
     def _existing(self, keys: Sequence[Key]) -> dict[Key, tuple[Any, ...]]:
@@ -248,9 +248,9 @@ class FlushWriter:
             before = self._texts.get(row.rowid)
             text = (row.rowid, row.search_id, row.entity, row.record_id, row.content)
             if before is None:
-                self._texts[row.rowid] = _Text(text, row.known, row.same_text)
+                self._texts[row.rowid] = _Text(text, row.exists, row.same_text)
             else:
-                self._texts[row.rowid] = _Text(text, before.known, before.same and row.same_text)
+                self._texts[row.rowid] = _Text(text, before.exists, before.same and row.same_text)
 
     def _store(self, slot: Slot, rows: Sequence[_Row]) -> int:
         """Write rows with their vectors; returns the bytes of the vectors as written."""
@@ -264,12 +264,14 @@ class FlushWriter:
             texts, origin = json_vectors(matrix), (run.model[:100], run.dimensions)
         fixed = (self._at, *origin, run.fingerprint, run.number)
         new: list[tuple[Any, ...]] = []
-        known: list[tuple[Any, ...]] = []
+        existing: list[tuple[Any, ...]] = []
         for row, text in zip(rows, texts, strict=True):
-            _, rowid, search_id, entity, record_id, content, source_at, is_known, _ = row
-            (known if is_known else new).append((rowid, search_id, entity, record_id, content, text, source_at, *fixed))
+            _, rowid, search_id, entity, record_id, content, source_at, exists, _ = row
+            (existing if exists else new).append(
+                (rowid, search_id, entity, record_id, content, text, source_at, *fixed)
+            )
         statements = (SEALED_INSERT, SEALED_UPDATE) if self._sealed else (INSERT, UPDATE)
-        for statement, parameters in zip(statements, (new, known), strict=True):
+        for statement, parameters in zip(statements, (new, existing), strict=True):
             if parameters and self._connection.executemany(statement, parameters).rowcount != len(parameters):
                 raise RowIgnoredError("a trigger of the table left the row out")
         if self._vectors:
@@ -279,7 +281,7 @@ class FlushWriter:
             )
         else:
             self._connection.executemany(
-                "DELETE FROM kdb_fast_vectors WHERE search_rowid = ?", [(row.rowid,) for row in rows if row.known]
+                "DELETE FROM kdb_fast_vectors WHERE search_rowid = ?", [(row.rowid,) for row in rows if row.exists]
             )
         return len(floats) + sum(len(text or "") for text in texts)
 
@@ -303,10 +305,10 @@ def _chunks(raw: Sequence[RawRow], skip: Set[int]) -> Iterator[list[int]]:
 def _source_times(slot: Slot) -> list[str | None]:
     """Last change of each row at its source, as text; equal neighbours are formatted once."""
     result: list[str | None] = []
-    last, text = NO_STAMP, None
+    last, text = NO_VALUE, None
     for value in slot.source[: slot.rows].tolist():
         if value != last:
             last = value
-            text = None if value == NO_STAMP else timestamp(EPOCH + timedelta(microseconds=value))
+            text = None if value == NO_VALUE else timestamp(EPOCH + timedelta(microseconds=value))
         result.append(text)
     return result

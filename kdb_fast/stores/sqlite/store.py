@@ -27,7 +27,7 @@ from . import prepare as sqlite_prepare
 from . import prune as sqlite_prune
 from . import rejects as sqlite_rejects
 from . import runs as sqlite_runs
-from .flush import FlushWriter, row_stamp
+from .flush import FlushWriter, row_version
 from .full_text import FullText
 
 CACHE_KIB = 16 * 1024
@@ -123,7 +123,7 @@ class SQLiteStore(Store):
         with translated("recording the end of the run"):
             sqlite_runs.end(self._connection, run, state, receipt)
 
-    def defer_index(self) -> IndexOutcome:
+    def drop_index(self) -> IndexOutcome:
         return IndexOutcome(IndexAction.NONE)
 
     def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
@@ -162,7 +162,7 @@ class SQLiteStore(Store):
             )
             for record_id, content, updated_at, fingerprint in rows:
                 result[record_id] = Stored(
-                    hashlib.sha256(content).digest(), fingerprint, row_stamp(updated_at, content)
+                    hashlib.sha256(content).digest(), fingerprint, row_version(updated_at, content)
                 )
         return result
 
@@ -201,7 +201,7 @@ class SQLiteStore(Store):
             sqlite_rejects.forget_stored(self._connection, run.number, writer.stored)
             all_rejects = [*rejects, *refused(slots, writer.rejected)]
             sqlite_rejects.write(self._connection, run.number, all_rejects)
-            result = FlushResult(writer.rows, writer.bytes, deleted, tuple(writer.lost), tuple(writer.rejected))
+            result = FlushResult(writer.rows, writer.bytes, deleted, tuple(writer.superseded), tuple(writer.rejected))
             sqlite_runs.record_flush(self._connection, run.number, number, result)
             fault("store.before_commit")
         return result
