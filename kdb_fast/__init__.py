@@ -11,9 +11,9 @@ from . import telemetry
 
 if TYPE_CHECKING:
     from .embedding.providers.base import EmbeddingProvider, EmbeddingResult
-    from .embedding.providers.fastembed_provider import FastEmbedProvider
-    from .embedding.providers.lookup import get_provider
-    from .embedding.providers.openai_provider import OpenAIProvider
+    from .embedding.providers.factory import get_provider
+    from .embedding.providers.fastembed import FastEmbedProvider
+    from .embedding.providers.openai.provider import OpenAIProvider
     from .errors import (
         DatabaseError,
         KdbFastError,
@@ -71,9 +71,9 @@ __all__ = [
 _FROM = {
     "search.engine": ("SearchEngine",),
     "search.retrieval": ("IndexStatus", "SearchResult"),
-    "embedding.providers.fastembed_provider": ("FastEmbedProvider",),
-    "embedding.providers.openai_provider": ("OpenAIProvider",),
-    "embedding.providers.lookup": ("get_provider",),
+    "embedding.providers.fastembed": ("FastEmbedProvider",),
+    "embedding.providers.openai.provider": ("OpenAIProvider",),
+    "embedding.providers.factory": ("get_provider",),
     "embedding.providers.base": ("EmbeddingProvider", "EmbeddingResult"),
 }
 """Module of each name; all others are in ``errors``."""

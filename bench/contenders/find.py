@@ -16,7 +16,7 @@ from urllib.parse import quote
 from kdb_fast import FastEmbedProvider, SearchEngine
 from kdb_fast.db.reading import open_connection
 from kdb_fast.indexing.reindex import reindex
-from kdb_fast.search.query import open_reader
+from kdb_fast.search.readers import open_reader
 from kdb_fast.search.retrieval import search as ranked_search
 from kdb_fast.settings import DEFAULT_MODEL, ReindexOptions
 

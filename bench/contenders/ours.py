@@ -83,7 +83,7 @@ def precision(params: dict[str, Any]) -> dict[str, Any]:
 
 def _compare(params: dict[str, Any]) -> dict[str, Any]:
     """Cosine of what is stored with what the encoder gives in fp32."""
-    from kdb_fast.search.query import embed_queries
+    from kdb_fast.search.commands import embed_queries
     from kdb_fast.settings import DEFAULT_MODEL
 
     texts = list(data.read(params["data"], params["records"]))

@@ -38,7 +38,7 @@ FIELDS = [
 def run_demo(db: str | None, *, show: bool, as_json: bool) -> int:
     """Create the records once, reindex, and answer a few questions. Returns the exit code."""
     from ..indexing.reindex import reindex
-    from ..search.query import embed_queries, search_open
+    from ..search.commands import embed_queries, search_open
     from ..sources import SourceSpec
     from . import bars
     from .report import print_receipt, printable

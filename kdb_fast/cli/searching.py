@@ -49,7 +49,7 @@ def search_command(
     In QUERY, "two words" in quotes stay together, -word excludes (after --: kdb-fast search -- "-word …"), and or
     means either. A record that holds an identifier of the query (ERR_CONN_1111, nginx.conf, "a phrase") comes first.
     """
-    from ..search.query import run_search
+    from ..search.commands import run_search
     from ..search.retrieval import check_query, parse_where
     from .report import print_results, printable
 
@@ -83,7 +83,7 @@ def search_command(
 @json_option
 def status_command(db: str | None, as_json: bool) -> None:
     """Show for each entity what is indexed, pending, stale and rejected."""
-    from ..search.query import run_status
+    from ..search.commands import run_status
     from .report import print_status
 
     with opened_database(db, reads=True) as address:

@@ -10,7 +10,8 @@ import time
 from ..db.address import DatabaseAddress
 from ..embedding.providers.base import EmbeddingProvider
 from ..embedding.providers.encoder import ProviderEncoder
-from ..embedding.providers.openai_inputs import MAX_REQUEST_TOKENS, PACKED_BYTES_PER_TOKEN
+from ..embedding.providers.openai.inputs import MAX_REQUEST_TOKENS
+from ..embedding.providers.texts import PACKED_BYTES_PER_TOKEN
 from ..ipc.messages import Embedded, Finish, Flush, PrepareIndex
 from ..ipc.slab import ROW_NOT_ENCODABLE, SlabShape
 from ..stores.base import RunSpec

@@ -12,7 +12,7 @@ from ..errors import KdbFastError, RejectLimitError, StoppedError
 from ..receipt import InsertReceipt, Receipt, RejectedLine
 from ..records import storable_key
 from ..settings import ReindexOptions, RejectLimit
-from ..sources.insert.inserting import REJECTS_KEPT, InsertingSource
+from ..sources.insert.source import REJECTS_KEPT, InsertingSource
 from .progress import Progress
 from .reindex import reindex
 from .rejects import list_rejects

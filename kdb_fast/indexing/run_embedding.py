@@ -99,7 +99,7 @@ def find_embedding(options: ReindexOptions, progress: Progress, records: Records
 
 def _open_provider(options: ReindexOptions, address: DatabaseAddress | None) -> EmbeddingProvider:
     """The API's provider, for vectors of the length that was asked for, that the index has or that the model gives."""
-    from ..embedding.providers.openai_provider import OPENAI_MODEL, OpenAIProvider
+    from ..embedding.providers.openai.provider import OPENAI_MODEL, OpenAIProvider
     from ..errors import ProviderKeyError
 
     name = options.model if options.model != DEFAULT_MODEL else OPENAI_MODEL

@@ -34,7 +34,7 @@ def embedding_of(provider: EmbeddingProvider, batch_size: int) -> tuple[Embeddin
         UsageError: ``batch_size`` is not one of the provider.
         ModelError: The model is not to be had.
     """
-    from ..embedding.providers.own_provider import adapted
+    from ..embedding.providers.custom import adapted
     from ..indexing.run_embedding import Embedding
 
     provider = adapted(provider)
@@ -51,7 +51,9 @@ def provider_for(provider: Any, db: Any, model: str | None = None, dimensions: i
     Raises:
         UsageError: It is no provider, or an option makes no sense.
     """
-    from ..embedding.providers.lookup import FastEmbedProvider, as_provider, get_provider
+    from ..embedding.providers.custom import as_provider
+    from ..embedding.providers.factory import get_provider
+    from ..embedding.providers.fastembed import FastEmbedProvider
 
     if isinstance(provider, str) and provider != "fastembed":
         length = {"dimensions": dimensions} if dimensions else {}
@@ -66,7 +68,8 @@ def provider_for(provider: Any, db: Any, model: str | None = None, dimensions: i
 
 def _of_index(db: Any) -> EmbeddingProvider:
     """The provider of the model that made the index; of the default one for a new index."""
-    from ..embedding.providers.lookup import FastEmbedProvider, OpenAIProvider
+    from ..embedding.providers.fastembed import FastEmbedProvider
+    from ..embedding.providers.openai.provider import OpenAIProvider
     from ..origins import same_name
     from ..search.query_model import is_openais
     from ..stores.past_runs import index_model_of

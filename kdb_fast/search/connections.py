@@ -19,7 +19,7 @@ from ..db.address import DatabaseAddress, connect_postgresql, opened
 from ..db.retrying import ErrorKind
 from ..errors import DatabaseError, SchemaError, UsageError
 from ..stores.base import Store
-from .query import open_reader
+from .readers import open_reader
 
 if TYPE_CHECKING:
     import psycopg

@@ -17,8 +17,8 @@ from typing import Any, Self
 import numpy as np
 
 from ..embedding.providers.base import EmbeddingProvider
+from ..embedding.providers.custom import adapted, as_provider
 from ..embedding.providers.encoder import ProviderEncoder
-from ..embedding.providers.own_provider import adapted, as_provider
 from ..errors import ProviderError, SearchWarning, UsageError
 from ..origins import QueryVector
 from ..stores.base import RunSpec, Store

@@ -181,7 +181,7 @@ def _by_openai(
 ) -> tuple[Vector, Maker]:
     import numpy as np
 
-    from ..embedding.providers.openai_provider import OPENAI_MODEL, OpenAIProvider
+    from ..embedding.providers.openai.provider import OPENAI_MODEL, OpenAIProvider
 
     length: dict[str, Any] = {"dimensions": made.dimensions} if made and made.dimensions else {}
     with OpenAIProvider(model=name or OPENAI_MODEL, base_url=base_url, **length, **PATIENCE) as provider:
@@ -192,7 +192,7 @@ def _by_openai(
 def _serves(provider: str, made: IndexModel, base_url: str | None = None) -> bool:
     """Whether this provider is the one for a model of the index."""
     if base_url and made.name and made.dimensions:
-        from ..embedding.providers.openai_provider import openai_fingerprint
+        from ..embedding.providers.openai.provider import openai_fingerprint
 
         return made.fingerprint == openai_fingerprint(made.name, made.dimensions, base_url)
     return (provider == "openai") == is_openais(made, None)
@@ -206,7 +206,7 @@ def is_openais(made: IndexModel | None, model: str | None) -> bool:
     address = os.environ.get("OPENAI_BASE_URL")
     if made is None or made.fingerprint is None or made.dimensions is None or not address or name != made.name:
         return False
-    from ..embedding.providers.openai_provider import openai_fingerprint
+    from ..embedding.providers.openai.provider import openai_fingerprint
 
     return made.fingerprint == openai_fingerprint(name, made.dimensions, address)
 

@@ -1,6 +1,6 @@
 """Search: rank by vector and by keyword, fuse the two rankings, read the records that won.
 
-The readers of the two dialects (:mod:`kdb_fast.search.reader_postgresql`, :mod:`kdb_fast.search.reader_sqlite`)
+The readers of the two dialects (:mod:`kdb_fast.search.readers.postgresql`, :mod:`kdb_fast.search.readers.sqlite`)
 give rankings; everything that does not depend on the dialect is here.
 
 The score is reciprocal rank fusion, as in KameleonDB: each ranking that holds a record adds 1 / (60 + rank),
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from ..catalog.definitions import Entity
 from ..errors import UsageError
 from ..origins import Origin, QueryVector
-from .reader import MAX_TERMS, WORD, Hit, Key, Query, Scope, SearchReader, Term
+from .readers.base import MAX_TERMS, WORD, Hit, Key, Query, Scope, SearchReader, Term
 
 if TYPE_CHECKING:
     import numpy as np

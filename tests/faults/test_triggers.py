@@ -21,8 +21,8 @@ from kdb_fast.engine import base as engine
 from kdb_fast.indexing import run_embedding
 from kdb_fast.ipc.slab import NO_VALUE, Row, Slab, SlabShape
 from kdb_fast.records import Record
+from kdb_fast.search.commands import run_status
 from kdb_fast.search.engine import SearchEngine
-from kdb_fast.search.query import run_status
 from kdb_fast.stores import open_store
 from kdb_fast.stores.base import FlushResult, FlushSlot
 

@@ -15,7 +15,8 @@ from servers import index_rows
 
 from kdb_fast import cli
 from kdb_fast.db.address import DatabaseAddress, parse_address
-from kdb_fast.embedding.providers.lookup import OpenAIProvider, get_provider
+from kdb_fast.embedding.providers.factory import get_provider
+from kdb_fast.embedding.providers.openai.provider import OpenAIProvider
 from kdb_fast.errors import ModelError
 
 TEXTS = [f"text number {i}" for i in range(70)]

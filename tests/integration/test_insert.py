@@ -23,8 +23,8 @@ from kdb_fast.errors import SchemaError
 from kdb_fast.records import Record
 from kdb_fast.settings import RejectLimit
 from kdb_fast.sources import kameleondb
-from kdb_fast.sources.insert import inserting
-from kdb_fast.sources.insert.inserting import InsertingSource, open_inserter
+from kdb_fast.sources.insert import source as inserting
+from kdb_fast.sources.insert.source import InsertingSource, open_inserter
 
 pytest.importorskip("kameleondb")
 

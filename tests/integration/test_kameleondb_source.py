@@ -23,8 +23,8 @@ from kdb_fast.catalog.records import ids_query, rows_query
 from kdb_fast.db.address import DatabaseAddress, connect_postgresql, connect_sqlite, parse_address
 from kdb_fast.errors import DatabaseError, SchemaError
 from kdb_fast.records import Record, Reject
-from kdb_fast.search.reader_postgresql import PostgresqlReader
-from kdb_fast.search.reader_sqlite import SqliteReader
+from kdb_fast.search.readers.postgresql import PostgresqlReader
+from kdb_fast.search.readers.sqlite import SqliteReader
 from kdb_fast.search.retrieval import resolve_scope
 from kdb_fast.sources import kameleondb as module
 from kdb_fast.sources.kameleondb import KameleonDBSource

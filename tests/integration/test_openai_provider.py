@@ -16,16 +16,11 @@ from openai_server import KEY, MODEL, Items, OpenAIServer, Reply, hashed, shorte
 
 from kdb_fast.embedding.encoder import PROBE, Encoder, EncoderSpec, Tally
 from kdb_fast.embedding.models.lookup import Model
-from kdb_fast.embedding.providers.lookup import (
-    OpenAIProvider,
-    ProviderEncoder,
-    ProviderError,
-    ProviderInputError,
-    ProviderKeyError,
-    get_provider,
-)
-from kdb_fast.embedding.providers.openai_requests import MAX_BACKOFF_SECONDS
-from kdb_fast.errors import KdbFastError, ModelError
+from kdb_fast.embedding.providers.encoder import ProviderEncoder
+from kdb_fast.embedding.providers.factory import get_provider
+from kdb_fast.embedding.providers.openai.provider import OpenAIProvider
+from kdb_fast.embedding.providers.openai.requests import MAX_BACKOFF_SECONDS
+from kdb_fast.errors import KdbFastError, ModelError, ProviderError, ProviderInputError, ProviderKeyError
 
 DIMENSIONS = 16
 Build = Callable[..., OpenAIProvider]

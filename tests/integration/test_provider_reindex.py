@@ -20,8 +20,9 @@ from kdb_fast import cli
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.embedding.encoder import PROBE
 from kdb_fast.embedding.models.lookup import Model
-from kdb_fast.embedding.providers.lookup import FastEmbedProvider, OpenAIProvider, ProviderKeyError
-from kdb_fast.errors import SchemaError
+from kdb_fast.embedding.providers.fastembed import FastEmbedProvider
+from kdb_fast.embedding.providers.openai.provider import OpenAIProvider
+from kdb_fast.errors import ProviderKeyError, SchemaError
 from kdb_fast.indexing.reindex import reindex
 from kdb_fast.search.engine import SearchEngine
 from kdb_fast.settings import ReindexOptions

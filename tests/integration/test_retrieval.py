@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from kdb_fast.db.address import DatabaseAddress, connect_postgresql, opened, parse_address
 from kdb_fast.errors import SchemaError, UsageError
 from kdb_fast.origins import Maker, Origin, QueryVector
-from kdb_fast.search import reader_postgresql as search_postgresql
-from kdb_fast.search import sqlite_vectors
-from kdb_fast.search.reader_postgresql import PostgresqlReader
-from kdb_fast.search.reader_sqlite import SqliteReader
+from kdb_fast.search.readers import postgresql as search_postgresql
+from kdb_fast.search.readers import sqlite_vectors
+from kdb_fast.search.readers.postgresql import PostgresqlReader
+from kdb_fast.search.readers.sqlite import SqliteReader
 from kdb_fast.search.retrieval import (
     SearchReader,
     SearchResult,

@@ -41,14 +41,23 @@ from sqlalchemy.pool import StaticPool
 import kdb_fast
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.embedding.models.lookup import Model
-from kdb_fast.embedding.providers.lookup import FastEmbedProvider, ProviderError, ProviderInputError
-from kdb_fast.errors import DatabaseError, RecordError, SchemaError, SearchWarning, UsageError
+from kdb_fast.embedding.providers.fastembed import FastEmbedProvider
+from kdb_fast.errors import (
+    DatabaseError,
+    ProviderError,
+    ProviderInputError,
+    RecordError,
+    SchemaError,
+    SearchWarning,
+    UsageError,
+)
 from kdb_fast.origins import Maker, QueryVector
-from kdb_fast.search import batches, connections, query_model, reader, transactions
+from kdb_fast.search import batches, connections, query_model, transactions
 from kdb_fast.search.batches import BatchWriter
+from kdb_fast.search.commands import run_search
 from kdb_fast.search.engine import IndexStatus, SearchEngine, SearchResult
-from kdb_fast.search.query import run_search
-from kdb_fast.search.reader import count_origins
+from kdb_fast.search.readers import base as reader
+from kdb_fast.search.readers.base import count_origins
 from kdb_fast.stores.base import RunSpec
 
 Build = Callable[..., SearchEngine]

@@ -20,8 +20,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scop
 from sqlalchemy.pool import StaticPool
 
 from kdb_fast.db.address import DatabaseAddress
-from kdb_fast.embedding.providers.lookup import ProviderError
-from kdb_fast.errors import RecordError, UsageError
+from kdb_fast.errors import ProviderError, RecordError, UsageError
 from kdb_fast.search import transactions
 from kdb_fast.search.engine import SearchEngine, SessionBatch
 

@@ -16,8 +16,8 @@ from servers import Server, execute, role_name
 from kdb_fast import cli
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.errors import SchemaError
+from kdb_fast.search.commands import run_search, run_status
 from kdb_fast.search.engine import SearchEngine
-from kdb_fast.search.query import run_search, run_status
 from kdb_fast.stores import open_store
 from kdb_fast.tables import schema
 

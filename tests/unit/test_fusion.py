@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kdb_fast.catalog.definitions import Entity, Field, Place, Storage
 from kdb_fast.errors import DatabaseError, UsageError
-from kdb_fast.search.reader import Hit, Key, Query, Scope, SearchReader, Term, in_order
+from kdb_fast.search.readers.base import Hit, Key, Query, Scope, SearchReader, Term, in_order
 from kdb_fast.search.retrieval import MIN_DEPTH, checked_vector, fuse, parse_query, resolve_scope, search
 from kdb_fast.tables.target import Params
 

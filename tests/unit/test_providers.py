@@ -21,23 +21,23 @@ from hypothesis import strategies as st
 
 from kdb_fast.embedding.encoder import Encoder, EncoderSpec, Tally
 from kdb_fast.embedding.models.lookup import Model
-from kdb_fast.embedding.providers.lookup import (
-    EmbeddingProvider,
-    EmbeddingResult,
-    FastEmbedProvider,
+from kdb_fast.embedding.providers.base import EmbeddingProvider, EmbeddingResult
+from kdb_fast.embedding.providers.custom import adapted, as_provider
+from kdb_fast.embedding.providers.encoder import ProviderEncoder
+from kdb_fast.embedding.providers.factory import get_provider
+from kdb_fast.embedding.providers.fastembed import FastEmbedProvider
+from kdb_fast.embedding.providers.openai.answers import OddAnswerError, decode, duration, read_problem, server_wait
+from kdb_fast.embedding.providers.openai.inputs import MAX_INPUT_TOKENS, cut_bytes, pack, shorter
+from kdb_fast.embedding.providers.openai.provider import OpenAIProvider
+from kdb_fast.errors import (
+    KdbFastError,
     MissingPackageError,
-    OpenAIProvider,
+    ModelError,
     OptionError,
-    ProviderEncoder,
     ProviderError,
     ProviderInputError,
-    as_provider,
-    get_provider,
+    UsageError,
 )
-from kdb_fast.embedding.providers.openai_answers import OddAnswerError, decode, duration, read_problem, server_wait
-from kdb_fast.embedding.providers.openai_inputs import MAX_INPUT_TOKENS, cut_bytes, pack, shorter
-from kdb_fast.embedding.providers.own_provider import adapted
-from kdb_fast.errors import KdbFastError, ModelError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -373,7 +373,7 @@ def test_fastembed_model_is_not_touched_before_it_is_needed(monkeypatch: pytest.
         resolved.append(name)
         return minilm
 
-    monkeypatch.setattr("kdb_fast.embedding.providers.fastembed_provider.resolve", resolve)
+    monkeypatch.setattr("kdb_fast.embedding.providers.fastembed.resolve", resolve)
     provider = get_provider("fastembed")
     assert isinstance(provider, FastEmbedProvider)
     assert provider.model_name == "BAAI/bge-small-en-v1.5"

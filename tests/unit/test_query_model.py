@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kdb_fast.embedding.models.lookup import Model
-from kdb_fast.embedding.providers.openai_provider import openai_fingerprint
+from kdb_fast.embedding.providers.openai.provider import openai_fingerprint
 from kdb_fast.errors import ModelError, SchemaError
 from kdb_fast.origins import Maker, Origin
 from kdb_fast.search import query_model

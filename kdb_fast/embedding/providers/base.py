@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,7 +14,7 @@ import numpy as np
 from ...errors import KdbFastError, ModelError, ProviderError, ProviderInputError, UsageError
 from ...origins import BY_NAME, Maker
 from ..encoder import PROBE, EncoderSpec, Matrix, Tally
-from .openai_inputs import PACKED_BYTES_PER_TOKEN, typical_tokens, unfit
+from .texts import PACKED_BYTES_PER_TOKEN, typical_tokens, unfit_rows, why_unfit
 
 OTHER_BATCH = 64
 """Most texts of one call to a user's own provider. Below the limits of the hosted APIs; Cohere's, 96, is the least."""
@@ -157,7 +157,7 @@ def own_batch_limit(provider: EmbeddingProvider) -> int:
 
 def embed_batches(provider: EmbeddingProvider, texts: Sequence[str], out: Matrix) -> tuple[Tally, dict[int, str]]:
     """Fill ``out`` with calls of ``embed_batch``, and check what they give."""
-    refused = unfit_rows(texts, unfit)
+    refused = unfit_rows(texts, why_unfit)
     out[list(refused)] = 0
     rows = [row for row in range(len(texts)) if row not in refused]
     limit = own_batch_limit(provider)
@@ -209,15 +209,6 @@ def listed(texts: Sequence[str]) -> Sequence[str]:
     if isinstance(texts, str):
         raise UsageError("embed_batch got one string; expected a list of strings.")
     return texts
-
-
-def unfit_rows(texts: Sequence[str], check: Callable[[object], str | None]) -> dict[int, str]:
-    return {row: reason for row, text in enumerate(texts) if (reason := check(text))}
-
-
-def raise_unfit(texts: Sequence[str], check: Callable[[object], str | None]) -> None:
-    if refused := unfit_rows(texts, check):
-        raise ProviderInputError.of(refused)
 
 
 def digest(ingredients: dict[str, object]) -> str:

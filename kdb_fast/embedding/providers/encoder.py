@@ -9,7 +9,7 @@ import numpy as np
 from ...errors import ProviderInputError, UsageError
 from ..encoder import Matrix, Tally
 from .base import EmbeddingProvider
-from .own_provider import adapted
+from .custom import adapted
 
 
 class ProviderEncoder:

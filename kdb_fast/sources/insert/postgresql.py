@@ -17,7 +17,7 @@ from ...db.retrying import Backoff, ErrorKind, retry
 from ...errors import SchemaError
 from ...records import bad_encoding
 from ...tables.target import Dialect, identifier
-from .rows import Column, Inserter, NewRow, Outcome, Refusal, RowRefusedError
+from .base import Column, Inserter, NewRow, Outcome, Refusal, RowRefusedError
 
 if TYPE_CHECKING:
     import psycopg

@@ -15,7 +15,7 @@ from ...db.sqlite_errors import kind_of, reason_of, translated
 from ...db.sqlite_session import transaction
 from ...records import storable_key
 from ...tables.target import Dialect, identifier
-from .rows import Column, Inserter, NewRow, Outcome, Refusal, RowRefusedError
+from .base import Column, Inserter, NewRow, Outcome, Refusal, RowRefusedError
 
 BOUNDS = (-(1 << 63), (1 << 63) - 1)
 """Whole numbers that SQLite holds; Python's module raises OverflowError for others."""

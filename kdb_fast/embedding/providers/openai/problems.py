@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ...errors import ModelError, ProviderError, ProviderKeyError
-from .openai_answers import Problem, speaks_of_length
+from ....errors import ModelError, ProviderError, ProviderKeyError
+from .answers import Problem, speaks_of_length
 
 
 class Asked(NamedTuple):

@@ -7,27 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import MissingPackageError, OptionError, ProviderError, ProviderInputError, ProviderKeyError, UsageError
-from .base import EmbeddingProvider, EmbeddingResult
-from .encoder import ProviderEncoder
-from .fastembed_provider import FastEmbedProvider
-from .openai_provider import OpenAIProvider
-from .own_provider import as_provider
-
-__all__ = [
-    "EmbeddingProvider",
-    "EmbeddingResult",
-    "FastEmbedProvider",
-    "MissingPackageError",
-    "OpenAIProvider",
-    "OptionError",
-    "ProviderEncoder",
-    "ProviderError",
-    "ProviderInputError",
-    "ProviderKeyError",
-    "as_provider",
-    "get_provider",
-]
+from ...errors import OptionError, UsageError
+from .base import EmbeddingProvider
+from .custom import as_provider
+from .fastembed import FastEmbedProvider
+from .openai.provider import OpenAIProvider
 
 
 def get_provider(name_or_instance: object, **options: Any) -> EmbeddingProvider:

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ..catalog.definitions import Field, Place
-from ..catalog.records import json_member, owned
-from ..tables.target import TABLE, Dialect, Params, identifier
-from .reader import Hit, Key, Query, Scope, SearchReader, Term, in_order
+from ...catalog.definitions import Field, Place
+from ...catalog.records import json_member, owned
+from ...tables.target import TABLE, Dialect, Params, identifier
+from .base import Hit, Key, Query, Scope, SearchReader, Term, in_order
 from .sqlite_vectors import ExactVectorSearch
 
 FTS = "kdb_search_fts"

@@ -12,8 +12,8 @@ import ssl
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from ... import __version__
-from ...errors import MissingPackageError, OptionError, UsageError
+from .... import __version__
+from ....errors import MissingPackageError, OptionError, UsageError
 
 if TYPE_CHECKING:
     import httpx

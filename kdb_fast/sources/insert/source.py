@@ -16,8 +16,8 @@ from ...settings import RejectLimit
 from ..base import PAGE_ROWS
 from ..json_records import iter_json_items
 from ..jsonl import PAGE_CHARS, JsonlSource
+from .base import Inserter, NewRow
 from .field_values import SYSTEM_FIELDS, UnfitError, check_record
-from .rows import Inserter, NewRow
 
 REJECTS_KEPT = 100
 """Rejects of the input that are kept for showing; all of them are counted, and stored with the run."""
@@ -105,7 +105,7 @@ class InsertingSource(JsonlSource):
         Raises:
             UsageError: Standard input is compressed or not UTF-8.
             ResourceError: Reading the input failed, or the disk is full.
-            SchemaError, DatabaseError: As for :meth:`~kdb_fast.sources.insert.rows.Inserter.insert`.
+            SchemaError, DatabaseError: As for :meth:`~kdb_fast.sources.insert.base.Inserter.insert`.
         """
         for items, last in self._batches():
             read, faulty = self.read + len(items), sum(isinstance(item, Reject) for item in items)

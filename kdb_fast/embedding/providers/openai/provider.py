@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...errors import OptionError, ProviderInputError
-from ..encoder import Matrix, Tally
-from .base import EmbeddingProvider, digest, listed, raise_unfit
-from .openai_api import EmbeddingsAPI
-from .openai_inputs import MAX_INPUT_TOKENS, MAX_INPUTS, unfit_for_api
+from ....errors import OptionError, ProviderInputError
+from ...encoder import Matrix, Tally
+from ..base import EmbeddingProvider, digest, listed
+from ..texts import raise_unfit
+from .client import EmbeddingsAPI
+from .inputs import MAX_INPUT_TOKENS, MAX_INPUTS, why_refused
 
 if TYPE_CHECKING:
     import httpx
@@ -49,7 +50,7 @@ class OpenAIProvider(EmbeddingProvider):
         organization: Which of the key's organisations to bill.
         max_inputs: Most texts of a request, 1 to 2,048.
         max_input_tokens: Window of the model in tokens. Longer texts are cut, and counted as truncated.
-        transport, sleep, clock: For tests; see :class:`~kdb_fast.embedding.providers.openai_api.EmbeddingsAPI`.
+        transport, sleep, clock: For tests; see :class:`~kdb_fast.embedding.providers.openai.client.EmbeddingsAPI`.
 
     Raises:
         MissingPackageError: httpx is not installed.
@@ -134,7 +135,7 @@ class OpenAIProvider(EmbeddingProvider):
 
         A text that the API refuses for certain (an empty one) is found before anything is sent.
         """
-        raise_unfit(listed(texts), unfit_for_api)
+        raise_unfit(listed(texts), why_refused)
         out = np.empty((len(texts), self.dimensions), np.float32)
         _, refused = self._api.embed_into(texts, out)
         if refused:

@@ -13,14 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..catalog.definitions import Field, Place
-from ..catalog.records import owned
-from ..db import pg_settings
-from ..db.pg_characters import Characters
-from ..errors import UsageError
-from ..tables.reading import postgresql_errors
-from ..tables.target import Dialect, Params, identifier
-from .reader import Hit, Key, Query, Scope, SearchReader, Term, in_order
+from ...catalog.definitions import Field, Place
+from ...catalog.records import owned
+from ...db import pg_settings
+from ...db.pg_characters import Characters
+from ...errors import UsageError
+from ...tables.reading import postgresql_errors
+from ...tables.target import Dialect, Params, identifier
+from .base import Hit, Key, Query, Scope, SearchReader, Term, in_order
 
 if TYPE_CHECKING:
     import numpy as np

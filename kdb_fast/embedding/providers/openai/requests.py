@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...errors import ModelError, ProviderError
-from ..encoder import PROBE, Matrix
-from .openai_answers import OddAnswerError, Problem, decode, read_problem, server_wait
-from .openai_connections import Connections, NoAnswerError
-from .openai_inputs import typical_tokens
-from .openai_problems import Asked, RefusedRequestError, raise_if_final, speaks_of_lists, unknown_option
+from ....errors import ModelError, ProviderError
+from ...encoder import PROBE, Matrix
+from ..texts import typical_tokens
+from .answers import OddAnswerError, Problem, decode, read_problem, server_wait
+from .connections import Connections, NoAnswerError
+from .problems import Asked, RefusedRequestError, raise_if_final, speaks_of_lists, unknown_option
 
 RETRY_SECONDS = 600.0
 """A request is given up this long after its first failure. Rate limits are by the minute; a longer wait is a day's."""

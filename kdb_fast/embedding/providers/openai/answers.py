@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...errors import ModelError
-from ..encoder import Matrix
+from ....errors import ModelError
+from ...encoder import Matrix
 
 
 class Problem(NamedTuple):

@@ -14,8 +14,8 @@ from ...settings import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZES
 from ..encoder import Encoder, EncoderSpec, Matrix, Tally
 from ..models.cache import directory_name
 from ..models.lookup import resolve
-from .base import EmbeddingProvider, listed, raise_unfit, unfit_rows
-from .openai_inputs import unfit
+from .base import EmbeddingProvider, listed
+from .texts import raise_unfit, unfit_rows, why_unfit
 
 FASTEMBED_MODEL = "BAAI/bge-small-en-v1.5"
 """KameleonDB's default."""
@@ -123,11 +123,11 @@ class FastEmbedProvider(EmbeddingProvider):
 
     def embed_matrix(self, texts: Sequence[str]) -> Matrix:
         """The vectors as float32, len(texts) × dimensions. Raises ProviderInputError and ModelError."""
-        raise_unfit(listed(texts), unfit)
+        raise_unfit(listed(texts), why_unfit)
         return self.encoder.embed(texts)
 
     def embed_into(self, texts: Sequence[str], out: Matrix) -> tuple[Tally, dict[int, str]]:
-        refused = unfit_rows(texts, unfit)
+        refused = unfit_rows(texts, why_unfit)
         rows = [row for row in range(len(texts)) if row not in refused]
         out[list(refused)] = 0
         if not rows:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
+from ..texts import PACKED_BYTES_PER_TOKEN, why_unfit
+
 MAX_INPUTS = 2048
 """Most inputs of a request, from OpenAI's reference."""
 
@@ -14,11 +16,6 @@ MAX_REQUEST_TOKENS = 300_000
 MAX_INPUT_TOKENS = 8191
 """Most tokens of an input. OpenAI's reference says 8,192, the page of the models 8,191."""
 
-PACKED_BYTES_PER_TOKEN = 2
-"""UTF-8 bytes a token, for packing requests. English has 4 to 5, other Latin scripts and source code about 3, Chinese
-and Japanese 2 to 3, so requests of such texts are never too large. Hexadecimal noise or a rare script may have fewer:
-that request is refused and goes in halves. The true bound, one byte a token, would make all requests half as large."""
-
 CUT_BYTES_PER_TOKEN = (4, 2, 1)
 """An input is cut to this many UTF-8 bytes a token of the window, to the next only if the API refused the one before:
 English, then nearly anything, then whatever there is (a token of a byte-level vocabulary is never less than a byte).
@@ -26,9 +23,6 @@ Where a text is cut depends on that text alone, not on its neighbours or on what
 
 LEAST_CUT_BYTES = 64
 """A text of which the server refuses so little is refused for another reason than its length."""
-
-TYPICAL_BYTES_PER_TOKEN = 4
-"""For counting tokens where the server does not."""
 
 
 class Input(NamedTuple):
@@ -39,20 +33,9 @@ class Input(NamedTuple):
     cut: bool = False
 
 
-def unfit(text: object) -> str | None:
-    """Why no model can embed ``text``, or None: it is no string, or not valid Unicode."""
-    if not isinstance(text, str):
-        return f"it is {type(text).__name__}, expected a string"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "it holds a lone surrogate, which is not valid Unicode"
-    return None
-
-
-def unfit_for_api(text: object) -> str | None:
-    """:func:`unfit`, and what the API refuses for certain: an empty text."""
-    return "it is empty, which the API refuses" if text == "" else unfit(text)
+def why_refused(text: object) -> str | None:
+    """:func:`~kdb_fast.embedding.providers.texts.why_unfit`, and what the API refuses for certain: an empty text."""
+    return "it is empty, which the API refuses" if text == "" else why_unfit(text)
 
 
 def pack(
@@ -99,8 +82,3 @@ def cut_bytes(text: str, limit: int) -> str:
         return text
     raw = text[:limit].encode()
     return text if len(raw) <= limit and len(text) <= limit else raw[:limit].decode(errors="ignore")
-
-
-def typical_tokens(texts: Sequence[str]) -> int:
-    """About how many tokens these texts have."""
-    return sum(-(-len(text.encode()) // TYPICAL_BYTES_PER_TOKEN) for text in texts)

@@ -7,8 +7,8 @@
              refused ◄── stands alone ◄── 400: halve, cut shorter ◄───┤
                                                                       └─► decoded ─► rows of the matrix
 
-What goes into a request: openai_inputs.py. Sending it until it is answered: openai_requests.py, over the connections of
-openai_connections.py. What an answer says and what follows from it: openai_answers.py, openai_problems.py.
+What goes into a request: inputs.py. Sending it until it is answered: requests.py, over the connections of
+connections.py. What an answer says and what follows from it: answers.py, problems.py.
 
 No message holds the key or a record's text: of what a server says about records only its error code is quoted.
 """
@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ...errors import ModelError, OptionError
-from ...records import was_cut
-from ..encoder import Matrix, Tally
-from .openai_answers import named_batch, named_window, speaks_of_length
-from .openai_connections import Connections
-from .openai_inputs import (
+from ....errors import ModelError, OptionError
+from ....records import was_cut
+from ...encoder import Matrix, Tally
+from ..texts import unfit_rows
+from .answers import named_batch, named_window, speaks_of_length
+from .connections import Connections
+from .inputs import (
     CUT_BYTES_PER_TOKEN,
     MAX_INPUT_TOKENS,
     MAX_INPUTS,
@@ -36,10 +37,10 @@ from .openai_inputs import (
     cut_bytes,
     pack,
     shorter,
-    unfit_for_api,
+    why_refused,
 )
-from .openai_problems import RefusedRequestError
-from .openai_requests import Requests, ServerLimits
+from .problems import RefusedRequestError
+from .requests import Requests, ServerLimits
 
 if TYPE_CHECKING:
     import httpx
@@ -170,7 +171,7 @@ class EmbeddingsAPI:
             ModelError: No such model, or it gives vectors of another length.
         """
         self._connections.check_open()
-        refused = {row: reason for row, text in enumerate(texts) if (reason := unfit_for_api(text))}
+        refused = unfit_rows(texts, why_refused)
         requests = pack(texts, refused, max_inputs=self.max_inputs, max_input_tokens=self.max_input_tokens)
         tokens = truncated = 0
         for part in self._run(list(requests)):

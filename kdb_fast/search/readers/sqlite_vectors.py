@@ -35,10 +35,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DatabaseError, UsageError
-from ..tables.reading import rows_of, sqlite_cursor
-from ..tables.target import TABLE, Target, columns_of
-from .reader import Scope
+from ...errors import DatabaseError, UsageError
+from ...tables.reading import rows_of, sqlite_cursor
+from ...tables.target import TABLE, Target, columns_of
+from .base import Scope
 
 VECTORS = "kdb_fast_vectors"
 

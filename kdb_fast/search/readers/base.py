@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ..catalog.definitions import Entity, Field, Place, load_entities
-from ..catalog.records import LIVES, counted, owned
-from ..origins import BY_NAME, NAME_CHARS, Maker, Origin, base_of, same_name
-from ..tables.reading import no_index, rows_of
-from ..tables.target import TABLE, Dialect, Params, Rows, Target, columns_of, find_target
+from ...catalog.definitions import Entity, Field, Place, load_entities
+from ...catalog.records import LIVES, counted, owned
+from ...origins import BY_NAME, NAME_CHARS, Maker, Origin, base_of, same_name
+from ...tables.reading import no_index, rows_of
+from ...tables.target import TABLE, Dialect, Params, Rows, Target, columns_of, find_target
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,14 +16,15 @@ from ..errors import SchemaError
 from ..stores.past_runs import last_run
 from ..tables.reading import rows_of
 from ..tables.target import find_target
+from .readers import open_reader
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from ..origins import Origin, QueryVector
-    from .reader import Origins, Scope
-    from .retrieval import LeftOut, SearchReader, SearchResult
+    from .readers.base import Origins, Scope
+    from .retrieval import LeftOut, SearchResult
 
     Vector = npt.NDArray[np.float32]
     Vectors = npt.NDArray[np.float32]
@@ -85,7 +86,7 @@ def run_search(
         KdbFastError: As :func:`kdb_fast.search.query_model.query_vectors`.
     """
     from .query_model import query_vectors
-    from .reader import count_origins
+    from .readers.base import count_origins
     from .retrieval import left_out, meaning, resolve_scope
 
     vectors: list[QueryVector] | None = None
@@ -174,21 +175,6 @@ def search_open(
         )
 
     return [dataclasses.asdict(result) for result in read(address, work, mapped=mapped)]
-
-
-def open_reader(connection: Any, dialect: str, *, once: bool = False) -> SearchReader:
-    """The reader of rankings for this dialect, on an open connection.
-
-    Args:
-        once: It is for one search: SQLite's vectors are not kept in memory for another.
-    """
-    if dialect == "sqlite":
-        from .reader_sqlite import SqliteReader
-
-        return SqliteReader(connection, once=once)
-    from .reader_postgresql import PostgresqlReader
-
-    return PostgresqlReader(connection)
 
 
 def run_status(address: DatabaseAddress) -> dict[str, Any]:
