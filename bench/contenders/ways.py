@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from kdb_fast.engine.sharding import SHARD_ROWS
-from kdb_fast.ipc.slab import NO_VALUE, Row, Slab, SlabShape
+from kdb_fast.ipc.row_block import NO_VALUE
+from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.records import Record
 from kdb_fast.resources import usable_cpus
 from kdb_fast.settings import DEFAULT_MODEL

@@ -13,7 +13,8 @@ from ..embedding.providers.encoder import ProviderEncoder
 from ..embedding.providers.openai.inputs import MAX_REQUEST_TOKENS
 from ..embedding.providers.texts import PACKED_BYTES_PER_TOKEN
 from ..ipc.messages import Embedded, Finish, Flush, PrepareIndex
-from ..ipc.slab import ROW_NOT_ENCODABLE, SlabShape
+from ..ipc.row_block import ROW_NOT_ENCODABLE
+from ..ipc.slab import SlabShape
 from ..stores.base import RunSpec
 from .base import Engine, Event, SlotFilled, filled
 from .processes import ProcessEngine
@@ -78,7 +79,7 @@ class ProviderEngine(Engine):
         slot = self.slab.slots[number]
         tally, refused = self._encoder.encode_each(slot.contents(0, rows), slot.vectors[:rows])
         for row in refused:
-            slot.code[row] = ROW_NOT_ENCODABLE
+            slot.refuse(row, ROW_NOT_ENCODABLE)
         slot.mark_unfit(0, rows)
         crc = slot.checksum(0, rows)
         seconds = time.perf_counter() - started

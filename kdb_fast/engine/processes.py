@@ -42,7 +42,8 @@ from ..ipc.messages import (
     Ready,
     Stop,
 )
-from ..ipc.slab import ROW_WORKER_DIED, Slab, SlabShape
+from ..ipc.row_block import ROW_WORKER_DIED
+from ..ipc.slab import Slab, SlabShape
 from ..ipc.spawning import describe_exit, spawn, tail
 from ..resources import oom_kills, peak_rss_bytes
 from ..stores.base import RunSpec
@@ -396,8 +397,7 @@ class ProcessEngine(Engine):
         rows = task.stop - task.start
         if rows == 1 and task.deaths >= POISON_TRIES:
             slot = self.slab.slots[task.slot]
-            slot.vectors[task.start] = 0
-            slot.code[task.start] = ROW_WORKER_DIED
+            slot.refuse(task.start, ROW_WORKER_DIED)
             crc = slot.checksum(task.start, task.stop)
             self._complete(Embedded(task.slot, task.lease, task.start, task.stop, 0, 0, 0, 0.0, crc))
         elif rows > 1 and task.deaths >= 2:

@@ -18,7 +18,8 @@ from ..errors import ModelError
 from ..faults import fault
 from ..ipc.child import enter_child
 from ..ipc.messages import Embed, Embedded, Failed, Ready, Stop
-from ..ipc.slab import ROW_NOT_ENCODABLE, Slab, SlabHandle, Slot
+from ..ipc.row_block import ROW_NOT_ENCODABLE, RowBlock
+from ..ipc.slab import Slab, SlabHandle
 
 
 def run(connection: Connection, slab: SlabHandle, spec: EncoderSpec, cpu: int | None, stderr: Any) -> None:
@@ -68,17 +69,17 @@ def serve(connection: Connection, slab: Slab, encoder: Encoder) -> None:
         fault("worker.answered")
 
 
-def embed_rows(slot: Slot, order: Embed, encoder: Encoder) -> Embedded:
-    """Embed rows ``order.start`` to ``order.stop`` of a slot; rows that cannot be embedded get a code."""
+def embed_rows(block: RowBlock, order: Embed, encoder: Encoder) -> Embedded:
+    """Embed rows ``order.start`` to ``order.stop`` of a block; rows that cannot be embedded get a code."""
     started = time.perf_counter()
-    if slot.lease != order.lease:
-        raise RuntimeError(f"slot {slot.number} is of lease {slot.lease}, the order of {order.lease}")
+    if block.lease != order.lease:
+        raise RuntimeError(f"slot {block.number} is of lease {block.lease}, the order of {order.lease}")
     start, stop = order.start, order.stop
     fault("worker.encode")
-    tally = _encode(slot, start, stop, encoder)
-    slot.mark_unfit(start, stop)
+    tally = _encode(block, start, stop, encoder)
+    block.mark_unfit(start, stop)
     return Embedded(
-        slot.number,
+        block.number,
         order.lease,
         start,
         stop,
@@ -86,13 +87,13 @@ def embed_rows(slot: Slot, order: Embed, encoder: Encoder) -> Embedded:
         tally.padded_tokens,
         tally.truncated,
         time.perf_counter() - started,
-        slot.checksum(start, stop),
+        block.checksum(start, stop),
     )
 
 
-def _encode(slot: Slot, start: int, stop: int, encoder: Encoder) -> Tally:
+def _encode(block: RowBlock, start: int, stop: int, encoder: Encoder) -> Tally:
     try:
-        return encoder.encode(slot.contents(start, stop), slot.vectors[start:stop])
+        return encoder.encode(block.contents(start, stop), block.vectors[start:stop])
     except ModelError:
         raise
     except Exception as error:
@@ -100,10 +101,9 @@ def _encode(slot: Slot, start: int, stop: int, encoder: Encoder) -> Tally:
             raise memory_ran_out() from error
         # One text makes the tokenizer or the model refuse the whole list: halve until it stands alone.
         if stop - start == 1:
-            slot.vectors[start] = 0
-            slot.code[start] = ROW_NOT_ENCODABLE
+            block.refuse(start, ROW_NOT_ENCODABLE)
             return Tally(0, 0, 0)
         middle = (start + stop) // 2
-        left = _encode(slot, start, middle, encoder)
-        right = _encode(slot, middle, stop, encoder)
+        left = _encode(block, start, middle, encoder)
+        right = _encode(block, middle, stop, encoder)
         return Tally(*(a + b for a, b in zip(left, right, strict=True)))

@@ -7,7 +7,7 @@ import time
 from ..db.address import DatabaseAddress
 from ..engine.base import Engine, InlineEngine
 from ..engine.plan import INLINE_ROWS, Plan, inline_shape, make_plan
-from ..ipc.slab import ROW_REASONS, ROW_WORKER_DIED
+from ..ipc.row_block import ROW_REASONS, ROW_WORKER_DIED
 from ..settings import ReindexOptions
 from ..stores.base import RunSpec, Store
 from .progress import Progress

@@ -18,7 +18,8 @@ from functools import cached_property
 
 from ..accounting import Fate
 from ..errors import KdbFastError
-from ..ipc.slab import NO_VALUE, Row, Slab
+from ..ipc.row_block import NO_VALUE
+from ..ipc.slab import Row, Slab
 from .key_ledger import Key
 
 Numbered = tuple[Row, int, bytes]

@@ -27,7 +27,8 @@ from ..engine.sharding import SHARD_ROWS, WINDOW_ROWS
 from ..errors import RejectLimitError
 from ..faults import fault
 from ..ipc.messages import Finish, Finished, Flushed, IndexPrepared, PrepareIndex
-from ..ipc.slab import ROW_REASONS, Row
+from ..ipc.row_block import ROW_REASONS
+from ..ipc.slab import Row
 from ..records import Record, Reject
 from ..settings import RejectLimit
 from ..stores.base import Store

@@ -10,14 +10,14 @@ Only the parent owns the state of a slot, in its own memory::
 
 Slot layout, in bytes, every part aligned to 64::
 
-    header   8 × int64            lease, rows, crc of the vectors, blob length
-    code     R × uint8            0 = stored as it is, else why the row is unfit (ROW_REASONS)
-    exists   R × uint8            1 = the index has a row for this key, as far as the parent saw
-    version  R × int64            that row's version as the parent saw it (NO_VALUE: none)
-    source   R × int64            last change of the record at its source, µs since 1970 UTC (NO_VALUE: unknown)
-    ends     R × 3 × int32        where entity, record id and content of each row end in the blob
-    vectors  R × D × float32      written by the worker
-    blob     B × uint8            entity, record id, content of row 0, of row 1, …, UTF-8
+    header       8 × int64        lease, rows, crc of the vectors, blob length
+    code         R × uint8        0 = stored as it is, else why the row is unfit (ROW_REASONS)
+    exists       R × uint8        1 = the index has a row for this key, as far as the parent saw
+    row_version  R × int64        that row's version as the parent saw it (NO_VALUE: none)
+    source_at    R × int64        last change of the record at its source, µs since 1970 UTC (NO_VALUE: unknown)
+    ends         R × 3 × int32    where entity, record id and content of each row end in the blob
+    vectors      R × D × float32  written by the worker
+    blob         B × uint8        entity, record id, content of row 0, of row 1, …, UTF-8
 
 A message about a slot carries its lease, and the message that says it is filled carries the CRC-32
 of the vectors, so a late or wrong write is seen (faults A8 and D5 in docs/reliability.md).
@@ -30,7 +30,6 @@ import itertools
 import mmap
 import os
 import sys
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import reduction, shared_memory
@@ -41,21 +40,12 @@ import numpy.typing as npt
 
 from ..errors import ResourceError
 from ..records import MAX_CONTENT_BYTES, Record
+from .row_block import NO_VALUE, ROW_OK, RowBlock
 
-NO_VALUE = -(2**63)
 ALIGNMENT = 64
 """Cache line of x86-64 and most arm64: parts written by different processes share none."""
 BLOB_BYTES = MAX_CONTENT_BYTES + 64 * 1024
 """Text area of a slot: the longest record with its key always fits."""
-
-ROW_OK = 0
-ROW_REASONS = {
-    1: ("not_finite", "the model gave a vector with NaN or infinity"),
-    2: ("zero_vector", "the model gave a vector of zeros, which no cosine index can hold"),
-    3: ("not_encodable", "the tokenizer or the model refused the text"),
-    4: ("worker_died", "the text ended its embedding process each time it was tried"),
-}
-ROW_NOT_FINITE, ROW_ZERO, ROW_NOT_ENCODABLE, ROW_WORKER_DIED = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -74,7 +64,7 @@ class SlabShape:
             ("code", self.rows),
             ("exists", self.rows),
             ("row_version", self.rows * 8),
-            ("source", self.rows * 8),
+            ("source_at", self.rows * 8),
             ("ends", self.rows * 3 * 4),
             ("vectors", self.rows * self.dimensions * 4),
             ("blob", self.blob_bytes),
@@ -103,7 +93,7 @@ class Row(NamedTuple):
     row_version: int = NO_VALUE
 
 
-class Slot:
+class Slot(RowBlock):
     """Views on one slot of the slab. Arrays are shared memory: writing to them is seen by all processes."""
 
     def __init__(self, buffer: Any, shape: SlabShape, number: int) -> None:
@@ -120,7 +110,7 @@ class Slot:
         self.code: npt.NDArray[np.uint8] = part("code", np.uint8, rows)
         self.exists: npt.NDArray[np.uint8] = part("exists", np.uint8, rows)
         self.row_version: npt.NDArray[np.int64] = part("row_version", np.int64, rows)
-        self.source: npt.NDArray[np.int64] = part("source", np.int64, rows)
+        self.source_at: npt.NDArray[np.int64] = part("source_at", np.int64, rows)
         self.ends: npt.NDArray[np.int32] = part("ends", np.int32, rows * 3)
         self.vectors: npt.NDArray[np.float32] = part("vectors", np.float32, rows * shape.dimensions).reshape(
             rows, shape.dimensions
@@ -155,17 +145,15 @@ class Slot:
         self.code[:n] = ROW_OK
         self.exists[:n] = [row.exists for row in rows]
         self.row_version[:n] = [row.row_version for row in rows]
-        self.source[:n] = sources
+        self.source_at[:n] = sources
         self.header[:4] = (lease, n, 0, position)
 
     def contents(self, start: int, stop: int) -> list[str]:
-        """The texts of rows ``start`` to ``stop`` (exclusive)."""
         ends = self.ends[: 3 * stop].tolist()
         blob = self._blob
         return [str(blob[ends[3 * i + 1] : ends[3 * i + 2]], "utf-8") for i in range(start, stop)]
 
     def raw_rows(self) -> list[tuple[bytes, bytes, bytes]]:
-        """(entity, record id, content) of every row, UTF-8."""
         n = self.rows
         raw = bytes(self._blob[: self.text_bytes])
         ends = [0, *self.ends[: 3 * n].tolist()]
@@ -177,17 +165,6 @@ class Slot:
             )
             for i in range(n)
         ]
-
-    def mark_unfit(self, start: int, stop: int) -> None:
-        """Give a code to rows ``start`` to ``stop`` whose vector says nothing, unless they have one already."""
-        vectors, code = self.vectors[start:stop], self.code[start:stop]
-        unmarked = code == ROW_OK
-        code[unmarked & ~np.isfinite(vectors).all(axis=1)] = ROW_NOT_FINITE
-        code[unmarked & ~vectors.any(axis=1)] = ROW_ZERO
-
-    def checksum(self, start: int = 0, stop: int | None = None) -> int:
-        """CRC-32 of the vectors of rows ``start`` to ``stop``, or of all rows."""
-        return zlib.crc32(self.vectors[start : self.rows if stop is None else stop].data.cast("B"))
 
 
 class Slab:

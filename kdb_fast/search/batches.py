@@ -21,7 +21,8 @@ from ..engine.base import Engine, SlotFilled
 from ..engine.plan import make_plan
 from ..engine.sharding import cut_shards
 from ..errors import ProviderInputError, RecordError
-from ..ipc.slab import BLOB_BYTES, NO_VALUE, ROW_REASONS, Row, Slab, SlabShape, Slot
+from ..ipc.row_block import NO_VALUE, ROW_REASONS
+from ..ipc.slab import BLOB_BYTES, Row, Slab, SlabShape, Slot
 from ..records import Record, content_hash, cut_content, storable_key, unfit
 from ..stores.base import FlushSlot, RunSpec, Store
 

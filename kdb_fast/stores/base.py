@@ -27,7 +27,7 @@ from ..tables.index_policy import IndexOutcome
 from ..tables.target import LiveRows, Target
 
 if TYPE_CHECKING:
-    from ..ipc.slab import Slot
+    from ..ipc.row_block import RowBlock
 
 
 class Stored(NamedTuple):
@@ -52,10 +52,10 @@ class RunSpec(NamedTuple):
 
 
 class FlushSlot(NamedTuple):
-    """Rows of one slot to write: all but ``skip``. ``crcs`` are (start, stop, CRC-32 of the vectors) as the worker
+    """Rows of one block to write: all but ``skip``. ``crcs`` are (start, stop, CRC-32 of the vectors) as the worker
     saw them."""
 
-    slot: Slot
+    slot: RowBlock
     skip: frozenset[int]
     crcs: tuple[tuple[int, int, int], ...] = ()
 

@@ -19,7 +19,8 @@ from kdb_fast import cli
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.engine import base as engine
 from kdb_fast.indexing import run_embedding
-from kdb_fast.ipc.slab import NO_VALUE, Row, Slab, SlabShape
+from kdb_fast.ipc.row_block import NO_VALUE
+from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.records import Record
 from kdb_fast.search.commands import run_status
 from kdb_fast.search.engine import SearchEngine

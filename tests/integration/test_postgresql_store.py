@@ -29,7 +29,8 @@ from servers import (
 
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.errors import DatabaseError, LockedError, RecordError, SchemaError
-from kdb_fast.ipc.slab import NO_VALUE, Row, Slab, SlabShape
+from kdb_fast.ipc.row_block import NO_VALUE
+from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.records import Record, Reject, content_hash
 from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec
 from kdb_fast.stores.postgresql import runs as pg_runs
@@ -598,7 +599,7 @@ def test_time_of_the_source_is_kept_to_the_microsecond(
 ) -> None:
     moments = [1_700_000_000_123_456, -1, NO_VALUE]
     slot = slot_of(fresh(("a", "one"), ("b", "two"), ("c", "three")))
-    slot.slot.source[:3] = moments
+    slot.slot.source_at[:3] = moments
     flush(store, run, slot)
     rows = execute(
         database,

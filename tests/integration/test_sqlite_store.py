@@ -21,7 +21,8 @@ import pytest
 from kdb_fast.catalog.records import live_rows
 from kdb_fast.db.address import parse_address
 from kdb_fast.errors import DatabaseError, LockedError, RecordError, ResourceError, SchemaError
-from kdb_fast.ipc.slab import NO_VALUE, Row, Slab, SlabShape
+from kdb_fast.ipc.row_block import NO_VALUE
+from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.records import Record, Reject, content_hash
 from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec, Stored
 from kdb_fast.stores.sqlite.store import SQLiteStore
@@ -174,7 +175,7 @@ def numbered(count: int, word: str = "text") -> dict[str, str]:
 def test_a_new_row_has_every_column_that_kameleondb_and_kdb_fast_read(index: Index) -> None:
     run = index.begin(model="m" * 150)
     slot = index.fill(0, {"a": "first words"}, {}, "note")
-    slot.slot.source[0] = 1_700_000_000_123_456
+    slot.slot.source_at[0] = 1_700_000_000_123_456
     before = datetime.now(UTC)
     result = index.store.flush(run, 1, [slot], [], [])
 

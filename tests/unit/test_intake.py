@@ -15,7 +15,8 @@ from kdb_fast.indexing.intake import FIRST_WINDOW_ROWS, IN_FLIGHT_VERSION, TAKEN
 from kdb_fast.indexing.key_ledger import KeyLedger
 from kdb_fast.indexing.screening import Screen
 from kdb_fast.indexing.text_reuse import TextReuse
-from kdb_fast.ipc.slab import NO_VALUE, SlabShape
+from kdb_fast.ipc.row_block import NO_VALUE
+from kdb_fast.ipc.slab import SlabShape
 from kdb_fast.records import Record, content_hash
 from kdb_fast.stores.base import Store, Stored
 

@@ -9,7 +9,8 @@ import pytest
 from kdb_fast.accounting import Fate
 from kdb_fast.errors import KdbFastError
 from kdb_fast.indexing.leases import ROW_OVERHEAD_BYTES, Numbered, SlotPool, microseconds
-from kdb_fast.ipc.slab import NO_VALUE, Row, Slab, SlabShape
+from kdb_fast.ipc.row_block import NO_VALUE
+from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.records import Record
 
 MOMENT = datetime(2024, 5, 1, 12, tzinfo=timezone(timedelta(hours=2)))
@@ -30,7 +31,7 @@ def test_a_lease_puts_rows_into_a_free_slot_and_knows_what_is_in_it() -> None:
     assert slot.lease == lease.number
     assert slot.raw_rows() == [(b"E", b"r5", b"text"), (b"E", b"r3", b"text")]
     assert (slot.exists[:2].tolist(), slot.row_version[:2].tolist()) == ([1, 1], [7, 7])
-    assert slot.source[:2].tolist() == [microseconds(MOMENT)] * 2
+    assert slot.source_at[:2].tolist() == [microseconds(MOMENT)] * 2
     assert (lease.sequences, lease.hashes, lease.fate) == ([5, 3], [b"hash 5", b"hash 3"], Fate.STORED)
     assert lease.size == slot.text_bytes + 2 * (4 * 3 + ROW_OVERHEAD_BYTES)
     assert (pool.free, pool.leased) == (1, 1)

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.types import numeric
 
-from kdb_fast.ipc.slab import NO_VALUE
+from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.stores.postgresql.pgcopy import (
     NULL,
     SIGNATURE,

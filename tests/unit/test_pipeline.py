@@ -32,7 +32,8 @@ from kdb_fast.indexing.flushing import FlushSize
 from kdb_fast.indexing.leases import microseconds
 from kdb_fast.indexing.pipeline import Pipeline, StopRequested
 from kdb_fast.ipc.messages import Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex, row_bits, rows_of_bits
-from kdb_fast.ipc.slab import NO_VALUE, ROW_NOT_FINITE, Slab, SlabShape
+from kdb_fast.ipc.row_block import NO_VALUE, ROW_NOT_FINITE
+from kdb_fast.ipc.slab import Slab, SlabShape
 from kdb_fast.records import MAX_CONTENT_BYTES, Record, Reject, content_hash, unfit
 from kdb_fast.settings import RejectLimit
 from kdb_fast.stores.base import Store, Stored
@@ -955,9 +956,9 @@ def test_what_was_known_of_a_row_travels_with_it() -> None:
     rows = {raw[1]: (s, i) for s in slots for i, raw in enumerate(s.raw_rows())}
     slot, i = rows[b"r1"]
     assert (slot.exists[i], slot.row_version[i]) == (1, 1)
-    assert slot.source[i] == int((moment - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(microseconds=1))
+    assert slot.source_at[i] == int((moment - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(microseconds=1))
     slot, i = rows[b"r2"]
-    assert (slot.exists[i], slot.row_version[i], slot.source[i]) == (0, NO_VALUE, NO_VALUE)
+    assert (slot.exists[i], slot.row_version[i], slot.source_at[i]) == (0, NO_VALUE, NO_VALUE)
 
 
 @settings(deadline=None)

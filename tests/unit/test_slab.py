@@ -14,9 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb_fast.errors import ResourceError
-from kdb_fast.ipc.slab import (
-    ALIGNMENT,
-    BLOB_BYTES,
+from kdb_fast.ipc.row_block import (
     NO_VALUE,
     ROW_NOT_ENCODABLE,
     ROW_NOT_FINITE,
@@ -24,11 +22,8 @@ from kdb_fast.ipc.slab import (
     ROW_REASONS,
     ROW_WORKER_DIED,
     ROW_ZERO,
-    Row,
-    Slab,
-    SlabHandle,
-    SlabShape,
 )
+from kdb_fast.ipc.slab import ALIGNMENT, BLOB_BYTES, Row, Slab, SlabHandle, SlabShape
 from kdb_fast.records import MAX_CONTENT_BYTES, MAX_ENTITY_CHARS, MAX_RECORD_ID_CHARS, Record
 
 SMALL = SlabShape(slots=3, rows=4, dimensions=5, blob_bytes=4096)
@@ -71,7 +66,7 @@ def test_parts_of_a_slot_are_aligned_and_do_not_overlap(slots: int, rows: int, d
         "code": rows,
         "exists": rows,
         "row_version": 8 * rows,
-        "source": 8 * rows,
+        "source_at": 8 * rows,
         "ends": 12 * rows,
         "vectors": 4 * rows * dimensions,
         "blob": blob,
@@ -109,7 +104,7 @@ def test_what_is_put_into_a_slot_comes_out_again(rows: list[Row], data: st.DataO
     assert slot.contents(start, stop) == [row.record.content for row in rows[start:stop]]
     assert slot.exists[:n].tolist() == [int(row.exists) for row in rows]
     assert slot.row_version[:n].tolist() == [row.row_version for row in rows]
-    assert slot.source[:n].tolist() == sources
+    assert slot.source_at[:n].tolist() == sources
     assert slot.text_bytes == sum(len(v.encode()) for row in rows for v in row.record[:3])
 
 
@@ -186,7 +181,7 @@ def test_whoever_attaches_sees_the_same_memory(shared: Slab) -> None:
     other = shared.handle().attach()
     shared.slots[1].put(5, [Row(Record("E", "é", "日本"), True, 42)], [43])
     seen = other.slots[1]
-    assert (seen.lease, seen.contents(0, 1), seen.row_version[0], seen.source[0]) == (5, ["日本"], 42, 43)
+    assert (seen.lease, seen.contents(0, 1), seen.row_version[0], seen.source_at[0]) == (5, ["日本"], 42, 43)
     seen.vectors[0] = 1.5
     seen.code[0] = ROW_ZERO
     assert (shared.slots[1].vectors[0] == 1.5).all()

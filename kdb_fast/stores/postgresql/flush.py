@@ -306,7 +306,7 @@ class FlushWriter:
                 self._keys_and_texts(flush_slot, rows),
                 self._vector_fields(flush_slot, rows),
                 self._constant,
-                pgcopy.timestamp_fields(slot.source[rows]),
+                pgcopy.timestamp_fields(slot.source_at[rows]),
             ],
             len(rows),
         )
@@ -324,7 +324,7 @@ class FlushWriter:
                 pgcopy.id_fields(len(rows)),
                 self._keys_and_texts(flush_slot, rows),
                 self._vector_fields(flush_slot, rows),
-                pgcopy.timestamp_fields(slot.source[rows]),
+                pgcopy.timestamp_fields(slot.source_at[rows]),
             ],
             len(rows),
         )

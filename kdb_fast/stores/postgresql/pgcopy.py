@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ...ipc.slab import NO_VALUE
+from ...ipc.row_block import NO_VALUE
 from ..new_ids import ID_CHARS, new_ids
 
 SIGNATURE = b"PGCOPY\n\xff\r\n\x00" + struct.pack(">ii", 0, 0)

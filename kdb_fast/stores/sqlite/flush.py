@@ -17,7 +17,7 @@ import numpy as np
 from ...db.retrying import ErrorKind
 from ...db.sqlite import now, select_in, timestamp
 from ...db.sqlite_errors import RowIgnoredError, kind_of, reason_of
-from ...ipc.slab import NO_VALUE, Slot
+from ...ipc.row_block import NO_VALUE, RowBlock
 from ...tables import seal
 from ..base import FlushSlot, RunSpec
 from ..new_ids import ID_CHARS, new_ids
@@ -179,7 +179,7 @@ class FlushWriter:
         self._next_rowid += 1
         return self._next_rowid - 1
 
-    def _plan(self, slot: Slot, raw: Sequence[RawRow], numbers: list[int]) -> list[_Row]:
+    def _plan(self, slot: RowBlock, raw: Sequence[RawRow], numbers: list[int]) -> list[_Row]:
         """Decide for each row whether it is new, ours to overwrite, or another program's."""
         keys = [(raw[i][0].decode(), raw[i][1].decode()) for i in numbers]
         existing = self._existing(keys)
@@ -222,7 +222,7 @@ class FlushWriter:
             )
         }
 
-    def _store_or_halve(self, slot: Slot, raw: Sequence[RawRow], rows: Sequence[_Row]) -> None:
+    def _store_or_halve(self, slot: RowBlock, raw: Sequence[RawRow], rows: Sequence[_Row]) -> None:
         """Store all rows or, where the database refuses one, halve until the refused ones stand alone."""
         execute = self._connection.execute
         execute("SAVEPOINT kdb_fast_rows")
@@ -252,7 +252,7 @@ class FlushWriter:
             else:
                 self._texts[row.rowid] = _Text(text, before.exists, before.same and row.same_text)
 
-    def _store(self, slot: Slot, rows: Sequence[_Row]) -> int:
+    def _store(self, slot: RowBlock, rows: Sequence[_Row]) -> int:
         """Write rows with their vectors; returns the bytes of the vectors as written."""
         run = self._run
         texts: Sequence[str | None] = [None] * len(rows)
@@ -302,11 +302,11 @@ def _chunks(raw: Sequence[RawRow], skip: Set[int]) -> Iterator[list[int]]:
         yield chunk
 
 
-def _source_times(slot: Slot) -> list[str | None]:
+def _source_times(slot: RowBlock) -> list[str | None]:
     """Last change of each row at its source, as text; equal neighbours are formatted once."""
     result: list[str | None] = []
     last, text = NO_VALUE, None
-    for value in slot.source[: slot.rows].tolist():
+    for value in slot.source_at[: slot.rows].tolist():
         if value != last:
             last = value
             text = None if value == NO_VALUE else timestamp(EPOCH + timedelta(microseconds=value))
