@@ -21,9 +21,11 @@ from kdb_fast.cli.demo import read_documentation
 from kdb_fast.db.reading import open_connection
 from kdb_fast.embedding.encoder import Encoder, EncoderSpec
 from kdb_fast.embedding.models.lookup import resolve
+from kdb_fast.search.query import Query, meaning
 from kdb_fast.search.readers import open_reader
-from kdb_fast.search.readers.base import Hit, Query, Scope, SearchReader
-from kdb_fast.search.retrieval import meaning, search
+from kdb_fast.search.readers.base import Hit, SearchReader
+from kdb_fast.search.retrieval import search
+from kdb_fast.search.scope import Scope
 from kdb_fast.settings import DEFAULT_MODEL
 from kdb_fast.tables import schema
 

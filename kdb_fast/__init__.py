@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from .search.engine import SearchEngine
-    from .search.retrieval import IndexStatus, SearchResult
+    from .search.results import IndexStatus, SearchResult
 
 __version__ = "0.1.0"
 
@@ -70,7 +70,7 @@ __all__ = [
 
 _FROM = {
     "search.engine": ("SearchEngine",),
-    "search.retrieval": ("IndexStatus", "SearchResult"),
+    "search.results": ("IndexStatus", "SearchResult"),
     "embedding.providers.fastembed": ("FastEmbedProvider",),
     "embedding.providers.openai.provider": ("OpenAIProvider",),
     "embedding.providers.factory": ("get_provider",),

@@ -326,7 +326,7 @@ def search(
 
         kameleondb search "bug report" --entity Ticket --where '{"status": "open"}'
     """
-    from ..search.retrieval import parse_where
+    from ..search.scope import parse_where
 
     values = parse_where(where)
     with _database(ctx) as (db, formatter):

@@ -50,7 +50,8 @@ def search_command(
     means either. A record that holds an identifier of the query (ERR_CONN_1111, nginx.conf, "a phrase") comes first.
     """
     from ..search.commands import run_search
-    from ..search.retrieval import check_query, parse_where
+    from ..search.retrieval import check_query
+    from ..search.scope import parse_where
     from .report import print_results, printable
 
     check_query(query, mode, min_score)

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .engine import SearchEngine
-    from .retrieval import IndexStatus, SearchResult
+    from .results import IndexStatus, SearchResult
     from .session_batch import SessionBatch
 
 __all__ = ["IndexStatus", "SearchEngine", "SearchResult", "SessionBatch"]
 
 _MODULES = {
     "SearchEngine": "engine",
-    "IndexStatus": "retrieval",
-    "SearchResult": "retrieval",
+    "IndexStatus": "results",
+    "SearchResult": "results",
     "SessionBatch": "session_batch",
 }
 

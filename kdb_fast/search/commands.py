@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ..origins import Origin, QueryVector
-    from .readers.base import Origins, Scope
-    from .retrieval import LeftOut, SearchResult
+    from .readers.base import Origins
+    from .results import LeftOut, SearchResult
+    from .scope import Scope
 
     Vector = npt.NDArray[np.float32]
     Vectors = npt.NDArray[np.float32]
@@ -85,9 +86,11 @@ def run_search(
         SchemaError: There is no index; its vectors are another model's; a search by vector can compare none.
         KdbFastError: As :func:`kdb_fast.search.query_model.query_vectors`.
     """
+    from .query import meaning
     from .query_model import query_vectors
     from .readers.base import count_origins
-    from .retrieval import left_out, meaning, resolve_scope
+    from .results import left_out
+    from .scope import resolve_scope
 
     vectors: list[QueryVector] | None = None
     counted: Origins | None = None

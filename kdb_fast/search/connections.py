@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import psycopg
 
     from ..stores.postgresql.store import PostgreSQLStore
-    from .retrieval import SearchReader
+    from .readers.base import SearchReader
 
 T = TypeVar("T")
 

@@ -23,8 +23,11 @@ from ..errors import ProviderError, SearchWarning, UsageError
 from ..origins import QueryVector
 from ..stores.base import RunSpec, Store
 from .batches import BatchWriter, Operation, as_delete, as_list, as_put, as_puts
-from .retrieval import IndexStatus, LeftOut, SearchReader, SearchResult, left_out, meaning, resolve_scope
+from .query import meaning
+from .readers.base import SearchReader
+from .results import IndexStatus, LeftOut, SearchResult, left_out
 from .retrieval import search as ranked_search
+from .scope import resolve_scope
 from .session_batch import SessionBatch, sqlalchemy_session
 from .sqlalchemy_engines import connections_for
 from .status import statuses

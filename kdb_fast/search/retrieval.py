@@ -10,29 +10,24 @@ at the top of both rankings scores 2/61, at the top of one 1/61.
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import threading
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ..catalog.definitions import Entity
 from ..errors import UsageError
-from ..origins import Origin, QueryVector
-from .readers.base import MAX_TERMS, WORD, Hit, Key, Query, Scope, SearchReader, Term
+from ..origins import QueryVector
+from .query import Query, holdable_words, parse_query, why_blank
+from .readers.base import Hit, Key, SearchReader
+from .results import SearchResult
+from .scope import Scope, holdable_scope, resolve_scope
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     Embedded = npt.ArrayLike | list[QueryVector]
-
-__all__ = ["IndexStatus", "Mode", "SearchReader", "SearchResult", "fuse", "search"]
 
 Mode = Literal["hybrid", "vector", "keyword"]
 MODES = ("hybrid", "vector", "keyword")
@@ -45,50 +40,6 @@ BEST = {"hybrid": 2 / (RRF_K + 1), "vector": 1 / (RRF_K + 1), "keyword": 1 / (RR
 
 MIN_DEPTH = 50
 """Least length of each ranking: a record that is tenth in both must be able to beat the first of one."""
-
-MAX_QUERY_CHARS = 2000
-"""A longer query is cut: encoders read about this much, and a keyword query of more words finds nothing."""
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """One record found.
-
-    Attributes:
-        entity: Name of its entity.
-        id: Its record id.
-        score: Fused score; higher is better, at most 2/61.
-        data: Its active fields by logical name, None where it has no value; {} if KameleonDB does not define
-            the entity.
-        matched_text: The text in the index.
-    """
-
-    entity: str
-    id: str
-    score: float
-    data: dict[str, Any]
-    matched_text: str
-
-
-@dataclass(frozen=True)
-class IndexStatus:
-    """State of one entity's index. The first four are KameleonDB's.
-
-    Attributes:
-        entity: Its name.
-        indexed: Rows with a vector.
-        pending: Live records without a vector, or changed since theirs was made.
-        last_updated: When the index last changed, as an aware datetime.
-        stale: Rows whose vector was made by another model or another program.
-        rejected: Records that could not be stored.
-    """
-
-    entity: str
-    indexed: int
-    pending: int
-    last_updated: datetime | None
-    stale: int = 0
-    rejected: int = 0
 
 
 def search(
@@ -175,7 +126,7 @@ class _Asked(NamedTuple):
 
     def scope(self, reader: SearchReader) -> Scope:
         scope = resolve_scope(reader.definitions(), self.entities, self.where)
-        return _holdable_scope(reader, scope)._replace(excluded=self._held_by(reader).excluded)
+        return holdable_scope(scope, reader.missing_characters)._replace(excluded=self._held_by(reader).excluded)
 
     def by_vector(self, reader: SearchReader, embedded: Embedded | None, scope: Scope) -> list[list[Hit]]:
         """A ranking for each embedding of the query."""
@@ -232,6 +183,9 @@ def _in_turn(asked: _Asked, reader: SearchReader, embed: Embed) -> _Ranking:
 
 def _side_by_side(asked: _Asked, reader: SearchReader, beside: SearchReader, embed: Embed) -> _Ranking:
     """Ranks by keyword in a thread. The best records of whichever ranking is there first are read meanwhile."""
+    # A connection is never shared: the thread uses `beside` only, the caller's thread `reader` only. Both rank within
+    # one scope, which the thread finds while the query is embedded. `found` is written by whoever takes `first`, and
+    # read by others only after the thread has ended.
     scoped: Future[Scope] = Future()
     first = threading.Lock()
     found = _Found()
@@ -279,23 +233,6 @@ def fuse(by_vector: Sequence[Hit], by_keyword: Sequence[Hit], *others: Sequence[
     )
 
 
-def parse_where(text: str | None) -> dict[str, Any] | None:
-    """The fields of ``--where``, a JSON object; None without one.
-
-    Raises:
-        UsageError: It is something else.
-    """
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"--where is not JSON: {error}.", remedy='Expected an object: {"city": "Oslo"}') from None
-    if not isinstance(value, dict):
-        raise UsageError(f'--where is a JSON {type(value).__name__}; expected an object such as {{"city": "Oslo"}}.')
-    return value
-
-
 def check_query(query: str, mode: str, min_score: float) -> None:
     """Raises UsageError for a query that says nothing, and for a least score that every result has or none can have."""
     if blank := why_blank(parse_query(query), mode):
@@ -319,148 +256,3 @@ def checked_vector(vector: npt.ArrayLike) -> npt.NDArray[np.float32]:
     if not np.isfinite(result).all() or not result.any():
         raise UsageError("The query vector must hold finite numbers, not all of them zero.")
     return result
-
-
-_UNFIT = re.compile("[\x00\ud800-\udfff]")  # PostgreSQL and SQLite refuse NUL and lone surrogates
-# websearch_to_tsquery() reads a dash between spaces as NOT the next word, and "--force" as NOT NOT force.
-_DASHES = re.compile(r"(?<!\S)(?:-{2,}|-(?!\S))")
-_TERM = re.compile(r'(-?)(?:"([^"]*)"|([^\s"]+))')
-_SIGNED = re.compile(r"[^\w\s]?\d")  # -20, -.5, -$5: the dash is a sign
-
-
-def parse_query(query: str) -> Query:
-    """Read a query a person typed. Any string is allowed; what has no letter or digit is no term."""
-    text = _DASHES.sub(" ", _UNFIT.sub(" ", query[:MAX_QUERY_CHARS])).strip()
-    terms: list[Term] = []
-    excluded: list[Term] = []
-    kept: list[str] = []
-    done = 0
-    for match in _TERM.finditer(text):
-        dash, phrase, word = match.groups()
-        # A dash inside a word (comma-separated) is part of it; only one after a space excludes.
-        dash = dash if match.start() == 0 or text[match.start() - 1].isspace() else ""
-        if dash and word and _SIGNED.match(word):
-            dash, word = "", dash + word
-        term = Term(word if phrase is None else phrase, phrase is not None)
-        if WORD.search(term.text):
-            (excluded if dash else terms).append(term)
-        if dash:
-            kept.append(text[done : match.start()])
-            done = match.end()
-    kept.append(text[done:])
-    return Query("".join(kept).strip(), tuple(terms[:MAX_TERMS]), tuple(excluded[:MAX_TERMS]))
-
-
-def meaning(query: str) -> str:
-    """What of a query is embedded: all but what it excludes; '' if it says nothing."""
-    words = parse_query(query)
-    return "" if why_blank(words, "vector") else words.text
-
-
-def why_blank(query: Query, mode: str) -> str:
-    """Why nothing can be found by this query, in a sentence; '' if something can.
-
-    A vector can be looked for by signs such as an emoji as well, a keyword only by letters and digits.
-    """
-    signs = mode != "keyword" and any(not c.isascii() and unicodedata.category(c)[0] in "MS" for c in query.text)
-    if query.terms or signs:
-        return ""
-    if query.excluded:
-        return "The query only excludes words; nothing in it says what to look for."
-    return "The query is blank: it holds no word or number to look for."
-
-
-def holdable_words(words: Query, missing: frozenset[str]) -> Query:
-    """The words as they can be looked for in a database that cannot hold some characters.
-
-    A term with such a letter is in no text, so it is left out. Signs are no part of a term: they count as spaces.
-    """
-    if not missing:
-        return words
-    blank = {ord(character): " " for character in missing}
-    letters = {character for character in missing if WORD.match(character)}
-
-    def held(terms: tuple[Term, ...]) -> tuple[Term, ...]:
-        return tuple(t._replace(text=t.text.translate(blank)) for t in terms if letters.isdisjoint(t.text))
-
-    terms = held(words.terms)
-    text = words.text.translate(blank)
-    if len(terms) < len(words.terms):
-        text = " ".join(f'"{term.text}"' if term.phrase else term.text for term in terms)
-    return Query(text, terms, held(words.excluded))
-
-
-def _holdable_scope(reader: SearchReader, scope: Scope) -> Scope:
-    """The scope without names that no row of this database can have; with no names where no field can have a value."""
-    names = scope.names or ()
-    values = [value for _, value in scope.where if isinstance(value, str)]
-    missing = reader.missing_characters([*names, *values])
-    if not missing:
-        return scope
-    if any(not missing.isdisjoint(value) for value in values):
-        return scope._replace(names=())
-    return scope._replace(names=tuple(name for name in names if missing.isdisjoint(name)))
-
-
-class LeftOut(NamedTuple):
-    """Rows that a ranking by vector could not compare with the query.
-
-    Attributes:
-        entities: Names of their entities.
-        model: Name of the model that made their vectors; None if nothing tells it.
-        rows: Their number in the index.
-        reason: Why, as the end of a sentence.
-    """
-
-    entities: list[str]
-    model: str | None
-    rows: int
-    reason: str
-
-    def __str__(self) -> str:
-        names = ", ".join(self.entities[:3]) + (", …" if len(self.entities) > 3 else "")
-        made = f"the model {self.model}" if self.model else "an unknown model"
-        counted = f"{self.rows:,} row{'s' if self.rows != 1 else ''} of {names}"
-        return f"left out of the ranking by meaning: {counted}, embedded by {made}: {self.reason}"
-
-
-def left_out(counts: Mapping[tuple[str, Origin], int], why: Callable[[Origin], str]) -> list[LeftOut]:
-    """What of an index was not compared, by model and reason; ``why`` gives '' for an origin that was."""
-    found: dict[tuple[str | None, str], dict[str, int]] = {}
-    for (entity, origin), rows in sorted(counts.items(), key=lambda item: item[0][0]):
-        if reason := why(origin):
-            entities = found.setdefault((origin.model, reason), {})
-            entities[entity] = entities.get(entity, 0) + rows
-    return [LeftOut(list(rows), model, sum(rows.values()), reason) for (model, reason), rows in found.items()]
-
-
-def resolve_scope(definitions: Iterable[Entity], entities: Sequence[str], where: Mapping[str, Any] | None) -> Scope:
-    """What a search may return. Raises UsageError if ``where`` has an unknown field or an unusable value."""
-    every = list(definitions)
-    hidden = tuple(d.name for d in every if not d.active)
-    requested = tuple(dict.fromkeys(entities))
-    searched = [d for d in every if d.active and (not requested or d.name in requested)]
-    if not where:
-        names = tuple(name for name in requested if name not in hidden) if requested else None
-        return Scope(tuple(searched), names, hidden, ())
-    known = {field.name for d in searched for field in d.fields}
-    for name, value in where.items():
-        if name not in known:
-            having = ", ".join(sorted(known)) or "none"
-            raise UsageError(f"No searched entity has a field {name!r}.", remedy=f"Fields that there are: {having}.")
-        _check_value(name, value)
-    matching = tuple(d for d in searched if where.keys() <= {field.name for field in d.fields})
-    return Scope(matching, tuple(d.name for d in matching), hidden, tuple(where.items()))
-
-
-def _check_value(name: str, value: Any) -> None:
-    if value is not None and not isinstance(value, str | int | float):
-        raise UsageError(
-            f"The value of {name!r} is {type(value).__name__}; expected text, a number, true, false or null."
-        )
-    if isinstance(value, str) and _UNFIT.search(value):
-        raise UsageError(f"The value of {name!r} holds a NUL character or a lone surrogate, which no field can hold.")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"The value of {name!r} is {value}; expected a finite number.")
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise UsageError(f"The value of {name!r} is beyond 64 bits; expected a smaller number.")

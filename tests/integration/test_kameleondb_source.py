@@ -25,7 +25,7 @@ from kdb_fast.errors import DatabaseError, SchemaError
 from kdb_fast.records import Record, Reject
 from kdb_fast.search.readers.postgresql import PostgresqlReader
 from kdb_fast.search.readers.sqlite import SqliteReader
-from kdb_fast.search.retrieval import resolve_scope
+from kdb_fast.search.scope import resolve_scope
 from kdb_fast.sources import kameleondb as module
 from kdb_fast.sources.kameleondb import KameleonDBSource
 from kdb_fast.tables.target import Target, find_target, rows_on

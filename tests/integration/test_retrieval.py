@@ -22,19 +22,15 @@ from hypothesis import strategies as st
 from kdb_fast.db.address import DatabaseAddress, connect_postgresql, opened, parse_address
 from kdb_fast.errors import SchemaError, UsageError
 from kdb_fast.origins import Maker, Origin, QueryVector
+from kdb_fast.search.query import meaning, parse_query
 from kdb_fast.search.readers import postgresql as search_postgresql
 from kdb_fast.search.readers import sqlite_vectors
+from kdb_fast.search.readers.base import SearchReader
 from kdb_fast.search.readers.postgresql import PostgresqlReader
 from kdb_fast.search.readers.sqlite import SqliteReader
-from kdb_fast.search.retrieval import (
-    SearchReader,
-    SearchResult,
-    check_query,
-    meaning,
-    parse_query,
-    resolve_scope,
-    search,
-)
+from kdb_fast.search.results import SearchResult
+from kdb_fast.search.retrieval import check_query, search
+from kdb_fast.search.scope import resolve_scope
 from kdb_fast.search.status import statuses
 from kdb_fast.stores.base import EntityStatus
 from kdb_fast.tables import schema

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from kdb_fast.catalog.definitions import Entity, Field, Place, Storage
 from kdb_fast.errors import DatabaseError, UsageError
-from kdb_fast.search.readers.base import Hit, Key, Query, Scope, SearchReader, Term, in_order
-from kdb_fast.search.retrieval import MIN_DEPTH, checked_vector, fuse, parse_query, resolve_scope, search
+from kdb_fast.search.query import Query, Term, parse_query
+from kdb_fast.search.readers.base import Hit, Key, SearchReader, in_order
+from kdb_fast.search.retrieval import MIN_DEPTH, checked_vector, fuse, search
+from kdb_fast.search.scope import Scope, resolve_scope
 from kdb_fast.tables.target import Params
 
 VECTOR = np.array([1, 0], np.float32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -16,13 +15,12 @@ from ...catalog.records import LIVES, counted, owned
 from ...origins import BY_NAME, NAME_CHARS, Maker, Origin, base_of, same_name
 from ...tables.reading import no_index, rows_of
 from ...tables.target import TABLE, Dialect, Params, Rows, Target, columns_of, find_target
+from ..query import Query, Term
+from ..scope import Scope
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-MAX_TERMS = 64
-"""Most words of one keyword query; SQLite limits the depth of an FTS5 expression to 256."""
 
 COUNT_EVERY = 100
 """Origins are counted again when 100 times the time that it took has passed: it takes one per cent of the time."""
@@ -32,20 +30,6 @@ QUICK = 0.002
 
 Key = tuple[str, str]
 """(entity, record id)"""
-
-WORD = re.compile(r"[^\W_]+")
-"""A run of letters and digits of any script."""
-
-
-EDGES = re.compile(r"^[\W_]+|[\W_]+$")
-"""What stands around a word: brackets, commas, a question mark."""
-
-IDENTIFYING = re.compile(r"\d.*[^\W_]|[^\W_].*\d|[^\W_][_.:@#]+[^\W_]|/.*/")
-"""What makes a word an identifier: a digit beside another one or a letter, or one of these marks inside (``ERR_CONN``,
-``nginx.conf``). ``1``, ``third-party`` and ``and/or`` are words like others."""
-
-NUMBERED_WORD = re.compile(r"[^\W\d_]{3,}\d{1,3}")
-"""A word with a short number behind it, such as ``Base64``, ``sha256`` and ``utf8``: texts of many kinds hold it."""
 
 
 class Hit(NamedTuple):
@@ -62,101 +46,6 @@ class Hit(NamedTuple):
     @property
     def key(self) -> Key:
         return self.entity, self.record_id
-
-
-class Term(NamedTuple):
-    """A word of a keyword query, or a phrase that was in quotes."""
-
-    text: str
-    phrase: bool
-
-    @property
-    def identifier(self) -> bool:
-        """Whether it names one thing, so that a text without exactly this is no answer."""
-        return self.phrase or IDENTIFYING.search(EDGES.sub("", self.text)) is not None
-
-    @property
-    def telling(self) -> bool:
-        """Whether it is an identifier that a text about something else hardly holds: no bare number, ``sys.path`` or
-        ``Base64``."""
-        core = EDGES.sub("", self.text)
-        if NUMBERED_WORD.fullmatch(core) and not self.phrase:
-            return False
-        size = sum(map(str.isalnum, core))
-        digit, letter = re.search(r"\d", core), re.search(r"[^\W\d_]", core)
-        mark = re.search(r"[_.:@#/-]", core) or self.text.startswith("#")
-        known = (digit and mark) or (size >= 4 and ((digit and letter) or re.search(r"[_@]|/.*/", core)))
-        return self.phrase or bool(known)
-
-    @property
-    def either(self) -> bool:
-        """Whether it is a bare ``or``."""
-        return not self.phrase and self.text.casefold() == "or"
-
-
-class Query(NamedTuple):
-    """A query, cleaned.
-
-    Attributes:
-        text: What is looked for; what is excluded is no part of it.
-        terms: The words and phrases to find, a bare ``or`` among them.
-        excluded: Those that no result may hold.
-    """
-
-    text: str
-    terms: tuple[Term, ...]
-    excluded: tuple[Term, ...]
-
-    @property
-    def identifiers(self) -> tuple[Term, ...]:
-        """The terms that are identifiers."""
-        return tuple(term for term in self.terms if term.identifier)
-
-    def websearch(self) -> str:
-        """The terms for ``websearch_to_tsquery()``, with identifiers in quotes.
-
-        Without them it would take a sign for an exclusion, and a colon for a space: ``item:42`` would be found where
-        both parts are, however far from each other.
-        """
-        if not self.excluded and not self.identifiers:
-            return self.text
-        return " ".join(f'"{term.text}"' if term.identifier else term.text for term in self.terms)
-
-    def alternatives(self) -> tuple[Term, ...]:
-        """The terms for a query that any one of them satisfies; compounds such as ``comma-separated`` also split."""
-        found: dict[Term, None] = {}
-        for term in self.terms:
-            if term.either:
-                continue
-            found[term] = None
-            words = WORD.findall(term.text)
-            if not term.phrase and len(words) > 1:
-                found.update((Term(word, False), None) for word in words)
-        return tuple(found)[:MAX_TERMS]
-
-
-class Scope(NamedTuple):
-    """Which rows of the index a search may return.
-
-    Attributes:
-        definitions: Entities of KameleonDB that are searched; a row of theirs counts only while its record
-            lives and meets ``where``.
-        names: The only entity names searched, or None for all but ``hidden``.
-        hidden: Entities that KameleonDB has dropped.
-        where: Logical field names with the values they must have.
-        excluded: Terms that no row may hold; rankings by keyword have them in their query.
-        maker: The model that has embedded the query: its rows only are ranked by vector. None: all rows.
-    """
-
-    definitions: tuple[Entity, ...]
-    names: tuple[str, ...] | None
-    hidden: tuple[str, ...]
-    where: tuple[tuple[str, Any], ...]
-    excluded: tuple[Term, ...] = ()
-    maker: Maker | None = None
-
-    def admits(self, entity: str) -> bool:
-        return entity not in self.hidden if self.names is None else entity in self.names
 
 
 class Origins(NamedTuple):

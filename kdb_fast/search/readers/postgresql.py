@@ -20,7 +20,9 @@ from ...db.pg_characters import Characters
 from ...errors import UsageError
 from ...tables.reading import postgresql_errors
 from ...tables.target import Dialect, Params, identifier
-from .base import Hit, Key, Query, Scope, SearchReader, Term, in_order
+from ..query import Query, Term
+from ..scope import Scope
+from .base import Hit, Key, SearchReader, in_order
 
 if TYPE_CHECKING:
     import numpy as np

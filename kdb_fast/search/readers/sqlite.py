@@ -18,7 +18,9 @@ import numpy.typing as npt
 from ...catalog.definitions import Field, Place
 from ...catalog.records import json_member, owned
 from ...tables.target import TABLE, Dialect, Params, identifier
-from .base import Hit, Key, Query, Scope, SearchReader, Term, in_order
+from ..query import Query, Term
+from ..scope import Scope
+from .base import Hit, Key, SearchReader, in_order
 from .sqlite_vectors import ExactVectorSearch
 
 FTS = "kdb_search_fts"

@@ -38,7 +38,7 @@ import numpy.typing as npt
 from ...errors import DatabaseError, UsageError
 from ...tables.reading import rows_of, sqlite_cursor
 from ...tables.target import TABLE, Target, columns_of
-from .base import Scope
+from ..scope import Scope
 
 VECTORS = "kdb_fast_vectors"
 
