@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from kdb_fast.db.address import DatabaseAddress, connect_sqlite
-from kdb_fast.db.embedded import EmbeddedServer
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.db.embedded.server import EmbeddedServer
+from kdb_fast.db.sqlite_connection import connect_sqlite
 from kdb_fast.records import Record, Reject
 from kdb_fast.sources.base import Source
 

@@ -120,7 +120,7 @@ def may_run(account: pwd.struct_passwd) -> bool:
     if "KDB_FAST_ELSEWHERE" in os.environ:
         for path in (ROOT, Path(sys.prefix), Path(sys.base_prefix)):
             open_to_all(path)
-    command = [sys.executable, "-c", "import kdb_fast.db.embedded, pytest, numpy"]
+    command = [sys.executable, "-c", "import kdb_fast.db.embedded.server, pytest, numpy"]
     try:
         done = subprocess.run(command, cwd="/", capture_output=True, check=False, **as_user(account))  # type: ignore[call-overload]
     except PermissionError:

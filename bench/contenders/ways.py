@@ -114,7 +114,7 @@ def build(conninfo: str, rows: Rows, *, index: str, workers: int) -> float:
 
 def ours(conninfo: str, rows: Rows, *, indexed: bool) -> float:
     """kdb-fast's store (PostgreSQL or SQLite), from filled slots to COMMIT, and with ``indexed`` to a ready index."""
-    from kdb_fast.db.address import connect_sqlite
+    from kdb_fast.db.sqlite_connection import connect_sqlite
 
     address = database.address_of(conninfo)
     if address.dialect == "sqlite":

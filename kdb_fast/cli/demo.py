@@ -12,7 +12,8 @@ import sys
 import warnings
 from typing import Any
 
-from ..db.address import DatabaseAddress, connect_postgresql, opened, parse_address
+from ..db.address import DatabaseAddress, opened, parse_address
+from ..db.pg_connection import connect_postgresql
 from ..db.pg_settings import ENCODING
 from ..errors import EXIT_OK, EXIT_REJECTS, KdbFastError, RefusedError, ResourceError
 from ..paths import default_data_dir

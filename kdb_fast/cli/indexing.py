@@ -103,7 +103,7 @@ def reindex_command(
 
     with arguments.running() as (address, progress):
         if from_file is not None:
-            from ..db.address import create_sqlite
+            from ..db.sqlite_connection import create_sqlite
 
             create_sqlite(address)
         receipt = reindex(address, SourceSpec(entities, from_file, entity, id_field, fields, limit), options, progress)

@@ -1,4 +1,4 @@
-"""Database addresses and connections: parse, start the embedded server, connect, keep secrets out of messages.
+"""Database addresses: read one, start the embedded server that it names, keep its secrets out of messages.
 
 An address is one of::
 
@@ -17,29 +17,12 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 from urllib.parse import parse_qsl, unquote
 
-from ..errors import DatabaseError, KdbFastError, RefusedError, ResourceError, UsageError
+from ..errors import DatabaseError, RefusedError, UsageError
 from ..paths import absolute_path, default_data_dir
 from ..records import storable_key
-from . import sqlite_errors
-from .retrying import ErrorKind
-
-if TYPE_CHECKING:
-    import psycopg
-
-CONNECT_TIMEOUT = 10
-"""Seconds to wait for a server before saying that it cannot be reached."""
-
-KEEPALIVE: dict[str, Any] = {
-    "keepalives": 1,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 30_000,
-}
-"""A dead network is noticed in about 30 s instead of the kernel's two hours (psycopg issue 777)."""
 
 LOCAL_HOSTS = ("localhost", "::1")
 """Beside socket directories and 127.0.0.0/8."""
@@ -49,9 +32,6 @@ EMBEDDED_PATH_BYTES = 800
 
 OLDEST_SQLITE = (3, 30)
 """NULLS LAST; everything else (upserts, row values, functions for JSON) is older. The oldest that is tested is 3.40."""
-
-SQLITE_BUSY_TIMEOUT = 30.0
-"""Seconds to wait for another process that is writing the same SQLite file."""
 
 SQLITE_OPTIONS = {"mode": ("ro", "rw", "rwc"), "immutable": ("0", "1"), "uri": ("true", "1")}
 """What may follow the ? of an SQLite address. A file is made where it is missing, but for ``mode=rw``; ``immutable=1``
@@ -102,7 +82,7 @@ def parse_address(url: str | None) -> DatabaseAddress:
         path = absolute_path(directory)
         if (length := len(os.fsencode(path))) > EMBEDDED_PATH_BYTES:
             raise UsageError(f"--db names a directory of {length} bytes; at most {EMBEDDED_PATH_BYTES} are possible.")
-        return DatabaseAddress("postgresql", "", _shown(f"embedded:{path}"), path)
+        return DatabaseAddress("postgresql", "", shown(f"embedded:{path}"), path)
     if re.match(r"sqlite(\+\w+)?:", url):
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:
             oldest = ".".join(map(str, OLDEST_SQLITE))
@@ -132,7 +112,7 @@ def _parse_sqlite(url: str) -> DatabaseAddress:
         if value.lower() not in SQLITE_OPTIONS.get(name, ()):
             known = ", ".join(f"{n}={'|'.join(values)}" for n, values in SQLITE_OPTIONS.items())
             raise UsageError(
-                f"--db has {_shown(f'{name}={value}')[:60]!r} after the ?, which is no option of an SQLite address.",
+                f"--db has {shown(f'{name}={value}')[:60]!r} after the ?, which is no option of an SQLite address.",
                 remedy=f"Known are: {known}.",
             )
     if "uri" in options and path_text.startswith("file:"):
@@ -146,7 +126,7 @@ def _parse_sqlite(url: str) -> DatabaseAddress:
     return DatabaseAddress(
         "sqlite",
         str(absolute_path(path_text)),
-        _shown(f"sqlite:///{path_text}"),
+        shown(f"sqlite:///{path_text}"),
         read_only=read_only,
         may_create=not read_only and options.get("mode") != "rw",
     )
@@ -184,7 +164,7 @@ def _parse_postgresql(url: str) -> DatabaseAddress:
     hosts = host.split(",")
     ports = ports if len(ports) == len(hosts) else ports[:1] * len(hosts)
     where = ",".join(f"{h}:{p or 5432}" for h, p in zip(hosts, ports, strict=True))
-    return DatabaseAddress("postgresql", make_conninfo(url), _shown(f"postgresql://{where}/{name}"))
+    return DatabaseAddress("postgresql", make_conninfo(url), shown(f"postgresql://{where}/{name}"))
 
 
 SECRET_OPTIONS = ("password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
@@ -227,7 +207,7 @@ def _bad_option(url: str) -> UsageError | None:
     return None
 
 
-def _shown(display: str) -> str:
+def shown(display: str) -> str:
     """An address without what could move a terminal's cursor."""
     return storable_key(display, 1000)
 
@@ -289,7 +269,7 @@ def opened(address: DatabaseAddress, *, create: bool = True) -> Iterator[Databas
             f"There is no database in {address.display}, or that directory may not be read.",
             remedy="Name one with --db or KDB_FAST_DB, or fill this one: kdb-fast reindex --from FILE --entity NAME.",
         )
-    from .embedded import EmbeddedServer
+    from .embedded.server import EmbeddedServer
 
     server = EmbeddedServer(address.embedded_dir)
     server.start()
@@ -297,139 +277,3 @@ def opened(address: DatabaseAddress, *, create: bool = True) -> Iterator[Databas
         yield replace(address, conninfo=server.conninfo, embedded_dir=None)
     finally:
         server.leave()
-
-
-def connect_postgresql(
-    address: DatabaseAddress, *, role: str, autocommit: bool = True
-) -> psycopg.Connection[tuple[Any, ...]]:
-    """A connection in UTF-8 with short time-outs and no server-side prepared statements (poolers lose them).
-
-    In autocommit mode each of its statements has the settings of :mod:`.pg_settings`.
-
-    Args:
-        role: What it is for; becomes ``application_name`` as ``kdb-fast/<role>``.
-
-    Raises:
-        DatabaseError: The server cannot be reached, or refuses; the message holds no secret.
-        RefusedError: The database has no encoding (SQL_ASCII).
-    """
-    import psycopg
-
-    from . import pg_connection, pg_settings
-
-    options: dict[str, Any] = dict(KEEPALIVE)
-    given = psycopg.conninfo.conninfo_to_dict(address.conninfo)
-    options = {k: v for k, v in options.items() if k not in given}
-    if "connect_timeout" not in given and not os.environ.get("PGCONNECT_TIMEOUT"):
-        options["connect_timeout"] = CONNECT_TIMEOUT
-    connection = None
-    try:
-        connection = pg_connection.connect(
-            address.conninfo,
-            autocommit=autocommit,
-            prepare_threshold=None,
-            application_name=f"kdb-fast/{role}",
-            client_encoding=pg_settings.ENCODING,  # whatever the address, the environment or the role asks for
-            **options,
-        )
-        pg_settings.check_encoding(connection, address.display)
-        return connection
-    except RefusedError:
-        assert connection is not None
-        connection.close()
-        raise
-    except psycopg.Error as error:
-        detail = " ".join(redact(str(error), address).split()).rstrip(".?")
-        raise DatabaseError(
-            f"Cannot connect to {address.display}: {detail}.",
-            remedy=connection_remedy(detail),
-        ) from None
-
-
-def connection_remedy(detail: str) -> str:
-    """What to do where a connection is refused. libpq gives no code, only words, which may be in any language."""
-    if "does not exist" in detail:
-        return "Check user and database name in --db; createdb makes a database."
-    if re.search(r"(invalid|unrecognized|bad|definition of) .*(value|parameter|service)", detail):
-        return "Correct this option in --db (or in the environment: PG…)."
-    if "FATAL" in detail:
-        return "The server runs, and refuses: check user, password, database name and options in --db."
-    if "session attrs" in detail or "standby" in detail or "read-only" in detail or "read-write" in detail:
-        return "The server is there, but is not of the kind that target_session_attrs asks for."
-    return "Check host and port in --db, and that the server runs and can be reached from here."
-
-
-def create_sqlite(address: DatabaseAddress) -> None:
-    """Make an SQLite file that does not exist yet; nothing for other addresses.
-
-    Raises:
-        DatabaseError: Its directory does not exist or may not be written.
-    """
-    if address.dialect == "sqlite" and address.may_create and not os.path.exists(address.conninfo):
-        connect_sqlite(address, must_exist=False).close()
-
-
-def check_sqlite_file(address: DatabaseAddress) -> None:
-    """Raise DatabaseError unless there is a file of this name."""
-    if not os.path.exists(address.conninfo):
-        raise DatabaseError(
-            f"There is no SQLite file {_shown(address.conninfo)}, or it is in a directory that may not be read.",
-            remedy="Check the path after sqlite:/// (four / for absolute).",
-        )
-
-
-def connect_sqlite(address: DatabaseAddress, *, must_exist: bool = True) -> sqlite3.Connection:
-    """A connection to write through, in autocommit mode (transactions are begun explicitly), with a busy time-out.
-
-    Raises:
-        DatabaseError: The file does not exist, is not a database, or cannot be opened.
-        RefusedError: The address says ``mode=ro``, or the file's directory cannot be written.
-        ResourceError: The disk is full or fails.
-    """
-    if must_exist or not address.may_create:
-        check_sqlite_file(address)
-    if address.read_only:
-        raise RefusedError(
-            f"{address.display} is to be read only, and this would write it.",
-            remedy="Leave mode=ro or immutable=1 out of the address.",
-        )
-    connection = None
-    try:
-        connection = sqlite3.connect(
-            address.conninfo, timeout=SQLITE_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
-        )
-        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    except sqlite3.Error as error:
-        if connection is not None:
-            connection.close()
-        raise cannot_open(address, error) from None
-    return connection
-
-
-def cannot_open(address: DatabaseAddress, error: sqlite3.Error) -> KdbFastError:
-    """The error of kdb-fast that says why an SQLite file cannot be opened."""
-    text = f"Cannot open {address.display}: {error}."
-    code = sqlite_errors.primary_code(error)
-    if sqlite_errors.kind_of(error) is ErrorKind.RESOURCE:
-        return ResourceError(text, remedy="Is the disk full, or a limit reached (ulimit -f)? Then run it again.")
-    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
-        directory = os.path.dirname(address.conninfo)
-        if os.path.isdir(address.conninfo):
-            return DatabaseError(text, remedy="This is a directory; expected a file.")
-        if os.path.exists(address.conninfo) and not os.access(address.conninfo, os.R_OK):
-            return RefusedError(text, remedy="This user may not read the file.")
-        if os.path.isdir(directory) and not os.access(directory, os.W_OK):
-            return RefusedError(
-                text, remedy="Make its directory writable, and the file: SQLite keeps its journal beside it."
-            )
-        return DatabaseError(text, remedy="Is its directory there, and may more files be opened?")
-    if code == sqlite3.SQLITE_NOTADB:
-        return DatabaseError(text, remedy="Is it a SQLite database?")
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return DatabaseError(
-            f"Another program kept {address.display} locked for {SQLITE_BUSY_TIMEOUT:.0f} s: {error}.",
-            remedy="End its transaction, then run the same command again.",
-        )
-    if code == sqlite3.SQLITE_CORRUPT:
-        return DatabaseError(text, remedy="Check it with PRAGMA integrity_check, and restore an undamaged copy.")
-    return DatabaseError(text)

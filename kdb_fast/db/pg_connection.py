@@ -10,17 +10,33 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import re
 import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
+from ..errors import DatabaseError, RefusedError
 from ..settings import silence_seconds
-from .pg_settings import pin
+from .address import DatabaseAddress, redact
+from .pg_settings import ENCODING, check_encoding, pin
 
 if TYPE_CHECKING:
     import psycopg
 
     Connection = psycopg.Connection[tuple[Any, ...]]
+
+CONNECT_TIMEOUT = 10
+"""Seconds to wait for a server before saying that it cannot be reached."""
+
+KEEPALIVE: dict[str, Any] = {
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+"""A dead network is noticed in about 30 s instead of the kernel's two hours (psycopg issue 777)."""
 
 TIMES_UNKNOWN = 10
 """Checks without an answer (behind a pooler the session is not known) before the connection is given up."""
@@ -141,6 +157,62 @@ def connect(conninfo: str, **options: Any) -> Connection:
         return connection
 
     return open_watched(lambda: open_watched(None, application_name="kdb-fast/check", autocommit=True))
+
+
+def connect_postgresql(address: DatabaseAddress, *, role: str, autocommit: bool = True) -> Connection:
+    """A connection in UTF-8 with short time-outs and no server-side prepared statements (poolers lose them).
+
+    In autocommit mode each of its statements has the settings of :mod:`.pg_settings`.
+
+    Args:
+        role: What it is for; becomes ``application_name`` as ``kdb-fast/<role>``.
+
+    Raises:
+        DatabaseError: The server cannot be reached, or refuses; the message holds no secret.
+        RefusedError: The database has no encoding (SQL_ASCII).
+    """
+    import psycopg
+
+    options: dict[str, Any] = dict(KEEPALIVE)
+    given = psycopg.conninfo.conninfo_to_dict(address.conninfo)
+    options = {k: v for k, v in options.items() if k not in given}
+    if "connect_timeout" not in given and not os.environ.get("PGCONNECT_TIMEOUT"):
+        options["connect_timeout"] = CONNECT_TIMEOUT
+    connection = None
+    try:
+        connection = connect(
+            address.conninfo,
+            autocommit=autocommit,
+            prepare_threshold=None,
+            application_name=f"kdb-fast/{role}",
+            client_encoding=ENCODING,  # whatever the address, the environment or the role asks for
+            **options,
+        )
+        check_encoding(connection, address.display)
+        return connection
+    except RefusedError:
+        assert connection is not None
+        connection.close()
+        raise
+    except psycopg.Error as error:
+        detail = " ".join(redact(str(error), address).split()).rstrip(".?")
+        raise DatabaseError(
+            f"Cannot connect to {address.display}: {detail}.",
+            remedy=connection_remedy(detail),
+        ) from None
+
+
+def connection_remedy(detail: str) -> str:
+    """What to do where a connection is refused. libpq gives no code, only words, which may be in any language."""
+    if "does not exist" in detail:
+        return "Check user and database name in --db; createdb makes a database."
+    if re.search(r"(invalid|unrecognized|bad|definition of) .*(value|parameter|service)", detail):
+        return "Correct this option in --db (or in the environment: PG…)."
+    if "FATAL" in detail:
+        return "The server runs, and refuses: check user, password, database name and options in --db."
+    if "session attrs" in detail or "standby" in detail or "read-only" in detail or "read-write" in detail:
+        return "The server is there, but is not of the kind that target_session_attrs asks for."
+    return "Check host and port in --db, and that the server runs and can be reached from here."
 
 
 def name_session(connection: Connection, session: int) -> None:

@@ -5,8 +5,8 @@ behind a pooler with what another client has left there. Some change what a stat
 statements runs in a transaction that begins with the same ones (``PINNED``), which end with it: a pooler passes no
 setting on, and a connection that was lent to us is as it was.
 
-The encoding is also asked for in the startup packet (:func:`kdb_fast.db.address.connect_postgresql`): psycopg encodes
-by what the server has reported, while the binary rows that are copied are UTF-8 as they are.
+The encoding is also asked for in the startup packet (:func:`.pg_connection.connect_postgresql`): psycopg encodes by
+what the server has reported, while the binary rows that are copied are UTF-8 as they are.
 
 Left as they are set, because they change nothing that is stored or found, or because they are somebody's wish:
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from . import sqlite_reading
-from .address import DatabaseAddress, connect_postgresql
+from .address import DatabaseAddress
+from .pg_connection import connect_postgresql
 
 T = TypeVar("T")
 

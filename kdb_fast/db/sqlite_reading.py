@@ -27,8 +27,9 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from ..errors import DatabaseError, KdbFastError, RefusedError
-from . import address as database
-from .address import DatabaseAddress, cannot_open, check_sqlite_file
+from . import sqlite_connection
+from .address import DatabaseAddress
+from .sqlite_connection import cannot_open, check_sqlite_file
 from .sqlite_errors import primary_code
 
 T = TypeVar("T")
@@ -153,7 +154,7 @@ def _open(path: str, way: str) -> sqlite3.Connection:
         f"file:{quote(path)}?{way}",
         uri=True,
         factory=kind,
-        timeout=database.SQLITE_BUSY_TIMEOUT,
+        timeout=sqlite_connection.SQLITE_BUSY_TIMEOUT,
         isolation_level=None,
         check_same_thread=False,
     )

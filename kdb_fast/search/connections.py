@@ -15,7 +15,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from ..db import pg_errors, pg_settings, sqlite_reading
-from ..db.address import DatabaseAddress, connect_postgresql, opened
+from ..db.address import DatabaseAddress, opened
+from ..db.pg_connection import connect_postgresql
 from ..db.retrying import ErrorKind
 from ..errors import DatabaseError, SchemaError, UsageError
 from ..stores.base import Store

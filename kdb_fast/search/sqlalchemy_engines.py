@@ -18,7 +18,8 @@ import sqlite3
 from typing import Any
 
 from ..db import pg_settings
-from ..db.address import DatabaseAddress, connect_postgresql, connection_remedy, parse_address, redact
+from ..db.address import DatabaseAddress, parse_address, redact
+from ..db.pg_connection import connect_postgresql, connection_remedy
 from ..errors import DatabaseError, RefusedError, UsageError
 from .connections import Connections, main_file
 

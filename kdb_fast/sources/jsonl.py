@@ -16,9 +16,8 @@ from typing import Any, BinaryIO, NamedTuple
 from ..errors import PIPED, ResourceError, UsageError
 from ..records import MAX_ENTITY_CHARS, Record, Reject, content_from_fields, storable_key, unfit
 from .base import PAGE_ROWS, Source
-from .json_records import HEAD_BYTES, check_head, iter_json_items, iter_json_records, kind
-
-__all__ = ["JsonlSource", "iter_json_records"]
+from .input_formats import HEAD_BYTES, check_head
+from .json_records import iter_json_items, iter_json_records, kind
 
 PAGE_CHARS = 8 << 20
 """Characters of one page, about: long texts make smaller pages."""

@@ -14,8 +14,10 @@ from typing import Any
 from ..catalog.definitions import Catalog, Entity, Place
 from ..catalog.records import count_query, ids_query, live_rows, rows_query
 from ..db import pg_errors, pg_settings
-from ..db.address import DatabaseAddress, connect_postgresql, connect_sqlite
+from ..db.address import DatabaseAddress
+from ..db.pg_connection import connect_postgresql
 from ..db.retrying import Backoff, retry
+from ..db.sqlite_connection import connect_sqlite
 from ..db.sqlite_errors import translated
 from ..db.sqlite_session import patiently
 from ..errors import DatabaseError, KdbFastError

@@ -18,7 +18,8 @@ import numpy as np
 import psutil
 from servers import Key, Vector, engine_processes, eventually, execute, index_rows
 
-from kdb_fast.db.address import DatabaseAddress, connect_sqlite
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.db.sqlite_connection import connect_sqlite
 from kdb_fast.records import Record
 
 Receipt = dict[str, Any]

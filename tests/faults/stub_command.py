@@ -20,7 +20,7 @@ import psycopg  # noqa: F401 - imported once for all commands
 
 from kdb_fast import cli, faults, sources
 from kdb_fast.cli import bars, report
-from kdb_fast.db import address as database
+from kdb_fast.db import sqlite_connection
 from kdb_fast.embedding.models.lookup import Model
 from kdb_fast.engine import base as engine
 from kdb_fast.engine import plan
@@ -32,7 +32,7 @@ from kdb_fast.stores.postgresql import store as postgresql
 from kdb_fast.stores.sqlite import store as sqlite
 from kdb_fast.tables import index_policy
 
-__all__ = ["bars", "database", "open_store", "pipeline", "postgresql", "report", "sources", "sqlite"]
+__all__ = ["bars", "open_store", "pipeline", "postgresql", "report", "sources", "sqlite", "sqlite_connection"]
 
 MODEL = Model("stub", Path(), "stub.onnx", 384, 512, "mean", True, ())
 
@@ -53,7 +53,7 @@ def use_stubs() -> None:
     seconds = json.loads(os.environ.get("LC_SECONDS", "{}"))
     runs.STALE_SECONDS = seconds.get("stale", runs.STALE_SECONDS)
     pg_session.LIMITS = pg_session.LIMITS.replace("'30s'", f"'{seconds.get('lock', 30)}s'")
-    database.SQLITE_BUSY_TIMEOUT = seconds.get("busy", database.SQLITE_BUSY_TIMEOUT)
+    sqlite_connection.SQLITE_BUSY_TIMEOUT = seconds.get("busy", sqlite_connection.SQLITE_BUSY_TIMEOUT)
     pipeline.DRAIN_SECONDS = seconds.get("drain", pipeline.DRAIN_SECONDS)
     signals.GRACE_SECONDS = seconds.get("grace", signals.GRACE_SECONDS)
 

@@ -28,8 +28,8 @@ from limited import needs_private_mounts
 from proxy import CUT_AFTER, CUT_BEFORE, FORWARD, HOLE, PASS, REFUSE, Proxy, nth_request
 from servers import Server, database_name, eventually, execute, records_of, role_name
 
-from kdb_fast.db.address import DatabaseAddress, connect_postgresql, parse_address
-from kdb_fast.db.pg_connection import name_session
+from kdb_fast.db.address import DatabaseAddress, parse_address
+from kdb_fast.db.pg_connection import connect_postgresql, name_session
 from kdb_fast.records import Record
 
 PASSWORD = "hunter2%40@/ %SENTINEL"

@@ -20,8 +20,9 @@ from servers import Server, connect_as, database_name, execute, index_rows
 from sqlalchemy.orm import Session
 
 from kdb_fast.cli import run
-from kdb_fast.db.address import DatabaseAddress, connect_postgresql
+from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.db.pg_characters import Characters
+from kdb_fast.db.pg_connection import connect_postgresql
 from kdb_fast.errors import RecordError, RefusedError
 from kdb_fast.records import Reject, content_hash
 from kdb_fast.search.engine import SearchEngine

@@ -19,7 +19,8 @@ from servers import Server, database_name, eventually, execute, index_rows, role
 from sqlalchemy.orm import Session
 
 from kdb_fast.db import pg_settings
-from kdb_fast.db.address import DatabaseAddress, connect_postgresql
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.db.pg_connection import connect_postgresql
 from kdb_fast.db.pg_settings import PINNED, pinned
 from kdb_fast.errors import LockedError
 from kdb_fast.search.engine import SearchEngine

@@ -21,8 +21,9 @@ from servers import execute
 
 from kdb_fast import cli
 from kdb_fast.db import sqlite_reading
-from kdb_fast.db.address import DatabaseAddress, connect_sqlite, parse_address
+from kdb_fast.db.address import DatabaseAddress, parse_address
 from kdb_fast.db.reading import read
+from kdb_fast.db.sqlite_connection import connect_sqlite
 from kdb_fast.errors import DatabaseError, RefusedError, SchemaError, UsageError
 from kdb_fast.search.engine import SearchEngine
 

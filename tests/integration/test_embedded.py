@@ -15,9 +15,11 @@ import psutil
 import pytest
 from servers import eventually, execute
 
-from kdb_fast.db import embedded
 from kdb_fast.db.address import EMBEDDED_PATH_BYTES, DatabaseAddress, opened, parse_address
-from kdb_fast.db.embedded import EmbeddedServer, Postmaster, _let_pass, _let_read, _system_account
+from kdb_fast.db.embedded import server as embedded
+from kdb_fast.db.embedded.accounts import Account, let_pass, let_read, system_account
+from kdb_fast.db.embedded.directory import DataDirectory, Postmaster
+from kdb_fast.db.embedded.server import EmbeddedServer
 from kdb_fast.errors import RefusedError, UsageError
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="what root has to do for PostgreSQL, which does not run as root")
@@ -143,7 +145,7 @@ def test_the_last_of_its_users_stops_it(folder: Path, prepared: Path) -> None:
 USE = """
 import sys, time
 from pathlib import Path
-from kdb_fast.db.embedded import EmbeddedServer
+from kdb_fast.db.embedded.server import EmbeddedServer
 server = EmbeddedServer(Path(sys.argv[1]))
 server.start()
 print(server.pid, flush=True)
@@ -218,8 +220,8 @@ def test_a_copy_of_a_running_servers_directory_is_not_taken_for_it(folder: Path,
     copy(prepared, folder / "pg")
     server = EmbeddedServer(folder / "pg")
     server.start()
-    assert isinstance(server._postmaster(), Postmaster)
-    assert EmbeddedServer(copy(folder / "pg", folder / "copy"))._postmaster() is None
+    assert isinstance(DataDirectory(folder / "pg").postmaster(), Postmaster)
+    assert DataDirectory(copy(folder / "pg", folder / "copy")).postmaster() is None
     server.leave()
 
 
@@ -270,7 +272,7 @@ def test_only_its_user_reaches_it(folder: Path, prepared: Path) -> None:
     for name in ("pg", "in another place"):
         server = EmbeddedServer(copy(prepared, folder / name))
         server.start()
-        found = server._postmaster()
+        found = DataDirectory(server.directory).postmaster()
         assert found is not None
         for directory in {str(folder / name), found.socket_dir}:
             assert stat.S_IMODE(os.stat(directory).st_mode) == 0o700
@@ -324,7 +326,7 @@ def test_root_opens_no_more_than_the_way_to_the_directory(folder: Path) -> None:
         assert answers(address)
     assert stat.S_IMODE(private.stat().st_mode) == 0o701
     assert stat.S_IMODE((private / "open").stat().st_mode) == 0o755
-    assert (private / "open" / "pg").stat().st_uid == _system_account().uid
+    assert (private / "open" / "pg").stat().st_uid == system_account().uid
 
 
 def test_programs_that_were_installed_under_a_strict_umask_are_opened(tmp_path: Path) -> None:
@@ -335,7 +337,7 @@ def test_programs_that_were_installed_under_a_strict_umask_are_opened(tmp_path: 
     (tmp_path / "pginstall18" / "share").mkdir(mode=0o700)
     (tmp_path / "pginstall18" / "share" / "words").write_text("")
     (tmp_path / "pginstall18" / "share" / "words").chmod(0o600)
-    _let_read(programs)
+    let_read(programs)
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "pginstall18").rglob("*")}
     assert modes["postgres"] == 0o715
     assert modes["words"] == 0o604
@@ -404,10 +406,8 @@ def test_a_signal_for_the_command_does_not_reach_it(folder: Path, prepared: Path
 
 
 def test_directories_are_opened_only_where_they_are_closed(tmp_path: Path) -> None:
-    from kdb_fast.db.embedded import Account
-
     (tmp_path / "a").mkdir(mode=0o750)
     (tmp_path / "a").chmod(0o750)
     owner = (tmp_path / "a").stat().st_uid
-    _let_pass(tmp_path / "a" / "b", Account(owner, owner))
+    let_pass(tmp_path / "a" / "b", Account(owner, owner))
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o750

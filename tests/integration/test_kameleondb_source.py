@@ -20,7 +20,9 @@ from servers import Server, connect_as
 
 from kdb_fast.catalog.definitions import Catalog, load_entities
 from kdb_fast.catalog.records import ids_query, rows_query
-from kdb_fast.db.address import DatabaseAddress, connect_postgresql, connect_sqlite, parse_address
+from kdb_fast.db.address import DatabaseAddress, parse_address
+from kdb_fast.db.pg_connection import connect_postgresql
+from kdb_fast.db.sqlite_connection import connect_sqlite
 from kdb_fast.errors import DatabaseError, SchemaError
 from kdb_fast.records import Record, Reject
 from kdb_fast.search.readers.postgresql import PostgresqlReader

@@ -19,7 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdb_fast.db.address import DatabaseAddress, connect_postgresql, opened, parse_address
+from kdb_fast.db.address import DatabaseAddress, opened, parse_address
+from kdb_fast.db.pg_connection import connect_postgresql
 from kdb_fast.errors import SchemaError, UsageError
 from kdb_fast.origins import Maker, Origin, QueryVector
 from kdb_fast.search.query import meaning, parse_query

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdb_fast.db.address import DatabaseAddress, connect_postgresql, connect_sqlite, opened, parse_address, redact
+from kdb_fast.db.address import DatabaseAddress, opened, parse_address, redact
+from kdb_fast.db.pg_connection import connect_postgresql
+from kdb_fast.db.sqlite_connection import connect_sqlite
 from kdb_fast.errors import DatabaseError, KdbFastError, RefusedError, UsageError
 from kdb_fast.paths import default_data_dir
 

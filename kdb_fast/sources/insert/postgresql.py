@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...catalog.records import new_row
 from ...db import pg_errors, pg_settings
-from ...db.address import DatabaseAddress, connect_postgresql
+from ...db.address import DatabaseAddress
 from ...db.pg_characters import Characters
+from ...db.pg_connection import connect_postgresql
 from ...db.retrying import Backoff, ErrorKind, retry
 from ...errors import SchemaError
 from ...records import bad_encoding

@@ -9,8 +9,8 @@ from datetime import datetime
 from typing import Any, ClassVar
 
 from ...catalog.records import new_row
-from ...db.address import connect_sqlite
 from ...db.retrying import ErrorKind
+from ...db.sqlite_connection import connect_sqlite
 from ...db.sqlite_errors import kind_of, reason_of, translated
 from ...db.sqlite_session import transaction
 from ...records import storable_key

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...db import pg_settings
-from ...db.address import DatabaseAddress, connect_postgresql
+from ...db.address import DatabaseAddress
 from ...db.pg_characters import Characters, escaped
+from ...db.pg_connection import connect_postgresql
 from ...db.pg_errors import READ_ONLY, explain, kind_of, sqlstate
 from ...db.pg_settings import ENCODING
 from ...db.retrying import Backoff, ErrorKind, retry

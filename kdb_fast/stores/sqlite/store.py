@@ -12,8 +12,9 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from ...db.address import DatabaseAddress, connect_sqlite
+from ...db.address import DatabaseAddress
 from ...db.sqlite import select_in
+from ...db.sqlite_connection import connect_sqlite
 from ...db.sqlite_errors import translated
 from ...errors import RecordError
 from ...faults import fault
