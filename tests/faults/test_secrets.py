@@ -355,7 +355,7 @@ def test_nothing_of_an_input_can_become_code_or_an_archive() -> None:
     for file, node in nodes():
         if isinstance(node, ast.Import):
             found = {name.name.split(".")[0] for name in node.names} & modules
-            assert not found or (file.name, found) == ("ipc/child.py", {"pickle"}), file
+            assert not found or (file.match("ipc/child.py") and found == {"pickle"}), file
         elif isinstance(node, ast.ImportFrom):
             assert (node.module or "").split(".")[0] not in modules, file
         elif isinstance(node, ast.Call):
