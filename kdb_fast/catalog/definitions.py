@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..errors import DatabaseError, KdbFastError, SchemaError
+from ..db import pg_errors, sqlite_errors
+from ..db.retrying import ErrorKind
+from ..errors import KdbFastError, SchemaError
 from ..records import storable_key
 from ..tables.hidden_rows import check_unfiltered
 from ..tables.target import RECORDS, Dialect, Rows, Target, columns_of, find_target, rows_on
@@ -211,7 +214,7 @@ class Catalog:
             DatabaseError: The database was lost.
         """
         rows = rows_on(connection, dialect)
-        with translated(display):
+        with explained(display):
             if target is None:
                 target = find_target(rows, dialect)
             if missing := missing_tables(rows, target):
@@ -232,7 +235,7 @@ class Catalog:
         look as if its text had been emptied.
         """
         rows = rows_on(connection, self.target.dialect)
-        with translated(display):
+        with explained(display):
             check_unfiltered(rows, self.target, (FIELDS,), "the text of a record is made of all fields")
 
     def select(self, names: Sequence[str] = ()) -> tuple[Entity, ...]:
@@ -271,29 +274,30 @@ class Catalog:
 
 
 @contextlib.contextmanager
-def translated(display: str = "the database") -> Iterator[None]:
-    """Turn a driver's error into SchemaError (missing table, column or right) or DatabaseError."""
-    import sqlite3
+def explained(display: str) -> Iterator[None]:
+    """The driver's errors while KameleonDB's tables are read become errors of kdb-fast.
 
+    What each means is said in :mod:`kdb_fast.db.pg_errors` and :mod:`kdb_fast.db.sqlite_errors`; of a refusal this says
+    more: the tables are not KameleonDB's, or may not be read.
+
+    Args:
+        display: The database's address as it may be printed.
+    """
     try:
         yield
-    except KdbFastError:
-        raise
     except sqlite3.Error as error:
-        if isinstance(error, sqlite3.OperationalError) and "no such" in str(error):
+        if sqlite_errors.primary_code(error) == sqlite3.SQLITE_ERROR:
             raise SchemaError(f"{display} is not as KameleonDB makes it: {error}.") from error
-        raise DatabaseError(f"Reading {display} failed: {error}.") from error
+        raise sqlite_errors.explain(error, f"reading {display}") from error
     except Exception as error:
-        import psycopg
-
-        if not isinstance(error, psycopg.Error):
+        if isinstance(error, KdbFastError) or pg_errors.kind_of(error) is None:
             raise
-        detail = error.diag.message_primary or next(iter(str(error).splitlines()), "") or type(error).__name__
-        if isinstance(error, psycopg.errors.InsufficientPrivilege):
+        state, detail = pg_errors.sqlstate(error), pg_errors.primary_message(error)
+        if state == pg_errors.NO_RIGHT:
             raise SchemaError(
                 f"Not allowed to read {display}: {detail}.",
                 remedy="Grant the user SELECT on KameleonDB's tables (kdb_…).",
             ) from error
-        if (error.sqlstate or "").startswith("42"):
+        if state and pg_errors.kind_of(error) is ErrorKind.REFUSED:
             raise SchemaError(f"{display} is not as KameleonDB makes it: {detail}.") from error
-        raise DatabaseError(f"Reading {display} failed: {detail}.") from error
+        raise pg_errors.explain(f"reading {display}", error) from error

@@ -50,6 +50,7 @@ CONFLICTS = frozenset({"40P01", "40001"})
 """A deadlock, and a transaction that cannot be serialised: the server has rolled back one of two."""
 
 READ_ONLY = "25006"
+NO_RIGHT = "42501"
 
 REASONS = {
     "22000": "bad_vector",  # what pgvector says of one
@@ -94,6 +95,12 @@ def _origin(error: BaseException) -> BaseException:
     return cause if isinstance(error, DatabaseError) and hasattr(cause, "sqlstate") else error  # type: ignore[return-value]
 
 
+def primary_message(error: BaseException) -> str:
+    """What the server says of an error, in one line, without the DETAIL that may quote a row."""
+    diag = getattr(error, "diag", None)
+    return " ".join(((diag and diag.message_primary) or str(error)).split()) or type(error).__name__
+
+
 def explain(what: str, error: Exception, address: DatabaseAddress | None = None) -> Exception:
     """The error of kdb-fast that says what an error of psycopg means for the user.
 
@@ -104,8 +111,7 @@ def explain(what: str, error: Exception, address: DatabaseAddress | None = None)
     kind, state, origin = kind_of(error), sqlstate(error) or "no SQLSTATE", _origin(error)
     if isinstance(origin, KdbFastError):
         return error
-    diag = getattr(origin, "diag", None)
-    text = " ".join(((diag and diag.message_primary) or str(origin)).split())
+    text = primary_message(origin)
     text = text if address is None else redact(text, address)
     if kind is ErrorKind.RESOURCE:
         return ResourceError(

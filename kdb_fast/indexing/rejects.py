@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ..catalog.definitions import load_entities, translated
+from ..catalog.definitions import explained, load_entities
 from ..db.address import DatabaseAddress
 from ..db.reading import read
 from ..receipt import Receipt, Retried
@@ -124,7 +124,7 @@ def _known_entities(address: DatabaseAddress) -> dict[str, str]:
 
     def work(connection: Any) -> dict[str, str]:
         rows = rows_on(connection, address.dialect)
-        with translated(address.display):
+        with explained(address.display):
             entities = load_entities(rows, find_target(rows, address.dialect))
         return {storable_key(entity.name): entity.name for entity in entities if entity.active}
 

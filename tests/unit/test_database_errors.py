@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import psycopg
 import pytest
 
+from kdb_fast.catalog.definitions import Catalog
 from kdb_fast.db import pg_errors, retrying, sqlite_errors
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.db.pg_errors import explain, kind_of, sqlstate
@@ -192,6 +193,18 @@ def test_a_search_is_tried_once_and_ends_in_the_same_exit_code(state: str | None
         assert raised.value.exit_code == EXIT_CODES[kind]
 
 
+@pytest.mark.parametrize(("state", "kind"), [*STATES, (None, ErrorKind.PASSING)])
+def test_the_catalogue_is_read_once_and_ends_in_the_same_exit_code(state: str | None, kind: ErrorKind) -> None:
+    work = Failing(error_of(state), None)
+    with pytest.raises(KdbFastError) as raised:
+        Catalog.load(SimpleNamespace(execute=work), "postgresql", "postgresql://tests")
+    assert work.calls == 1
+    assert raised.value.exit_code == EXIT_CODES[kind]
+    assert raised.value.__cause__ is work.error
+    if kind is ErrorKind.REFUSED:
+        assert "is not as KameleonDB makes it" in str(raised.value) or "Not allowed to read" in str(raised.value)
+
+
 def rows_of_the_table(module: Any) -> list[tuple[list[str], str]]:
     """(codes, kind) of each row of the table in a module's docstring."""
     table = re.findall(r"^\| (.+?) \| .+? \| (\S+) \| .+ \|$", module.__doc__, re.MULTILINE)
@@ -343,7 +356,12 @@ def test_each_result_code_of_sqlite(code: int, kind: ErrorKind, exit_code: int) 
         inserter._insert_all = fail  # type: ignore[method-assign, assignment]
         execute = lambda query, *given: fail() if query == "SELECT 1" else connection.execute(query, *given)  # noqa: E731
         source._connection = SimpleNamespace(execute=execute)
-        sides: list[Callable[[], object]] = [store, lambda: inserter.insert([]), lambda: source._fetch("SELECT 1", {})]
+        sides: list[Callable[[], object]] = [
+            store,
+            lambda: inserter.insert([]),
+            lambda: source._fetch("SELECT 1", {}),
+            lambda: Catalog.load(SimpleNamespace(execute=fail), "sqlite"),
+        ]
         for side in sides:
             with pytest.raises(KdbFastError) as raised:
                 side()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar, NamedTuple
 
-from ...catalog.definitions import Catalog, Entity, required_fields, storage_of, translated
+from ...catalog.definitions import Catalog, Entity, explained, required_fields, storage_of
 from ...catalog.records import SYSTEM_COLUMNS
 from ...db.address import DatabaseAddress
 from ...errors import SchemaError
@@ -94,7 +94,7 @@ class Inserter(ABC):
             catalog.check_fields(self._connection, address.display)
             self._place = self.definition.places[0]
             self._table, self._shared = self._place.table, self._place.columns is None
-            with translated(address.display):
+            with explained(address.display):
                 required = required_fields(self._rows, self._target, self.definition.id)
                 columns = None if self._shared else self._declared()
                 self._check_rights()
