@@ -25,7 +25,7 @@ from ...resources import WITHOUT_CPU_FLAGS, cpu_flags, usable_cpus
 from ..encoder import EncoderSpec
 from ..models.files import check_private, sha256_of
 from . import openvino_backend
-from .openvino_rows import TOKEN_BUDGET
+from .openvino_rows import BATCH_TOKENS
 from .preparation import MANIFEST, MODEL, prepared_fingerprint, run
 
 SAMPLE_RECORDS = 1000
@@ -160,7 +160,7 @@ class PrecisionSelector:
         return Choice(self._spec, self._spec.model.fingerprint(), why)
 
     def _lower(self, precision: str, floor: float | None) -> Choice:
-        spec = replace(self._spec, precision=precision, token_budget=TOKEN_BUDGET)
+        spec = replace(self._spec, precision=precision, token_budget=BATCH_TOKENS)
         fidelity = None
         if precision == "int8":
             spec = replace(spec, unquantised_precision="fp32" if missing_instructions("bf16", cpu_flags()) else "bf16")
