@@ -31,7 +31,11 @@ MAIN_JOB = (
     "tests/integration/test_reindex.py::test_every_vector_is_fastembeds_own",
     "tests/integration/test_reindex.py::test_kameleondbs_records_are_indexed_and_kept_in_step",
 )
-SERVER_TESTS = ("tests/integration/test_postgresql_store.py", *MAIN_JOB)
+SERVER_TESTS = (
+    "tests/integration/test_postgresql_store.py",
+    "tests/integration/test_store_contract.py",
+    *MAIN_JOB,
+)
 USER_TESTS = (
     "tests/integration/test_embedded.py::test_a_directory_of_any_name_works",
     "tests/integration/test_embedded.py::test_many_that_start_it_at_once_share_one",
