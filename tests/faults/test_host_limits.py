@@ -218,7 +218,7 @@ def cgroup(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_cgroup_limit_below_the_hosts_memory_sets_the_plan(cgroup: Path, tmp_path: Path) -> None:
     code = (
-        "from kdb_fast import plan, resources; "
+        "from kdb_fast import resources; from kdb_fast.engine import plan; "
         "p = plan.make_plan(workers=None, dimensions=384, model_bytes=90_000_000); "
         "print(resources.memory_limit(), resources.available_memory(), p.workers, p.shape.total_bytes)"
     )
