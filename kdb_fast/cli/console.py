@@ -16,7 +16,9 @@ from typing import Any
 from ..errors import KdbFastError, ResourceError
 from ..records import storable_key
 
-LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EAGAIN, errno.EROFS}
+EXHAUSTED = frozenset(
+    (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EAGAIN, errno.EROFS)
+)
 """Errors of the operating system that speak about limits of the machine, not about kdb-fast."""
 
 MESSAGE_CHARS = 8000
@@ -108,7 +110,7 @@ def unexpected(error: Exception, arguments: list[str]) -> KdbFastError:
             "Memory ran out.",
             remedy="Use fewer --workers, or raise the limit (ulimit -v, the container's). What was committed is safe.",
         )
-    if isinstance(error, OSError) and error.errno in LIMITS:
+    if isinstance(error, OSError) and error.errno in EXHAUSTED:
         where = f" ({error.filename})" if error.filename else ""
         return ResourceError(
             f"The system refused to write or open something: {error.strerror}{where}.",

@@ -1,6 +1,6 @@
 """Texts → float32 matrix. The only module that runs fastembed and onnxruntime (OpenVINO: openvino_backend.py).
 
-What makes it fast on a CPU (all measured, see ARCHITECTURE.md): one thread a process; every text tokenised
+What makes it fast on a CPU (all measured, see docs/performance.md): one thread a process; every text tokenised
 once; rows of near-equal token counts in small batches (batching.py), so that next to nothing is padding and the
 activations stay in the core's cache; pooling here, so that only rows × dimensions leave the process.
 """

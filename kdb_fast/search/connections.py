@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-LIMITS = "SET LOCAL lock_timeout = '30s'; SET LOCAL idle_in_transaction_session_timeout = 0"
+LIBRARY_LIMITS = "SET LOCAL lock_timeout = '30s'; SET LOCAL idle_in_transaction_session_timeout = 0"
 """Of our own transactions in PostgreSQL: nobody's lock is waited for longer, while an embedding provider may take
 minutes (rate limits) between two statements."""
 
@@ -167,7 +167,7 @@ class Connections:
 
         store = self._store
         if not isinstance(store, PostgreSQLStore) or store.connection().closed:
-            store = PostgreSQLStore(self._address, "library", borrowed=self._open(), limits=LIMITS)
+            store = PostgreSQLStore(self._address, "library", borrowed=self._open(), limits=LIBRARY_LIMITS)
             self._store = store
         return store
 

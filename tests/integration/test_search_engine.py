@@ -1293,7 +1293,7 @@ def test_provider_may_take_its_time_within_a_transaction(
 def test_lock_of_another_session_is_not_waited_for_long(
     database: DatabaseAddress, words: Words, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "LIMITS", connections.LIMITS.replace("'30s'", "'10ms'"))
+    monkeypatch.setattr(connections, "LIBRARY_LIMITS", connections.LIBRARY_LIMITS.replace("'30s'", "'10ms'"))
     search = build(database, words)
     engine = sqlalchemy.create_engine(sqlalchemy_url(database))
     with engine.connect() as connection:

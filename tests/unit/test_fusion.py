@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,11 @@ class MemoryReader(SearchReader):
 
     def data(self, keys: Sequence[Key], scope: Scope) -> dict[Key, dict[str, Any]]:
         return {key: {"name": key[1]} for key in keys if key[1] not in self.gone}
+
+    def _stored(
+        self, definition: Entity, place: Place, record_ids: list[str], scope: Scope
+    ) -> Iterator[tuple[str, bool | None, dict[str, Any]]]:
+        raise NotImplementedError
 
     def _equals(self, place: Place, field: Field, value: Any, params: Params) -> str:
         raise NotImplementedError

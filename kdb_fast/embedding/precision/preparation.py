@@ -53,7 +53,8 @@ def run(connection: Connection, spec: EncoderSpec, texts: Sequence[str], directo
     """
     enter_child(stderr)
     try:
-        connection.send(("done", *prepare(spec, texts, directory, lambda text: connection.send(("note", text)))))
+        done = quantise_and_measure(spec, texts, directory, lambda text: connection.send(("note", text)))
+        connection.send(("done", *done))
     except KdbFastError as error:
         connection.send(("failed", error.message, error.remedy))
     except BaseException as error:
@@ -61,7 +62,7 @@ def run(connection: Connection, spec: EncoderSpec, texts: Sequence[str], directo
     os._exit(0)
 
 
-def prepare(
+def quantise_and_measure(
     spec: EncoderSpec, texts: Sequence[str], directory: Path, report: Callable[[str], None]
 ) -> tuple[Path | None, dict[str, Any]]:
     """Quantise (int8 without ``spec.prepared``) and measure.

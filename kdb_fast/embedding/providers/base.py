@@ -149,6 +149,21 @@ class EmbeddingProvider(ABC):
         self.close()
 
 
+class MatrixProvider(EmbeddingProvider):
+    """A provider of kdb-fast's own: it gives matrices, of which the lists of the interface are made."""
+
+    @abstractmethod
+    def embed_matrix(self, texts: Sequence[str]) -> Matrix:
+        """The vectors as float32, len(texts) × dimensions. Raises as :meth:`embed`."""
+
+    def embed(self, text: str) -> list[float]:
+        return self.embed_batch([text])[0]
+
+    def embed_batch(self, texts: list[str]) -> list[list[float]]:
+        vectors: list[list[float]] = self.embed_matrix(texts).tolist()
+        return vectors
+
+
 def own_batch_limit(provider: EmbeddingProvider) -> int:
     """Most texts to give a user's own provider at once: its ``max_batch``, or OTHER_BATCH where that is no number."""
     own: object = provider.max_batch

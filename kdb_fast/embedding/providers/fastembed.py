@@ -14,14 +14,14 @@ from ...settings import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZES
 from ..encoder import Encoder, EncoderSpec, Matrix, Tally
 from ..models.cache import directory_name
 from ..models.lookup import resolve
-from .base import EmbeddingProvider, listed
+from .base import MatrixProvider, listed
 from .texts import raise_unfit, unfit_rows, why_unfit
 
 FASTEMBED_MODEL = "BAAI/bge-small-en-v1.5"
 """KameleonDB's default."""
 
 
-class FastEmbedProvider(EmbeddingProvider):
+class FastEmbedProvider(MatrixProvider):
     """A FastEmbed model in this process. The model is fetched and loaded on first use.
 
     Args:
@@ -113,13 +113,6 @@ class FastEmbedProvider(EmbeddingProvider):
     @property
     def model_name(self) -> str:
         return self._model_name
-
-    def embed(self, text: str) -> list[float]:
-        return self.embed_batch([text])[0]
-
-    def embed_batch(self, texts: list[str]) -> list[list[float]]:
-        vectors: list[list[float]] = self.embed_matrix(texts).tolist()
-        return vectors
 
     def embed_matrix(self, texts: Sequence[str]) -> Matrix:
         """The vectors as float32, len(texts) × dimensions. Raises ProviderInputError and ModelError."""

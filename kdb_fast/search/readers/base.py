@@ -7,7 +7,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ...catalog.definitions import Entity, Field, Place, load_entities
@@ -189,9 +189,28 @@ class SearchReader(ABC):
     def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
         """The stored text of these rows; rows that are gone are left out."""
 
-    @abstractmethod
     def data(self, keys: Sequence[Key], scope: Scope) -> dict[Key, dict[str, Any]]:
         """The fields of these records by logical name; records that are gone are left out."""
+        definitions = {d.name: d for d in scope.definitions}
+        result: dict[Key, dict[str, Any]] = {key: {} for key in keys if key[0] not in definitions}
+        for entity in {entity for entity, _ in keys} & definitions.keys():
+            definition = definitions[entity]
+            wanted = {record_id for name, record_id in keys if name == entity}
+            for place in definition.places:
+                if not wanted:
+                    break
+                for record_id, matches, stored in self._stored(definition, place, list(wanted), scope):
+                    # It counts where it is found first, be it out of scope there.
+                    wanted.discard(record_id)
+                    if matches:
+                        result[entity, record_id] = {f.name: stored.get(f.column) for f in definition.fields}
+        return result
+
+    @abstractmethod
+    def _stored(
+        self, definition: Entity, place: Place, record_ids: list[str], scope: Scope
+    ) -> Iterator[tuple[str, bool | None, dict[str, Any]]]:
+        """Those of these records that are in this place: id, whether it lives and meets ``where``, fields by column."""
 
     @abstractmethod
     def _equals(self, place: Place, field: Field, value: Any, params: Params) -> str:

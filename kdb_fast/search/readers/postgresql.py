@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...catalog.definitions import Field, Place
+from ...catalog.definitions import Entity, Field, Place
 from ...catalog.records import owned
 from ...db import pg_settings
 from ...db.pg_characters import Characters
@@ -106,29 +106,19 @@ class PostgresqlReader(SearchReader):
         )
         return {(entity, record_id): content for entity, record_id, content in found}
 
-    def data(self, keys: Sequence[Key], scope: Scope) -> dict[Key, dict[str, Any]]:
-        definitions = {d.name: d for d in scope.definitions}
-        result: dict[Key, dict[str, Any]] = {key: {} for key in keys if key[0] not in definitions}
-        for entity in {entity for entity, _ in keys} & definitions.keys():
-            definition = definitions[entity]
-            wanted = {record_id for name, record_id in keys if name == entity}
-            for place in definition.places:
-                if not wanted:
-                    break
-                params = Params(self.dialect)
-                # to_jsonb() writes timestamps as shared storage holds them: in ISO format.
-                data = "r.data" if place.columns is None else "to_jsonb(r)"
-                statement = (
-                    f"SELECT r.id, {data}, {self._matching(definition, place, scope, params)} "  # noqa: S608
-                    f"FROM {self.target.table(place.table)} r "
-                    f"WHERE r.id = ANY({params(list(wanted))}::text[]){owned(place, params)}"
-                )
-                for record_id, values, matches in self._rows(statement, params.values):
-                    wanted.discard(record_id)
-                    if matches:
-                        values = values if isinstance(values, dict) else {}
-                        result[entity, record_id] = {f.name: values.get(f.column) for f in definition.fields}
-        return result
+    def _stored(
+        self, definition: Entity, place: Place, record_ids: list[str], scope: Scope
+    ) -> Iterator[tuple[str, bool | None, dict[str, Any]]]:
+        params = Params(self.dialect)
+        # to_jsonb() writes timestamps as shared storage holds them: in ISO format.
+        data = "r.data" if place.columns is None else "to_jsonb(r)"
+        statement = (
+            f"SELECT r.id, {self._matching(definition, place, scope, params)}, {data} "  # noqa: S608
+            f"FROM {self.target.table(place.table)} r "
+            f"WHERE r.id = ANY({params(record_ids)}::text[]){owned(place, params)}"
+        )
+        for record_id, matches, values in self._rows(statement, params.values):
+            yield record_id, matches, values if isinstance(values, dict) else {}
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

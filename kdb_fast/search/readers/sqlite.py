@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ...catalog.definitions import Field, Place
+from ...catalog.definitions import Entity, Field, Place
 from ...catalog.records import json_member, owned
 from ...tables.target import TABLE, Dialect, Params, identifier
 from ..query import Query, Term
@@ -248,33 +248,24 @@ class SqliteReader(SearchReader):
         )
         return {(entity, record_id): content for entity, record_id, content in found}
 
-    def data(self, keys: Sequence[Key], scope: Scope) -> dict[Key, dict[str, Any]]:
-        definitions = {d.name: d for d in scope.definitions}
-        result: dict[Key, dict[str, Any]] = {key: {} for key in keys if key[0] not in definitions}
-        for entity in {entity for entity, _ in keys} & definitions.keys():
-            definition = definitions[entity]
-            wanted = {record_id for name, record_id in keys if name == entity}
-            for place in definition.places:
-                if not wanted:
-                    break
-                fields = place.stored(definition.fields)
-                columns = (
-                    ["r.data"] if place.columns is None else [f"r.{identifier(f.column, 'sqlite')}" for f in fields]
-                )
-                params = Params(self.dialect)
-                statement = (
-                    f"SELECT {', '.join(['r.id', self._matching(definition, place, scope, params), *columns])} "  # noqa: S608
-                    f"FROM json_each({params(json.dumps(list(wanted)))}) k "
-                    f"CROSS JOIN {self.target.table(place.table)} r ON r.id = k.value "
-                    f"WHERE true{owned(place, params)}"
-                )
-                for record_id, matches, *values in self._rows(statement, params.values):
-                    wanted.discard(record_id)
-                    if matches:
-                        stored = json.loads(values[0]) if place.columns is None else _from_columns(fields, values)
-                        stored = stored if isinstance(stored, dict) else {}
-                        result[entity, record_id] = {f.name: stored.get(f.column) for f in definition.fields}
-        return result
+    def _stored(
+        self, definition: Entity, place: Place, record_ids: list[str], scope: Scope
+    ) -> Iterator[tuple[str, bool | None, dict[str, Any]]]:
+        fields = place.stored(definition.fields)
+        columns = ["r.data"] if place.columns is None else [f"r.{identifier(f.column, 'sqlite')}" for f in fields]
+        params = Params(self.dialect)
+        statement = (
+            f"SELECT {', '.join(['r.id', self._matching(definition, place, scope, params), *columns])} "  # noqa: S608
+            f"FROM json_each({params(json.dumps(record_ids))}) k "
+            f"CROSS JOIN {self.target.table(place.table)} r ON r.id = k.value "
+            f"WHERE true{owned(place, params)}"
+        )
+        for record_id, matches, *values in self._rows(statement, params.values):
+            if not matches:
+                yield record_id, matches, {}
+                continue
+            stored = json.loads(values[0]) if place.columns is None else _from_columns(fields, values)
+            yield record_id, matches, stored if isinstance(stored, dict) else {}
 
     def _equals(self, place: Place, field: Field, value: Any, params: Params) -> str:
         if place.columns is None:

@@ -146,7 +146,7 @@ def _first_number(found: re.Match[str] | None) -> int | None:
 
 _CODE = re.compile(r"[A-Za-z_.-][A-Za-z0-9_.-]{0,63}")
 
-_LIMITS = ("requests", "tokens")
+_RATED = ("requests", "tokens")
 
 
 def server_wait(headers: Mapping[str, str]) -> float | None:
@@ -157,7 +157,7 @@ def server_wait(headers: Mapping[str, str]) -> float | None:
     """
     after = headers.get("retry-after")
     hints = [_scaled(headers.get("retry-after-ms"), 0.001), _scaled(after, 1.0), _until(after, headers.get("date"))]
-    limits = [(headers.get(f"x-ratelimit-remaining-{k}"), headers.get(f"x-ratelimit-reset-{k}", "")) for k in _LIMITS]
+    limits = [(headers.get(f"x-ratelimit-remaining-{k}"), headers.get(f"x-ratelimit-reset-{k}", "")) for k in _RATED]
     used_up = [reset for remaining, reset in limits if remaining == "0"] or [reset for _, reset in limits]
     hints.append(max(duration(reset) or 0.0 for reset in used_up))
     return next((hint for hint in hints if hint is not None and hint > 0), None)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ....errors import OptionError, ProviderInputError
 from ...encoder import Matrix, Tally
-from ..base import EmbeddingProvider, digest, listed
+from ..base import MatrixProvider, digest, listed
 from ..texts import raise_unfit
 from .client import EmbeddingsAPI
 from .inputs import MAX_INPUT_TOKENS, MAX_INPUTS, why_refused
@@ -34,7 +34,7 @@ API_CALLS = 8
 """Slots that are sent to the API at the same time: its answers take tenths of a second, our part nothing."""
 
 
-class OpenAIProvider(EmbeddingProvider):
+class OpenAIProvider(MatrixProvider):
     """OpenAI's embeddings API, or a server that speaks it. Close it, or use it in a ``with`` statement.
 
     Args:
@@ -122,13 +122,6 @@ class OpenAIProvider(EmbeddingProvider):
     def max_tokens(self) -> int:  # type: ignore[override]  # an option of the constructor: it cannot be set
         """Window of the model in tokens."""
         return self._api.max_input_tokens
-
-    def embed(self, text: str) -> list[float]:
-        return self.embed_batch([text])[0]
-
-    def embed_batch(self, texts: list[str]) -> list[list[float]]:
-        vectors: list[list[float]] = self.embed_matrix(texts).tolist()
-        return vectors
 
     def embed_matrix(self, texts: Sequence[str]) -> Matrix:
         """The vectors as float32, len(texts) × dimensions. Raises as :meth:`embed`.
