@@ -145,32 +145,44 @@ class RunRow(NamedTuple):
     heartbeat: str
     receipt: str | None
 
-    def receipts(self) -> Any:
-        return self.receipt and json.loads(self.receipt)
-
 
 class Harness(ABC):
     """A store on an empty database, other sessions, and another program that writes there.
 
     Attributes:
         store: The first session; the test prepares it.
-        refusals: Ways in which the database can refuse a row, with the reason and detail of the reject.
-        unfit: Tables that must be refused: a script that makes one, and the words of the error.
+        later, ago: SQL for the next time after ``updated_at``, and for the time ``{}`` seconds ago.
+        vector_error: Largest difference of an element that is stored.
         not_finite: Reason for a vector with NaN.
         refused_record: How the library is told of a refused record with the id r002.
         prune_rows: Name of the constant that says how many rows are looked at or removed at a time.
-        vector_error: Largest difference of an element that is stored.
-        later: SQL for the next time after ``updated_at``.
+        table: Script of the search table as KameleonDB makes it; ``strict_table``: one in which no text is twice, and
+            none is ``x``.
+        unfit: Tables that must be refused: a script that makes one, and the words of the error.
+        refusals: Ways in which the database can refuse rows with ``SECRET``: a script, reason and detail of the reject.
+        drops_silently: Script after which new rows with ``SECRET`` are dropped, and nothing is said.
+        shape: Query for the columns and indexes of the search table, but for kdb-fast's columns.
+        catalog: Query for all that the database knows of all tables; changes whenever one is altered.
+        versions: Query for each row with what any write to it changes.
+        matching_word: Query for the ids of records that full-text search finds.
     """
 
     dialect: ClassVar[str]
-    refusals: ClassVar[Mapping[str, tuple[str, str]]]
-    unfit: ClassVar[Mapping[str, tuple[str, str]]]
+    later: ClassVar[str]
+    ago: ClassVar[str]
+    vector_error: ClassVar[float]
     not_finite: ClassVar[str]
     refused_record: ClassVar[str]
     prune_rows: ClassVar[str]
-    vector_error: ClassVar[float]
-    later: ClassVar[str]
+    table: ClassVar[str]
+    strict_table: ClassVar[str]
+    unfit: ClassVar[Mapping[str, tuple[str, str]]]
+    refusals: ClassVar[Mapping[str, tuple[str, str, str]]]
+    drops_silently: ClassVar[str]
+    shape: ClassVar[str]
+    catalog: ClassVar[str]
+    versions: ClassVar[str]
+    matching_word: ClassVar[str]
 
     def __init__(self, address: DatabaseAddress) -> None:
         self.address = address
@@ -181,12 +193,13 @@ class Harness(ABC):
         """Another session, closed with the harness."""
         return self.stack.enter_context(contextlib.closing(open_store(self.address, "test")))
 
-    def close(self) -> None:
-        self.stack.close()
-
     def execute(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        """Run a statement (%s for parameters) as another program."""
+        """Run a statement (%s for parameters) or a script as another program."""
         return execute(self.address, statement, *parameters)
+
+    def check(self) -> None:
+        """Assert that no key is there twice, and that what is kept of a row in other places is in step with it."""
+        assert len(index_rows(self.address)) == self.store.count()
 
     # -- what is stored --------------------------------------------------------------------------------
 
@@ -197,46 +210,26 @@ class Harness(ABC):
     def contents(self) -> dict[str, str]:
         return contents(self.address)
 
+    def matching(self, word: str) -> list[str]:
+        """Sorted ids of records that full-text search finds."""
+        return sorted(key for (key,) in self.execute(self.matching_word, word))
+
     def ids(self) -> dict[str, tuple[str, str]]:
         """What a row keeps for good, by record id: its own id and when it was made."""
         found = self.execute("SELECT record_id, id, created_at FROM kdb_search")
         return {key: (row_id, str(created)) for key, row_id, created in found}
 
-    def runs(self) -> list[RunRow]:
-        found = self.execute(
-            "SELECT run, state, phase, ended_at IS NOT NULL, heartbeat_at, receipt FROM kdb_fast_runs ORDER BY run"
-        )
-        return [RunRow(run, state, phase, bool(ended), str(at), text) for run, state, phase, ended, at, text in found]
-
-    @abstractmethod
     def source_times(self) -> list[datetime | None]:
         """When each record was changed at its source, by record id."""
+        found = self.execute("SELECT kdb_fast_source_at FROM kdb_search ORDER BY record_id")
+        return [at if at is None else moment(str(at)) for (at,) in found]
 
-    @abstractmethod
-    def matching(self, word: str) -> list[str]:
-        """Sorted ids of records that full-text search finds."""
-
-    @abstractmethod
-    def versions(self) -> list[tuple[Any, ...]]:
-        """Each row with what any write to it changes."""
-
-    @abstractmethod
-    def catalog(self) -> list[tuple[Any, ...]]:
-        """Everything that the database knows of all tables; changes whenever one is altered."""
-
-    @abstractmethod
-    def shape(self) -> object:
-        """Columns and indexes of the search table, but for kdb-fast's columns."""
-
-    @abstractmethod
-    def check(self) -> None:
-        """Assert that what the store keeps of a row in other places is in step with the row."""
+    def runs(self) -> list[RunRow]:
+        columns = "run, state, phase, ended_at IS NOT NULL, heartbeat_at, receipt"
+        found = self.execute(f"SELECT {columns} FROM kdb_fast_runs ORDER BY run")
+        return [RunRow(run, state, phase, bool(ended), str(at), text) for run, state, phase, ended, at, text in found]
 
     # -- another program -------------------------------------------------------------------------------
-
-    @abstractmethod
-    def make_table(self, *, strict: bool = False) -> None:
-        """The search table as KameleonDB makes it; ``strict``: no text is twice there, and none is ``x``."""
 
     @abstractmethod
     def read_only(self) -> Store:
@@ -253,21 +246,9 @@ class Harness(ABC):
         """Change one of ``EDITS`` of a row."""
         self.execute(f"UPDATE kdb_search SET {EDITS[what].format(later=self.later)} WHERE record_id = '{key}'")
 
-    @abstractmethod
-    def ago(self, seconds: float) -> str:
-        """SQL for the time so long ago."""
-
-    @abstractmethod
-    def refuse(self, how: str) -> None:
-        """From now on the database refuses rows with ``SECRET`` in one of the ways of ``refusals``."""
-
-    @abstractmethod
-    def drop_silently(self) -> None:
-        """From now on a trigger drops new rows with ``SECRET``, and nothing is said."""
-
     def change_run(self, change: str = "phase = phase", silent: float | None = None) -> None:
         """Change the running run; ``silent``: so many seconds ago was its last sign of life."""
-        beat = "" if silent is None else f", heartbeat_at = {self.ago(silent)}"
+        beat = "" if silent is None else f", heartbeat_at = {self.ago.format(silent)}"
         self.execute(f"UPDATE kdb_fast_runs SET {change}{beat} WHERE state = 'running'")
 
     @abstractmethod
@@ -279,20 +260,21 @@ EDITS = {"time": "updated_at = {later}", "no time": "updated_at = NULL", "no vec
 """What another program may change of a row beside its text."""
 
 
+def moment(text: str) -> datetime:
+    """A time as a database gives it; in UTC where it does not say."""
+    found = datetime.fromisoformat(text)
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
 class PostgreSQLHarness(Harness):
     dialect = "postgresql"
-    refusals: ClassVar = {
-        "check": ("check", "the database refused the row with SQLSTATE 23514, constraint no_secrets"),
-        "trigger": ("database_refused", "the database refused the row with SQLSTATE P0001"),
-        "deferred trigger": ("database_refused", "the database refused the row with SQLSTATE P0001"),
-    }
+    later = "updated_at + interval '1 microsecond'"
+    ago = "now() - make_interval(secs => {})"
+    vector_error = 0.0
     not_finite = "bad_vector"
     refused_record = "A record"
     prune_rows = "kdb_fast.stores.postgresql.prepare.PRUNE_BATCH"
-    vector_error = 0.0
-    later = "updated_at + interval '1 microsecond'"
-
-    TABLE = """
+    any_table = """
 CREATE EXTENSION IF NOT EXISTS vector;
 CREATE TABLE kdb_search (
   id varchar(36) PRIMARY KEY, entity_name varchar(255) NOT NULL, record_id varchar(36) NOT NULL,
@@ -307,6 +289,10 @@ CREATE INDEX ix_kdb_search_fts ON kdb_search USING gin (tsv);
 CREATE INDEX ix_kdb_search_vector ON kdb_search USING hnsw (embedding vector_cosine_ops) WITH (m=8, ef_construction=32);
 """
     """The table as KameleonDB makes it, but for parameters of the vector index that no default gives."""
+    table = any_table.format(size=DIMENSIONS)
+    strict_table = (
+        f"{table} ALTER TABLE kdb_search ADD CHECK (content <> 'x'); CREATE UNIQUE INDEX once ON kdb_search (content)"
+    )
 
     _UNIQUE = "ALTER TABLE kdb_search DROP CONSTRAINT kdb_search_entity_name_record_id_key; "
     unfit: ClassVar = {
@@ -314,88 +300,73 @@ CREATE INDEX ix_kdb_search_vector ON kdb_search USING hnsw (embedding vector_cos
             "CREATE EXTENSION vector; CREATE TABLE kdb_search (id int, content text, embedding vector(8))",
             "no column entity_name, record_id, model, dimensions, created_at, updated_at",
         ),
-        "no unique constraint": (TABLE.format(size=DIMENSIONS) + _UNIQUE, "no unique constraint"),
+        "no unique constraint": (table + _UNIQUE, "no unique constraint"),
         "partial unique index": (
-            TABLE.format(size=DIMENSIONS) + _UNIQUE + "CREATE UNIQUE INDEX partial ON kdb_search "
+            table + _UNIQUE + "CREATE UNIQUE INDEX partial ON kdb_search "
             "(entity_name, record_id) WHERE model IS NOT NULL",
             "no unique constraint",
         ),
         "no vectors": (
-            TABLE.format(size=DIMENSIONS) + "DROP INDEX ix_kdb_search_vector; ALTER TABLE kdb_search "
+            table + "DROP INDEX ix_kdb_search_vector; ALTER TABLE kdb_search "
             "DROP COLUMN embedding, ADD COLUMN embedding float4[]",
             rf"embedding is of type _float4; expected vector\({DIMENSIONS}\)",
         ),
-        "another dimension": (TABLE.format(size=5), f"holds vectors of 5 dimensions; the model gives {DIMENSIONS}"),
+        "another dimension": (any_table.format(size=5), f"holds vectors of 5 dimensions; the model gives {DIMENSIONS}"),
     }
 
-    def source_times(self) -> list[datetime | None]:
-        return [at for (at,) in self.execute("SELECT kdb_fast_source_at FROM kdb_search ORDER BY record_id")]
-
-    def matching(self, word: str) -> list[str]:
-        found = self.execute("SELECT record_id FROM kdb_search WHERE tsv @@ to_tsquery('english', %s) ORDER BY 1", word)
-        return [key for (key,) in found]
-
-    def versions(self) -> list[tuple[Any, ...]]:
-        return self.execute("SELECT ctid, xmin, * FROM kdb_search ORDER BY record_id")
-
-    def catalog(self) -> list[tuple[Any, ...]]:
-        return self.execute(
-            "WITH ours AS (SELECT * , xmin AS version FROM pg_class WHERE relnamespace = 'public'::regnamespace) "
-            "SELECT oid::text, relname::text, version::text FROM ours UNION ALL "
-            "SELECT attrelid::text, attname::text, xmin::text FROM pg_attribute "
-            "WHERE attrelid IN (SELECT oid FROM ours) ORDER BY 1, 2"
-        )
-
-    def shape(self) -> object:
-        return columns_and_indexes(self.address)
-
-    def check(self) -> None:
-        """There are no other places."""
-
-    def make_table(self, *, strict: bool = False) -> None:
-        self.execute(self.TABLE.format(size=DIMENSIONS))
-        if strict:
-            self.execute(
-                "ALTER TABLE kdb_search ADD CHECK (content <> 'x'); CREATE UNIQUE INDEX once ON kdb_search (content)"
-            )
+    _rule = f"content NOT LIKE '%{SECRET}%'"
+    _function = "CREATE FUNCTION judge() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF NOT (NEW.{}) THEN {}; END IF; "
+    _function += "RETURN NEW; END $$; CREATE {} kdb_search {} FOR EACH ROW EXECUTE FUNCTION judge()"
+    _raise = "RAISE EXCEPTION 'not this one: %', NEW.content"
+    refusals: ClassVar = {
+        "check": (
+            f"ALTER TABLE kdb_search ADD CONSTRAINT no_secrets CHECK ({_rule})",
+            "check",
+            "the database refused the row with SQLSTATE 23514, constraint no_secrets",
+        ),
+        "trigger": (
+            _function.format(_rule, _raise, "TRIGGER judge BEFORE INSERT OR UPDATE ON", ""),
+            "database_refused",
+            "the database refused the row with SQLSTATE P0001",
+        ),
+        "deferred trigger": (
+            _function.format(
+                _rule,
+                _raise,
+                "CONSTRAINT TRIGGER judge AFTER INSERT OR UPDATE ON",
+                "DEFERRABLE INITIALLY DEFERRED",
+            ),
+            "database_refused",
+            "the database refused the row with SQLSTATE P0001",
+        ),
+    }
+    drops_silently = _function.format(_rule, "RETURN NULL", "TRIGGER judge BEFORE INSERT ON", "")
+    shape = """
+SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated, pg_get_expr(d.adbin, d.adrelid)
+FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+WHERE a.attrelid = 'kdb_search'::regclass AND a.attnum > 0 AND NOT a.attisdropped AND a.attname NOT LIKE 'kdb_fast%'
+UNION ALL SELECT indexname, indexdef, NULL, NULL, NULL FROM pg_indexes WHERE tablename = 'kdb_search' ORDER BY 1
+"""
+    catalog = """
+WITH ours AS (SELECT *, xmin AS version FROM pg_class WHERE relnamespace = 'public'::regnamespace)
+SELECT oid::text, relname::text, version::text FROM ours
+UNION ALL SELECT attrelid::text, attname::text, xmin::text FROM pg_attribute WHERE attrelid IN (SELECT oid FROM ours)
+ORDER BY 1, 2
+"""
+    versions = "SELECT ctid, xmin, * FROM kdb_search ORDER BY record_id"
+    matching_word = "SELECT record_id FROM kdb_search WHERE tsv @@ to_tsquery('english', %s)"
 
     def read_only(self) -> Store:
         address = connect_as(self.address, options="-c default_transaction_read_only=on")
         return self.stack.enter_context(contextlib.closing(open_store(address, "test")))
 
     def index(self, key: str, text: str) -> None:
-        self.execute(
+        statement = (
             "INSERT INTO kdb_search (id, entity_name, record_id, content, updated_at) "
             f"VALUES (gen_random_uuid(), '{ENTITY}', %s, %s, now()) ON CONFLICT (entity_name, record_id) "
-            "DO UPDATE SET content = excluded.content, updated_at = excluded.updated_at",
-            key,
-            text,
+            "DO UPDATE SET content = excluded.content, updated_at = excluded.updated_at"
         )
-
-    def ago(self, seconds: float) -> str:
-        return f"now() - make_interval(secs => {seconds})"
-
-    def refuse(self, how: str) -> None:
-        rule = f"content NOT LIKE '%{SECRET}%'"
-        function = (
-            "CREATE FUNCTION judge() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-            f"IF NOT (NEW.{rule}) THEN RAISE EXCEPTION 'not this one: %', NEW.content; END IF; RETURN NEW; END $$; "
-        )
-        scripts = {
-            "check": f"ALTER TABLE kdb_search ADD CONSTRAINT no_secrets CHECK ({rule})",
-            "trigger": function + "CREATE TRIGGER judge BEFORE INSERT OR UPDATE ON kdb_search FOR EACH ROW "
-            "EXECUTE FUNCTION judge()",
-            "deferred trigger": function + "CREATE CONSTRAINT TRIGGER judge AFTER INSERT OR UPDATE ON kdb_search "
-            "DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION judge()",
-        }
-        self.execute(scripts[how])
-
-    def drop_silently(self) -> None:
-        self.execute(
-            "CREATE FUNCTION drop_it() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-            f"IF NEW.content LIKE '%{SECRET}%' THEN RETURN NULL; END IF; RETURN NEW; END $$; "
-            "CREATE TRIGGER drop_it BEFORE INSERT ON kdb_search FOR EACH ROW EXECUTE FUNCTION drop_it()"
-        )
+        self.execute(statement, key, text)
 
     @contextlib.contextmanager
     def busy_run(self) -> Iterator[None]:
@@ -407,35 +378,17 @@ CREATE INDEX ix_kdb_search_vector ON kdb_search USING hnsw (embedding vector_cos
             other.rollback()
 
 
-def columns_and_indexes(address: DatabaseAddress) -> tuple[list[tuple[Any, ...]], dict[str, str]]:
-    """Of PostgreSQL's search table: its columns but for kdb-fast's, and its indexes."""
-    columns = execute(
-        address,
-        "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated, "
-        "pg_get_expr(d.adbin, d.adrelid) FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid "
-        "AND d.adnum = a.attnum WHERE a.attrelid = 'kdb_search'::regclass AND a.attnum > 0 AND NOT a.attisdropped "
-        "AND a.attname NOT LIKE 'kdb_fast%' ORDER BY a.attname",
-    )
-    return columns, index_definitions(address)
-
-
-def index_definitions(address: DatabaseAddress) -> dict[str, str]:
-    """Definitions of the indexes of PostgreSQL's search table by name."""
-    return dict(execute(address, "SELECT indexname, indexdef FROM pg_indexes WHERE tablename = 'kdb_search'"))
-
-
 class SQLiteHarness(Harness):
     """``connection`` is that of the other program."""
 
     dialect = "sqlite"
-    refusals: ClassVar = {"trigger": ("database_refused", "not this one")}
+    later = "strftime('%Y-%m-%d %H:%M:%f', updated_at, '+0.001 seconds')"
+    ago = "strftime('%Y-%m-%d %H:%M:%f', 'now', '-{} seconds')"
+    vector_error = 1e-8
     not_finite = "not_finite"
     refused_record = f"'{ENTITY}'/'r002'"
     prune_rows = "kdb_fast.stores.sqlite.prune.PRUNE_KEYS"
-    vector_error = 1e-8
-    later = "strftime('%Y-%m-%d %H:%M:%f', updated_at, '+0.001 seconds')"
-
-    TABLE = """
+    bare_table = """
 CREATE TABLE kdb_search (
   id TEXT PRIMARY KEY, entity_name TEXT NOT NULL, record_id TEXT NOT NULL, content TEXT NOT NULL, embedding BLOB,
   model TEXT, dimensions INTEGER, created_at TEXT NOT NULL DEFAULT (datetime('now')), updated_at TEXT,
@@ -444,20 +397,46 @@ CREATE TABLE kdb_search (
 CREATE INDEX ix_kdb_search_entity ON kdb_search(entity_name);
 CREATE INDEX ix_kdb_search_record ON kdb_search(record_id);
 """
-    FULL_TEXT = """
+    table = f"""{bare_table}
 CREATE VIRTUAL TABLE kdb_search_fts USING fts5(
   id UNINDEXED, entity_name, record_id UNINDEXED, content, tokenize='porter unicode61');
 """
+    strict_table = table.replace("content TEXT NOT NULL", "content TEXT CHECK(content <> 'x')")
+    strict_table += "CREATE UNIQUE INDEX once ON kdb_search (content);"
     unfit: ClassVar = {
         "columns": ("CREATE TABLE kdb_search (id TEXT, entity_name TEXT)", "no column record_id, content, embedding"),
         "view": ("CREATE VIEW kdb_search AS SELECT 1", "is a view"),
-        "unique": (TABLE.replace(",\n  UNIQUE(entity_name, record_id)", ""), "unique constraint"),
-        "rowid": (TABLE.replace("record_id)\n);", "record_id)\n) WITHOUT ROWID;", 1), "row ids"),
-        "not null": (TABLE.replace("model TEXT", "model TEXT, owner TEXT NOT NULL"), "needs a value in owner"),
-        "no fts": (TABLE + "CREATE TABLE kdb_search_fts (id, entity_name, record_id, content)", "full-text table"),
-        "other fts": (TABLE + "CREATE VIRTUAL TABLE kdb_search_fts USING fts5(record_id, content)", "full-text table"),
+        "unique": (bare_table.replace(",\n  UNIQUE(entity_name, record_id)", ""), "unique constraint"),
+        "rowid": (bare_table.replace("record_id)\n);", "record_id)\n) WITHOUT ROWID;", 1), "row ids"),
+        "not null": (bare_table.replace("model TEXT", "model TEXT, owner TEXT NOT NULL"), "needs a value in owner"),
+        "no fts": (bare_table + "CREATE TABLE kdb_search_fts (id, entity_name, record_id, content)", "full-text table"),
+        "other fts": (
+            bare_table + "CREATE VIRTUAL TABLE kdb_search_fts USING fts5(record_id, content)",
+            "full-text table",
+        ),
         "encoding": ("PRAGMA encoding = 'UTF-16'; CREATE TABLE t (a)", "UTF-16"),
     }
+
+    _on_secret = (
+        f"CREATE TRIGGER on_{{0}} BEFORE {{0}} ON kdb_search WHEN NEW.content LIKE '%{SECRET}%' "
+        "BEGIN SELECT RAISE({1}); END;"
+    )
+    _abort = "ABORT, 'not this one'"
+    refusals: ClassVar = {
+        "trigger": (
+            _on_secret.format("INSERT", _abort) + _on_secret.format("UPDATE", _abort),
+            "database_refused",
+            "not this one",
+        )
+    }
+    drops_silently = _on_secret.format("INSERT", "IGNORE")
+    shape = """
+SELECT name, type, "notnull", dflt_value, pk FROM pragma_table_info('kdb_search') WHERE name NOT LIKE 'kdb_fast%'
+UNION ALL SELECT name, sql, 0, NULL, 0 FROM sqlite_master WHERE tbl_name = 'kdb_search' AND type = 'index'
+"""
+    catalog = "SELECT name, sql FROM sqlite_master ORDER BY name"
+    versions = "SELECT rowid, * FROM kdb_search ORDER BY record_id"
+    matching_word = "SELECT record_id FROM kdb_search_fts WHERE content MATCH %s"
 
     def __init__(self, address: DatabaseAddress) -> None:
         Path(address.conninfo).touch()
@@ -472,29 +451,9 @@ CREATE VIRTUAL TABLE kdb_search_fts USING fts5(
             return []
         return self.connection.execute(statement.replace("%s", "?"), parameters).fetchall()
 
-    def source_times(self) -> list[datetime | None]:
-        found = self.execute("SELECT kdb_fast_source_at FROM kdb_search ORDER BY record_id")
-        return [text and datetime.fromisoformat(text).replace(tzinfo=UTC) for (text,) in found]
-
-    def matching(self, word: str) -> list[str]:
-        found = self.execute("SELECT record_id FROM kdb_search_fts WHERE content MATCH %s ORDER BY 1", word)
-        return [key for (key,) in found]
-
-    def versions(self) -> list[tuple[Any, ...]]:
-        return self.execute("SELECT rowid, * FROM kdb_search ORDER BY record_id")
-
-    def catalog(self) -> list[tuple[Any, ...]]:
-        return self.execute("SELECT name, sql FROM sqlite_master ORDER BY name")
-
-    def shape(self) -> list[tuple[Any, ...]]:
-        return self.execute(
-            "SELECT name, type, \"notnull\", dflt_value, pk FROM pragma_table_info('kdb_search') "
-            "WHERE name NOT LIKE 'kdb_fast%' UNION ALL SELECT name, sql, 0, NULL, 0 FROM sqlite_master "
-            "WHERE tbl_name = 'kdb_search' AND type = 'index'"
-        )
-
     def check(self) -> None:
         """Every row has exactly one full-text row with the same id and text, and a true copy of our vector."""
+        super().check()
         columns = "id, entity_name, record_id, content"
         assert self.execute(f"SELECT {columns} FROM kdb_search_fts ORDER BY 1") == self.execute(
             f"SELECT {columns} FROM kdb_search ORDER BY 1"
@@ -507,13 +466,6 @@ CREATE VIRTUAL TABLE kdb_search_fts USING fts5(
         for embedding, vector in copies:
             assert json.loads(embedding) == pytest.approx(np.frombuffer(vector, "<f4").tolist(), abs=1e-8)
 
-    def make_table(self, *, strict: bool = False) -> None:
-        script = self.TABLE + self.FULL_TEXT
-        if strict:
-            script = script.replace("content TEXT NOT NULL", "content TEXT CHECK(content <> 'x')")
-            script += "CREATE UNIQUE INDEX once ON kdb_search (content);"
-        self.execute(script)
-
     def read_only(self) -> Store:
         from kdb_fast.stores.sqlite.store import SQLiteStore
 
@@ -522,43 +474,20 @@ CREATE VIRTUAL TABLE kdb_search_fts USING fts5(
 
     def index(self, key: str, text: str, *, full_text: bool = True) -> None:
         self.execute("BEGIN IMMEDIATE")
-        found = self.execute("SELECT id FROM kdb_search WHERE entity_name = %s AND record_id = %s", ENTITY, key)
-        search_id = found[0][0] if found else str(uuid.uuid4())
-        if found:
-            self.execute(
-                "UPDATE kdb_search SET content = %s, embedding = '[1.0]', updated_at = datetime('now') WHERE id = %s",
-                text,
-                search_id,
-            )
-            self.execute("DELETE FROM kdb_search_fts WHERE entity_name = %s AND record_id = %s", ENTITY, key)
-        else:
-            columns = "id, entity_name, record_id, content, embedding"
-            statement = f"INSERT INTO kdb_search ({columns}) VALUES (%s, %s, %s, %s, '[1.0]')"
-            self.execute(statement, search_id, ENTITY, key, text)
+        statement = (
+            "INSERT INTO kdb_search (id, entity_name, record_id, content, embedding) VALUES (%s, %s, %s, %s, '[1.0]') "
+            "ON CONFLICT DO UPDATE SET content = excluded.content, embedding = '[1.0]', updated_at = datetime('now') "
+            "RETURNING id"
+        )
+        ((row_id,),) = self.execute(statement, str(uuid.uuid4()), ENTITY, key, text)
+        self.execute("DELETE FROM kdb_search_fts WHERE entity_name = %s AND record_id = %s", ENTITY, key)
         if full_text:
-            self.execute("INSERT INTO kdb_search_fts VALUES (%s, %s, %s, %s)", search_id, ENTITY, key, text)
+            self.execute("INSERT INTO kdb_search_fts VALUES (%s, %s, %s, %s)", row_id, ENTITY, key, text)
         self.execute("COMMIT")
 
     def delete(self, key: str) -> None:
         super().delete(key)
         self.execute("DELETE FROM kdb_search_fts WHERE record_id = %s", key)
-
-    def ago(self, seconds: float) -> str:
-        return f"strftime('%Y-%m-%d %H:%M:%f', 'now', '{-seconds} seconds')"
-
-    def refuse(self, how: str) -> None:
-        assert how == "trigger"
-        self._on_secret("INSERT", "ABORT, 'not this one'")
-        self._on_secret("UPDATE", "ABORT, 'not this one'")
-
-    def drop_silently(self) -> None:
-        self._on_secret("INSERT", "IGNORE")
-
-    def _on_secret(self, event: str, raised: str) -> None:
-        self.execute(
-            f"CREATE TRIGGER on_{event} BEFORE {event} ON kdb_search WHEN NEW.content LIKE '%{SECRET}%' "
-            f"BEGIN SELECT RAISE({raised}); END;"
-        )
 
     @contextlib.contextmanager
     def busy_run(self) -> Iterator[None]:
@@ -576,7 +505,7 @@ def harness_of(kind: str, request: pytest.FixtureRequest) -> Iterator[Any]:
     made = KINDS[kind]
     database = "sqlite_database" if made.dialect == "sqlite" else "database"
     harness = made(request.getfixturevalue(database))
-    with contextlib.closing(harness):
+    with harness.stack:
         yield harness
 
 

@@ -19,11 +19,9 @@ from store_harness import (
     FINGERPRINT,
     PostgreSQLHarness,
     begin,
-    columns_and_indexes,
     contents,
     flush,
     fresh,
-    index_definitions,
     looked_up,
     lookup,
     slot_of,
@@ -66,20 +64,22 @@ def run(store: PostgreSQLStore) -> RunSpec:
     return begin(store)
 
 
+def index_definitions(address: DatabaseAddress) -> dict[str, str]:
+    return dict(execute(address, "SELECT indexname, indexdef FROM pg_indexes WHERE tablename = 'kdb_search'"))
+
+
 # -- prepare -----------------------------------------------------------------------------------------------
 
 
 def test_prepare_creates_the_table_that_kameleondb_creates(database: DatabaseAddress, store: PostgreSQLStore) -> None:
-    made = columns_and_indexes(database)
-    execute(
-        database,
-        "DROP TABLE kdb_search; "
-        + PostgreSQLHarness.TABLE.format(size=DIMENSIONS).replace("WITH (m=8, ef_construction=32)", ""),
-    )
-    assert made == columns_and_indexes(database)
-    assert ("embedding", f"vector({DIMENSIONS})", False, "", None) in made[0]
-    assert made[1]["ix_kdb_search_vector"].endswith("USING hnsw (embedding vector_cosine_ops)")
-    assert made[1]["ix_kdb_search_fts"].endswith("USING gin (tsv)")
+    made = execute(database, PostgreSQLHarness.shape)
+    script = PostgreSQLHarness.table.replace("WITH (m=8, ef_construction=32)", "")
+    execute(database, f"DROP TABLE kdb_search; {script}")
+    assert made == execute(database, PostgreSQLHarness.shape)
+    assert ("embedding", f"vector({DIMENSIONS})", False, "", None) in made
+    indexes = index_definitions(database)
+    assert indexes["ix_kdb_search_vector"].endswith("USING hnsw (embedding vector_cosine_ops)")
+    assert indexes["ix_kdb_search_fts"].endswith("USING gin (tsv)")
 
 
 def test_refuses_another_dimension(database: DatabaseAddress, store: PostgreSQLStore, open_store: OpenStore) -> None:
@@ -97,7 +97,7 @@ def test_refuses_more_dimensions_than_an_index_can_hold(database: DatabaseAddres
 
 
 def test_refuses_a_table_without_the_unique_constraint(database: DatabaseAddress, open_store: OpenStore) -> None:
-    execute(database, PostgreSQLHarness.TABLE.format(size=DIMENSIONS))
+    execute(database, PostgreSQLHarness.table)
     execute(database, "ALTER TABLE kdb_search DROP CONSTRAINT kdb_search_entity_name_record_id_key")
     with pytest.raises(SchemaError, match="no unique constraint") as caught:
         open_store(database).prepare(DIMENSIONS)
@@ -109,7 +109,7 @@ def test_refuses_a_table_without_the_unique_constraint(database: DatabaseAddress
 def test_column_without_a_dimension_is_judged_by_its_rows(
     database: DatabaseAddress, open_store: OpenStore, size: int, fits: bool
 ) -> None:
-    script = PostgreSQLHarness.TABLE.replace("vector({size})", "vector")
+    script = PostgreSQLHarness.any_table.replace("vector({size})", "vector")
     execute(database, script[: script.index("CREATE INDEX ix_kdb_search_vector")])
     execute(
         database,
@@ -230,10 +230,7 @@ def test_late_words_of_a_dead_run(
 
 
 def test_row_that_was_never_updated_has_no_version(database: DatabaseAddress, store: PostgreSQLStore) -> None:
-    execute(
-        database,
-        "INSERT INTO kdb_search (id, entity_name, record_id, content) VALUES ('1', 'Note', 'a', 'theirs')",
-    )
+    execute(database, "INSERT INTO kdb_search (id, entity_name, record_id, content) VALUES ('1', 'Note', 'a', 'x')")
     assert lookup(store, "a")["a"].row_version == NO_VALUE
 
 
@@ -258,7 +255,7 @@ def no_beat(what: str) -> None:
 def test_index_is_built_again_exactly_as_it_was_even_after_a_crash(
     database: DatabaseAddress, open_store: OpenStore
 ) -> None:
-    execute(database, PostgreSQLHarness.TABLE.format(size=DIMENSIONS))
+    execute(database, PostgreSQLHarness.table)
     execute(
         database, "CREATE INDEX my_words ON kdb_search USING gin (to_tsvector('simple', content)) WITH (fastupdate=off)"
     )
@@ -303,7 +300,7 @@ def test_users_own_vector_index_is_enough(database: DatabaseAddress, store: Post
 
 @pytest.mark.parametrize("name", ["ix_kdb_search_vector", "mine"])
 def test_invalid_index_is_built_again_as_it_was(database: DatabaseAddress, open_store: OpenStore, name: str) -> None:
-    execute(database, PostgreSQLHarness.TABLE.format(size=DIMENSIONS).replace("ix_kdb_search_vector", name))
+    execute(database, PostgreSQLHarness.table.replace("ix_kdb_search_vector", name))
     store = open_store(database)
     store.prepare(DIMENSIONS)
     before = index_definitions(database)

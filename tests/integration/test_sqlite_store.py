@@ -167,7 +167,7 @@ def test_a_table_that_was_moved_away_keeps_its_indexes_and_the_new_one_gets_its_
 
 
 def test_a_table_without_full_text_search_gets_it_with_all_its_rows(empty: SQLiteHarness) -> None:
-    empty.execute(empty.TABLE)
+    empty.execute(empty.bare_table)
     empty.execute("INSERT INTO kdb_search (id, entity_name, record_id, content) VALUES ('i','e','r','word')")
     empty.store.prepare(DIMENSIONS)
     assert empty.matching("word") == ["r"]
@@ -187,7 +187,8 @@ def test_the_journal_mode_stays_as_the_owner_has_it(sqlite_database: DatabaseAdd
     path = Path(sqlite_database.conninfo)
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA journal_mode = {mode}")
-    with contextlib.closing(SQLiteHarness(sqlite_database)) as index:
+    index = SQLiteHarness(sqlite_database)
+    with index.stack:
         index.store.prepare(DIMENSIONS)
         run = begin(index.store)
         assert write(index.store, run, numbered(40)).rows == 40

@@ -7,6 +7,7 @@ Each test runs on every kind in ``store_harness.KINDS``. What is one database's 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -36,6 +37,7 @@ from store_harness import (
     harness_of,
     looked_up,
     lookup,
+    moment,
     numbered,
     products_of,
     put,
@@ -95,11 +97,11 @@ def each(what: Callable[[type[Harness]], Any]) -> list[tuple[str, str]]:
 
 
 def test_second_prepare_changes_nothing(harness: Harness, store: Store) -> None:
-    before = harness.catalog()
+    before = harness.execute(harness.catalog)
     store.prepare(DIMENSIONS)
     if store.column_dimensions() is None:
         store.prepare(2 * DIMENSIONS)
-    assert harness.catalog() == before
+    assert harness.execute(harness.catalog) == before
 
 
 def test_two_first_runs_at_once_both_prepare(empty: Harness) -> None:
@@ -124,13 +126,13 @@ def test_two_first_runs_at_once_both_prepare(empty: Harness) -> None:
 
 def test_kameleondbs_table_is_taken_as_it_is(empty: Harness) -> None:
     store = empty.store
-    empty.make_table()
-    shape = empty.shape()
+    empty.execute(empty.table)
+    shape = empty.execute(empty.shape)
     for key, text in numbered(6, "theirs").items():
         empty.index(key, text)
     empty.index("r001", "theirs moved")
     store.prepare(DIMENSIONS)
-    assert empty.shape() == shape
+    assert empty.execute(empty.shape) == shape
     assert empty.contents()["r001"] == "theirs moved"
     assert {row.fingerprint for row in lookup(store, *numbered(8)).values()} == {None}
     run = begin(store)
@@ -152,10 +154,10 @@ def test_kameleondbs_table_is_taken_as_it_is(empty: Harness) -> None:
 def test_a_table_of_another_shape_is_refused_and_left_alone(empty: Harness, what: str) -> None:
     script, message = empty.unfit[what]
     empty.execute(script)
-    before = empty.catalog()
+    before = empty.execute(empty.catalog)
     with pytest.raises(SchemaError, match=message):
         empty.open().prepare(DIMENSIONS)
-    assert empty.catalog() == before
+    assert empty.execute(empty.catalog) == before
 
 
 @pytest.mark.parametrize("prepared", [False, True])
@@ -224,9 +226,10 @@ def test_second_run_is_refused_until_the_first_is_dead(harness: Harness, store: 
 def test_run_of_this_process_is_named_until_it_has_ended(harness: Harness, store: Store, run: RunSpec) -> None:
     with pytest.raises(LockedError, match=f"Run {run.number} holds the index: process {os.getpid()}"):
         begin(harness.open())
-    store.end_run(run.number, "done", {"read": 3})
+    end(store, run, stored=3, model="ü")
     ended = harness.runs()[0]
-    assert (ended.state, ended.receipt, ended.ended) == ("done", '{"read": 3}', True)
+    assert (ended.state, ended.phase, ended.ended) == ("done", "end", True)
+    assert json.loads(str(ended.receipt)) == {"stored": 3, "model": "ü"}
     assert begin(store).number > run.number
 
 
@@ -317,12 +320,6 @@ def test_wait_takes_the_lock_when_the_other_run_ends(harness: Harness, store: St
     assert waited == [f"waiting for run {run.number} of process {os.getpid()} on {socket.gethostname()}"]
 
 
-def test_receipt_is_kept(harness: Harness, store: Store, run: RunSpec) -> None:
-    store.end_run(run.number, "done", {"stored": 3, "model": "ü"})
-    (ended,) = harness.runs()
-    assert (ended.state, ended.phase, ended.receipts()) == ("done", "end", {"stored": 3, "model": "ü"})
-
-
 # -- look-ups ----------------------------------------------------------------------------------------------
 
 
@@ -400,8 +397,7 @@ def test_new_rows_are_stored_as_they_are(harness: Harness, store: Store) -> None
     for row_id, created in harness.ids().values():
         assert str(uuid.UUID(row_id)) == row_id
         assert uuid.UUID(row_id).version == 7
-        moment = datetime.fromisoformat(created)
-        assert before <= (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) <= datetime.now(UTC)
+        assert before <= moment(created) <= datetime.now(UTC)
     assert harness.execute(
         "SELECT count(*) FROM kdb_search WHERE created_at = updated_at AND updated_at = kdb_fast_at"
     ) == [(len(UNICODE),)]
@@ -533,16 +529,16 @@ LATEST = 1_000_000
 
 def test_repeated_flush_gives_the_first_result_and_writes_nothing(harness: Harness, store: Store, run: RunSpec) -> None:
     harness.index("b", "theirs")
-    harness.refuse("trigger")
+    harness.execute(harness.refusals["trigger"][0])
     write(store, run, {"c": "three"})
     rows = fresh(("a", "ours"), ("b", "ours"), ("r", SECRET))
     first = flush(store, run, slot_of(rows), number=LATEST, rejects=[reject("q", 7)], deletes=["c", "gone"])
     assert (first.rows, first.superseded, first.deleted) == (1, ((0, 1),), 1)
     assert [r[:2] for r in first.rejected] == [(0, 2)]
-    before = harness.versions()
+    before = harness.execute(harness.versions)
     again = flush(harness.open(), run, slot_of(rows), number=LATEST, rejects=[reject("q", 7)], deletes=["a"])
     assert again == first
-    assert harness.versions() == before
+    assert harness.execute(harness.versions) == before
     assert set(rejected_keys(store)) == {"q", "r"}
     assert flush(store, run, slot_of(fresh(("z", "more"))), number=LATEST + 1).rows == 1
 
@@ -573,11 +569,11 @@ def test_vectors_that_are_not_what_the_worker_wrote_are_never_stored(
 
 
 def test_indexes_are_after_a_load_what_they_were(harness: Harness, store: Store, run: RunSpec) -> None:
-    before = harness.shape()
+    before = harness.execute(harness.shape)
     store.drop_index()
     write(store, run, numbered(20))
     store.finish_index(lambda doing: None)
-    assert harness.shape() == before
+    assert harness.execute(harness.shape) == before
 
 
 # -- rows that the database refuses ------------------------------------------------------------------------
@@ -585,8 +581,8 @@ def test_indexes_are_after_a_load_what_they_were(harness: Harness, store: Store,
 
 @pytest.mark.parametrize(("kind", "how"), each(lambda harness: harness.refusals))
 def test_refused_rows_are_found_and_the_others_stored(harness: Harness, store: Store, run: RunSpec, how: str) -> None:
-    harness.refuse(how)
-    reason, detail = harness.refusals[how]
+    script, reason, detail = harness.refusals[how]
+    harness.execute(script)
     write(store, run, {"old": "old text"})
     pairs = [(f"k{i}", f"number {i}" + (f" {SECRET}" if i in (0, 11, 12, 70) else "")) for i in range(74)]
     result = flush(
@@ -606,7 +602,7 @@ def test_refused_rows_are_found_and_the_others_stored(harness: Harness, store: S
 
 
 def test_a_constraint_gives_its_own_reason(empty: Harness) -> None:
-    empty.make_table(strict=True)
+    empty.execute(empty.strict_table)
     empty.store.prepare(DIMENSIONS)
     result = write(empty.store, begin(empty.store), {"a": "x", "b": "same", "c": "same", "d": "good"})
     assert sorted((row, reason) for _, row, reason, _ in result.rejected) == [(0, "check"), (2, "unique")]
@@ -615,7 +611,7 @@ def test_a_constraint_gives_its_own_reason(empty: Harness) -> None:
 
 
 def test_row_that_a_trigger_drops_is_not_counted_as_stored(harness: Harness, store: Store, run: RunSpec) -> None:
-    harness.drop_silently()
+    harness.execute(harness.drops_silently)
     harness.index("c", "theirs")
     for rows in (fresh(("a", "one"), ("b", SECRET)), fresh(("c", "ours"), ("b", SECRET), ("d", "two"))):
         result = flush(store, run, slot_of(rows))
@@ -729,8 +725,8 @@ def put_all(store: Store, *batches: Mapping[str, str], failure: type[Exception] 
 
 
 def test_a_refused_row_takes_back_the_whole_unit_and_is_named(harness: Harness, store: Store) -> None:
-    harness.refuse("trigger")
-    reason, detail = harness.refusals["trigger"]
+    script, reason, detail = harness.refusals["trigger"]
+    harness.execute(script)
     with pytest.raises(RecordError) as caught:
         put_all(store, {"a": "first"}, {**numbered(4), "r002": SECRET})
     assert f"{harness.refused_record} was refused ({reason}): {detail}" in caught.value.message
@@ -738,7 +734,7 @@ def test_a_refused_row_takes_back_the_whole_unit_and_is_named(harness: Harness, 
 
 
 def test_a_row_that_a_trigger_drops_takes_back_the_whole_unit(harness: Harness, store: Store) -> None:
-    harness.drop_silently()
+    harness.execute(harness.drops_silently)
     with pytest.raises(RecordError, match=r"dropped|left the row out") as caught:
         put_all(store, {"a": "one", "b": SECRET})
     assert SECRET not in str(caught.value)
