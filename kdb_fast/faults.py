@@ -48,6 +48,8 @@ POINTS = (
     "store.index_dropped",
     "store.index_build",
     "store.prune",
+    "store.migrate",
+    "store.migrated",
 )
 
 _plan: tuple[str, int, str] | None = None

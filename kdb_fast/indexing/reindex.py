@@ -73,7 +73,7 @@ def reindex(
             embedding = find_embedding(options, progress, Records(address, source, lambda: stop.count > 0))
             stack.callback(embedding.close)
         embedding = replace(embedding, seconds=time.monotonic() - began)
-        notes = store.prepare(embedding.dimensions)
+        notes = store.prepare(embedding.dimensions, options.wait)
         run = store.begin_run(
             fingerprint=embedding.fingerprint,
             model=embedding.name,

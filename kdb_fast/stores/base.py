@@ -127,13 +127,18 @@ class Store(ABC):
         return frozenset()
 
     @abstractmethod
-    def prepare(self, dimensions: int) -> tuple[str, ...]:
+    def prepare(self, dimensions: int, wait: float = 0.0) -> tuple[str, ...]:
         """Check the search tables and create what is missing; alter nothing that KameleonDB owns.
+
+        Args:
+            dimensions: Length of the vectors to come.
+            wait: Seconds to wait for a run that is going on, where our own tables are to be changed.
 
         Returns:
             What the user should know of it.
 
         Raises:
+            LockedError: That run is still going on.
             SchemaError: Extension missing, table of another shape, another dimension, or no right to write.
         """
 

@@ -12,10 +12,11 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import datetime
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..errors import LockedError
-from .base import RunSpec
+
+T = TypeVar("T")
 
 STALE_SECONDS = 30.0
 """A run whose heartbeat is older is dead: six beats were missed (see ``HEARTBEAT_SECONDS``)."""
@@ -33,6 +34,9 @@ AFTER_A_CRASH = (
     "AND run > coalesce((SELECT max(run) FROM {kdb_fast_runs} WHERE state = 'done'), 0))"
 )
 
+LOOKED_AT = frozenset({"run", "state", "host", "pid", "started_at", "heartbeat_at", "process_started"})
+"""Columns that every version's table of runs has, by which a living run is found."""
+
 
 class Holder(NamedTuple):
     """Who holds the index: the run, its machine and process, since when, and when it last gave a sign."""
@@ -44,11 +48,11 @@ class Holder(NamedTuple):
     heartbeat_age: float
 
 
-def wait_for_lock(attempt: Callable[[], RunSpec | Holder], wait: float, on_wait: Callable[[str], None]) -> RunSpec:
-    """The run that ``attempt`` has begun, as soon as it has.
+def wait_for_lock(attempt: Callable[[], T | Holder], wait: float, on_wait: Callable[[str], None]) -> T:
+    """What ``attempt`` gives, as soon as no other run is in its way.
 
     Args:
-        attempt: Takes the lock, or tells who holds it.
+        attempt: Begins a run, say, or tells who holds the index.
         wait: Seconds from now on.
         on_wait: Called with what is being waited for, before each pause.
 
@@ -58,7 +62,7 @@ def wait_for_lock(attempt: Callable[[], RunSpec | Holder], wait: float, on_wait:
     deadline = time.monotonic() + wait
     while True:
         held = attempt()
-        if isinstance(held, RunSpec):
+        if not isinstance(held, Holder):
             return held
         if time.monotonic() >= deadline:
             raise _locked(held)

@@ -43,6 +43,11 @@ TABLE = "kdb_search"
 RUNS = "kdb_fast_runs"
 REJECTS = "kdb_fast_rejects"
 STATE = "kdb_fast_state"
+VECTORS = "kdb_fast_vectors"
+"""On SQLite only: vectors as numbers, beside KameleonDB's JSON text."""
+MIGRATIONS = "kdb_fast_migrations"
+OWN = (RUNS, REJECTS, STATE, MIGRATIONS)
+"""Our own tables on both databases."""
 RECORDS = "kdb_records"
 """KameleonDB's table of all entities in shared storage: the index belongs beside it."""
 
@@ -112,7 +117,7 @@ class Target:
 
     @functools.cached_property
     def _names(self) -> dict[str, str]:
-        tables = (TABLE, RUNS, REJECTS, STATE)
+        tables = (TABLE, *OWN, VECTORS)
         pgvector = "" if self.pgvector is None else f"{identifier(self.pgvector)}."
         return {
             **{name: self.table(name) for name in tables},

@@ -39,7 +39,7 @@ RECORDS = records_of([f"text: number {i} {'word ' * (i % 7)}".strip() for i in r
 FIRST_WRITE = b"phase = 'write'"
 """In the first statement of each flush."""
 
-OURS = "kdb_search, kdb_fast_runs, kdb_fast_rejects, kdb_fast_state"
+OURS = "kdb_search, kdb_fast_runs, kdb_fast_rejects, kdb_fast_state, kdb_fast_migrations"
 
 
 class Job:

@@ -27,7 +27,7 @@ pytestmark = [
 
 RECORDS = 6
 KAMELEON_TABLES = ("kdb_entity_definitions", "kdb_field_definitions", "kdb_records")
-INDEX_TABLES = ("kdb_search", "kdb_fast_runs", "kdb_fast_rejects", "kdb_fast_state")
+INDEX_TABLES = ("kdb_search", "kdb_fast_runs", "kdb_fast_rejects", "kdb_fast_state", "kdb_fast_migrations")
 
 
 @pytest.fixture(params=["postgresql"])

@@ -25,7 +25,7 @@ from kdb_fast.db.pg_settings import PINNED, pinned
 from kdb_fast.errors import LockedError
 from kdb_fast.search.engine import SearchEngine
 from kdb_fast.stores import open_store
-from kdb_fast.stores.postgresql.prepare import DDL_LOCK
+from kdb_fast.stores.postgresql.locks import DDL_LOCK
 
 ODD = {
     "DateStyle": "German, DMY",

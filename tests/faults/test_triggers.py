@@ -276,7 +276,8 @@ def test_a_role_that_may_not_add_the_column_is_told_what_the_owner_must_run(
 ) -> None:
     install(index, SCRIPTS[kind, "clock, before"])
     tables = ("kdb_search", "kdb_fast_runs", "kdb_fast_rejects", "kdb_fast_state")
-    role = postgres.create_role(index, *(f"SELECT, INSERT, UPDATE, DELETE ON {table}" for table in tables))
+    rights = [f"SELECT, INSERT, UPDATE, DELETE ON {table}" for table in tables]
+    role = postgres.create_role(index, *rights, "SELECT ON kdb_fast_migrations")
     address = connect_as(index, user=role.conninfo.partition("user=")[2].split()[0])
     for _ in range(2):
         receipt = run(address)

@@ -157,7 +157,7 @@ def test_role_that_may_not_create_tables(postgres: Server, database: DatabaseAdd
 ALL_RIGHTS = [
     f"SELECT, INSERT, UPDATE, DELETE ON {table}"
     for table in ("kdb_search", "kdb_fast_runs", "kdb_fast_rejects", "kdb_fast_state")
-]
+] + ["SELECT ON kdb_fast_migrations"]
 
 
 def test_role_that_lacks_rights_is_told_the_grants(

@@ -35,6 +35,7 @@ from kdb_fast.search.scope import resolve_scope
 from kdb_fast.search.status import statuses
 from kdb_fast.stores.base import EntityStatus
 from kdb_fast.tables import schema
+from kdb_fast.tables.migrations import MIGRATIONS
 from kdb_fast.tables.target import Target
 
 DIMENSIONS = 8
@@ -89,8 +90,10 @@ class Database:
             columns = schema.POSTGRESQL_COLUMNS if self.postgresql else schema.SQLITE_COLUMNS
             for name, kind in columns.items():
                 self.run(f"ALTER TABLE kdb_search ADD COLUMN {name} {kind}")
-            for statement in schema.POSTGRESQL_OWN if self.postgresql else schema.SQLITE_OWN:
-                self.run(TARGET.statement(statement).decode() if self.postgresql else statement)
+            target = TARGET if self.postgresql else Target()
+            for migration in MIGRATIONS:
+                for statement in migration.statements(target.dialect):
+                    self.run(target.statement(statement).decode())
 
     def create_kameleon(self) -> None:
         for statement in KAMELEON:

@@ -17,6 +17,8 @@ from kdb_fast.search.query_model import embed_query, query_vectors
 from kdb_fast.settings import DEFAULT_MODEL
 from kdb_fast.stores.past_runs import IndexModel, index_model
 from kdb_fast.tables import schema
+from kdb_fast.tables.migrations import MIGRATIONS
+from kdb_fast.tables.target import Target
 
 ADDRESS = "http://127.0.0.1:1/v1"
 SMALL = "text-embedding-3-small"
@@ -156,8 +158,9 @@ def test_newest_run_that_wrote_tells_the_model_else_a_row() -> None:
     assert index_model(connection, "sqlite") == IndexModel("of a row", 1, None)
     for name, kind in schema.SQLITE_COLUMNS.items():
         connection.execute(f"ALTER TABLE kdb_search ADD COLUMN {name} {kind}")
-    for statement in schema.SQLITE_OWN:
-        connection.execute(statement)
+    for migration in MIGRATIONS:
+        for statement in migration.sqlite:
+            connection.execute(Target().statement(statement).decode())
     connection.execute("UPDATE kdb_search SET kdb_fast_fingerprint = 'f'")
     assert index_model(connection, "sqlite") == IndexModel("of a row", 1, "f")
     columns = "state, fingerprint, model, dimensions, host, pid, process_started, last_flush"

@@ -37,10 +37,8 @@ import numpy.typing as npt
 
 from ...errors import DatabaseError, UsageError
 from ...tables.reading import rows_of, sqlite_cursor
-from ...tables.target import TABLE, Target, columns_of
+from ...tables.target import TABLE, VECTORS, Target, columns_of
 from ..scope import Scope
-
-VECTORS = "kdb_fast_vectors"
 
 CACHE_BYTES = 1 << 30
 """Largest matrix kept in memory, in bytes (700,000 × 384); beyond it every search reads the file in blocks."""

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import SchemaError
 from ...records import storable_key
-from ...tables import schema, seal
+from ...tables import migrations, schema, seal
 from ...tables.hidden_rows import check_unfiltered
-from ...tables.target import REJECTS, RUNS, STATE, TABLE, Target, identifier, rows_on
+from ...tables.target import MIGRATIONS, OWN, REJECTS, RUNS, STATE, TABLE, Target, identifier, rows_on
 from .session import PgSession
 
 if TYPE_CHECKING:
@@ -205,13 +205,24 @@ def _unmet_check(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> str
 
 
 def check_rights(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:
-    """Raise SchemaError if this role lacks a right that a run needs; names it."""
+    """Raise SchemaError if a table is missing, or this role lacks a right that a run needs; names it."""
+    missing = [
+        row[0]
+        for row in cursor.execute(
+            "SELECT t FROM unnest(%s::text[], %s::text[]) x(t, q) WHERE to_regclass(q) IS NULL",
+            (list(OWN), [target.regclass(table) for table in OWN]),
+        )
+    ]
+    if missing:
+        raise migrations.lost(
+            [target.shown(table) for table in missing], [target.shown(table) for table in OWN if table not in missing]
+        )
+    needed = {table: ["SELECT", "INSERT", "UPDATE", "DELETE"] for table in (TABLE, RUNS, REJECTS, STATE)}
     lacking = [
         f"{right} ON {target.shown(table)}"
-        for table in (TABLE, RUNS, REJECTS, STATE)
+        for table, rights in {**needed, MIGRATIONS: ["SELECT"]}.items()
         for right, has in cursor.execute(
-            "SELECT r, has_table_privilege(%s, r) FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) r",
-            (target.regclass(table),),
+            "SELECT r, has_table_privilege(%s, r) FROM unnest(%s::text[]) r", (target.regclass(table), rights)
         ).fetchall()
         if not has
     ]

@@ -9,7 +9,10 @@ from ...faults import fault
 from ...tables import schema, seal
 from ...tables.hidden_rows import check_whole
 from ...tables.reading import rows_of
-from ...tables.target import REJECTS, RUNS, STATE, TABLE, LiveRows, Params, Target, identifier, other_indexes, rows_on
+from ...tables.target import TABLE, LiveRows, Params, Target, identifier, other_indexes, rows_on
+from ..runs import Holder, wait_for_lock
+from . import locks, migrate
+from . import runs as pg_runs
 from .check import check_kind, check_rights, check_table, column_names, exists, vector_version
 from .index_catalog import free_name
 from .seal import find_causes
@@ -18,51 +21,43 @@ from .session import PgSession
 if TYPE_CHECKING:
     import psycopg
 
-DDL_LOCK = 0x6B64625F66617374
-"""Key of the advisory lock ("kdb_fast") that keeps two first runs from creating the same table at once."""
-
 PRUNE_BATCH = 10_000
 """Rows deleted in one transaction: short enough not to hold up other writers for long."""
 
 
-def prepare(session: PgSession, dimensions: int) -> tuple[str, ...]:
+def prepare(session: PgSession, dimensions: int, wait: float = 0.0) -> tuple[str, ...]:
     """See :meth:`kdb_fast.stores.base.Store.prepare`."""
+
+    def attempt() -> tuple[str, ...] | Holder:
+        return session.retrying("preparing the tables", lambda: _prepare(session, dimensions))
+
+    return wait_for_lock(attempt, wait, session.on_wait)
+
+
+def _prepare(session: PgSession, dimensions: int) -> tuple[str, ...] | Holder:
+    """What the user should know; or the run that keeps our own tables from being changed."""
     import psycopg
 
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] | None = None
     try:
-        with session.transaction() as cursor:
-            if cursor.execute("SELECT current_setting('transaction_read_only')").fetchone() == ("on",):
-                raise _read_only()
-            cursor.execute("SET LOCAL default_tablespace TO DEFAULT")  # new tables are made where the user's would be
-            cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
-            _extension(cursor)
-            target = session.find_target()
-            if exists(cursor, target, TABLE):
-                check_kind(cursor, target, TABLE)
-                check_table(cursor, target, dimensions)
-            else:
-                name = target.regclass(TABLE)
-                if cursor.execute("SELECT to_regtype(%s) IS NOT NULL", (name,)).fetchone() == (True,):
-                    raise SchemaError(
-                        f"{target.shown(TABLE)} is a data type; expected a table, whose rows are of such a type.",
-                        remedy="Rename it, or use another schema or database for this index.",
-                    )
-                notes = _others(cursor, target)
-                if dimensions > 2000:
-                    raise SchemaError(
-                        f"The model gives {dimensions} dimensions; a pgvector HNSW index holds at most 2000.",
-                        remedy="Choose a model with at most 2000 dimensions, or ask an API for fewer: --dimensions N.",
-                    )
-                cursor.execute(target.statement(schema.POSTGRESQL_SEARCH, dimensions=str(int(dimensions))))
-                home = str(target.schema)
-                for name, using in {**schema.POSTGRESQL_PLAIN_INDEXES, **schema.POSTGRESQL_SEARCH_USING}.items():
-                    # An earlier table that was renamed keeps its indexes, and so their names.
-                    on = f"CREATE INDEX {identifier(free_name(cursor, home, name))} ON {{kdb_search}} "
-                    cursor.execute(target.statement(on + using))
-            _own_parts(cursor, target)
-            check_rights(cursor, target)
-        return notes
+        while True:
+            with session.transaction() as cursor:
+                if cursor.execute("SELECT current_setting('transaction_read_only')").fetchone() == ("on",):
+                    raise _read_only()
+                cursor.execute("SET LOCAL default_tablespace TO DEFAULT")  # tables are made where the user's would be
+                locks.take(cursor)
+                migration = migrate.find_next(cursor, session.target)
+                holder = pg_runs.living(cursor, session.target) if migration is not None else None
+                if holder is not None:
+                    return holder
+                if notes is None:
+                    _extension(cursor)
+                    notes = _search_table(cursor, session.find_target(), dimensions)
+                if migration is None:
+                    check_rights(cursor, session.target)
+                    return notes
+                migrate.apply(cursor, session.target, migration)
+            fault("store.migrated")
     except psycopg.errors.InsufficientPrivilege as error:
         raise SchemaError(
             f"The role {session.connection().info.user!r} may not prepare the index: {error.diag.message_primary}.",
@@ -71,11 +66,23 @@ def prepare(session: PgSession, dimensions: int) -> tuple[str, ...]:
         ) from None
     except psycopg.errors.ReadOnlySqlTransaction:
         raise _read_only() from None
-    except psycopg.errors.LockNotAvailable:
-        raise SchemaError(
-            "The search table is locked by another session for more than 30 s.",
-            remedy="See pg_locks and pg_stat_activity for who holds it; run the same command again later.",
-        ) from None
+    except psycopg.errors.LockNotAvailable as error:
+        raise _locked(session, error) from None
+
+
+def _locked(session: PgSession, error: psycopg.Error) -> SchemaError:
+    """Who holds what we have waited for, and what to do about it."""
+    with session.transaction() as cursor:
+        blocker = locks.find_blocker(cursor, session.target)
+    if blocker is None:
+        return SchemaError(
+            f"Cannot prepare the index: another session held a lock for too long ({error.diag.message_primary}).",
+            remedy="It has ended by now; run the same command again.",
+        )
+    return SchemaError(
+        f"Cannot prepare the index: {blocker.who} holds {blocker.what}, and did not give it free in time.",
+        remedy=f"Run the same command again once it has ended, or end it: SELECT pg_terminate_backend({blocker.pid});",
+    )
 
 
 def _read_only() -> SchemaError:
@@ -134,7 +141,31 @@ def _extension(cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
         )
 
 
-def _own_parts(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:
+def _search_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, dimensions: int) -> tuple[str, ...]:
+    """Check the search table or make it, and add our columns; what the user should know."""
+    notes: tuple[str, ...] = ()
+    if exists(cursor, target, TABLE):
+        check_kind(cursor, target, TABLE)
+        check_table(cursor, target, dimensions)
+    else:
+        name = target.regclass(TABLE)
+        if cursor.execute("SELECT to_regtype(%s) IS NOT NULL", (name,)).fetchone() == (True,):
+            raise SchemaError(
+                f"{target.shown(TABLE)} is a data type; expected a table, whose rows are of such a type.",
+                remedy="Rename it, or use another schema or database for this index.",
+            )
+        notes = _others(cursor, target)
+        if dimensions > 2000:
+            raise SchemaError(
+                f"The model gives {dimensions} dimensions; a pgvector HNSW index holds at most 2000.",
+                remedy="Choose a model with at most 2000 dimensions, or ask an API for fewer: --dimensions N.",
+            )
+        cursor.execute(target.statement(schema.POSTGRESQL_SEARCH, dimensions=str(int(dimensions))))
+        home = str(target.schema)
+        for name, using in {**schema.POSTGRESQL_PLAIN_INDEXES, **schema.POSTGRESQL_SEARCH_USING}.items():
+            # An earlier table that was renamed keeps its indexes, and so their names.
+            on = f"CREATE INDEX {identifier(free_name(cursor, home, name))} ON {{kdb_search}} "
+            cursor.execute(target.statement(on + using))
     have = column_names(cursor, target, TABLE)
     wanted = [f"ADD COLUMN {name} {kind}" for name, kind in schema.POSTGRESQL_COLUMNS.items() if name not in have]
     if wanted:
@@ -142,18 +173,7 @@ def _own_parts(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:
         cursor.execute(target.statement("ALTER TABLE {kdb_search} " + ", ".join(wanted)))
     if seal.COLUMN not in have and find_causes(cursor, target) and _owns_table(cursor, target):
         cursor.execute(target.statement(f"ALTER TABLE {{kdb_search}} ADD COLUMN {seal.COLUMN} bytea"))
-    for table, statement in zip((RUNS, REJECTS, STATE), schema.POSTGRESQL_OWN, strict=True):
-        if not exists(cursor, target, table):
-            cursor.execute(target.statement(statement))
-            continue
-        check_kind(cursor, target, table)
-        have = column_names(cursor, target, table)
-        if missing := [name for name in schema.columns_in(statement) if name not in have]:
-            shown = target.shown(table)
-            raise SchemaError(
-                f"The table {shown} has no column {', '.join(missing)}; expected kdb-fast's own table.",
-                remedy=f"Is it another program's? ALTER TABLE {shown} RENAME TO …; then it is made anew.",
-            )
+    return notes
 
 
 def _owns_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> bool:

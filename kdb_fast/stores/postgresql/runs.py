@@ -9,10 +9,11 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DatabaseError, LockedError
-from ...tables.target import Target
+from ...tables.target import RUNS, Target
 from ..base import FlushResult, RunSpec
 from ..runs import (
     AFTER_A_CRASH,
+    LOOKED_AT,
     PHASE_CHARS,
     Holder,
     gives_signs,
@@ -21,8 +22,8 @@ from ..runs import (
     this_process,
     wait_for_lock,
 )
-from .check import check_open
-from .prepare import DDL_LOCK
+from . import locks
+from .check import check_open, column_names
 from .session import PgSession
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def _try_begin(session: PgSession, fingerprint: str, model: str, dimensions: int
     """
     target = session.target
     with session.transaction() as cursor:
-        cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
+        locks.take(cursor)
         check_open(cursor, target)
         running = cursor.execute(
             target.statement(
@@ -76,6 +77,22 @@ def _try_begin(session: PgSession, fingerprint: str, model: str, dimensions: int
         ).fetchone()
         assert row is not None
         return RunSpec(int(row[0]), fingerprint, model, dimensions)
+
+
+def living(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> Holder | None:
+    """A run that is going on, by whatever version of kdb-fast; None also where there is no table of runs of ours."""
+    if not column_names(cursor, target, RUNS) >= LOOKED_AT:
+        return None
+    running = cursor.execute(
+        target.statement(
+            "SELECT run, host, pid, started_at, extract(epoch FROM clock_timestamp() - heartbeat_at)::float8, "
+            "process_started FROM {kdb_fast_runs} WHERE state = 'running'"
+        )
+    ).fetchall()
+    for run, host, pid, since, age, started in running:
+        if gives_signs(host, pid, age) and not process_is_gone(host, pid, started):
+            return Holder(run, host, pid, since, float(age))
+    return None
 
 
 def _abandon(

@@ -24,11 +24,12 @@ from ...faults import fault
 from ...records import Reject
 from ...tables import seal
 from ...tables.index_policy import IndexOutcome
-from ...tables.target import REJECTS, RUNS, STATE, TABLE, LiveRows, Target
+from ...tables.target import OWN, TABLE, LiveRows, Target
 from ..base import FlushResult, FlushSlot, RunSpec, Store, Stored
 from ..rejects import refused
 from . import check as pg_check
 from . import index as pg_index
+from . import migrate as pg_migrate
 from . import prepare as pg_prepare
 from . import rejects as pg_rejects
 from . import runs as pg_runs
@@ -95,18 +96,17 @@ class PostgreSQLStore(Store):
 
     # -- before and after a run ------------------------------------------------------------------------
 
-    def prepare(self, dimensions: int) -> tuple[str, ...]:
+    def prepare(self, dimensions: int, wait: float = 0.0) -> tuple[str, ...]:
         self._columns = None
-        return self.session.retrying("preparing the tables", lambda: pg_prepare.prepare(self.session, dimensions))
+        return pg_prepare.prepare(self.session, dimensions, wait)
 
     def is_prepared(self) -> bool:
-        """Whether all tables of the index are in its schema."""
+        """Whether all tables of the index are in its schema, and up to date."""
 
         def work() -> bool:
-            statement = "SELECT bool_and(to_regclass(t) IS NOT NULL) FROM unnest(%s::text[]) t"
-            names = [self.target.regclass(name) for name in (TABLE, RUNS, REJECTS, STATE)]
-            row = self.session.connection().execute(statement, (names,)).fetchone()
-            return bool(row and row[0])
+            with self.session.transaction() as cursor:
+                there = all(pg_check.exists(cursor, self.target, name) for name in (TABLE, *OWN))
+                return there and pg_migrate.find_next(cursor, self.target) is None
 
         return self.session.retrying("looking for the tables", work)
 

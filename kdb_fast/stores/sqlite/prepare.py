@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import re
 import sqlite3
+from collections.abc import Callable
 
-from ...db.sqlite import quoted, table_exists
+from ...db.sqlite import table_exists
 from ...db.sqlite_errors import primary_code
 from ...db.sqlite_session import transaction
 from ...errors import SchemaError
+from ...faults import fault
 from ...records import storable_key
 from ...tables import schema, seal
+from ..runs import Holder, wait_for_lock
+from . import migrate
+from . import runs as sqlite_runs
+from .check import check_kind, columns
 
 NEEDED_COLUMNS = (
     "id", "entity_name", "record_id", "content", "embedding", "model", "dimensions", "created_at", "updated_at",
 )  # fmt: skip
 FTS_COLUMNS = ("id", "entity_name", "record_id", "content")
-
-GENERATED = (2, 3)
-"""Of ``hidden`` in ``PRAGMA table_xinfo``: virtual and stored generated columns."""
 
 PROBE = (
     "EXPLAIN INSERT INTO kdb_search (rowid, id, entity_name, record_id, created_at, content, embedding, updated_at, "
@@ -29,26 +31,35 @@ PROBE = (
 nothing."""
 
 
-def columns(connection: sqlite3.Connection, table: str) -> dict[str, tuple[bool, bool]]:
-    """Name of each column → (must not be null, has a default or is generated)."""
-    rows = connection.execute(f"PRAGMA table_xinfo({quoted(table)})")
-    return {
-        str(name).lower(): (bool(not_null), default is not None or hidden in GENERATED)
-        for _, name, _, not_null, default, _, hidden in rows
-    }
+def prepare(
+    connection: sqlite3.Connection, wait: float = 0.0, on_wait: Callable[[str], None] = lambda what: None
+) -> None:
+    """See :meth:`kdb_fast.stores.base.Store.prepare`."""
+    wait_for_lock(lambda: _prepare(connection), wait, on_wait)
 
 
-def prepare(connection: sqlite3.Connection) -> None:
-    """See :meth:`kdb_fast.stores.base.Store.prepare`. All or nothing: one transaction."""
+def _prepare(connection: sqlite3.Connection) -> Holder | None:
+    """The run that keeps our own tables from being changed; None once they are prepared."""
     try:
-        with transaction(connection):
-            _encoding(connection)
-            _search_table(connection)
-            _full_text(connection)
-            for statement in schema.SQLITE_OWN:
-                _own_table(connection, statement)
-            # Where nothing had to be created: BEGIN IMMEDIATE alone does not fail on a read-only file.
-            connection.execute("DELETE FROM kdb_fast_state WHERE false")
+        prepared = False
+        while True:
+            with transaction(connection):
+                migration = migrate.find_next(connection)
+                holder = sqlite_runs.living(connection) if migration is not None else None
+                if holder is not None:
+                    return holder
+                if not prepared:
+                    _encoding(connection)
+                    _search_table(connection)
+                    _full_text(connection)
+                    prepared = True
+                if migration is None:
+                    migrate.check_there(connection)
+                    # Where nothing had to be created: BEGIN IMMEDIATE alone does not fail on a read-only file.
+                    connection.execute("DELETE FROM kdb_fast_state WHERE false")
+                    return None
+                migrate.apply(connection, migration)
+            fault("store.migrated")
     except sqlite3.Error as error:
         if primary_code(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
             raise SchemaError(
@@ -68,7 +79,7 @@ def _encoding(connection: sqlite3.Connection) -> None:
 
 
 def _search_table(connection: sqlite3.Connection) -> None:
-    if _check_kind(connection, "kdb_search"):
+    if check_kind(connection, "kdb_search"):
         _check_search_table(connection)
     else:
         connection.execute(schema.SQLITE_SEARCH)
@@ -111,36 +122,6 @@ def _plain_indexes(connection: sqlite3.Connection) -> None:
         candidates = itertools.chain([name], (f"{name}{number}" for number in itertools.count(1)))
         free = next(c for c in candidates if tables.get(c, "kdb_search") == "kdb_search")
         connection.execute(f"CREATE INDEX IF NOT EXISTS {free} ON kdb_search ({column})")
-
-
-def _own_table(connection: sqlite3.Connection, statement: str) -> None:
-    (name,) = re.findall(r"EXISTS (\w+)", statement)
-    if not _check_kind(connection, name):
-        connection.execute(statement)
-        return
-    have = columns(connection, name)
-    if missing := [column for column in schema.columns_in(statement) if column not in have]:
-        raise SchemaError(
-            f"The table {name} has no column {', '.join(missing)}; expected kdb-fast's own table.",
-            remedy=f"Is it another program's? ALTER TABLE {name} RENAME TO …; then it is made anew.",
-        )
-
-
-def _check_kind(connection: sqlite3.Connection, name: str) -> bool:
-    """Whether there is an ordinary table of this name, in whatever case. Raises SchemaError for anything else."""
-    row = connection.execute(
-        "SELECT type, sql FROM sqlite_master WHERE name = ? COLLATE NOCASE AND type IN ('table', 'view', 'index')",
-        (name,),
-    ).fetchone()
-    if row is None:
-        return False
-    kind = "virtual table" if str(row[1]).upper().startswith("CREATE VIRTUAL") else row[0]
-    if kind != "table":
-        raise SchemaError(
-            f"{name} is {'an' if kind == 'index' else 'a'} {kind}; expected a table.",
-            remedy="Rename it, or use another file for this index.",
-        )
-    return True
 
 
 def _check_search_table(connection: sqlite3.Connection) -> None:

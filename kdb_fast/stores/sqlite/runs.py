@@ -10,10 +10,11 @@ from typing import Any
 
 from ...db.sqlite import moment, now
 from ...db.sqlite_session import transaction
-from ...tables.target import Target
+from ...tables.target import RUNS, Target
 from ..base import FlushResult, RunSpec
 from ..runs import (
     AFTER_A_CRASH,
+    LOOKED_AT,
     PHASE_CHARS,
     Holder,
     gives_signs,
@@ -22,9 +23,16 @@ from ..runs import (
     this_process,
     wait_for_lock,
 )
+from .check import columns
 
 HEARTBEAT_PATIENCE_MS = 200
 """Milliseconds a heartbeat waits for a flush to end; the flush is a sign of life itself."""
+
+
+RUNNING = (
+    "SELECT run, host, pid, process_started, started_at, (julianday('now') - julianday(heartbeat_at)) * 86400.0 "
+    "FROM kdb_fast_runs WHERE state = 'running'"
+)
 
 
 def begin(
@@ -50,14 +58,20 @@ def begin(
 
 def _holder(connection: sqlite3.Connection) -> Holder | None:
     """The living run that holds the lock; dead ones are marked as abandoned."""
-    rows = connection.execute(
-        "SELECT run, host, pid, process_started, started_at, (julianday('now') - julianday(heartbeat_at)) * 86400.0 "
-        "FROM kdb_fast_runs WHERE state = 'running'"
-    ).fetchall()
-    for run, host, pid, process_started, started_at, age in rows:
+    for run, host, pid, process_started, started_at, age in connection.execute(RUNNING).fetchall():
         if gives_signs(host, pid, age) and not process_is_gone(host, pid, process_started):
             return Holder(run, host, pid, moment(started_at), float(age))
         connection.execute("UPDATE kdb_fast_runs SET state = 'abandoned', ended_at = ? WHERE run = ?", (now(), run))
+    return None
+
+
+def living(connection: sqlite3.Connection) -> Holder | None:
+    """A run that is going on, by whatever version of kdb-fast; None also where there is no table of runs of ours."""
+    if not columns(connection, RUNS).keys() >= LOOKED_AT:
+        return None
+    for run, host, pid, process_started, started_at, age in connection.execute(RUNNING).fetchall():
+        if gives_signs(host, pid, age) and not process_is_gone(host, pid, process_started):
+            return Holder(run, host, pid, moment(started_at), float(age))
     return None
 
 

@@ -28,6 +28,7 @@ from . import prepare as sqlite_prepare
 from . import prune as sqlite_prune
 from . import rejects as sqlite_rejects
 from . import runs as sqlite_runs
+from .check import columns
 from .flush import FlushWriter, row_version
 from .full_text import FullText
 
@@ -82,10 +83,10 @@ class SQLiteStore(Store):
 
     # -- before and after a run ------------------------------------------------------------------------
 
-    def prepare(self, dimensions: int) -> tuple[str, ...]:
+    def prepare(self, dimensions: int, wait: float = 0.0) -> tuple[str, ...]:
         """See :meth:`Store.prepare`. SQLite's columns are not bound to a dimension: older vectors are just stale."""
         with translated("preparing the tables"):
-            sqlite_prepare.prepare(self._connection)
+            sqlite_prepare.prepare(self._connection, wait, self.on_wait)
         self._columns = None
         return ()
 
@@ -93,7 +94,7 @@ class SQLiteStore(Store):
         """The column for seals where the table has it; asked for once."""
         if self._columns is None:
             seal.register(self._connection)
-            has = seal.COLUMN in sqlite_prepare.columns(self._connection, "kdb_search")
+            has = seal.COLUMN in columns(self._connection, "kdb_search")
             self._columns = (seal.COLUMN,) if has else ()
         return self._columns
 
