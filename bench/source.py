@@ -59,4 +59,4 @@ class FileSource(ListSource):
 def _pages(texts: Iterable[str]) -> Iterator[list[Record | Reject]]:
     numbered = enumerate(texts)
     while page := list(islice(numbered, PAGE_ROWS)):
-        yield [Record(ENTITY, str(number), text) for number, text in page]
+        yield [Record((ENTITY, str(number)), text) for number, text in page]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -15,26 +16,22 @@ a generated ``tsv`` column; a longer text is cut here (counted as ``truncated``)
 reads beyond the first few ten thousand characters.
 """
 
-MAX_ENTITY_CHARS = 255
-"""``kdb_search.entity_name`` is varchar(255)."""
-
-MAX_RECORD_ID_CHARS = 36
-"""``kdb_search.record_id`` is varchar(36)."""
+Key = tuple[str | int | float | bytes, ...]
+"""What tells a record from others, in the order of the target's key columns. Passed on as it is: only the target
+(:mod:`kdb_fast.tables.key`) and what reads or writes its columns look inside."""
 
 
 class Record(NamedTuple):
     """One text with its key.
 
     Attributes:
-        entity: Name of the entity (at most 255 characters).
-        record_id: Key within the entity (at most 36 characters), canonical text form.
+        key: In canonical form: for a table of PostgreSQL the text of each part.
         content: The text to embed and to search by keyword.
         source_at: When the record was last changed at its source, if the source knows.
         position: Where it was read (a line number), for messages; 0 where it has no meaning.
     """
 
-    entity: str
-    record_id: str
+    key: Key
     content: str
     source_at: datetime | None = None
     position: int = 0
@@ -44,20 +41,50 @@ class Reject(NamedTuple):
     """A record that cannot be stored, and why.
 
     Attributes:
-        entity: Name of the entity.
-        record_id: Its key, or '' where it has none.
+        key: Of the record; what is not known of it is ''.
         reason: A short machine-readable word such as ``nul_byte`` or ``empty_text``.
         detail: One sentence for a person, without the record's text.
         content_hash: SHA-256 of the content, or of the raw line where there is no content; 32 bytes.
         position: Line number in the input, or 0.
     """
 
-    entity: str
-    record_id: str
+    key: Key
     reason: str
     detail: str
     content_hash: bytes = b""
     position: int = 0
+
+
+NOT_TEXT = b"\xff"
+"""First byte of an encoded key that has other parts than texts: UTF-8 has no such byte."""
+
+
+def encode_key(key: Key) -> bytes:
+    """A key as one field of bytes: texts in UTF-8 joined by NUL, which no text of a database holds; a key with other
+    parts as :func:`key_json`."""
+    try:
+        return "\0".join(key).encode()  # type: ignore[arg-type]
+    except TypeError:
+        return NOT_TEXT + key_json(key).encode()
+
+
+def decode_key(raw: bytes) -> Key:
+    """The key that :func:`encode_key` was given."""
+    if raw.startswith(NOT_TEXT):
+        parts = json.loads(raw[1:])
+        return tuple(bytes.fromhex(part["hex"]) if isinstance(part, dict) else part for part in parts)
+    return tuple(raw.decode().split("\0"))
+
+
+def key_json(key: Key) -> str:
+    """A key as text that keeps types apart, of ASCII only: ``["Note","a"]``, ``[42,"en"]``, ``[{"hex":"00ff"}]``."""
+    parts = [{"hex": part.hex()} if isinstance(part, bytes) else part for part in key]
+    return json.dumps(parts, separators=(",", ":"))
+
+
+def shown_key(key: Key) -> str:
+    """A key for a message, whatever it is: ``'Note'/'a'``."""
+    return "/".join(repr(storable_key(part, 60)) for part in key)
 
 
 UNSEEN = "".join(map(chr, (*range(9, 14), *range(28, 33), 0x85, 0xA0, 0x1680, *range(0x2000, 0x2010), 0x2028, 0x2029,
@@ -92,60 +119,6 @@ def content_from_fields(fields: Iterable[tuple[str, Any]]) -> str:
 def content_of(data: Mapping[str, Any], names: Iterable[str]) -> str:
     """:func:`content_from_fields` over the keys ``names`` of ``data``, in that order."""
     return content_from_fields((name, data.get(name)) for name in names)
-
-
-def unfit(record: Record) -> tuple[str, str] | None:
-    """Why this record can never be stored, as (reason, detail), or None if it is fit.
-
-    Everything here would otherwise fail later for the whole batch it is in: PostgreSQL refuses NUL
-    and invalid UTF-8 for the whole COPY, the tokenizer refuses lone surrogates for the whole list.
-    """
-    entity, record_id, content, _, _ = record
-    if (
-        type(content) is type(record_id) is type(entity) is str
-        and 0 < len(record_id) <= MAX_RECORD_ID_CHARS
-        and 0 < len(entity) <= MAX_ENTITY_CHARS
-        and (joined := entity + record_id + content).isascii()
-        and "\x00" not in joined
-        and content
-        and not content.isspace()
-    ):
-        # Nearly every record, in half the time (0.9 µs against 2.0) of what tells below why one is not fit.
-        return None
-    for what, value in (("content", content), ("record id", record_id), ("entity", entity)):
-        if not isinstance(value, str):
-            return "wrong_type", f"{what} is {type(value).__name__}, expected text"
-    if not record_id:
-        return "missing_id", "the record id is empty"
-    if len(record_id) > MAX_RECORD_ID_CHARS:
-        return "id_too_long", (f"the record id has {len(record_id)} characters, the index holds {MAX_RECORD_ID_CHARS}")
-    if not entity or len(entity) > MAX_ENTITY_CHARS:
-        return "bad_entity", f"the entity name has {len(entity)} characters, expected 1 to {MAX_ENTITY_CHARS}"
-    if is_blank(content):
-        return "empty_text", "the text is empty or only white space"
-    for value in (content, record_id, entity):
-        if "\x00" in value:
-            return "nul_byte", "a NUL character (U+0000) cannot be stored in PostgreSQL text"
-        if not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:
-                return "lone_surrogate", f"a lone surrogate (U+{ord(value[error.start]):04X}) is not valid text"
-    return None
-
-
-def unheld(record: Record, missing: frozenset[str], encoding: str) -> tuple[str, str] | None:
-    """Why the database cannot hold this record, as (reason, detail), or None if it can.
-
-    Args:
-        record: A fit one.
-        missing: Characters that the database's encoding has not.
-        encoding: Its name, for the detail.
-    """
-    for what, value in (("text", record.content), ("record id", record.record_id), ("entity", record.entity)):
-        if not value.isascii() and not missing.isdisjoint(value):
-            return bad_encoding(what, missing.intersection(value), encoding)
-    return None
 
 
 def bad_encoding(what: str, missing: Iterable[str], encoding: str) -> tuple[str, str]:

@@ -206,7 +206,7 @@ class ListSource(Source):
 
     @property
     def entities(self) -> tuple[str, ...]:
-        return tuple(sorted({record.entity for record in self._records}))
+        return tuple(sorted({str(record.key[0]) for record in self._records}))
 
     def estimate(self) -> int | None:
         return self._estimate
@@ -222,7 +222,7 @@ class ListSource(Source):
 
 def records_of(texts: Sequence[str], entity: str = "Note") -> list[Record]:
     """One record for each text, with keys ``r0``, ``r1``, …"""
-    return [Record(entity, f"r{number}", text) for number, text in enumerate(texts)]
+    return [Record((entity, f"r{number}"), text) for number, text in enumerate(texts)]
 
 
 def cosine(a: Vector, b: Vector) -> float:
@@ -254,7 +254,7 @@ class Oracle:
 
     def check(self, rows: Mapping[Key, IndexRow], records: Iterable[Record]) -> None:
         """The index holds exactly the records (of two with one key the later one), each with its own vector."""
-        wanted = {(record.entity, record.record_id): record.content for record in records}
+        wanted = {record.key: record.content for record in records}
         assert {key: row.content for key, row in rows.items()} == wanted
         for key, row in rows.items():
             assert row.vector is not None

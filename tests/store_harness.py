@@ -30,6 +30,7 @@ from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.records import Record, Reject, content_hash
 from kdb_fast.stores import open_store
 from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec, Store, Stored
+from kdb_fast.tables.kdb_search import entity_and_id
 
 DIMENSIONS = 8
 FINGERPRINT = "0123456789abcdef"
@@ -72,22 +73,23 @@ def slot_of(rows: Sequence[Row], skip: Sequence[int] = (), number: int = 0) -> F
 
 def fresh(*pairs: tuple[str, str], entity: str = ENTITY) -> list[Row]:
     """Rows of keys and texts, as if the index had none of these keys."""
-    return [Row(Record(entity, key, text)) for key, text in pairs]
+    return [Row(Record((entity, key), text)) for key, text in pairs]
 
 
 def looked_up(store: Store, *pairs: tuple[str, str], entity: str = ENTITY) -> list[Row]:
     """Rows as the parent makes them: with the version of what is stored now."""
     stored = lookup(store, *(key for key, _ in pairs), entity=entity)
     return [
-        Row(Record(entity, key, text), True, stored[key].row_version)
+        Row(Record((entity, key), text), True, stored[key].row_version)
         if key in stored
-        else Row(Record(entity, key, text))
+        else Row(Record((entity, key), text))
         for key, text in pairs
     ]
 
 
 def lookup(store: Store, *keys: str, entity: str = ENTITY) -> dict[str, Stored]:
-    return store.lookup(entity, keys)
+    found = store.lookup([(entity, key) for key in keys])
+    return {entity_and_id(key)[1]: stored for key, stored in found.items()}
 
 
 _numbers = itertools.count(1)
@@ -122,7 +124,7 @@ def contents(address: DatabaseAddress) -> dict[str, str]:
 
 
 def reject(key: str, position: int = 0, entity: str = ENTITY) -> Reject:
-    return Reject(entity, key, "empty_text", "the text is empty", content_hash(""), position)
+    return Reject((entity, key), "empty_text", "the text is empty", content_hash(""), position)
 
 
 def rejected_keys(store: Store, entity: str | None = None) -> list[str]:

@@ -98,7 +98,7 @@ def _prepared(spec: EncoderSpec, params: dict[str, Any]) -> EncoderSpec:
 def _shards(params: dict[str, Any], model: Model) -> list[list[str]]:
     from kdb_fast.embedding.encoder import CHARS_PER_TOKEN
 
-    rows = [Row(Record("Bench", str(i), t)) for i, t in enumerate(data.read(params["data"], params["records"]))]
+    rows = [Row(Record(("Bench", str(i)), t)) for i, t in enumerate(data.read(params["data"], params["records"]))]
     return [
         [row.record.content for row in shard]
         for start in range(0, len(rows), WINDOW_ROWS)

@@ -151,7 +151,7 @@ def _filled_slots(rows: Rows) -> Iterator[list[FlushSlot]]:
         slab = Slab.local(SlabShape(-(-len(part) // SHARD_ROWS), SHARD_ROWS, database.DIMENSIONS, BLOB_BYTES))
         for slot, first in zip(slab.slots, range(0, len(part), SHARD_ROWS), strict=True):
             shard = part[first : first + SHARD_ROWS]
-            slot.put(1, [Row(Record(r[1], r[2], r[3])) for r in shard], [NO_VALUE] * len(shard))
+            slot.put(1, [Row(Record((r[1], r[2]), r[3])) for r in shard], [NO_VALUE] * len(shard))
             slot.vectors[: len(shard)] = [r[4] for r in shard]
         yield [FlushSlot(slot, frozenset()) for slot in slab.slots]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..records import UNSEEN
 from ..tables.hidden_rows import check_whole
+from ..tables.key import array_literal
 from ..tables.target import RECORDS, Dialect, Params, Rows, Target, identifier
 from .definitions import ENTITIES, Entity, Field, Place, storage_of
 
@@ -166,11 +167,7 @@ def _walked(place: Place, params: Params, *, by_primary_key: bool = False) -> st
 def _id_list(record_ids: Sequence[str], dialect: Dialect) -> str:
     if dialect == "sqlite":
         return json.dumps(list(record_ids))
-    # As an array literal: three times as fast as psycopg's own dumper of lists.
-    joined = "\x00".join(record_ids)
-    if '"' in joined or "\\" in joined:
-        joined = joined.replace("\\", "\\\\").replace('"', '\\"')
-    return '{"' + joined.replace("\x00", '","') + '"}' if record_ids else "{}"
+    return array_literal(record_ids)
 
 
 # -- a new record ------------------------------------------------------------------------------------------

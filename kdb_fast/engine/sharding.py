@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ..ipc.slab import Row
+from ..records import encode_key
 
 SHARD_ROWS = 128
 """Rows of a slot. 128 records of 30 tokens are 0.8 s of a core: long enough that pipes and wake-ups do not
@@ -59,7 +60,7 @@ def shard_numbers(
         row_chars = length if length < read_chars else read_chars
         record = rows[number].record
         # No text needs more. To count exactly takes a third of the time of cutting, so only where it matters.
-        row_size = 4 * (length + len(record.record_id) + len(record.entity))
+        row_size = 4 * length + len(encode_key(record.key))
         if shard and size + row_size > blob_bytes:
             size = sum(text_bytes(rows[i]) for i in shard)
             row_size = text_bytes(rows[number])
@@ -76,6 +77,4 @@ def shard_numbers(
 def text_bytes(row: Row) -> int:
     """Bytes of key and text of a row in a slot: at most, UTF-8 needs at most 4 for a character."""
     record = row.record
-    if record.content.isascii() and record.record_id.isascii() and record.entity.isascii():
-        return len(record.content) + len(record.record_id) + len(record.entity)
-    return len(record.content.encode()) + 4 * (len(record.record_id) + len(record.entity))
+    return len(encode_key(record.key)) + (len(text) if (text := record.content).isascii() else len(text.encode()))

@@ -16,9 +16,9 @@ from typing import Any
 from ..accounting import Counts, Fate
 from ..ipc.messages import Flush, Flushed, SlotRows, rows_of_bits
 from ..ipc.slab import SlabShape
-from ..records import MAX_ENTITY_CHARS, MAX_RECORD_ID_CHARS, Reject
+from ..records import Key, Reject
 from ..resources import available_memory
-from .key_ledger import Key, KeyLedger
+from .key_ledger import KeyLedger
 from .leases import SlotLease
 
 FLOOR_BYTES = 512 * 1024
@@ -48,6 +48,9 @@ at least, so that a writer which does not read, because it is stopped, never blo
 
 LEFT_OUT_ROWS = 4_000
 """Rows of a flush that were rejected or outdated since they were embedded, about: their numbers are in the message."""
+
+REJECT_KEY_CHARS = 256
+"""Characters or bytes of each part of a reject's key that are passed on."""
 
 REJECT_DETAIL_CHARS = 600
 """Characters of a reason that are passed on; the table of rejects keeps less."""
@@ -168,8 +171,7 @@ class FlushPlanner:
         """A reject is to be written; what is not fit for a message is cut."""
         self._rejects.append(
             reject._replace(
-                entity=str(reject.entity)[: MAX_ENTITY_CHARS + 1],
-                record_id=str(reject.record_id)[: 4 * MAX_RECORD_ID_CHARS],
+                key=tuple(part if isinstance(part, int | float) else _cut(part) for part in reject.key),
                 detail=reject.detail[:REJECT_DETAIL_CHARS],
             )
         )
@@ -278,13 +280,23 @@ class FlushPlanner:
                 self._kept.add(key)
 
 
+def _cut(part: object) -> str | bytes:
+    return part[:REJECT_KEY_CHARS] if isinstance(part, bytes) else str(part)[:REJECT_KEY_CHARS]
+
+
 def first_of(items: Iterable[str | tuple[Any, ...]], size: int) -> int:
     """How many of the items, in order, a message of about ``size`` bytes can hold; at least 1 where there is one."""
     count = 0
     for item in items:
-        values = (item,) if isinstance(item, str) else item
-        size -= 64 + sum(len(v) * (1 if v.isascii() else 4) for v in values if isinstance(v, str))
+        size -= 64 + _text_bytes(item)
         if size < 0 and count:
             break
         count += 1
     return count
+
+
+def _text_bytes(item: object) -> int:
+    """Bytes of the texts in an item, at most."""
+    if isinstance(item, str):
+        return len(item) * (1 if item.isascii() else 4)
+    return sum(map(_text_bytes, item)) if isinstance(item, tuple) else 0

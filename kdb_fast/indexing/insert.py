@@ -85,7 +85,7 @@ def insert(
 
 def _extended(receipt: Receipt, source: InsertingSource, address: DatabaseAddress) -> InsertReceipt:
     """The receipt with what became of the input."""
-    rejects = [RejectedLine(r.position, r.record_id, r.reason, r.detail) for r in source.rejects]
+    rejects = [RejectedLine(r.position, str(r.key[-1]), r.reason, r.detail) for r in source.rejects]
     rejected_later = max(0, receipt.rejected - source.rejected)
     if rejected_later and len(rejects) < REJECTS_KEPT:
         # Inserted and then refused by the model or the index; a database that is away cannot say which.

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from ..accounting import Counts
 from ..engine.sharding import WINDOW_ROWS, shard_numbers
 from ..ipc.slab import Row, SlabShape
-from ..records import Record, Reject, was_cut
+from ..records import Key, Record, Reject, was_cut
 from ..stores.base import Store, Stored
 from .flushing import FlushPlanner
-from .key_ledger import Key, KeyLedger
+from .key_ledger import KeyLedger
 from .leases import Numbered
 from .screening import Fit, Screen
 from .text_reuse import CACHED, NEW, TextReuse
@@ -130,23 +130,17 @@ class Intake:
         """What the index holds for the records' keys."""
         if self.rows_at_start is None:
             self.rows_at_start = self._store.count()
-        result: dict[Key, Stored] = {}
-        by_entity: dict[str, list[str]] = {}
-        for record, _, _ in fit:
-            by_entity.setdefault(record.entity, []).append(record.record_id)
-        for entity, ids in by_entity.items():
-            # Where the index was empty nothing needs looking up; a row that appears meanwhile meets the
-            # unique constraint at the flush, which then decides row by row.
-            if self.rows_at_start or not self._ledger.unique_keys:
-                for record_id, found in self._store.lookup(entity, ids).items():
-                    result[entity, record_id] = found
-        return result
+        # Where the index was empty nothing needs looking up; a row that appears meanwhile meets the
+        # unique constraint at the flush, which then decides row by row.
+        if fit and (self.rows_at_start or not self._ledger.unique_keys):
+            return self._store.lookup([record.key for record, _, _ in fit])
+        return {}
 
     def _take(self, fit: list[Fit], stored: dict[Key, Stored]) -> None:
         """Count what is unchanged; the rest goes to the window, or beside an equal text."""
         ledger, being_written, may_leave = self._ledger, self._ledger.being_written, self._flushes.has_deletes
         for record, digest, sequence in fit:
-            key = (record.entity, record.record_id)
+            key = record.key
             found = stored.get(key)
             if (
                 found is not None

@@ -14,9 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..accounting import Counts, Fate
-
-Key = tuple[str, str]
-"""(entity, record id)."""
+from ..records import Key
 
 SEEN_KEYS = 2_000_000
 """Keys of a file that are remembered to count superseded records exactly: at most about 200 MB. Beyond it

@@ -20,7 +20,7 @@ from ..accounting import Fate
 from ..errors import KdbFastError
 from ..ipc.row_block import NO_VALUE
 from ..ipc.slab import Row, Slab
-from .key_ledger import Key
+from ..records import Key
 
 Numbered = tuple[Row, int, bytes]
 """A row, its number in the order of reading, and the SHA-256 of its text."""
@@ -57,7 +57,7 @@ class SlotLease:
     @cached_property
     def keys(self) -> list[Key]:
         """Of the rows. Made when first asked for: where no key comes twice, nobody asks."""
-        return [row.record[:2] for row in self.rows]
+        return [row.record.key for row in self.rows]
 
 
 class SlotPool:

@@ -29,14 +29,14 @@ from ..faults import fault
 from ..ipc.messages import Finish, Finished, Flushed, IndexPrepared, PrepareIndex
 from ..ipc.row_block import ROW_REASONS
 from ..ipc.slab import Row
-from ..records import Record, Reject
+from ..records import Key, Record, Reject
 from ..settings import RejectLimit
 from ..stores.base import Store
 from ..tables.index_policy import IndexRecord, decide
 from ..tables.target import LiveRows
 from .flushing import MESSAGE_BYTES, FlushPlanner, first_of
 from .intake import Intake
-from .key_ledger import Key, KeyLedger
+from .key_ledger import KeyLedger
 from .leases import Numbered, SlotPool
 from .screening import Screen
 from .text_reuse import TextReuse
@@ -207,8 +207,8 @@ class Pipeline:
 
     def _reject_row(self, row: Row, digest: bytes, code: int) -> None:
         """Its text cannot be embedded."""
-        self.flushes.reject(Reject(*row.record[:2], *ROW_REASONS[code], digest, row.record.position))
-        self._ledger.settle([row.record[:2]], Fate.REJECTED)
+        self.flushes.reject(Reject(row.record.key, *ROW_REASONS[code], digest, row.record.position))
+        self._ledger.settle([row.record.key], Fate.REJECTED)
 
     def _check_limits(self) -> None:
         if not self._stopping:
@@ -349,4 +349,4 @@ class Pipeline:
                     # What the model cannot embed for one it cannot embed for its equals.
                     self._reject_row(row, digest, code)
                 else:
-                    ledger.has_vector(row.record[:2], sequence)
+                    ledger.has_vector(row.record.key, sequence)

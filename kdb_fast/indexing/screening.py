@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from ..faults import fault
-from ..records import Record, Reject, content_hash, cut_content, unfit, unheld
+from ..records import Record, Reject, content_hash, cut_content
+from ..tables.kdb_search import KEY
+from ..tables.key import KeyColumn, unfit_for, unheld
 
 Fit = tuple[Record, bytes, int]
 """A record that can be stored, the SHA-256 of its text, and its number in the order of reading."""
@@ -17,12 +19,17 @@ class Screen:
     Args:
         encoding: That of the index.
         missing_characters: Which characters in texts the index cannot hold; None where it holds all.
+        columns: Of the key.
     """
 
     def __init__(
-        self, encoding: str = "UTF8", missing_characters: Callable[[Iterable[str]], frozenset[str]] | None = None
+        self,
+        encoding: str = "UTF8",
+        missing_characters: Callable[[Iterable[str]], frozenset[str]] | None = None,
+        columns: Sequence[KeyColumn] = KEY,
     ) -> None:
-        self._encoding, self._missing_characters = encoding, missing_characters
+        self._encoding, self._missing_characters, self._columns = encoding, missing_characters, columns
+        self._unfit = unfit_for(columns)
 
     def sort(self, items: Sequence[Record | Reject], sequence: int) -> tuple[list[Fit], list[Reject]]:
         """The fit records, with texts cut to what is stored; and the others.
@@ -40,12 +47,12 @@ class Screen:
             if isinstance(item, Reject):
                 rejects.append(item)
                 continue
-            problem = unfit(item)
+            problem = self._unfit(item)
             if problem is None and missing:
-                problem = unheld(item, missing, self._encoding)
+                problem = unheld(item, self._columns, missing, self._encoding)
             if problem is not None:
                 digest = content_hash(item.content) if isinstance(item.content, str) else b""
-                rejects.append(Reject(item.entity, item.record_id, *problem, digest, item.position))
+                rejects.append(Reject(item.key, *problem, digest, item.position))
                 continue
             content = cut_content(item.content)
             if content is not item.content:
@@ -58,4 +65,4 @@ class Screen:
         if self._missing_characters is None:
             return frozenset()
         records = (item for item in items if isinstance(item, Record))
-        return self._missing_characters(v for record in records for v in record[:3] if isinstance(v, str))
+        return self._missing_characters(v for r in records for v in (*r.key, r.content) if isinstance(v, str))

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import KdbFastError
-from ..records import Reject
+from ..records import Key, Reject
 
 if TYPE_CHECKING:
     from ..tables.index_policy import IndexOutcome
@@ -86,7 +86,7 @@ class Flush(NamedTuple):
     number: int
     slots: tuple[SlotRows, ...]
     rejects: tuple[Reject, ...] = ()
-    deletes: tuple[tuple[str, str], ...] = ()
+    deletes: tuple[Key, ...] = ()
 
 
 class Flushed(NamedTuple):

@@ -57,8 +57,8 @@ class RowBlock(Protocol):
     def contents(self, start: int, stop: int) -> list[str]:
         """The texts of rows ``start`` to ``stop`` (exclusive)."""
 
-    def raw_rows(self) -> list[tuple[bytes, bytes, bytes]]:
-        """(entity, record id, content) of every row, UTF-8."""
+    def raw_rows(self) -> list[tuple[bytes, bytes]]:
+        """Key, as :func:`~kdb_fast.records.encode_key` gives it, and content (UTF-8) of every row."""
 
     def refuse(self, row: int, code: int) -> None:
         """The row gets no vector, for the reason of ``code``."""

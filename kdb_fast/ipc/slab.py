@@ -15,9 +15,9 @@ Slot layout, in bytes, every part aligned to 64::
     exists       R × uint8        1 = the index has a row for this key, as far as the parent saw
     row_version  R × int64        that row's version as the parent saw it (NO_VALUE: none)
     source_at    R × int64        last change of the record at its source, µs since 1970 UTC (NO_VALUE: unknown)
-    ends         R × 3 × int32    where entity, record id and content of each row end in the blob
+    ends         R × 2 × int32    where key and content of each row end in the blob
     vectors      R × D × float32  written by the worker
-    blob         B × uint8        entity, record id, content of row 0, of row 1, …, UTF-8
+    blob         B × uint8        key and content of row 0, of row 1, …, as :meth:`RowBlock.raw_rows` gives them
 
 A message about a slot carries its lease, and the message that says it is filled carries the CRC-32
 of the vectors, so a late or wrong write is seen (faults A8 and D5 in docs/reliability.md).
@@ -39,7 +39,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ResourceError
-from ..records import MAX_CONTENT_BYTES, Record
+from ..records import MAX_CONTENT_BYTES, Record, encode_key
 from .row_block import NO_VALUE, ROW_OK, RowBlock
 
 ALIGNMENT = 64
@@ -65,7 +65,7 @@ class SlabShape:
             ("exists", self.rows),
             ("row_version", self.rows * 8),
             ("source_at", self.rows * 8),
-            ("ends", self.rows * 3 * 4),
+            ("ends", self.rows * 2 * 4),
             ("vectors", self.rows * self.dimensions * 4),
             ("blob", self.blob_bytes),
         ]
@@ -111,7 +111,7 @@ class Slot(RowBlock):
         self.exists: npt.NDArray[np.uint8] = part("exists", np.uint8, rows)
         self.row_version: npt.NDArray[np.int64] = part("row_version", np.int64, rows)
         self.source_at: npt.NDArray[np.int64] = part("source_at", np.int64, rows)
-        self.ends: npt.NDArray[np.int32] = part("ends", np.int32, rows * 3)
+        self.ends: npt.NDArray[np.int32] = part("ends", np.int32, rows * 2)
         self.vectors: npt.NDArray[np.float32] = part("vectors", np.float32, rows * shape.dimensions).reshape(
             rows, shape.dimensions
         )
@@ -137,11 +137,11 @@ class Slot(RowBlock):
             rows: At most ``capacity`` rows whose text fits the blob.
             sources: For each row, microseconds since 1970 of its last change, or NO_VALUE.
         """
-        parts = [value.encode() for record, _, _ in rows for value in record[:3]]
+        parts = [part for record, _, _ in rows for part in (encode_key(record.key), record.content.encode())]
         ends = list(itertools.accumulate(map(len, parts)))
         n, position = len(rows), ends[-1] if ends else 0
         self._blob[:position] = b"".join(parts)
-        self.ends[: 3 * n] = ends
+        self.ends[: 2 * n] = ends
         self.code[:n] = ROW_OK
         self.exists[:n] = [row.exists for row in rows]
         self.row_version[:n] = [row.row_version for row in rows]
@@ -149,22 +149,15 @@ class Slot(RowBlock):
         self.header[:4] = (lease, n, 0, position)
 
     def contents(self, start: int, stop: int) -> list[str]:
-        ends = self.ends[: 3 * stop].tolist()
+        ends = self.ends[: 2 * stop].tolist()
         blob = self._blob
-        return [str(blob[ends[3 * i + 1] : ends[3 * i + 2]], "utf-8") for i in range(start, stop)]
+        return [str(blob[ends[2 * i] : ends[2 * i + 1]], "utf-8") for i in range(start, stop)]
 
-    def raw_rows(self) -> list[tuple[bytes, bytes, bytes]]:
+    def raw_rows(self) -> list[tuple[bytes, bytes]]:
         n = self.rows
         raw = bytes(self._blob[: self.text_bytes])
-        ends = [0, *self.ends[: 3 * n].tolist()]
-        return [
-            (
-                raw[ends[3 * i] : ends[3 * i + 1]],
-                raw[ends[3 * i + 1] : ends[3 * i + 2]],
-                raw[ends[3 * i + 2] : ends[3 * i + 3]],
-            )
-            for i in range(n)
-        ]
+        ends = [0, *self.ends[: 2 * n].tolist()]
+        return [(raw[ends[2 * i] : ends[2 * i + 1]], raw[ends[2 * i + 1] : ends[2 * i + 2]]) for i in range(n)]
 
 
 class Slab:

@@ -23,8 +23,9 @@ from ..engine.sharding import cut_shards
 from ..errors import ProviderInputError, RecordError
 from ..ipc.row_block import NO_VALUE, ROW_REASONS
 from ..ipc.slab import BLOB_BYTES, Row, Slab, SlabShape, Slot
-from ..records import Record, content_hash, cut_content, storable_key, unfit
+from ..records import Key, Record, content_hash, cut_content, shown_key
 from ..stores.base import FlushSlot, RunSpec, Store
+from ..tables.kdb_search import unfit
 
 CHUNK_ROWS = 4096
 """Records that are sorted and embedded together; memory for more is never held."""
@@ -45,8 +46,7 @@ class Put(NamedTuple):
 class Delete(NamedTuple):
     """Take this key out of the index."""
 
-    entity: str
-    record_id: str
+    key: Key
 
 
 Operation = Put | Delete
@@ -79,14 +79,14 @@ def as_put(record: Any, number: int = 0) -> Operation | None:
             f"Record {number} of the batch is {type(record).__name__}; expected (entity name, record id, text).",
             remedy=_NOTHING_STORED,
         ) from None
-    made = Record(entity, record_id, content)
+    made = Record((entity, record_id), content)
     problem = unfit(made)
     if problem is None:
         cut = cut_content(content)
         return Put(made if cut is content else made._replace(content=cut))
     if problem[0] == "empty_text":
-        return as_delete(entity, record_id)
-    raise RecordError(f"The record {_shown(made)} cannot be indexed: {problem[1]}.", remedy=_NOTHING_STORED)
+        return as_delete(made.key)
+    raise RecordError(f"The record {shown_key(made.key)} cannot be indexed: {problem[1]}.", remedy=_NOTHING_STORED)
 
 
 def as_puts(records: Iterable[object]) -> Iterator[Operation]:
@@ -97,18 +97,17 @@ def as_puts(records: Iterable[object]) -> Iterator[Operation]:
             yield operation
 
 
-def as_delete(entity: str, record_id: str) -> Operation | None:
+def as_delete(key: Key) -> Operation | None:
     """The operation that takes a key out of the index; None for a key that can be in none.
 
     Raises:
         RecordError: The key is not text.
     """
-    record = Record(entity, record_id, "text")
-    problem = unfit(record)
+    problem = unfit(Record(key, "text"))
     if problem is None:
-        return Delete(entity, record_id)
+        return Delete(key)
     if problem[0] == "wrong_type":
-        raise RecordError(f"The record {_shown(record)} cannot be deleted: {problem[1]}.")
+        raise RecordError(f"The record {shown_key(key)} cannot be deleted: {problem[1]}.")
     return None
 
 
@@ -195,7 +194,7 @@ class BatchWriter:
         """Embed each distinct text once, then write all records, those with equal texts from the same vector."""
         cache = self.vectors
         first: dict[bytes, Record] = {}
-        others: dict[tuple[str, str], bytes] = {}
+        others: dict[Key, bytes] = {}
         rows: list[Row] = []
         for record in records:
             digest = content_hash(record.content)
@@ -204,7 +203,7 @@ class BatchWriter:
             elif digest not in first:
                 first[digest] = record
                 continue
-            others[record.entity, record.record_id] = digest
+            others[record.key] = digest
             rows.append(Row(record))
         for slot, shard in self._embedded([Row(record) for record in first.values()], engine):
             codes = slot.code[: len(shard)]
@@ -218,7 +217,7 @@ class BatchWriter:
         for slot, shard in self._slots(rows):
             slot.put(1, shard, [NO_VALUE] * len(shard))
             for i, row in enumerate(shard):
-                digest = others[row.record.entity, row.record.record_id]
+                digest = others[row.record.key]
                 if digest in first:
                     cache.pin(digest)
                 slot.vectors[i] = cache.take(digest)
@@ -262,23 +261,16 @@ class BatchWriter:
 
 def _in_order(shard: list[Row]) -> list[Row]:
     """Rows by key, so that two batches with the same keys do not lock each other's rows crosswise."""
-    return sorted(shard, key=lambda row: row.record[:2])
+    return sorted(shard, key=lambda row: row.record.key)
 
 
 def _not_embedded(record: Record, why: str) -> RecordError:
-    return RecordError(f"The record {_shown(record)} cannot be embedded: {why}.", remedy=_NOTHING_STORED)
+    return RecordError(f"The record {shown_key(record.key)} cannot be embedded: {why}.", remedy=_NOTHING_STORED)
 
 
-def _shown(record: Record) -> str:
-    """The key of a record for a message, whatever it is."""
-    return f"{storable_key(record.entity, 60)!r}/{storable_key(record.record_id, 60)!r}"
-
-
-def key_of(operation: Operation) -> tuple[str, str]:
-    """(entity, record id) of an operation."""
-    if isinstance(operation, Put):
-        return operation.record.entity, operation.record.record_id
-    return operation.entity, operation.record_id
+def key_of(operation: Operation) -> Key:
+    """Of the record that an operation is about."""
+    return operation.record.key if isinstance(operation, Put) else operation.key
 
 
 def _start_workers(spec: EncoderSpec, dimensions: int) -> Engine:

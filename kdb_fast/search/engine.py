@@ -118,7 +118,7 @@ class SearchEngine:
             RecordError: The key is not text.
             DatabaseError: As :meth:`index_record`.
         """
-        self._do(as_list(as_delete(entity_name, record_id)))
+        self._do(as_list(as_delete((entity_name, record_id))))
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[SearchEngine]:

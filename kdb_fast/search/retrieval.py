@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import UsageError
 from ..origins import QueryVector
+from ..records import Key
+from ..tables.kdb_search import entity_and_id
 from .query import Query, holdable_words, parse_query, why_blank
-from .readers.base import Hit, Key, SearchReader
+from .readers.base import Hit, SearchReader
 from .results import SearchResult
 from .scope import Scope, holdable_scope, resolve_scope
 
@@ -107,7 +109,9 @@ def search(
         # Records can vanish between the ranking and this read; then the next ones move up.
         part, ranked = ranked[:limit], ranked[limit:]
         found.read(reader, [key for key, _ in part], ranking.scope)
-        results += [SearchResult(*key, score, *found.records[key]) for key, score in part if key in found.records]
+        results += [
+            SearchResult(*entity_and_id(key), score, *found.records[key]) for key, score in part if key in found.records
+        ]
     return results[:limit]
 
 

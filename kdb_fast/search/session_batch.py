@@ -48,7 +48,7 @@ class SessionBatch:
 
     def delete_record(self, entity_name: str, record_id: str) -> None:
         """Queue a deletion for the session's commit. Raises as :meth:`index_record`."""
-        self._queue(as_list(as_delete(entity_name, record_id)))
+        self._queue(as_list(as_delete((entity_name, record_id))))
 
     def __len__(self) -> int:
         return len(self._operations)

@@ -12,6 +12,7 @@ from ..db.pg_errors import CONFLICTS, sqlstate
 from ..db.retrying import Backoff, ErrorKind, retry
 from ..embedding.vector_cache import VectorCache
 from ..errors import DatabaseError, UsageError
+from ..records import Key
 from .batches import BatchWriter, Operation, Put, key_of
 
 QUEUE_BYTES = 32 * 1024 * 1024
@@ -96,7 +97,7 @@ class Queue:
 
     def __init__(self, begin: Begin) -> None:
         self._begin = begin
-        self._operations: dict[tuple[str, str], Operation] = {}
+        self._operations: dict[Key, Operation] = {}
         self._bytes = 0
         self._open = contextlib.ExitStack()
         self._writer: BatchWriter | None = None
@@ -108,7 +109,7 @@ class Queue:
         Raises:
             RecordError: A record cannot be stored.
         """
-        added: dict[tuple[str, str], Operation] = {}
+        added: dict[Key, Operation] = {}
         size, early = 0, False
         try:
             for operation in operations:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Protocol, Self
 
 from ..db.address import DatabaseAddress
-from ..records import Record, Reject
+from ..records import Key, Record, Reject
 from ..tables.target import LiveRows
 
 PAGE_ROWS = 1000
@@ -77,8 +77,8 @@ class Source(ABC):
     def close(self) -> None:
         """Close files and connections."""
 
-    def take_empty(self) -> list[tuple[str, str]]:
-        """(entity, record id) of the records without text that were read since the last call.
+    def take_empty(self) -> list[Key]:
+        """Keys of the records without text that were read since the last call.
 
         They are not in any page; an index row they may still have is to be removed. Call it after each page.
         """

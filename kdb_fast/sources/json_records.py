@@ -32,7 +32,7 @@ def iter_json_records(stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | 
     begins on the first line may go on over several, as pretty-printed JSON does, up to MAX_LINE_BYTES.
     Blank lines are skipped. A byte order mark at the start is accepted.
 
-    A Reject has no entity and no record id; its hash is SHA-256 of the line without its end, or of the
+    A Reject has no key; its hash is SHA-256 of the line without its end, or of the
     element. Its reason is one of ``invalid_json``, ``duplicate_key``, ``not_finite_number``,
     ``too_deep``, ``number_too_long``, ``line_too_long``, ``not_an_object``, ``not_utf8`` and
     ``truncated_input`` (the input ends in the middle of a record).
@@ -139,7 +139,7 @@ def _skip_line(stream: BinaryIO, raw: bytes) -> Reject:
 
 def _too_long(what: str, size: int, digest: bytes) -> Reject:
     detail = f"the {what} has {size:,} bytes, at most {MAX_LINE_BYTES:,} are read"
-    return Reject("", "", "line_too_long", detail, digest)
+    return Reject((), "line_too_long", detail, digest)
 
 
 class _Fault(ValueError):
@@ -195,7 +195,7 @@ def _parse(raw: bytes, *, ended: bool = True) -> dict[str, Any] | Reject:
         reason, detail = "too_deep", "objects or arrays are nested too deeply"
     except ValueError:
         reason, detail = "number_too_long", "a whole number has too many digits"
-    return Reject("", "", reason, detail, hashlib.sha256(raw).digest())
+    return Reject((), reason, detail, hashlib.sha256(raw).digest())
 
 
 _KINDS = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array", dict: "an object"}
@@ -246,10 +246,10 @@ class _Array:
                 if end >= 0 or isinstance(element, dict):
                     yield position, element, body
             elif not (closed and elements == 0) and end >= 0:
-                yield position, Reject("", "", "invalid_json", "an element of the array is empty", _EMPTY), b""
+                yield position, Reject((), "invalid_json", "an element of the array is empty", _EMPTY), b""
             if end < 0:
                 detail = "the input ends before the array does"
-                yield position, Reject("", "", "truncated_input", detail, hashlib.sha256(body).digest()), body
+                yield position, Reject((), "truncated_input", detail, hashlib.sha256(body).digest()), body
                 return
             elements += 1
             self._line += raw.count(b"\n")
@@ -310,7 +310,7 @@ class _Array:
             if text:
                 line = self._line + self._buffer.count(b"\n", 0, len(self._buffer) - len(text))
                 detail = "there is more after the end of the array; it was not read"
-                yield line, Reject("", "", "invalid_json", detail, hashlib.sha256(text).digest()), b""
+                yield line, Reject((), "invalid_json", detail, hashlib.sha256(text).digest()), b""
                 return
             self._line += self._buffer.count(b"\n")
             self._buffer = bytearray(self._stream.read(CHUNK_BYTES))

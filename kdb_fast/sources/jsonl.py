@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import PIPED, ResourceError, UsageError
-from ..records import MAX_ENTITY_CHARS, Record, Reject, content_from_fields, storable_key, unfit
+from ..records import Key, Record, Reject, content_from_fields, storable_key
+from ..tables.kdb_search import MAX_ENTITY_CHARS, unfit
 from .base import PAGE_ROWS, Source
 from .input_formats import HEAD_BYTES, check_head
 from .json_records import iter_json_items, iter_json_records, kind
@@ -39,15 +40,14 @@ NAMES_KEPT, NAMES_SHOWN = 1000, 10
 class _Emptied(NamedTuple):
     """Key of a record that has no text."""
 
-    entity: str
-    record_id: str
+    key: Key
 
 
 class _Page(NamedTuple):
     """Records as they come, and how often each key came without text, behind all of them."""
 
     items: list[Record | Reject]
-    emptied: dict[tuple[str, str], int]
+    emptied: dict[Key, int]
 
 
 class JsonlSource(Source):
@@ -87,7 +87,7 @@ class JsonlSource(Source):
                 f"The entity name has {len(entity)} characters; expected 1 to {MAX_ENTITY_CHARS}.",
                 remedy="Name the entity that the records of the file belong to.",
             )
-        if fault := unfit(Record(entity, "id", "text")):
+        if fault := unfit(Record((entity, "id"), "text")):
             raise UsageError(f"The entity name {storable_key(entity, 60)!r} cannot be stored: {fault[1]}.")
         self._entity = entity
         self._id_field = id_field
@@ -101,7 +101,7 @@ class JsonlSource(Source):
         self._stream, self._opened = self._open() if isinstance(path, (str, Path)) else (path, None)
         self._held: deque[_Page] = deque()
         self._rest: Iterator[_Page] | None = None
-        self._emptied: list[tuple[str, str]] = []
+        self._emptied: list[Key] = []
         self._left_out: Counter[str] = Counter()
         self._unseen = set(self._fields)
 
@@ -144,7 +144,7 @@ class JsonlSource(Source):
             self.empty += sum(page.emptied.values())
             yield page.items
 
-    def take_empty(self) -> list[tuple[str, str]]:
+    def take_empty(self) -> list[Key]:
         taken, self._emptied = self._emptied, []
         return taken
 
@@ -154,18 +154,18 @@ class JsonlSource(Source):
         try:
             for position, data, raw in iter_json_items(self._stream):
                 if isinstance(data, Reject):
-                    item: Record | Reject | _Emptied = data._replace(entity=self._entity, position=position)
+                    item: Record | Reject | _Emptied = data._replace(key=(self._entity, ""), position=position)
                 else:
                     item = self._record(position, data, raw)
                 if isinstance(item, _Emptied):
-                    page.emptied[item] = page.emptied.get(item, 0) + 1
-                elif page.emptied and (self._entity, item.record_id) in page.emptied:
+                    page.emptied[item.key] = page.emptied.get(item.key, 0) + 1
+                elif page.emptied and item.key in page.emptied:
                     # It has text again: what is emptied leaves the index after its page.
                     yield page
-                    page, size = _Page([item], {}), len(item[2])
+                    page, size = _Page([item], {}), len(item[1])
                 else:
                     page.items.append(item)
-                    size += len(item[2])  # the content, or a reject's short reason
+                    size += len(item[1])  # the content, or a reject's short reason
                 read += 1
                 if len(page.items) + len(page.emptied) >= PAGE_ROWS or size >= PAGE_CHARS or read == self._limit:
                     yield page
@@ -270,10 +270,10 @@ class JsonlSource(Source):
                 return self._reject(position, raw, record_id, "wrong_type", detail)
             if others and len(self._left_out) < NAMES_KEPT:
                 self._left_out.update(others)
-        record = Record(self._entity, record_id, content_from_fields(texts), None, position)
+        record = Record((self._entity, record_id), content_from_fields(texts), None, position)
         if record.content or not given or unfit(record._replace(content="text")):
             return record
-        return _Emptied(self._entity, record_id)
+        return _Emptied(record.key)
 
     def _values(self, data: dict[str, Any]) -> list[tuple[str, Any]]:
         """The fields to embed that the record has, null and other types too."""
@@ -285,7 +285,7 @@ class JsonlSource(Source):
         return found
 
     def _reject(self, position: int, raw: bytes, record_id: str, reason: str, detail: str) -> Reject:
-        return Reject(self._entity, record_id, reason, detail, hashlib.sha256(raw).digest(), position)
+        return Reject((self._entity, record_id), reason, detail, hashlib.sha256(raw).digest(), position)
 
     @staticmethod
     def _shown(name: str) -> str:

@@ -21,7 +21,7 @@ from ..db.sqlite_connection import connect_sqlite
 from ..db.sqlite_errors import translated
 from ..db.sqlite_session import patiently
 from ..errors import DatabaseError, KdbFastError
-from ..records import Record, Reject, content_from_fields, storable_key
+from ..records import Key, Record, Reject, content_from_fields, storable_key
 from ..tables.target import Target, rows_on
 from .base import PAGE_ROWS, Source
 
@@ -69,7 +69,7 @@ class KameleonDBSource(Source):
         self._limit = limit
         # With a limit, the source has not seen every record, so it cannot say which rows have none.
         self.live_rows = live_rows if limit is None else None
-        self._emptied: list[tuple[str, str]] = []
+        self._emptied: list[Key] = []
         self._warnings: list[str] = []
         self._page_rows = FIRST_PAGE_ROWS
         self._connection: Any = None
@@ -133,7 +133,7 @@ class KameleonDBSource(Source):
         self.empty, self._emptied = empty, []
         return texts[:rows]
 
-    def take_empty(self) -> list[tuple[str, str]]:
+    def take_empty(self) -> list[Key]:
         taken, self._emptied = self._emptied, []
         return taken
 
@@ -201,10 +201,10 @@ class KameleonDBSource(Source):
                     size += len(content)
             except _Unreadable as fault:
                 record_id, digest = _identity(row)
-                page.append(Reject(name, record_id, fault.reason, fault.detail, digest))
+                page.append(Reject((name, record_id), fault.reason, fault.detail, digest))
                 continue
             if content:
-                page.append(Record(name, row[0], content, _utc(row[1])))
+                page.append(Record((name, row[0]), content, _utc(row[1])))
             else:
                 self.empty += 1
                 self._emptied.append((name, row[0]))

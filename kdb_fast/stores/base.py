@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..records import Reject
+from ..records import Key, Reject
 from ..tables.index_policy import IndexOutcome
 from ..tables.target import LiveRows, Target
 
@@ -171,8 +171,8 @@ class Store(ABC):
         """Rows of the search table, of one entity or all."""
 
     @abstractmethod
-    def lookup(self, entity: str, record_ids: Sequence[str]) -> dict[str, Stored]:
-        """The index's rows for these keys; keys without a row are left out."""
+    def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
+        """The index's rows for these keys, by key as it was given; keys without a row are left out."""
 
     @abstractmethod
     def flush(
@@ -181,7 +181,7 @@ class Store(ABC):
         number: int,
         slots: Sequence[FlushSlot],
         rejects: Sequence[Reject],
-        deletes: Sequence[tuple[str, str]],
+        deletes: Sequence[Key],
     ) -> FlushResult:
         """Write rows, rejects and deletions in one transaction.
 
@@ -198,9 +198,7 @@ class Store(ABC):
         """One transaction around several :meth:`put` calls; an exception rolls all of it back."""
 
     @abstractmethod
-    def put(
-        self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[tuple[str, str]], *, vectors: bool = True
-    ) -> None:
+    def put(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
         """Write rows whatever the index holds for their keys, then delete; within :meth:`unit`.
 
         This is the library's way: the caller has the newest text, and no run has to be held.
@@ -249,5 +247,5 @@ class Store(ABC):
         """Delete rejects of an entity by runs before ``run`` whose receipt names this input; how many."""
 
     @abstractmethod
-    def clear_rejects(self, keys: Iterable[tuple[str, str]] | None = None) -> int:
-        """Delete rejects, all or those of the given (entity, record id); returns how many."""
+    def clear_rejects(self, keys: Iterable[Key] | None = None) -> int:
+        """Delete rejects, all or those of the given keys; returns how many."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..receipt import Receipt
-from ..records import Reject
+from ..records import Reject, decode_key
 from .base import FlushSlot
 
 DETAIL_CHARS = 500
@@ -45,9 +45,10 @@ def row_of(reject: Reject, run: int, storable: Callable[..., str]) -> tuple[obje
     Args:
         storable: :func:`~kdb_fast.records.storable_key`, or one that also knows what the database can hold.
     """
+    entity, record_id = reject.key
     return (
-        storable(reject.entity),
-        storable(reject.record_id),
+        storable(entity),
+        storable(record_id),
         reject.content_hash,
         reject.reason,
         storable(reject.detail, DETAIL_CHARS),
@@ -70,8 +71,8 @@ def refused(slots: Sequence[FlushSlot], rows: Iterable[tuple[int, int, str, str]
     by_number = {flush_slot.slot.number: flush_slot.slot for flush_slot in slots}
     found = []
     for slot, row, reason, detail in rows:
-        entity, record_id, content = by_number[slot].raw_rows()[row]
-        found.append(Reject(entity.decode(), record_id.decode(), reason, detail, hashlib.sha256(content).digest()))
+        key, content = by_number[slot].raw_rows()[row]
+        found.append(Reject(decode_key(key), reason, detail, hashlib.sha256(content).digest()))
     return found
 
 

@@ -65,4 +65,4 @@ class Records:
 
     def read(self) -> list[Record]:
         rows = execute(self._address, "SELECT id, data FROM kdb_records WHERE NOT is_deleted")
-        return [Record("Note", key, content_from_fields((n, data.get(n)) for n in self.FIELDS)) for key, data in rows]
+        return [Record(("Note", key), content_from_fields((n, data.get(n)) for n in self.FIELDS)) for key, data in rows]

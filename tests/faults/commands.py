@@ -193,7 +193,7 @@ class FileJob:
     def write(self, texts: list[str]) -> None:
         """Make the file anew; the records have the keys ``0``, ``1``, …"""
         self._file.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
-        self.records = [Record("Note", str(i), content_from_fields([("text", text)])) for i, text in enumerate(texts)]
+        self.records = [Record(("Note", str(i)), content_from_fields([("text", text)])) for i, text in enumerate(texts)]
 
     def start(self, *options: str, seconds: dict[str, float] | None = None, **environment: str) -> Command:
         """The command. ``seconds`` change limits of time, see ``stub_command.py``."""

@@ -74,14 +74,14 @@ def check(
         again = rerun()
         assert (again["stored"], again["reused"], again["deleted"]) == (0, 0, 0), again
         assert again["rejected"] == len(rejected)
-        assert again["unchanged"] == len({(record.entity, record.record_id) for record in records})
+        assert again["unchanged"] == len({record.key for record in records})
         check_nothing_left(address, mark)
         check_accounting(address, records, again, rejected)
 
 
 def check_rows(address: DatabaseAddress, records: Iterable[Record], vector: Callable[[str], Vector]) -> None:
     """The index holds exactly the records, each once, with its text and the vector of that text."""
-    wanted = {(record.entity, record.record_id): record.content for record in records}
+    wanted = {record.key: record.content for record in records}
     rows = index_rows(address)
     assert {key: row.content for key, row in rows.items()} == wanted
     for key, row in rows.items():
@@ -118,7 +118,7 @@ def check_accounting(
     assert receipt["read"] == sum(receipt[part] for part in PARTS), receipt
     assert receipt["read"] == len(records) + len(rejected), receipt
     assert receipt["rejected"] == len(rejected)
-    keys = {(record.entity, record.record_id) for record in records}
+    keys = {record.key for record in records}
     written = receipt["stored"] + receipt["reused"]
     assert written + receipt["unchanged"] == len(keys)
     assert execute(address, "SELECT count(*) FROM kdb_search") == [(len(keys),)]

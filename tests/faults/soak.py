@@ -246,7 +246,7 @@ class Soak:
         found = self.patiently(
             lambda: execute(self.address, "SELECT record_id, content FROM kdb_search WHERE embedding IS NOT NULL")
         )
-        wanted = {record.record_id: record.content for record in records}
+        wanted = {record.key[1]: record.content for record in records}
         rows = dict(found)
         figures.rows_doubled += len(found) - len(rows)
         figures.rows_lost += sum(rows.get(key) != content for key, content in wanted.items())

@@ -59,7 +59,7 @@ class Job:
     def write(self, records: Sequence[Record]) -> None:
         """Let the file hold these records."""
         self.records = list(records)
-        lines = [{"id": r.record_id, "text": r.content.removeprefix("text: ")} for r in records]
+        lines = [{"id": r.key[1], "text": r.content.removeprefix("text: ")} for r in records]
         self._file.write_text("\n".join(json.dumps(line) for line in lines))
 
     @property
@@ -320,7 +320,7 @@ def test_server_that_ends_idle_sessions(job: Job) -> None:
     if execute(job.address, "SELECT current_setting('server_version_num')::int") < [(140_000,)]:
         pytest.skip("PostgreSQL before 14 does not end idle sessions")
     job.url = with_options(job.url, idle_session_timeout="50ms", idle_in_transaction_session_timeout="50ms")
-    job.write([*RECORDS[:20], Record("Note", "slow", f"text: {poison_worker.SLOW}"), *RECORDS[20:]])
+    job.write([*RECORDS[:20], Record(("Note", "slow"), f"text: {poison_worker.SLOW}"), *RECORDS[20:]])
     job.completes("--workers", "2")
 
 

@@ -228,10 +228,10 @@ def test_keys_that_cannot_be_written_end_nothing(make: Make) -> None:
     with closing(open_store(database.address, "parent")) as store:
         store.prepare(16)
         run_spec = store.begin_run(fingerprint="f", model="m", dimensions=16, wait=0)
-        assert store.lookup("N", ["1", "€", "日"]) == {}
-        assert store.lookup("日本", ["1"]) == {}
+        assert store.lookup([("N", "1"), ("N", "€"), ("N", "日")]) == {}
+        assert store.lookup([("日本", "1")]) == {}
         assert store.count("日本") == 0
-        reject = Reject("日本", "€" * 30, "some_reason", "the key '日' is € and …", content_hash("日"))
+        reject = Reject(("日本", "€" * 30), "some_reason", "the key '日' is € and …", content_hash("日"))
         store.flush(run_spec, 1, [], [reject], [("N", "€"), ("日本", "1")])
         assert [(r["entity"], r["record_id"], r["detail"]) for r in store.rejects("日本")] == [
             ("\\u65e5\\u672c", "\\u20ac" * 30, "the key '\\u65e5' is \\u20ac and \\u2026")

@@ -91,7 +91,7 @@ class Job:
         client.close()
         rows = before | after
         self.records = [
-            Record("Note", key, content_from_fields((n, row[n]) for n in names)) for key, row in rows.items()
+            Record(("Note", key), content_from_fields((n, row[n]) for n in names)) for key, row in rows.items()
         ]
         self.rejected = [("Note", refused)]
         self.to_write = 3 + len(after)
@@ -285,7 +285,7 @@ def test_records_that_change_while_a_run_is_on_its_way_are_pending_until_the_nex
     command = job.start(database, "--workers", "1", KDB_FAST_FAULT="pipeline.flush:1:hang")
     command.wait_until_stopped()
     assert job.commands.fired()
-    records = {record.record_id: record for record in job.records}
+    records = {str(record.key[1]): record for record in job.records}
     first, *_, new, gone = list(records)[:-3]  # the last three are equal
     with contextlib.closing(KameleonDB(sqlalchemy_url(database))) as client:
         entity = client.entity("Note")
@@ -303,7 +303,7 @@ def test_records_that_change_while_a_run_is_on_its_way_are_pending_until_the_nex
     for key in (first, new):
         name = records[key].content.partition(" | ")[0]
         records[key] = records[key]._replace(content=f"{name} | text: changed meanwhile")
-    records[added] = Record("Note", added, "name: late | text: new meanwhile")
+    records[added] = Record(("Note", added), "name: late | text: new meanwhile")
     assert pending() == 0
     oracles.check(database, records.values(), again.receipt, vector=poison_worker.vector_of, rejected=job.rejected)
     if kind == "postgresql":

@@ -278,7 +278,7 @@ def test_a_worker_killed_for_want_of_memory_is_not_replaced(tmp_path: Path, monk
     assert (receipt.stored, receipt.workers) == (200, 1)
     (note,) = receipt.warnings
     assert note.endswith("was killed because memory ran out; going on with 1 workers")
-    assert {key[1] for key in index_rows(address)} == {record.record_id for record in records}
+    assert {key[1] for key in index_rows(address)} == {record.key[1] for record in records}
 
 
 FLAT = """

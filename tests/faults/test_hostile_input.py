@@ -152,7 +152,7 @@ def test_what_the_model_leaves_unread_counts_once_by_the_encoder(minilm: Model) 
 
 def test_ids_are_compared_as_bytes(database: Kameleon) -> None:
     ids = ["é", unicodedata.normalize("NFD", "é"), "a", "A", "a ", " a", "ａ", "01", "1", "1.0", "ß", "ss", "İ", "i"]
-    receipt = run(database.address, *(Record("E", key, f"text {n}") for n, key in enumerate(ids)))
+    receipt = run(database.address, *(Record(("E", key), f"text {n}") for n, key in enumerate(ids)))
     assert (receipt.stored, receipt.superseded, receipt.rejected) == (len(ids), 0, 0)
     assert {key[1]: row.content for key, row in index_rows(database.address).items()} == {
         key: f"text {n}" for n, key in enumerate(ids)
@@ -263,27 +263,27 @@ def test_a_number_and_its_text_are_one_key_of_which_the_later_wins_and_it_is_tol
 def test_each_kind_of_unfit_record_costs_itself_alone(database: Kameleon) -> None:
     good = records_of([f"good {i}" for i in range(40)], "E")
     unfit: list[Record | Reject] = [
-        Record("E", "nul", "a\0b"),
-        Record("E", "surrogate", "a\ud800b"),
-        Record("E", "empty", ""),
-        Record("E", "spaces", " \t\u3000"),
-        Record("E", "\0", "key"),
-        Record("E", "\udfff", "key"),
-        Record("E", "x" * 37, "too long a key"),
-        Record("E", "", "no key"),
-        Record("", "a", "no entity"),
-        Record("E" * 256, "a", "too long an entity"),
-        Record("E", "none", None),  # type: ignore[arg-type]
-        Record("E", "list", ["x"]),  # type: ignore[arg-type]
-        Record("E", 7, "a number as key"),  # type: ignore[arg-type]
-        Reject("E", "", "invalid_json", "not JSON", b"\1" * 32, 9),
+        Record(("E", "nul"), "a\0b"),
+        Record(("E", "surrogate"), "a\ud800b"),
+        Record(("E", "empty"), ""),
+        Record(("E", "spaces"), " \t\u3000"),
+        Record(("E", "\0"), "key"),
+        Record(("E", "\udfff"), "key"),
+        Record(("E", "x" * 37), "too long a key"),
+        Record(("E", ""), "no key"),
+        Record(("", "a"), "no entity"),
+        Record(("E" * 256, "a"), "too long an entity"),
+        Record(("E", "none"), None),  # type: ignore[arg-type]
+        Record(("E", "list"), ["x"]),  # type: ignore[arg-type]
+        Record(("E", 7), "a number as key"),
+        Reject(("E", ""), "invalid_json", "not JSON", b"\1" * 32, 9),
     ]
     mixed: list[Record | Reject] = list(good)
     for position, record in enumerate(unfit):
         mixed.insert(3 * position, record)
     receipt = run(database.address, *mixed)
     assert (receipt.stored, receipt.rejected) == (len(good), len(unfit))
-    assert {key[1] for key in index_rows(database.address)} == {record.record_id for record in good}
+    assert {key[1] for key in index_rows(database.address)} == {record.key[1] for record in good}
     reasons = dict(execute(database.address, "SELECT reason, count(*) FROM kdb_fast_rejects GROUP BY reason"))
     assert reasons == {
         "nul_byte": 2, "lone_surrogate": 2, "empty_text": 2, "id_too_long": 1, "missing_id": 1, "bad_entity": 2,
@@ -362,12 +362,12 @@ def printable(answer: Answer) -> None:
 
 
 def test_hostile_names_keys_and_texts_are_stored_exactly_and_shown_safely(database: Kameleon) -> None:
-    records = [Record(text, text, f"lamp {text} lamp") for text in HOSTILE]
-    rejects = [Reject(text, text, "wrong_type", f"found {text}", b"\1" * 32, 1) for text in HOSTILE]
+    records = [Record((text, text), f"lamp {text} lamp") for text in HOSTILE]
+    rejects = [Reject((text, text), "wrong_type", f"found {text}", b"\1" * 32, 1) for text in HOSTILE]
     receipt = run(database.address, *records, *rejects)
     assert (receipt.stored, receipt.rejected) == (len(HOSTILE), len(HOSTILE))
     rows = index_rows(database.address)
-    assert {key: row.content for key, row in rows.items()} == {(r.entity, r.record_id): r.content for r in records}
+    assert {key: row.content for key, row in rows.items()} == {r.key: r.content for r in records}
     again = run(database.address, *records)
     assert (again.unchanged, again.stored) == (len(HOSTILE), 0)
 
@@ -561,7 +561,7 @@ def test_fewer_vectors_than_texts_are_never_spread_over_all(
     run_model = encoder._backend._run  # type: ignore[attr-defined]
     monkeypatch.setattr(encoder._backend, "_run", lambda *args: run_model(*args)[:1])
     slab = Slab.local(SlabShape(1, 4, 384))
-    slab.slots[0].put(1, [Row(Record("E", str(i), "lamp")) for i in range(4)], [0] * 4)
+    slab.slots[0].put(1, [Row(Record(("E", str(i)), "lamp")) for i in range(4)], [0] * 4)
     with pytest.raises(ModelError, match=r"a matrix of \(1, 384\) for 4 texts"):
         worker.embed_rows(slab.slots[0], Embed(0, 1, 0, 4), encoder)
     assert not slab.slots[0].code.any(), "no record is to blame"
@@ -578,7 +578,7 @@ def test_want_of_memory_is_no_fault_of_a_text(
 
     monkeypatch.setattr(encoder._backend, "_run", fail)
     slab = Slab.local(SlabShape(1, 4, 384))
-    slab.slots[0].put(1, [Row(Record("E", str(i), "lamp")) for i in range(4)], [0] * 4)
+    slab.slots[0].put(1, [Row(Record(("E", str(i)), "lamp")) for i in range(4)], [0] * 4)
     with pytest.raises(ResourceError, match="Memory ran out"):
         worker.embed_rows(slab.slots[0], Embed(0, 1, 0, 4), encoder)
     assert not slab.slots[0].code.any()
@@ -616,7 +616,7 @@ def test_a_text_has_its_vector_whatever_its_place_in_a_slot(tmp_path: Path, mini
         slot = slab.slots[place % 2]
         texts = [f"{i} {'river ' * (7 * i % 40)}" for i in range(rows)]
         texts[place] = "the canary lamp"
-        slot.put(place, [Row(Record("E", str(i), text)) for i, text in enumerate(texts)], [0] * rows)
+        slot.put(place, [Row(Record(("E", str(i)), text)) for i, text in enumerate(texts)], [0] * rows)
         worker.embed_rows(slot, Embed(slot.number, place, 0, rows), encoder)
         np.testing.assert_allclose(slot.vectors[place], wanted, atol=1e-5)
         others = np.delete(np.arange(rows), place)
@@ -670,7 +670,7 @@ def test_a_model_is_never_named_by_a_record_or_a_path_of_one(database: Kameleon,
     """A path in an input is text: it is not opened, and a field of the input chooses no model."""
     secret = tmp_path / "secret"
     secret.write_text("SENTINEL")
-    receipt = run(database.address, Record("E", "a", f"file://{secret}"), Record("E", "b", str(secret)))
+    receipt = run(database.address, Record(("E", "a"), f"file://{secret}"), Record(("E", "b"), str(secret)))
     assert receipt.stored == 2
     assert all("SENTINEL" not in row.content for row in index_rows(database.address).values())
 
@@ -695,7 +695,7 @@ def test_a_hostile_server_cannot_write_to_the_terminal(postgres: Server, capsys:
     """What a server says in an error or a notice is text of somebody else."""
     address = postgres.create_database()
     try:
-        run(address, Record("E", "a", "text"))
+        run(address, Record(("E", "a"), "text"))
         execute(
             address,
             "CREATE FUNCTION shout() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
@@ -706,7 +706,7 @@ def test_a_hostile_server_cannot_write_to_the_terminal(postgres: Server, capsys:
         from kdb_fast.errors import KdbFastError
 
         with pytest.raises(KdbFastError) as caught:
-            run(address, Record("E", "b", "text"))
+            run(address, Record(("E", "b"), "text"))
         complain(str(caught.value))
         assert all(line.isprintable() for line in capsys.readouterr().err.split("\n"))
     finally:

@@ -128,7 +128,7 @@ class Runs:
         """The index holds exactly these records with their vectors, and another run finds nothing to do."""
         self.no_fault()
         rows = index_rows(self.address)
-        assert {key[1]: row.content for key, row in rows.items()} == {r.record_id: r.content for r in records}
+        assert {key[1]: row.content for key, row in rows.items()} == {r.key[1]: r.content for r in records}
         for row in rows.values():
             assert row.vector is not None
             np.testing.assert_array_equal(row.vector, poison_worker.vector_of(row.content))
@@ -189,7 +189,7 @@ def test_busy_worker_killed(runs: Runs) -> None:
 
 def test_idle_worker_killed(runs: Runs) -> None:
     # The shortest text is embedded last: while one worker is slow the other one has nothing to do.
-    records = [*RECORDS, Record("Note", "last", poison_worker.SLOW)]
+    records = [*RECORDS, Record(("Note", "last"), poison_worker.SLOW)]
     receipt = runs.run(records, act=lambda engine: send(signal.SIGKILL, *idle(engine)[:1]))
     assert receipt.stored == len(records)
     assert "died of SIGKILL" in runs.notes[0]
@@ -224,7 +224,7 @@ def test_stopped_worker_is_noticed_and_replaced(runs: Runs) -> None:
 
 
 def test_stopped_idle_worker_does_not_hold_up_the_end(runs: Runs) -> None:
-    records = [*RECORDS[:40], Record("Note", "last", poison_worker.SLOW)]
+    records = [*RECORDS[:40], Record(("Note", "last"), poison_worker.SLOW)]
     receipt = runs.run(records, act=lambda engine: send(signal.SIGSTOP, *idle(engine)[:1]))
     assert receipt.stored == len(records)
     assert runs.notes == []
@@ -252,7 +252,7 @@ def test_worker_lost_at(runs: Runs, tmp_path: Path, point: str, action: str) -> 
 
 
 def test_text_that_kills_its_worker_each_time_is_rejected_alone(runs: Runs) -> None:
-    records = [*RECORDS[:60], Record("Note", "poison", f"a {poison_worker.DEADLY} text"), *RECORDS[60:]]
+    records = [*RECORDS[:60], Record(("Note", "poison"), f"a {poison_worker.DEADLY} text"), *RECORDS[60:]]
     receipt = runs.run(records)
     assert (receipt.stored, receipt.rejected) == (len(RECORDS), 1)
     assert execute(runs.address, "SELECT record_id, reason FROM kdb_fast_rejects") == [("poison", "worker_died")]
@@ -266,7 +266,7 @@ def test_text_that_kills_its_worker_each_time_is_rejected_alone(runs: Runs) -> N
 
 
 def test_several_deadly_texts_are_all_found(runs: Runs) -> None:
-    deadly = [Record("Note", f"poison{i}", f"{poison_worker.DEADLY} {i} {'x' * 10 * i}") for i in range(3)]
+    deadly = [Record(("Note", f"poison{i}"), f"{poison_worker.DEADLY} {i} {'x' * 10 * i}") for i in range(3)]
     mixed = [*RECORDS[:40], *deadly, *RECORDS[40:80]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kdb_fast.settings.RejectLimit.exceeded", lambda self, **counts: False)
@@ -307,7 +307,7 @@ def test_workers_that_no_longer_start_end_the_run_also_while_a_deadly_text_is_se
             runs.fault("worker.start:1:kill", None)
         return engine._halving()
 
-    records = [*RECORDS[:60], Record("Note", "poison", f"a {poison_worker.DEADLY} text"), *RECORDS[60:]]
+    records = [*RECORDS[:60], Record(("Note", "poison"), f"a {poison_worker.DEADLY} text"), *RECORDS[60:]]
     with pytest.raises(ResourceError, match="times in a row without finishing anything"):
         runs.run(records, act=nothing_starts_any_more)
     runs.no_fault()
@@ -398,7 +398,7 @@ def test_stopped_writer_does_not_block_the_parent_that_has_thousands_of_rejects_
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kdb_fast.settings.RejectLimit.exceeded", lambda self, **counts: False)
-    rejects = [Reject("Note", "", "invalid_json", f"{line} is no use " * 20, bytes(32), line) for line in range(3000)]
+    rejects = [Reject(("Note", ""), "invalid_json", f"{line} is no use " * 20, bytes(32), line) for line in range(3000)]
     runs.fault("writer.ready:1:hang", tmp_path)
     receipt = runs.run([*rejects, *RECORDS])
     assert (receipt.stored, receipt.rejected) == (len(RECORDS), 3000)
@@ -438,7 +438,7 @@ def test_writer_killed_often_while_it_had_nothing_to_do(
         (tmp_path / "go").touch()
         return True
 
-    records = [Record("Note", "waits", poison_worker.GATED)]
+    records = [Record(("Note", "waits"), poison_worker.GATED)]
     receipt = runs.run(records, act=kill_idle_writer)
     assert receipt.stored == len(records)
     runs.check(records)
@@ -481,7 +481,7 @@ def test_killed_parent_takes_its_children_along_and_the_next_run_does_the_rest(
     texts = [f"{text} {'x' * 2000}" for text in mixed_texts(200, longest=30)]
     lines = [json.dumps({"id": f"r{i}", "text": text}) for i, text in enumerate(texts)]
     (tmp_path / "notes.jsonl").write_text("\n".join(lines))
-    records = [Record("Note", f"r{i}", content_from_fields([("text", text)])) for i, text in enumerate(texts)]
+    records = [Record(("Note", f"r{i}"), content_from_fields([("text", text)])) for i, text in enumerate(texts)]
     command = [sys.executable, "-m", "kdb_fast", "reindex", "--from", str(tmp_path / "notes.jsonl"), "--entity", "Note",
                "--db", sqlalchemy_url(database), "--workers", "2", "--json", "--no-progress"]  # fmt: skip
     environment = {**os.environ, "KDB_FAST_FAULT": "pipeline.flushed:1:kill"}

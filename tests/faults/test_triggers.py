@@ -177,7 +177,7 @@ def test_a_row_of_this_run_is_known_beside_such_a_trigger(kind: str, trigger: st
         slab = Slab.local(SlabShape(slots=1, rows=4, dimensions=384))
 
         def write(number: int, text: str) -> FlushResult:
-            slab.slots[0].put(number, [Row(Record("Note", "a", text), True, 1)], [NO_VALUE])
+            slab.slots[0].put(number, [Row(Record(("Note", "a"), text), True, 1)], [NO_VALUE])
             slab.slots[0].vectors[:] = number / 8
             return store.flush(spec, number, [FlushSlot(slab.slots[0], frozenset())], [], [])
 

@@ -171,7 +171,7 @@ def test_what_is_inserted_is_indexed_and_needs_no_reindex(database: Kameleon, or
     assert receipt["rejects"] == []
     rows = index_rows(database.address)
     assert {row.content for row in rows.values()} == TEXTS
-    oracle.check(rows, [Record(entity, record_id, row.content) for (entity, record_id), row in rows.items()])
+    oracle.check(rows, [Record((entity, record_id), row.content) for (entity, record_id), row in rows.items()])
     (entity,) = database.kdb_fast("status", "--json").json["entities"]
     assert (entity["indexed"], entity["pending"], entity["stale"]) == (3, 0, 0)
     again = database.reindex("Product")

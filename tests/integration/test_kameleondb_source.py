@@ -24,7 +24,7 @@ from kdb_fast.db.address import DatabaseAddress, parse_address
 from kdb_fast.db.pg_connection import connect_postgresql
 from kdb_fast.db.sqlite_connection import connect_sqlite
 from kdb_fast.errors import DatabaseError, SchemaError
-from kdb_fast.records import Record, Reject
+from kdb_fast.records import Key, Record, Reject
 from kdb_fast.search.readers.postgresql import PostgresqlReader
 from kdb_fast.search.readers.sqlite import SqliteReader
 from kdb_fast.search.scope import resolve_scope
@@ -75,7 +75,7 @@ class Database:
         """Content by record id; every item must be a record and no id twice."""
         found = self.read(*entities)
         assert all(isinstance(item, Record) for item in found)
-        result = {item.record_id: item.content for item in found if isinstance(item, Record)}
+        result = {str(item.key[1]): item.content for item in found if isinstance(item, Record)}
         assert len(result) == len(found)
         return result
 
@@ -85,7 +85,7 @@ class Database:
             reader = PostgresqlReader(connection) if self.is_postgresql else SqliteReader(connection)
             scope = resolve_scope(reader.definitions(), [entity], None)
             found = reader.data([(entity, record_id) for record_id in record_ids], scope)
-        return {record_id: fields for (_, record_id), fields in found.items()}
+        return {str(key[1]): fields for key, fields in found.items()}
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
@@ -197,7 +197,7 @@ def test_content_follows_the_definitions_with_renamed_and_dropped_fields(shop: D
 
 def test_pages_are_bounded_and_in_the_order_of_ids(shop: Database) -> None:
     with closing(KameleonDBSource(shop.address, ["Product"])) as source:
-        pages = [[item.record_id for item in page] for page in source.pages()]
+        pages = [[item.key[1] for item in page] for page in source.pages()]
     assert max(map(len, pages)) <= 1000
     assert len(pages) > 3
     ids = [record_id for page in pages for record_id in page]
@@ -235,7 +235,7 @@ def test_without_names_all_active_entities_are_read(shop: Database) -> None:
         assert source.empty == 3
         assert source.warnings() == []
         assert (source.complete, source.unique_keys) == (True, True)
-    assert [entity for entity, _ in itertools.groupby(item.entity for item in found)] == ["Contact", "Product"]
+    assert [entity for entity, _ in itertools.groupby(item.key[0] for item in found)] == ["Contact", "Product"]
     assert len(found) == PRODUCTS + 20
 
 
@@ -260,7 +260,7 @@ def test_source_at_is_when_the_record_was_last_changed_in_utc(empty: Database) -
     between = datetime.now(UTC)
     note.update(record_id, {"text": "changed"})
 
-    found = {item.record_id: item for item in empty.read() if isinstance(item, Record)}
+    found = {item.key[1]: item for item in empty.read() if isinstance(item, Record)}
     assert found[record_id].content == "text: changed"
     changed, unchanged = found[record_id].source_at, found[other].source_at
     assert changed is not None
@@ -297,7 +297,7 @@ def test_records_without_text_are_counted_and_their_keys_handed_over_once(empty:
     bare = note.insert_many([{"n": 1}, {"text": None}, {"text": ""}, {"text": " "}])
     full = note.insert({"text": " x "})
     with closing(KameleonDBSource(empty.address)) as source:
-        taken: list[tuple[str, str]] = []
+        taken: list[Key] = []
         found = []
         for page in source.pages():
             found += page
@@ -305,7 +305,7 @@ def test_records_without_text_are_counted_and_their_keys_handed_over_once(empty:
         assert source.take_empty() == []
         assert source.empty == 4
     assert sorted(taken) == sorted(("Note", record_id) for record_id in bare)
-    assert [item.record_id for item in found] == [full]
+    assert [item.key[1] for item in found] == [full]
 
 
 def test_a_value_that_is_not_text_is_written_as_python_writes_it(empty: Database) -> None:
@@ -385,7 +385,7 @@ def test_records_written_and_deleted_between_pages_are_read_as_they_are_then(emp
                 note.update(ids[-1], {"text": "new"})
                 note.delete(ids[-2])
                 assert not empty.is_postgresql or _idle(empty)
-    contents = {item.record_id: item.content for item in found if isinstance(item, Record)}
+    contents = {str(item.key[1]): item.content for item in found if isinstance(item, Record)}
     assert contents == dict.fromkeys(ids[:-2], "text: old") | {ids[-1]: "text: new"}
 
 
@@ -457,7 +457,7 @@ class TestRefusals:
 
 class TestData:
     def test_all_active_fields_come_by_their_logical_name(self, shop: Database) -> None:
-        wanted = {item.record_id for item in shop.read("Product", limit=5)}
+        wanted = {str(item.key[1]) for item in shop.read("Product", limit=5)}
         found = shop.data("Product", [*wanted, "no such record"])
         client = shop.client.entity("Product")
         hidden = {"id", "created_at", "updated_at", "created_by"}
@@ -510,7 +510,7 @@ class TestPostgreSQL:
             self.terminate(notes)
             assert source.estimate() == 250
             for page in source.pages():
-                found += [item.record_id for item in page]
+                found += [str(item.key[1]) for item in page]
                 self.terminate(notes)
         assert len(found) == len(set(found)) == 250
 
@@ -613,7 +613,7 @@ class TestSQLite:
         assert isinstance(good, Record)
         assert good.content == "text: good"
         assert isinstance(reject, Reject)
-        assert (reject.entity, reject.record_id, reject.reason) == ("Note", "bad", reason)
+        assert (*reject.key, reject.reason) == ("Note", "bad", reason)
         assert len(reject.content_hash) == 32
 
     def test_a_busy_database_is_waited_for_and_then_reported(self, notes: Database) -> None:

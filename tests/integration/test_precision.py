@@ -29,6 +29,7 @@ from kdb_fast.errors import ModelError, StoppedError
 from kdb_fast.indexing.reindex import reindex
 from kdb_fast.resources import WITHOUT_CPU_FLAGS, cpu_flags
 from kdb_fast.settings import ReindexOptions
+from kdb_fast.tables.kdb_search import entity_and_id
 
 pytestmark = pytest.mark.timeout(400)  # the first test waits for the calibration: half a minute of two idle cores
 
@@ -287,7 +288,7 @@ def test_reindex_in_int8(int8: Choice, minilm: Model, texts: list[str], tmp_path
     json.dumps(receipt.as_json())
     rows = index_rows(address)
     exact = Encoder(EncoderSpec(minilm, 100)).embed(texts[:250])
-    vectors = [rows["Note", record.record_id].vector for record in records_of(texts[:250])]
+    vectors = [rows[entity_and_id(record.key)].vector for record in records_of(texts[:250])]
     stored = np.stack([vector for vector in vectors if vector is not None])
     cosines = np.einsum("ij,ij->i", stored, exact)
     assert cosines.min() >= 0.98

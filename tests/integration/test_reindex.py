@@ -24,7 +24,7 @@ from kdb_fast.indexing.progress import Silent
 from kdb_fast.indexing.reindex import reindex
 from kdb_fast.ipc.slab import SlabShape
 from kdb_fast.receipt import Receipt
-from kdb_fast.records import Record, Reject
+from kdb_fast.records import Key, Record, Reject
 from kdb_fast.settings import ReindexOptions, RejectLimit
 from kdb_fast.sources.base import Source
 from kdb_fast.stores import open_store
@@ -107,7 +107,12 @@ def test_every_vector_is_fastembeds_own(
 def test_changed_records_are_embedded_again_and_no_others(index: DatabaseAddress, oracle: Oracle) -> None:
     records = records_of(TEXTS[1:13])
     first = run(index, records)
-    changed = [*records[:3], Record("Note", "r3", "now another text"), *records[4:], Record("Note", "new", "a new one")]
+    changed = [
+        *records[:3],
+        Record(("Note", "r3"), "now another text"),
+        *records[4:],
+        Record(("Note", "new"), "a new one"),
+    ]
     second = run(index, changed)
     assert (numbers(first), numbers(second)) == ({"stored": 12}, {"unchanged": 11, "stored": 2})
     rows = index_rows(index)
@@ -118,12 +123,12 @@ def test_changed_records_are_embedded_again_and_no_others(index: DatabaseAddress
 class EmptyingSource(ListSource):
     """Says that some records have no text any more."""
 
-    def __init__(self, records: Sequence[Record | Reject], emptied: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, records: Sequence[Record | Reject], emptied: Sequence[Key]) -> None:
         super().__init__(records)
         self.empty = len(emptied)
         self._emptied = list(emptied)
 
-    def take_empty(self) -> list[tuple[str, str]]:
+    def take_empty(self) -> list[Key]:
         taken, self._emptied = self._emptied, []
         return taken
 
@@ -166,14 +171,14 @@ def test_of_two_records_with_one_key_the_later_one_stays(
     index: DatabaseAddress, oracle: Oracle, page_rows: int
 ) -> None:
     records = [
-        Record("Note", "a", "first"),
-        Record("Note", "b", "only"),
-        Record("Note", "a", "second"),
-        Record("Other", "a", "of another entity"),
-        Record("Note", "a", "first"),
-        Record("Note", "c", "twice"),
-        Record("Note", "c", "twice"),
-        Record("Note", "a", "third"),
+        Record(("Note", "a"), "first"),
+        Record(("Note", "b"), "only"),
+        Record(("Note", "a"), "second"),
+        Record(("Other", "a"), "of another entity"),
+        Record(("Note", "a"), "first"),
+        Record(("Note", "c"), "twice"),
+        Record(("Note", "c"), "twice"),
+        Record(("Note", "a"), "third"),
     ]
     receipt = run(index, ListSource(records, unique_keys=False, page_rows=page_rows))
     assert receipt.superseded == 4
@@ -198,7 +203,7 @@ def test_vectors_of_another_model_are_replaced(
 
 def test_row_that_another_program_changes_during_the_run_stays(index: DatabaseAddress, oracle: Oracle) -> None:
     run(index, records_of(TEXTS[1:5]))
-    records = [Record("Note", f"r{i}", f"changed {i}") for i in range(4)]
+    records = [Record(("Note", f"r{i}"), f"changed {i}") for i in range(4)]
 
     def edit(page: int) -> None:
         if page == 0:
@@ -229,12 +234,12 @@ def test_edited_row_is_brought_back_to_its_record(index: DatabaseAddress, oracle
 
 
 UNFIT: list[Record | Reject] = [
-    Record("Note", "nul", "a\x00b"),
-    Record("Note", "half", "\ud800 alone"),
-    Record("Note", "blank", " \n"),
-    Record("Note", "x" * 37, "text"),
-    Record("", "no entity", "text"),
-    Reject("Note", "", "invalid_json", "line 6 is not JSON", b"\1" * 32, 6),
+    Record(("Note", "nul"), "a\x00b"),
+    Record(("Note", "half"), "\ud800 alone"),
+    Record(("Note", "blank"), " \n"),
+    Record(("Note", "x" * 37), "text"),
+    Record(("", "no entity"), "text"),
+    Reject(("Note", ""), "invalid_json", "line 6 is not JSON", b"\1" * 32, 6),
 ]
 
 
@@ -392,7 +397,7 @@ def test_kameleondbs_records_are_indexed_and_kept_in_step(
         for key, row in zip(ids, data, strict=True)
         if row["name"]
     }
-    oracle.check(index_rows(index), [Record("Product", key, text) for key, text in expected.items()])
+    oracle.check(index_rows(index), [Record(("Product", key), text) for key, text in expected.items()])
     assert numbers(reindex_products()) == {"unchanged": 10, "empty": 1}
 
     entity.delete(ids[0])
@@ -405,7 +410,7 @@ def test_kameleondbs_records_are_indexed_and_kept_in_step(
     del expected[ids[0]], expected[ids[3]]
     expected[ids[1]] = f"name: Lantern | description: {data[1]['description']}"
     expected[added] = "name: Torch"
-    oracle.check(index_rows(index), [Record("Product", key, text) for key, text in expected.items()])
+    oracle.check(index_rows(index), [Record(("Product", key), text) for key, text in expected.items()])
 
 
 # -- the processes -----------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_where_nothing_was_indexed_there_are_none(empty: Kameleon) -> None:
 def test_a_database_without_kameleondb_can_have_rejects_of_files(empty: Kameleon) -> None:
     for table in ("kdb_field_definitions", "kdb_records", "kdb_relationship_definitions", "kdb_entity_definitions"):
         empty.execute(f"DROP TABLE {table}{' CASCADE' if empty.is_postgresql else ''}")
-    reject_from_file(empty, Reject("Log", "7", "wrong_type", "not text", b"\1" * 32, 7))
+    reject_from_file(empty, Reject(("Log", "7"), "wrong_type", "not text", b"\1" * 32, 7))
     answer = empty.kdb_fast("rejects", "retry", "--json", "--no-progress")
     assert answer.code == 3
     assert answer.json["lines_of_files"] == {"Log": 1}
@@ -120,8 +120,8 @@ def test_a_database_without_kameleondb_can_have_rejects_of_files(empty: Kameleon
 
 
 def test_the_list_shows_all_of_a_reject_and_the_newest_run_first(database: Kameleon) -> None:
-    first = reject_from_file(database, Reject("Log", "", "invalid_json", "not valid JSON", b"\1" * 32, 17))
-    second = reject_from_file(database, Reject("Book", "b1", "wrong_type", "expected text", b"\2" * 32))
+    first = reject_from_file(database, Reject(("Log", ""), "invalid_json", "not valid JSON", b"\1" * 32, 17))
+    second = reject_from_file(database, Reject(("Book", "b1"), "wrong_type", "expected text", b"\2" * 32))
     assert second > first
     answer = database.kdb_fast("rejects", "list")
     assert answer.code == 0
@@ -141,8 +141,8 @@ def test_the_list_shows_all_of_a_reject_and_the_newest_run_first(database: Kamel
 
 
 def test_the_list_can_be_of_one_entity_and_is_limited(database: Kameleon) -> None:
-    lines = [Reject("Log", "", "invalid_json", "not JSON", bytes([n]) * 32, n) for n in range(1, 6)]
-    reject_from_file(database, *lines, Reject("Book", "b1", "wrong_type", "expected text", b"\2" * 32))
+    lines = [Reject(("Log", ""), "invalid_json", "not JSON", bytes([n]) * 32, n) for n in range(1, 6)]
+    reject_from_file(database, *lines, Reject(("Book", "b1"), "wrong_type", "expected text", b"\2" * 32))
     answer = database.kdb_fast("rejects", "list", "--entity", "Log", "--limit", "2")
     assert [line.split(":")[0] for line in answer.out.splitlines()] == ["Log line 1", "Log line 2", "and 3 more"]
     found = database.kdb_fast("rejects", "list", "--entity", "Log", "--limit", "2", "--json").json
@@ -152,7 +152,7 @@ def test_the_list_can_be_of_one_entity_and_is_limited(database: Kameleon) -> Non
 
 
 def test_nothing_in_the_list_can_harm_a_terminal(database: Kameleon) -> None:
-    reject_from_file(database, Reject("L\x1b[2Jog", "\x07\u202e\n", "wrong_type", "a\rb\x1b]0;x\x07", b"\1" * 32, 1))
+    reject_from_file(database, Reject(("L\x1b[2Jog", "\x07\u202e\n"), "wrong_type", "a\rb\x1b]0;x\x07", b"\1" * 32, 1))
     answer = database.kdb_fast("rejects", "list")
     assert answer.out.removesuffix("\n").isprintable()
     assert database.kdb_fast("rejects", "list", "--entity", "L\x1b[2Jog", "--json").json["total"] == 1
@@ -160,8 +160,8 @@ def test_nothing_in_the_list_can_harm_a_terminal(database: Kameleon) -> None:
 
 
 def test_clear_forgets_one_entity_or_all_and_nothing_else(database: Kameleon) -> None:
-    lines = [Reject("Log", "", "invalid_json", "not JSON", bytes([n]) * 32, n) for n in range(1, 6)]
-    reject_from_file(database, *lines, Reject("Book", "b1", "wrong_type", "expected text", b"\2" * 32))
+    lines = [Reject(("Log", ""), "invalid_json", "not JSON", bytes([n]) * 32, n) for n in range(1, 6)]
+    reject_from_file(database, *lines, Reject(("Book", "b1"), "wrong_type", "expected text", b"\2" * 32))
     assert database.kdb_fast("rejects", "clear", "--entity", "Log").out == "5 rejects forgotten\n"
     assert rejected(database) == [("Book", "b1")]
     assert database.kdb_fast("rejects", "clear", "--entity", "Log", "--json").json == {"cleared": 0}
@@ -255,7 +255,7 @@ def test_retry_uses_the_model_of_the_newest_run_unless_another_is_named(
 
 
 def test_lines_of_files_cannot_be_retried_and_say_so(database: Kameleon) -> None:
-    reject_from_file(database, Reject("Log", "7", "wrong_type", "not text", b"\1" * 32, 7))
+    reject_from_file(database, Reject(("Log", "7"), "wrong_type", "not text", b"\1" * 32, 7))
     assert database.insert("Note", [{"wrong": 1}]).code == 3
     answer = database.kdb_fast("rejects", "retry", "--no-progress")
     assert answer.code == 3
@@ -267,14 +267,16 @@ def test_lines_of_files_cannot_be_retried_and_say_so(database: Kameleon) -> None
 
 
 def test_retry_forgets_a_line_whose_key_is_no_record_of_the_entity(database: Kameleon) -> None:
-    reject_from_file(database, Reject("Note", "never there", "wrong_type", "not text", b"\1" * 32, 3))
+    reject_from_file(database, Reject(("Note", "never there"), "wrong_type", "not text", b"\1" * 32, 3))
     code, result = retry(database)
     assert (code, result["rejects_before"], result["remaining"]) == (0, 1, 0)
     assert rejected(database) == []
 
 
 def test_forgetting_leaves_what_the_run_itself_or_a_later_one_rejected(database: Kameleon) -> None:
-    runs = [reject_from_file(database, Reject("Note", f"r{n}", "wrong_type", "not text", b"\1" * 32)) for n in range(3)]
-    reject_from_file(database, Reject("Other", "r0", "wrong_type", "not text", b"\1" * 32))
+    runs = [
+        reject_from_file(database, Reject(("Note", f"r{n}"), "wrong_type", "not text", b"\1" * 32)) for n in range(3)
+    ]
+    reject_from_file(database, Reject(("Other", "r0"), "wrong_type", "not text", b"\1" * 32))
     assert forget_older(database.address, ["Note"], runs[1]) == 1
     assert rejected(database) == [("Note", "r1"), ("Note", "r2"), ("Other", "r0")]

@@ -59,6 +59,7 @@ from kdb_fast.search.engine import IndexStatus, SearchEngine, SearchResult
 from kdb_fast.search.readers import base as reader
 from kdb_fast.search.readers.base import count_origins
 from kdb_fast.stores.base import RunSpec
+from kdb_fast.tables.kdb_search import entity_and_id
 
 Build = Callable[..., SearchEngine]
 Key = tuple[str, str]
@@ -430,12 +431,12 @@ def test_worker_processes_give_the_same_vectors(
     address = DatabaseAddress("sqlite", str(tmp_path / "index.db"), "")
     search = build(address, fastembed)
     records = records_of([*mixed_texts(40, longest=300), "equal", "equal"])
-    search.index_records_batch([record[:3] for record in records])
+    search.index_records_batch([(*entity_and_id(record.key), record.content) for record in records])
     assert started == [0]
     assert engine_processes() == []
     by_workers = index_rows(address)
     oracle.check(by_workers, records)
-    search.index_records_batch([record[:3] for record in records[:19]])
+    search.index_records_batch([(*entity_and_id(record.key), record.content) for record in records[:19]])
     assert started == [0]
     for key, row in index_rows(address).items():
         assert row.vector is not None

@@ -693,7 +693,7 @@ def test_put_writes_the_newest_text_whoever_wrote_the_row(harness: Harness, stor
 def test_put_without_vectors_leaves_none_behind(harness: Harness, store: Store, run: RunSpec) -> None:
     write(store, run, numbered(2))
     slot = Slab.local(SlabShape(slots=1, rows=4, dimensions=1)).slots[0]
-    slot.put(1, [Row(Record(ENTITY, key, "plain")) for key in ("r000", "new")], [NO_VALUE] * 2)
+    slot.put(1, [Row(Record((ENTITY, key), "plain")) for key in ("r000", "new")], [NO_VALUE] * 2)
     with store.unit():
         store.put(LIBRARY, [FlushSlot(slot, frozenset())], [], vectors=False)
     plain = [row for row in harness.rows().values() if row.content == "plain"]

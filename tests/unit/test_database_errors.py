@@ -170,7 +170,7 @@ def test_the_library_tries_only_conflicts_again(state: str, kind: ErrorKind) -> 
         raise explain("writing the index", error, ADDRESS) from error
 
     with pytest.raises(KdbFastError) as raised:
-        write_at_once(begin, [Put(Record("E", "r", "text"))])
+        write_at_once(begin, [Put(Record(("E", "r"), "text"))])
     assert attempts == (len(WAITS) + 1 if state in {"40001", "40P01"} else 1)
     assert raised.value.exit_code == EXIT_CODES[kind]
 

@@ -165,7 +165,7 @@ class Planner:
         for key in keys:
             self.sequence += 1
             self.ledger.begin(("E", key))
-            rows.append((Row(Record("E", key, "text")), self.sequence, b"hash"))
+            rows.append((Row(Record(("E", key), "text")), self.sequence, b"hash"))
         lease = self.pool.lease(rows, fate)
         self.planner.filled(lease)
         for key, (_, sequence, _) in zip(keys, rows, strict=True):
@@ -198,7 +198,7 @@ def test_a_flush_is_due_when_it_is_full_or_late_or_nothing_else_comes(plan: Plan
 
 def test_many_notices_are_written_without_waiting_for_vectors(plan: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flushing, "NOTICE_ROWS", 3)
-    plan.planner.reject(Reject("E", "r", "why", "detail"))
+    plan.planner.reject(Reject(("E", "r"), "why", "detail"))
     plan.planner.delete([("E", "a")])
     assert not plan.planner.is_due(tight=False, now=False)
     plan.planner.delete([("E", "b"), ("E", "a")])
@@ -264,7 +264,7 @@ def test_a_stored_record_that_leaves_the_index_is_superseded(plan: Planner) -> N
 
 def test_rejects_stay_until_they_are_committed_and_are_cut_to_what_a_message_holds(plan: Planner) -> None:
     for n in range(500):
-        plan.planner.reject(Reject("E" * 999, "r" * 999, "why", "d" * 9999, b"", n))
+        plan.planner.reject(Reject(("E" * 999, "r" * 999), "why", "d" * 9999, b"", n))
     sent: list[int] = []
     while plan.planner.notices:
         flush = plan.planner.take()

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from kdb_fast.catalog.definitions import Entity, Field, Place, Storage
 from kdb_fast.errors import DatabaseError, UsageError
+from kdb_fast.records import Key
 from kdb_fast.search.query import Query, Term, parse_query
-from kdb_fast.search.readers.base import Hit, Key, SearchReader, in_order
+from kdb_fast.search.readers.base import Hit, SearchReader, in_order
 from kdb_fast.search.retrieval import MIN_DEPTH, checked_vector, fuse, search
 from kdb_fast.search.scope import Scope, resolve_scope
 from kdb_fast.tables.target import Params
@@ -25,7 +26,7 @@ VECTOR = np.array([1, 0], np.float32)
 
 
 def ranking(*ids: str) -> list[Hit]:
-    return [Hit("E", record_id, 1 - place / 100) for place, record_id in enumerate(ids)]
+    return [Hit(("E", record_id), 1 - place / 100) for place, record_id in enumerate(ids)]
 
 
 def definition(entity: str, *fields: str, live: bool = True) -> Entity:
@@ -65,7 +66,7 @@ class MemoryReader(SearchReader):
         raise NotImplementedError
 
     def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
-        return {key: f"text of {key[1]}" for key in keys}
+        return {key: f"text of {key[1]!s}" for key in keys}
 
     def data(self, keys: Sequence[Key], scope: Scope) -> dict[Key, dict[str, Any]]:
         return {key: {"name": key[1]} for key in keys if key[1] not in self.gone}
@@ -93,7 +94,7 @@ class TestFuse:
 
     def test_a_tie_goes_to_the_one_with_a_similarity_then_to_the_smaller_key(self) -> None:
         assert [key[1] for key, _ in fuse(ranking("v"), ranking("k"))] == ["v", "k"]
-        tied = fuse([Hit("E", "x", 0.5), Hit("E", "y", 0.5)], [Hit("E", "y", 2.0), Hit("E", "x", 1.0)])
+        tied = fuse([Hit(("E", "x"), 0.5), Hit(("E", "y"), 0.5)], [Hit(("E", "y"), 2.0), Hit(("E", "x"), 1.0)])
         assert [key[1] for key, _ in tied] == ["x", "y"]
 
     def test_a_ranking_alone_keeps_its_order(self) -> None:
@@ -109,8 +110,8 @@ class TestFuse:
         assert sorted(key[1] for key, _ in fused) == sorted(map(str, range(12)))
 
     def test_hits_are_ordered_by_similarity_then_key_and_without_direction_left_out(self) -> None:
-        hits = [Hit("E", "b", 0.5), Hit("E", "nan", math.nan), Hit("E", "a", 0.5), Hit("D", "z", 0.9)]
-        assert [hit.record_id for hit in in_order(hits)] == ["z", "a", "b"]
+        hits = [Hit(("E", "b"), 0.5), Hit(("E", "nan"), math.nan), Hit(("E", "a"), 0.5), Hit(("D", "z"), 0.9)]
+        assert [hit.key[1] for hit in in_order(hits)] == ["z", "a", "b"]
 
 
 class TestSearch:

@@ -17,7 +17,7 @@ from kdb_fast.indexing.screening import Screen
 from kdb_fast.indexing.text_reuse import TextReuse
 from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.ipc.slab import SlabShape
-from kdb_fast.records import Record, content_hash
+from kdb_fast.records import Key, Record, content_hash
 from kdb_fast.stores.base import Store, Stored
 
 
@@ -31,9 +31,9 @@ class Index:
     def count(self) -> int:
         return len(self.rows)
 
-    def lookup(self, entity: str, record_ids: Sequence[str]) -> dict[str, Stored]:
-        self.lookups.append(list(record_ids))
-        return {i: self.rows[i] for i in record_ids if i in self.rows}
+    def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
+        self.lookups.append([str(key[1]) for key in keys])
+        return {key: self.rows[str(key[1])] for key in keys if key[1] in self.rows}
 
 
 class Parts:
@@ -59,11 +59,11 @@ class Parts:
 
     def take(self, *texts: tuple[str, str]) -> int:
         """Take in a page of (record id, text); how often control came back."""
-        return sum(1 for _ in self.intake.take_in([Record("E", *pair) for pair in texts]))
+        return sum(1 for _ in self.intake.take_in([Record(("E", record_id), text) for record_id, text in texts]))
 
     def window(self) -> list[tuple[str, bool, int, int]]:
         """(record id, whether the index has a row, its version, sequence number) of each row in the window."""
-        return [(row.record.record_id, row.exists, row.row_version, number) for row, number, _ in self.intake.window]
+        return [(str(row.record.key[1]), row.exists, row.row_version, number) for row, number, _ in self.intake.window]
 
 
 def stored(text: str, fingerprint: str | None = "ours", version: int = 7) -> Stored:

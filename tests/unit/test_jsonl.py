@@ -280,18 +280,18 @@ def test_compressed_or_wide_text_is_refused_at_once(tmp_path: Path, raw: bytes, 
 class TestSource:
     def test_content_is_every_text_but_the_id_in_the_order_of_the_line(self, tmp_path: Path) -> None:
         raw = b'{"title": "Box", "id": "a", "n": 3, "ok": true, "none": null, "empty": "", "body": "Made of wood"}\n'
-        assert read(source(tmp_path, raw)) == [Record("Item", "a", "title: Box | body: Made of wood", None, 1)]
+        assert read(source(tmp_path, raw)) == [Record(("Item", "a"), "title: Box | body: Made of wood", None, 1)]
 
     def test_named_fields_are_taken_in_the_order_given_and_null_is_left_out(self, tmp_path: Path) -> None:
         raw = b'{"a": "1", "b": "2", "c": null, "key": "k"}\n{"key": "l"}\n'
         found = read(source(tmp_path, raw, id_field="key", fields=["c", "b", "a", "b"]))
-        assert found == [Record("Item", "k", "b: 2 | a: 1", None, 1), Record("Item", "l", "", None, 2)]
+        assert found == [Record(("Item", "k"), "b: 2 | a: 1", None, 1), Record(("Item", "l"), "", None, 2)]
         assert isinstance(found[0], Record)
         assert found[0].content == content_from_fields([("b", "2"), ("a", "1")])
 
     def test_a_whole_number_and_its_text_are_the_same_id(self, tmp_path: Path) -> None:
         raw = b'{"id": 1, "x": "a"}\n{"id": "1", "x": "b"}\n{"id": -7, "x": "c"}\n'
-        assert [item.record_id for item in read(source(tmp_path, raw))] == ["1", "1", "-7"]
+        assert [item.key[1] for item in read(source(tmp_path, raw))] == ["1", "1", "-7"]
 
     @pytest.mark.parametrize(
         ("line", "reason"),
@@ -310,18 +310,18 @@ class TestSource:
     def test_unusable_ids_and_values_are_rejected_with_the_line(self, tmp_path: Path, line: bytes, reason: str) -> None:
         _, reject = read(source(tmp_path, GOOD + b"\n" + line + b"\n", fields=["name"]))
         assert isinstance(reject, Reject)
-        assert (reject.entity, reject.reason, reject.position) == ("Item", reason, 2)
+        assert (reject.key[0], reject.reason, reject.position) == ("Item", reason, 2)
         assert reject.content_hash == hashlib.sha256(line).digest()
-        assert reject.record_id == ("1" if reason == "wrong_type" else "")
+        assert reject.key[1] == ("1" if reason == "wrong_type" else "")
 
     def test_rejects_of_the_reader_get_the_entity_and_the_line(self, tmp_path: Path) -> None:
         _, reject = read(source(tmp_path, GOOD + b"\nnull\n"))
         assert isinstance(reject, Reject)
-        assert (reject.entity, reject.reason, reject.position) == ("Item", "not_an_object", 2)
+        assert (reject.key[0], reject.reason, reject.position) == ("Item", "not_an_object", 2)
 
     def test_lone_surrogates_are_left_to_the_check_of_every_source(self, tmp_path: Path) -> None:
         found = read(source(tmp_path, b'{"id": "a", "x": "\\ud800"}\n'))
-        assert found == [Record("Item", "a", "x: \ud800", None, 1)]
+        assert found == [Record(("Item", "a"), "x: \ud800", None, 1)]
 
     def test_pages_hold_at_most_a_thousand_records_and_all_of_them(self, tmp_path: Path) -> None:
         made = source(tmp_path, b"".join(b'{"id": %d, "x": "t"}\n' % i for i in range(2500)))
@@ -361,7 +361,7 @@ class TestSource:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(GOOD + b"\n")))
         made = JsonlSource("-", "Item")
         assert made.estimate() is None
-        assert read(made) == [Record("Item", "good", "name: x", None, 1)]
+        assert read(made) == [Record(("Item", "good"), "name: x", None, 1)]
         assert made.warnings() == []
         assert not sys.stdin.closed
 

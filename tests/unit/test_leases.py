@@ -21,7 +21,7 @@ def pool_of(slots: int) -> SlotPool:
 
 
 def numbered(number: int) -> Numbered:
-    return Row(Record("E", f"r{number}", "text", MOMENT), True, 7), number, b"hash %d" % number
+    return Row(Record(("E", f"r{number}"), "text", MOMENT), True, 7), number, b"hash %d" % number
 
 
 def test_a_lease_puts_rows_into_a_free_slot_and_knows_what_is_in_it() -> None:
@@ -29,7 +29,7 @@ def test_a_lease_puts_rows_into_a_free_slot_and_knows_what_is_in_it() -> None:
     lease = pool.lease([numbered(5), numbered(3)], Fate.STORED)
     slot = pool.slab.slots[lease.slot]
     assert slot.lease == lease.number
-    assert slot.raw_rows() == [(b"E", b"r5", b"text"), (b"E", b"r3", b"text")]
+    assert slot.raw_rows() == [(b"E\0r5", b"text"), (b"E\0r3", b"text")]
     assert (slot.exists[:2].tolist(), slot.row_version[:2].tolist()) == ([1, 1], [7, 7])
     assert slot.source_at[:2].tolist() == [microseconds(MOMENT)] * 2
     assert (lease.sequences, lease.hashes, lease.fate) == ([5, 3], [b"hash 5", b"hash 3"], Fate.STORED)

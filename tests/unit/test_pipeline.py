@@ -34,10 +34,11 @@ from kdb_fast.indexing.pipeline import Pipeline, StopRequested
 from kdb_fast.ipc.messages import Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex, row_bits, rows_of_bits
 from kdb_fast.ipc.row_block import NO_VALUE, ROW_NOT_FINITE
 from kdb_fast.ipc.slab import Slab, SlabShape
-from kdb_fast.records import MAX_CONTENT_BYTES, Record, Reject, content_hash, unfit
+from kdb_fast.records import MAX_CONTENT_BYTES, Key, Record, Reject, content_hash, decode_key
 from kdb_fast.settings import RejectLimit
 from kdb_fast.stores.base import Store, Stored
 from kdb_fast.tables.index_policy import IndexAction, IndexOutcome
+from kdb_fast.tables.kdb_search import unfit
 
 FINGERPRINT = "of this model"
 DIMENSIONS = 4
@@ -46,7 +47,6 @@ BAD = "☠"
 REFUSED = "⛔"
 """A text with this character is one that the database refuses."""
 NO_LIMIT = RejectLimit(share=1.0)
-Key = tuple[str, str]
 Item = Record | Reject
 
 
@@ -89,10 +89,10 @@ class Index:
     def count(self) -> int:
         return len(self.rows)
 
-    def lookup(self, entity: str, record_ids: Sequence[str]) -> dict[str, Stored]:
+    def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
         self.lookups += 1
-        found = {i: self.rows[entity, i] for i in record_ids if (entity, i) in self.rows}
-        return {i: Stored(content_hash(e.content), e.fingerprint, e.row_version) for i, e in found.items()}
+        found = {key: self.rows[key] for key in keys if key in self.rows}
+        return {key: Stored(content_hash(e.content), e.fingerprint, e.row_version) for key, e in found.items()}
 
 
 class FakeEngine(Engine):
@@ -121,7 +121,7 @@ class FakeEngine(Engine):
         self.finish_outcome = IndexOutcome(IndexAction.KEPT)
         self.before_poll: Callable[[], None] = lambda: None
         self.notes: list[str] = []
-        self._orders: dict[int, tuple[int, int, list[tuple[bytes, bytes, bytes]]]] = {}
+        self._orders: dict[int, tuple[int, int, list[tuple[bytes, bytes]]]] = {}
         self._crcs: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {}
         self._request: Flush | PrepareIndex | Finish | None = None
         self._in_vain = 0
@@ -175,7 +175,7 @@ class FakeEngine(Engine):
         lease, rows, raw = self._orders.pop(number)
         slot = self.slab.slots[number]
         assert (slot.lease, slot.rows, slot.raw_rows()) == (lease, rows, raw), "the slot was touched"
-        for i, (entity, record_id, text) in enumerate(raw):
+        for i, (key, text) in enumerate(raw):
             content = text.decode()
             self.embedded[content] += 1
             if BAD in content:
@@ -183,7 +183,7 @@ class FakeEngine(Engine):
                 slot.code[i] = ROW_NOT_FINITE
             else:
                 slot.vectors[i] = vector_of(content)
-                self.delivered.add((entity.decode(), record_id.decode()))
+                self.delivered.add(decode_key(key))
         middle = rows // 2
         crcs = tuple((a, b, crc32(slot.vectors[a:b].data.cast("B"))) for a, b in ((0, middle), (middle, rows)) if b > a)
         self._crcs[number, lease] = crcs
@@ -208,11 +208,10 @@ class FakeEngine(Engine):
             assert given_rows.crcs == self._crcs.get((given_rows.slot, given_rows.lease), ())
             for start, stop, crc in given_rows.crcs:
                 assert crc32(slot.vectors[start:stop].data.cast("B")) == crc
-            for i, parts in enumerate(slot.raw_rows()):
+            for i, (raw_key, text) in enumerate(slot.raw_rows()):
                 if i in given_rows.skip:
                     continue
-                entity, record_id, content = (part.decode() for part in parts)
-                key = (entity, record_id)
+                key, content = decode_key(raw_key), text.decode()
                 assert slot.code[i] == 0
                 assert key not in seen, "a key is twice in one transaction"
                 seen.add(key)
@@ -311,7 +310,7 @@ def pages(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
 
 
 def record(number: int, content: str, entity: str = "E") -> Record:
-    return Record(entity, f"r{number}", content)
+    return Record((entity, f"r{number}"), content)
 
 
 def is_good(item: Item) -> bool:
@@ -321,7 +320,7 @@ def is_good(item: Item) -> bool:
 
 def last_good(items: Sequence[Item], initial: dict[Key, str]) -> dict[Key, str]:
     """The index as it must be at the end: the last fit record of each key wins."""
-    return initial | {(i.entity, i.record_id): i.content for i in items if is_good(i) and isinstance(i, Record)}
+    return initial | {i.key: i.content for i in items if is_good(i) and isinstance(i, Record)}
 
 
 @pytest.fixture(autouse=True)
@@ -409,7 +408,9 @@ def small_cache(capacity: int) -> VectorCache:
 def is_written(index: Index, key: Key, items: Sequence[Item]) -> bool:
     """Whether this run has written the row; or a record equals what was stored, and so outdates those before it."""
     entry = index.rows[key]
-    return entry.run == index.run or any(i[:2] == key and i[2] == entry.content for i in items)
+    return entry.run == index.run or any(
+        i.key == key and isinstance(i, Record) and i.content == entry.content for i in items
+    )
 
 
 def index_of(initial: dict[Key, tuple[str, str | None]]) -> Index:
@@ -432,7 +433,7 @@ def test_any_stream_ends_with_the_last_fit_record_of_each_key(
     run.assert_all_is_given_back()
     assert index.contents() == last_good(items, before)
     good = [i for i in items if is_good(i)]
-    keys = {i[:2] for i in good}
+    keys = {i.key for i in good}
     counts = run.counts
     assert counts.rejected == len(items) - len(good) == len(index.rejects)
     assert counts.stored + counts.reused + counts.unchanged == len(keys)
@@ -448,15 +449,14 @@ def test_any_stream_ends_with_the_last_fit_record_of_each_key(
 class Emptied(NamedTuple):
     """A record that has no text, of the first key of :data:`TEXTS`'s records."""
 
-    entity: str
-    record_id: str
+    key: Key
 
 
 WITH_EMPTIED = st.lists(
     st.one_of(
         st.builds(record, st.integers(0, 3), st.sampled_from([*TEXTS, f"{BAD}1"])),
         st.builds(record, st.integers(0, 3), st.integers(0, 60).map(lambda n: f"text {n}")),
-        st.builds(Emptied, st.just("E"), st.integers(0, 3).map(lambda n: f"r{n}")),
+        st.builds(Emptied, st.integers(0, 3).map(lambda n: ("E", f"r{n}"))),
     ),
     max_size=50,
 )
@@ -465,7 +465,7 @@ WITH_EMPTIED = st.lists(
 @settings(deadline=None, max_examples=300)
 @given(WITH_EMPTIED, INITIAL, SETUPS)
 @example(
-    [record(0, "one"), Emptied("E", "r0"), record(0, f"{REFUSED}1")],
+    [record(0, "one"), Emptied(("E", "r0")), record(0, f"{REFUSED}1")],
     {("E", "r0"): ("red", FINGERPRINT)},
     Setup(0, 5, 1, 3, False, 4, 4, 256, False, False),
 )
@@ -477,21 +477,21 @@ def test_a_record_that_is_emptied_leaves_the_index_whatever_came_before_and_afte
     emptied: list[Key] = []
     for item in items:
         if isinstance(item, Emptied):
-            expected.pop((item.entity, item.record_id), None)
+            expected.pop(item.key, None)
         elif is_good(item):
-            expected[item[:2]] = item.content
+            expected[item.key] = item.content
 
     def source() -> Iterator[list[Item]]:
         # As a source gives them: what is emptied comes behind its page, so a page ends before a text that follows it.
         page: list[Item] = []
         pending: list[Key] = []
         for item in items:
-            if len(page) + len(pending) >= setup.page or item[:2] in pending:
+            if len(page) + len(pending) >= setup.page or item.key in pending:
                 emptied[:] = pending
                 yield page
                 page, pending = [], []
             if isinstance(item, Emptied):
-                pending.append((item.entity, item.record_id))
+                pending.append(item.key)
             else:
                 page.append(item)
         emptied[:] = pending
@@ -504,7 +504,7 @@ def test_a_record_that_is_emptied_leaves_the_index_whatever_came_before_and_afte
     run.assert_all_is_given_back()
     run.assert_all_is_accounted_for([item for item in items if isinstance(item, Record)])
     ended = run.counts.stored + run.counts.reused + run.counts.unchanged
-    assert ended == len(set(expected) & {item[:2] for item in items if isinstance(item, Record) and is_good(item)})
+    assert ended == len(set(expected) & {item.key for item in items if isinstance(item, Record) and is_good(item)})
 
 
 @settings(deadline=None, max_examples=150)
@@ -512,7 +512,7 @@ def test_a_record_that_is_emptied_leaves_the_index_whatever_came_before_and_afte
 def test_a_second_run_finds_all_unchanged_where_no_key_came_twice(
     items: list[Item], initial: dict[Key, tuple[str, str | None]], setup: Setup
 ) -> None:
-    once = list({i[:2]: i for i in items}.values())
+    once = list({i.key: i for i in items}.values())
     index = index_of(initial)
     with pytest.MonkeyPatch.context() as patch:
         setup.run(index, patch, unique_keys=True).go(once, setup.page)
@@ -535,7 +535,7 @@ def test_a_run_that_was_stopped_is_completed_by_the_next(
     possible = {key: {content} for key, content in before.items()}
     for item in items:
         if is_good(item):
-            possible.setdefault(item[:2], set()).add(cast(Record, item).content)
+            possible.setdefault(item.key, set()).add(cast(Record, item).content)
     asked = 0
 
     def should_stop() -> bool:
@@ -627,12 +627,12 @@ def test_what_the_database_refuses_or_another_program_changes_is_accounted_for(
     run.assert_all_is_accounted_for(items)
     run.assert_all_is_given_back()
     expected = last_good(items, before)
-    refused = {i[:2] for i in items if isinstance(i, Record) and REFUSED in i.content}
+    refused = {i.key for i in items if isinstance(i, Record) and REFUSED in i.content}
     contents = index.contents()
     for key in expected.keys() - edited - refused:
         assert contents[key] == expected[key]
     for key in refused - edited:
-        last = [i for i in items if i[:2] == key][-1]
+        last = [i for i in items if i.key == key][-1]
         if is_good(last):
             assert contents[key] == cast(Record, last).content
     assert not any(REFUSED in content for content in contents.values())
@@ -765,7 +765,7 @@ def test_equals_of_a_text_that_cannot_be_embedded_are_rejected_with_it() -> None
     run = Run().go(items, page=20)
     assert run.engine.embedded == {f"same {BAD}": 1, "fine": 1}
     assert run.counts.rejected == 5
-    assert {(r.record_id, r.reason) for r in run.index.rejects} == {(f"r{n}", "not_finite") for n in range(5)}
+    assert {(r.key[1], r.reason) for r in run.index.rejects} == {(f"r{n}", "not_finite") for n in range(5)}
     assert {r.content_hash for r in run.index.rejects} == {content_hash(f"same {BAD}")}
     run.assert_all_is_given_back()
 
@@ -843,7 +843,7 @@ def test_rejects_and_deletions_are_written_as_they_come(kind: str, monkeypatch: 
         return possible if polls % 9 == 0 else []
 
     run.engine.before_poll, run.engine.choose = watch, slow_writer
-    items = [Reject("E", f"r{n}", "broken_line", "not JSON") for n in range(500)] if kind == "rejects" else []
+    items = [Reject(("E", f"r{n}"), "broken_line", "not JSON") for n in range(500)] if kind == "rejects" else []
     stream = pages(items, 5) if items else iter([[] for _ in range(100)])
     run.pipeline.run(stream, emptied)
     assert most <= 2 * 20 + 5
@@ -855,15 +855,15 @@ def test_rejects_and_deletions_are_written_as_they_come(kind: str, monkeypatch: 
 def test_no_message_is_larger_than_a_pipe_holds() -> None:
     run = Run()
     names = [f"{n} 𝄞" * 30 for n in range(2000)]
-    deletes = [("E" * 255, name) for name in names]
+    deletes: list[Key] = [("E" * 255, name) for name in names]
     run.pipeline.run(
-        [[Reject(name, name, "broken_line", name * 20, bytes([n % 256]) * 32, n) for n, name in enumerate(names)]],
+        [[Reject((name, name), "broken_line", name * 20, bytes([n % 256]) * 32, n) for n, name in enumerate(names)]],
         lambda: [deletes.pop() for _ in range(len(deletes))],
     )
     run.pipeline.finish(tuple(names))
     assert max(len(pickle.dumps(message)) for message in run.engine.requests) < 64 * 1024
     assert [reject.position for reject in run.index.rejects] == list(range(2000))
-    assert sorted(key for _, key in run.index.deletes) == sorted(names)
+    assert sorted(str(key[1]) for key in run.index.deletes) == sorted(names)
     pruned = [message for message in run.engine.requests if isinstance(message, Finish)]
     assert [name for message in pruned for name in message.prune] == names
     assert [message.build_index for message in pruned] == [False] * (len(pruned) - 1) + [True]
@@ -924,18 +924,18 @@ def test_a_stop_is_seen_while_pages_are_empty() -> None:
 
 
 def test_unfit_records_alone_are_written_as_rejects() -> None:
-    items: list[Item] = [record(1, ""), record(2, "a\0"), Reject("E", "x" * 1000, "id_too_long", "too long", b"h", 7)]
+    items: list[Item] = [record(1, ""), record(2, "a\0"), Reject(("E", "x" * 1000), "id_too_long", "too long", b"h", 7)]
     run = Run().go(items)
     assert [r.reason for r in run.index.rejects] == ["empty_text", "nul_byte", "id_too_long"]
     assert run.index.rejects[2].position == 7
-    assert len(run.index.rejects[2].record_id) <= 200
+    assert len(str(run.index.rejects[2].key[1])) <= flushing.REJECT_KEY_CHARS
     assert run.engine.starts == [(0, False)]
     run.assert_all_is_given_back()
 
 
 @pytest.mark.parametrize("value", [None, 7, ["x"], b"x"])
 def test_values_of_the_wrong_type_are_rejected_and_not_raised(value: Any) -> None:
-    items = [Record("E", "r1", value), Record("E", value, "text"), Record(value, "r1", "text"), record(2, "fine")]
+    items = [Record(("E", "r1"), value), Record(("E", value), "text"), Record((value, "r1"), "text"), record(2, "fine")]
     run = Run().go(items)
     assert [r.reason for r in run.index.rejects] == ["wrong_type"] * 3
     assert run.index.contents() == {("E", "r2"): "fine"}
@@ -951,13 +951,13 @@ def test_what_was_known_of_a_row_travels_with_it() -> None:
     index = index_of({("E", "r1"): ("old", FINGERPRINT)})
     moment = datetime(2024, 5, 1, 12, 0, 0, 123, tzinfo=timezone(timedelta(hours=2)))
     run = Run(index)
-    run.go([Record("E", "r1", "new", moment), Record("E", "r2", "new two")])
+    run.go([Record(("E", "r1"), "new", moment), Record(("E", "r2"), "new two")])
     slots = run.engine.slab.slots
-    rows = {raw[1]: (s, i) for s in slots for i, raw in enumerate(s.raw_rows())}
-    slot, i = rows[b"r1"]
+    rows = {decode_key(raw[0]): (s, i) for s in slots for i, raw in enumerate(s.raw_rows())}
+    slot, i = rows["E", "r1"]
     assert (slot.exists[i], slot.row_version[i]) == (1, 1)
     assert slot.source_at[i] == int((moment - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(microseconds=1))
-    slot, i = rows[b"r2"]
+    slot, i = rows["E", "r2"]
     assert (slot.exists[i], slot.row_version[i], slot.source_at[i]) == (0, NO_VALUE, NO_VALUE)
 
 

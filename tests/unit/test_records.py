@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 from kdb_fast import records
 from kdb_fast.records import (
     MAX_CONTENT_BYTES,
-    MAX_ENTITY_CHARS,
-    MAX_RECORD_ID_CHARS,
     Record,
     content_from_fields,
     content_hash,
     content_of,
     cut_content,
     storable_key,
-    unfit,
 )
+from kdb_fast.tables.kdb_search import MAX_ENTITY_CHARS, MAX_RECORD_ID_CHARS, unfit
 
 ANY_TEXT = st.text(alphabet=st.characters(), max_size=40)
 """Any code points, lone surrogates and NUL among them."""
@@ -60,28 +58,28 @@ def test_hash_of_a_lone_surrogate_does_not_fail() -> None:
     "content", ["x", "Überraschung", "日本語", "👩‍👩‍👧", "a\tb\nc", "\u202eabc", "\ufeffx", "\x7f\x01"]
 )
 def test_ordinary_text_in_any_script_is_fit(content: str) -> None:
-    assert unfit(Record("Product", "p-1", content)) is None
+    assert unfit(Record(("Product", "p-1"), content)) is None
 
 
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        (Record("E", "1", None), "wrong_type"),  # type: ignore[arg-type]
-        (Record("E", 7, "text"), "wrong_type"),  # type: ignore[arg-type]
-        (Record(b"E", "1", "text"), "wrong_type"),  # type: ignore[arg-type]
-        (Record("E", "", "text"), "missing_id"),
-        (Record("E", "x" * (MAX_RECORD_ID_CHARS + 1), "text"), "id_too_long"),
-        (Record("", "1", "text"), "bad_entity"),
-        (Record("E" * (MAX_ENTITY_CHARS + 1), "1", "text"), "bad_entity"),
-        (Record("E", "1", ""), "empty_text"),
-        (Record("E", "1", " \t\n\u3000\u00a0"), "empty_text"),
-        (Record("E", "1", "\u200b\ufeff \u00ad"), "empty_text"),
-        (Record("E", "1", "a\x00b"), "nul_byte"),
-        (Record("E", "\x00", "text"), "nul_byte"),
-        (Record("E\x00", "1", "text"), "nul_byte"),
-        (Record("E", "1", "a\ud800b"), "lone_surrogate"),
-        (Record("E", "\udfff", "text"), "lone_surrogate"),
-        (Record("\udc80", "1", "text"), "lone_surrogate"),
+        (Record(("E", "1"), None), "wrong_type"),  # type: ignore[arg-type]
+        (Record(("E", 7), "text"), "wrong_type"),
+        (Record((b"E", "1"), "text"), "wrong_type"),
+        (Record(("E", ""), "text"), "missing_id"),
+        (Record(("E", "x" * (MAX_RECORD_ID_CHARS + 1)), "text"), "id_too_long"),
+        (Record(("", "1"), "text"), "bad_entity"),
+        (Record(("E" * (MAX_ENTITY_CHARS + 1), "1"), "text"), "bad_entity"),
+        (Record(("E", "1"), ""), "empty_text"),
+        (Record(("E", "1"), " \t\n\u3000\u00a0"), "empty_text"),
+        (Record(("E", "1"), "\u200b\ufeff \u00ad"), "empty_text"),
+        (Record(("E", "1"), "a\x00b"), "nul_byte"),
+        (Record(("E", "\x00"), "text"), "nul_byte"),
+        (Record(("E\x00", "1"), "text"), "nul_byte"),
+        (Record(("E", "1"), "a\ud800b"), "lone_surrogate"),
+        (Record(("E", "\udfff"), "text"), "lone_surrogate"),
+        (Record(("\udc80", "1"), "text"), "lone_surrogate"),
     ],
 )
 def test_each_kind_of_unfit_record_is_told_by_its_reason(record: Record, expected: str) -> None:
@@ -92,13 +90,13 @@ def test_each_kind_of_unfit_record_is_told_by_its_reason(record: Record, expecte
 
 
 def test_keys_at_the_width_of_the_columns_are_fit() -> None:
-    assert unfit(Record("E" * MAX_ENTITY_CHARS, "é" * MAX_RECORD_ID_CHARS, "text")) is None
+    assert unfit(Record(("E" * MAX_ENTITY_CHARS, "é" * MAX_RECORD_ID_CHARS), "text")) is None
 
 
 def test_reasons_never_repeat_the_text() -> None:
     secret = "hunter2-SENTINEL"
     for content in (f"{secret}\x00", f"{secret}\ud800"):
-        problem = unfit(Record("E", "1", content))
+        problem = unfit(Record(("E", "1"), content))
         assert problem is not None
         assert secret not in problem[1]
 
@@ -106,7 +104,7 @@ def test_reasons_never_repeat_the_text() -> None:
 @settings(deadline=None)
 @given(ANY_TEXT, ANY_TEXT, ANY_TEXT)
 def test_a_fit_record_can_be_stored_and_an_unfit_one_has_a_reason(entity: str, record_id: str, content: str) -> None:
-    problem = unfit(Record(entity, record_id, content))
+    problem = unfit(Record((entity, record_id), content))
     if problem is not None:
         assert all(problem)
         return

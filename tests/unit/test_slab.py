@@ -24,14 +24,18 @@ from kdb_fast.ipc.row_block import (
     ROW_ZERO,
 )
 from kdb_fast.ipc.slab import ALIGNMENT, BLOB_BYTES, Row, Slab, SlabHandle, SlabShape
-from kdb_fast.records import MAX_CONTENT_BYTES, MAX_ENTITY_CHARS, MAX_RECORD_ID_CHARS, Record
+from kdb_fast.records import MAX_CONTENT_BYTES, Record, encode_key
+from kdb_fast.tables.kdb_search import MAX_ENTITY_CHARS, MAX_RECORD_ID_CHARS
 
 SMALL = SlabShape(slots=3, rows=4, dimensions=5, blob_bytes=4096)
 TEXT = st.text(max_size=30)
+KEYS = st.lists(st.one_of(TEXT, st.integers(), st.floats(allow_nan=False), st.binary(max_size=9)), max_size=3).map(
+    tuple
+)
 ROWS = st.lists(
     st.builds(
         Row,
-        st.builds(Record, TEXT, TEXT, TEXT),
+        st.builds(Record, KEYS, TEXT),
         st.booleans(),
         st.integers(NO_VALUE, 2**63 - 1),
     ),
@@ -67,7 +71,7 @@ def test_parts_of_a_slot_are_aligned_and_do_not_overlap(slots: int, rows: int, d
         "exists": rows,
         "row_version": 8 * rows,
         "source_at": 8 * rows,
-        "ends": 12 * rows,
+        "ends": 8 * rows,
         "vectors": 4 * rows * dimensions,
         "blob": blob,
     }
@@ -85,7 +89,7 @@ def test_text_area_holds_the_longest_record_with_the_longest_key() -> None:
     assert BLOB_BYTES < 2**31, "ends are int32"
     shape = SlabShape(1, 1, 1)
     slot = Slab.local(shape).slots[0]
-    record = Record("𝕖" * MAX_ENTITY_CHARS, "𝕣" * MAX_RECORD_ID_CHARS, "x" * MAX_CONTENT_BYTES)
+    record = Record(("𝕖" * MAX_ENTITY_CHARS, "𝕣" * MAX_RECORD_ID_CHARS), "x" * MAX_CONTENT_BYTES)
     slot.put(1, [Row(record)], [NO_VALUE])
     assert slot.contents(0, 1) == [record.content]
 
@@ -98,14 +102,14 @@ def test_what_is_put_into_a_slot_comes_out_again(rows: list[Row], data: st.DataO
     slot.put(7, rows, sources)
     n = len(rows)
     assert (slot.lease, slot.rows) == (7, n)
-    assert slot.raw_rows() == [tuple(v.encode() for v in row.record[:3]) for row in rows]
+    assert slot.raw_rows() == [(encode_key(row.record.key), row.record.content.encode()) for row in rows]
     start = data.draw(st.integers(0, n))
     stop = data.draw(st.integers(start, n))
     assert slot.contents(start, stop) == [row.record.content for row in rows[start:stop]]
     assert slot.exists[:n].tolist() == [int(row.exists) for row in rows]
     assert slot.row_version[:n].tolist() == [row.row_version for row in rows]
     assert slot.source_at[:n].tolist() == sources
-    assert slot.text_bytes == sum(len(v.encode()) for row in rows for v in row.record[:3])
+    assert slot.text_bytes == sum(len(part) for raw in slot.raw_rows() for part in raw)
 
 
 @settings(deadline=None)
@@ -124,7 +128,7 @@ def test_slots_do_not_touch_each_other() -> None:
     slab = Slab.local(SMALL)
     texts = ["ä" * 1000, "b" * 2000, "日" * 500]
     for slot, text in zip(slab.slots, texts, strict=True):
-        slot.put(slot.number, [Row(Record("E", str(i), f"{i}{text}")) for i in range(2)], [0, 0])
+        slot.put(slot.number, [Row(Record(("E", str(i)), f"{i}{text}")) for i in range(2)], [0, 0])
         slot.vectors[:] = slot.number
     for slot, text in zip(slab.slots, texts, strict=True):
         assert slot.contents(0, 2) == [f"0{text}", f"1{text}"]
@@ -133,18 +137,18 @@ def test_slots_do_not_touch_each_other() -> None:
 
 def test_too_many_rows_or_too_much_text_leave_the_slot_as_it_was() -> None:
     slot = Slab.local(SMALL).slots[0]
-    slot.put(1, [Row(Record("E", "1", "text"))], [0])
+    slot.put(1, [Row(Record(("E", "1"), "text"))], [0])
     with pytest.raises(ValueError):
-        slot.put(2, [Row(Record("E", str(i), "text")) for i in range(SMALL.rows + 1)], [0] * (SMALL.rows + 1))
+        slot.put(2, [Row(Record(("E", str(i)), "text")) for i in range(SMALL.rows + 1)], [0] * (SMALL.rows + 1))
     assert (slot.lease, slot.rows) == (1, 1)
     with pytest.raises(ValueError):
-        slot.put(3, [Row(Record("E", "1", "x" * SMALL.blob_bytes))], [0])
+        slot.put(3, [Row(Record(("E", "1"), "x" * SMALL.blob_bytes))], [0])
     assert (slot.lease, slot.rows) == (1, 1)
 
 
 def test_a_text_that_just_fits_is_stored() -> None:
     slab = Slab.local(SMALL)
-    record = Record("E", "1", "x" * (SMALL.blob_bytes - 2))
+    record = Record(("E", "1"), "x" * (SMALL.blob_bytes - len(encode_key(("E", "1")))))
     for slot in slab.slots:
         slot.put(1, [Row(record)], [0])
     assert [slot.contents(0, 1) for slot in slab.slots] == [[record.content]] * SMALL.slots
@@ -152,7 +156,7 @@ def test_a_text_that_just_fits_is_stored() -> None:
 
 def test_checksum_is_crc32_of_the_vectors_of_the_rows_in_use() -> None:
     slot = Slab.local(SMALL).slots[2]
-    slot.put(1, [Row(Record("E", str(i), "t")) for i in range(2)], [0, 0])
+    slot.put(1, [Row(Record(("E", str(i)), "t")) for i in range(2)], [0, 0])
     slot.vectors[:] = np.arange(20, dtype=np.float32).reshape(4, 5)
     assert slot.checksum() == zlib.crc32(np.arange(10, dtype=np.float32).tobytes())
     slot.vectors[2:] = 0
@@ -161,7 +165,7 @@ def test_checksum_is_crc32_of_the_vectors_of_the_rows_in_use() -> None:
 
 def test_rows_whose_vector_says_nothing_are_marked_but_for_those_that_are_marked_already() -> None:
     slot = Slab.local(SlabShape(slots=1, rows=8, dimensions=2, blob_bytes=4096)).slots[0]
-    slot.put(1, [Row(Record("E", str(i), "t")) for i in range(7)], [NO_VALUE] * 7)
+    slot.put(1, [Row(Record(("E", str(i)), "t")) for i in range(7)], [NO_VALUE] * 7)
     slot.vectors[:7] = np.array([[1, 0], [0, 0], [np.nan, 0], [-np.inf, 1], [0, 0], [np.nan, np.nan], [0, 0]])
     slot.code[4] = ROW_NOT_ENCODABLE
     slot.mark_unfit(0, 6)
@@ -179,7 +183,7 @@ def test_every_code_of_an_unfit_row_has_a_reason() -> None:
 
 def test_whoever_attaches_sees_the_same_memory(shared: Slab) -> None:
     other = shared.handle().attach()
-    shared.slots[1].put(5, [Row(Record("E", "é", "日本"), True, 42)], [43])
+    shared.slots[1].put(5, [Row(Record(("E", "é"), "日本"), True, 42)], [43])
     seen = other.slots[1]
     assert (seen.lease, seen.contents(0, 1), seen.row_version[0], seen.source_at[0]) == (5, ["日本"], 42, 43)
     seen.vectors[0] = 1.5
@@ -192,7 +196,7 @@ def test_attached_memory_outlives_the_creators_descriptor(shared: Slab) -> None:
     other = shared.handle().attach()
     shared.close()
     shared.close()  # a second time does nothing
-    other.slots[0].put(1, [Row(Record("E", "1", "text"))], [0])
+    other.slots[0].put(1, [Row(Record(("E", "1"), "text"))], [0])
     assert other.slots[0].contents(0, 1) == ["text"]
 
 

@@ -14,7 +14,7 @@ FIT, UNFIT = np.zeros(1, np.uint8), np.full(1, 3, np.uint8)
 
 
 def numbered(number: int, text: str) -> Numbered:
-    return Row(Record("E", f"r{number}", text)), number, text.encode()
+    return Row(Record(("E", f"r{number}"), text)), number, text.encode()
 
 
 def vectors(*values: float) -> np.ndarray:

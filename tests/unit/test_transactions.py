@@ -62,7 +62,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def operations(count: int) -> list[Operation]:
-    return [Put(Record("E", f"r{n}", f"text {n}")) if n % 5 else Delete("E", f"r{n}") for n in range(count)]
+    return [Put(Record(("E", f"r{n}"), f"text {n}")) if n % 5 else Delete(("E", f"r{n}")) for n in range(count)]
 
 
 def test_nothing_is_begun_for_nothing() -> None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from ...catalog.definitions import Entity, Field, Place, load_entities
 from ...catalog.records import LIVES, counted, owned
 from ...origins import BY_NAME, NAME_CHARS, Maker, Origin, base_of, same_name
+from ...records import Key
+from ...tables.kdb_search import entity_and_id
 from ...tables.reading import no_index, rows_of
 from ...tables.target import TABLE, Dialect, Params, Rows, Target, columns_of, find_target
 from ..query import Query, Term
@@ -28,9 +30,6 @@ COUNT_EVERY = 100
 QUICK = 0.002
 """Seconds of a count that may be made in every search."""
 
-Key = tuple[str, str]
-"""(entity, record id)"""
-
 
 class Hit(NamedTuple):
     """One place in a ranking. ``similarity`` orders it (higher is better); its scale depends on the ranking.
@@ -38,14 +37,9 @@ class Hit(NamedTuple):
     ``exact`` marks a record that holds the identifiers of the query, see :meth:`SearchReader.keyword`.
     """
 
-    entity: str
-    record_id: str
+    key: Key
     similarity: float
     exact: bool = False
-
-    @property
-    def key(self) -> Key:
-        return self.entity, self.record_id
 
 
 class Origins(NamedTuple):
@@ -193,9 +187,10 @@ class SearchReader(ABC):
         """The fields of these records by logical name; records that are gone are left out."""
         definitions = {d.name: d for d in scope.definitions}
         result: dict[Key, dict[str, Any]] = {key: {} for key in keys if key[0] not in definitions}
-        for entity in {entity for entity, _ in keys} & definitions.keys():
+        pairs = [entity_and_id(key) for key in keys]
+        for entity in {entity for entity, _ in pairs} & definitions.keys():
             definition = definitions[entity]
-            wanted = {record_id for name, record_id in keys if name == entity}
+            wanted = {record_id for name, record_id in pairs if name == entity}
             for place in definition.places:
                 if not wanted:
                     break

@@ -18,11 +18,12 @@ from ...catalog.records import owned
 from ...db import pg_settings
 from ...db.pg_characters import Characters
 from ...errors import UsageError
+from ...records import Key
 from ...tables.reading import postgresql_errors
 from ...tables.target import Dialect, Params, identifier
 from ..query import Query, Term
 from ..scope import Scope
-from .base import Hit, Key, SearchReader, in_order
+from .base import Hit, SearchReader, in_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +77,7 @@ class PostgresqlReader(SearchReader):
                 f"The query vector has another length than the vectors of the index: {error.diag.message_primary}.",
                 remedy="Search with the model that the index was made with.",
             ) from None
-        return in_order(Hit(entity, record_id, 1.0 - distance) for entity, record_id, distance in found)
+        return in_order(Hit(tuple(key), 1.0 - distance) for *key, distance in found)
 
     def _with_all(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
         params = Params(self.dialect)
@@ -102,9 +103,9 @@ class PostgresqlReader(SearchReader):
         found = self._rows(
             f"SELECT s.entity_name, s.record_id, s.content FROM {self._index} s "  # noqa: S608
             "JOIN unnest(%(e)s::text[], %(r)s::text[]) AS k (e, r) ON s.entity_name = k.e AND s.record_id = k.r",
-            {"e": [entity for entity, _ in keys], "r": [record_id for _, record_id in keys]},
+            {"e": [key[0] for key in keys], "r": [key[1] for key in keys]},
         )
-        return {(entity, record_id): content for entity, record_id, content in found}
+        return {tuple(key): content for *key, content in found}
 
     def _stored(
         self, definition: Entity, place: Place, record_ids: list[str], scope: Scope
@@ -189,7 +190,7 @@ class PostgresqlReader(SearchReader):
                 self._rows(count, params.values | {"cap": MAX_RANKED})[0][0] == MAX_RANKED
             ):  # the filters left too few of those that were ranked
                 found = self._rows(statement, params.values | {"cap": None})
-        return in_order(Hit(entity, record_id, rank) for entity, record_id, rank in found)
+        return in_order(Hit(tuple(key), rank) for *key, rank in found)
 
     def _equals(self, place: Place, field: Field, value: Any, params: Params) -> str:
         if place.columns is None:

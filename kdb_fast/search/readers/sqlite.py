@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from ...catalog.definitions import Entity, Field, Place
 from ...catalog.records import json_member, owned
+from ...records import Key
 from ...tables.target import TABLE, Dialect, Params, identifier
 from ..query import Query, Term
 from ..scope import Scope
-from .base import Hit, Key, SearchReader, in_order
+from .base import Hit, SearchReader, in_order
 from .sqlite_vectors import ExactVectorSearch
 
 FTS = "kdb_search_fts"
@@ -203,7 +204,7 @@ class SqliteReader(SearchReader):
             f"WHERE {self._named(scope, params)} AND {self._living(scope, params)} "
             f"AND {self._fit(scope, params)}"
         )
-        return [Hit(entity, record, best[rowid]) for rowid, entity, record in self._rows(statement, params.values)]
+        return [Hit(tuple(key), best[rowid]) for rowid, *key in self._rows(statement, params.values)]
 
     def _with_all(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
         return self._matching_text(_all_of(query), query, scope, limit)
@@ -238,7 +239,7 @@ class SqliteReader(SearchReader):
             f"AND {self._named(scope, params)} AND {self._living(scope, params)} ORDER BY s.rank LIMIT {params(limit)}"
         )
         found = self._rows(statement, params.values)
-        return in_order(Hit(entity, record_id, -rank) for entity, record_id, rank in found)
+        return in_order(Hit(tuple(key), -rank) for *key, rank in found)
 
     def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
         found = self._rows(
@@ -246,7 +247,7 @@ class SqliteReader(SearchReader):
             "ON s.entity_name = json_extract(k.value, '$[0]') AND s.record_id = json_extract(k.value, '$[1]')",
             {"keys": json.dumps(keys)},
         )
-        return {(entity, record_id): content for entity, record_id, content in found}
+        return {tuple(key): content for *key, content in found}
 
     def _stored(
         self, definition: Entity, place: Place, record_ids: list[str], scope: Scope

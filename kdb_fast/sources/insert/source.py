@@ -139,7 +139,7 @@ class InsertingSource(JsonlSource):
                     yield batch, False
                     batch, size = [], 0
                 if isinstance(data, Reject):
-                    batch.append(data._replace(entity=self._entity, position=position))
+                    batch.append(data._replace(key=(self._entity, ""), position=position))
                 else:
                     batch.append(self._checked(position, data, raw))
                 size += len(raw)
@@ -154,9 +154,9 @@ class InsertingSource(JsonlSource):
             values = check_record(self._inserter.rules, data, escapes=_ESCAPES.search(raw) is not None)
             fields = self._inserter.fields(values)
         except UnfitError as fault:
-            return Reject(self._entity, "", fault.reason, fault.detail, digest, position)
+            return Reject((self._entity, ""), fault.reason, fault.detail, digest, position)
         except RecursionError:
-            return Reject(self._entity, "", "too_deep", "objects or arrays are nested too deeply", digest, position)
+            return Reject((self._entity, ""), "too_deep", "objects or arrays are nested too deeply", digest, position)
         for name in SYSTEM_FIELDS.intersection(data):
             self._ignored[name] = self._ignored.get(name, 0) + 1
         # From what is stored, just as a reindex will read it.
@@ -177,9 +177,9 @@ class InsertingSource(JsonlSource):
             if isinstance(item, Reject):
                 page.append(item)
             elif item.row.record_id in refused:
-                page.append(Reject(self._entity, "", *refused[item.row.record_id], item.digest, item.position))
+                page.append(Reject((self._entity, ""), *refused[item.row.record_id], item.digest, item.position))
             elif item.content:
-                page.append(Record(self._entity, item.row.record_id, item.content, at, item.position))
+                page.append(Record((self._entity, item.row.record_id), item.content, at, item.position))
             else:
                 self.empty += 1
         return page

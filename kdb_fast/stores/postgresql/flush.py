@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...db.pg_errors import kind_of, refusal
 from ...db.retrying import ErrorKind
+from ...records import Key
 from ...tables import seal
+from ...tables.kdb_search import KEY
+from ...tables.key import text_arrays
 from ...tables.target import Target
 from ..base import FlushSlot, RunSpec
 from . import pgcopy
@@ -282,13 +285,12 @@ class FlushWriter:
             copy.write(pgcopy.TRAILER)
         return self.cursor.rowcount
 
-    def _keys_and_texts(self, flush_slot: FlushSlot, rows: list[int]) -> list[bytes]:
+    def _keys_and_texts(self, flush_slot: FlushSlot, rows: list[int]) -> list[list[bytes]]:
+        """The fields of each key column, and those of the texts."""
         raw = flush_slot.slot.raw_rows()
-        size = int.to_bytes
-        return [
-            b"%b%b%b%b%b%b" % (size(len(e), 4, "big"), e, size(len(r), 4, "big"), r, size(len(c), 4, "big"), c)
-            for e, r, c in ([raw[i] for i in rows] if len(rows) < len(raw) else raw)
-        ]
+        keys, texts = zip(*([raw[i] for i in rows] if len(rows) < len(raw) else raw), strict=True)
+        parts = zip(*[key.split(b"\0") for key in keys], strict=True)
+        return [pgcopy.text_fields(values) for values in (*parts, texts)]
 
     def _vector_fields(self, flush_slot: FlushSlot, rows: list[int]) -> Sequence[bytes | memoryview] | bytes:
         if not self._vectors:
@@ -303,7 +305,7 @@ class FlushWriter:
             TABLE_COLUMNS,
             [
                 pgcopy.id_fields(len(rows)),
-                self._keys_and_texts(flush_slot, rows),
+                *self._keys_and_texts(flush_slot, rows),
                 self._vector_fields(flush_slot, rows),
                 self._constant,
                 pgcopy.timestamp_fields(slot.source_at[rows]),
@@ -322,7 +324,7 @@ class FlushWriter:
                 [number + pgcopy.int_field(i, 4) + flags[int(slot.exists[i])] for i in rows],
                 pgcopy.version_fields(slot.row_version[rows]),
                 pgcopy.id_fields(len(rows)),
-                self._keys_and_texts(flush_slot, rows),
+                *self._keys_and_texts(flush_slot, rows),
                 self._vector_fields(flush_slot, rows),
                 pgcopy.timestamp_fields(slot.source_at[rows]),
             ],
@@ -358,17 +360,11 @@ def _parts(groups: list[Group], pieces: int) -> list[list[Group]]:
     ]
 
 
-def delete_keys(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, keys: Sequence[tuple[str, str]]) -> int:
+def delete_keys(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, keys: Sequence[Key]) -> int:
     """Delete these rows, STATEMENT_ROWS at a time; returns how many there were."""
     statement = target.statement(
         "DELETE FROM {kdb_search} t USING unnest(%s::text[], %s::text[]) AS k(entity, id) "
         "WHERE t.entity_name = k.entity AND t.record_id = k.id"
     )
     parts = (keys[start : start + STATEMENT_ROWS] for start in range(0, len(keys), STATEMENT_ROWS))
-    return sum(
-        cursor.execute(
-            statement,
-            ([k[0] for k in part], [k[1] for k in part]),
-        ).rowcount
-        for part in parts
-    )
+    return sum(cursor.execute(statement, text_arrays(part, len(KEY))).rowcount for part in parts)

@@ -8,7 +8,7 @@ pieces are joined. Format: https://www.postgresql.org/docs/current/sql-copy.html
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,12 @@ def text_field(value: str | bytes) -> bytes:
     """A text or varchar value with its length."""
     raw = value.encode() if isinstance(value, str) else value
     return len(raw).to_bytes(4, "big") + raw
+
+
+def text_fields(values: Iterable[bytes]) -> list[bytes]:
+    """:func:`text_field` of each."""
+    size = int.to_bytes
+    return [size(len(value), 4, "big") + value for value in values]
 
 
 def int_field(value: int, size: int) -> bytes:

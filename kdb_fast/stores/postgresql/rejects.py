@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...records import Reject
+from ...records import Key, Reject
 from ...tables.target import Target
 from .. import rejects as shared
 from .session import PgSession
@@ -78,7 +78,7 @@ def forget_of_input(session: PgSession, entity: str, name: str, run: int) -> int
     return session.retrying("forgetting older rejects", work)
 
 
-def clear(session: PgSession, keys: Iterable[tuple[str, str]] | None) -> int:
+def clear(session: PgSession, keys: Iterable[Key] | None) -> int:
     """See :meth:`kdb_fast.stores.base.Store.clear_rejects`."""
     wanted = None if keys is None else [(session.storable(entity), session.storable(key)) for entity, key in keys]
 

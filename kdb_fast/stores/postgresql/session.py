@@ -16,7 +16,7 @@ from ...db.pg_connection import connect_postgresql
 from ...db.pg_errors import READ_ONLY, explain, kind_of, sqlstate
 from ...db.pg_settings import ENCODING
 from ...db.retrying import Backoff, ErrorKind, retry
-from ...records import storable_key
+from ...records import Key, storable_key
 from ...tables.reading import rows_of
 from ...tables.target import Target, find_target
 
@@ -123,10 +123,10 @@ class PgSession:
         known = list(texts)
         return self.retrying("looking at characters", lambda: characters.missing(self.connection(), known))
 
-    def holdable(self, keys: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
+    def holdable(self, keys: Sequence[Key]) -> Sequence[Key]:
         """Those of the keys that a row can have in this database."""
-        missing = self.missing_characters(part for key in keys for part in key)
-        return [key for key in keys if missing.isdisjoint("".join(key))] if missing else keys
+        missing = self.missing_characters(str(part) for key in keys for part in key)
+        return [key for key in keys if missing.isdisjoint("".join(map(str, key)))] if missing else keys
 
     def storable(self, value: object, limit: int = 200) -> str:
         """:func:`~kdb_fast.records.storable_key` as this database can hold it."""

@@ -21,9 +21,11 @@ from ...db.pg_settings import ENCODING
 from ...db.retrying import ErrorKind
 from ...errors import RecordError
 from ...faults import fault
-from ...records import Reject
+from ...records import Key, Reject
 from ...tables import seal
 from ...tables.index_policy import IndexOutcome
+from ...tables.kdb_search import KEY
+from ...tables.key import text_arrays
 from ...tables.target import OWN, TABLE, LiveRows, Target
 from ..base import FlushResult, FlushSlot, RunSpec, Store, Stored
 from ..rejects import refused
@@ -167,27 +169,26 @@ class PostgreSQLStore(Store):
 
     # -- reading ---------------------------------------------------------------------------------------
 
-    def lookup(self, entity: str, record_ids: Sequence[str]) -> dict[str, Stored]:
+    def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
         if self.session.encoding != ENCODING:
-            record_ids = [record_id for _, record_id in self.session.holdable([(entity, r) for r in record_ids])]
-            if not record_ids:
-                return {}
+            keys = self.session.holdable(keys)
 
-        def work() -> dict[str, Stored]:
+        def work() -> dict[Key, Stored]:
             ours = seal.ours(self.dialect, self._seal_column())
             rows = self.session.connection().execute(
                 # Key by key (OFFSET keeps it so): on a table without statistics the server would rather read all rows
-                # of the entity for a thousand keys.
+                # of the entity for a thousand keys. By its place, since the column decides which text is its equal.
                 self.target.statement(
-                    "SELECT t.* FROM unnest(%s::text[]) k(id), LATERAL ("
-                    "SELECT record_id, sha256(convert_to(content, 'UTF8')), "
+                    "SELECT k.place, t.* FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY k(entity, id, place), "
+                    "LATERAL (SELECT sha256(convert_to(content, 'UTF8')), "
                     "CASE WHEN embedding IS NOT NULL AND <ours> THEN kdb_fast_fingerprint END, "
                     "timestamptz_send(updated_at) "
-                    "FROM {kdb_search} WHERE entity_name = %s AND record_id = k.id OFFSET 0) t".replace("<ours>", ours)
+                    "FROM {kdb_search} WHERE entity_name = k.entity AND record_id = k.id "
+                    "OFFSET 0) t".replace("<ours>", ours)
                 ),
-                (list(record_ids), entity),
+                text_arrays(keys, len(KEY)),
             )
-            return {r[0]: Stored(r[1], r[2], row_version(r[3])) for r in rows}
+            return {keys[r[0] - 1]: Stored(r[1], r[2], row_version(r[3])) for r in rows}
 
         return self.session.retrying("looking up what is stored", work)
 
@@ -199,7 +200,7 @@ class PostgreSQLStore(Store):
         number: int,
         slots: Sequence[FlushSlot],
         rejects: Sequence[Reject],
-        deletes: Sequence[tuple[str, str]],
+        deletes: Sequence[Key],
     ) -> FlushResult:
         import psycopg
 
@@ -227,7 +228,7 @@ class PostgreSQLStore(Store):
         number: int,
         slots: Sequence[FlushSlot],
         rejects: Sequence[Reject],
-        deletes: Sequence[tuple[str, str]],
+        deletes: Sequence[Key],
         careful: bool,
     ) -> FlushResult:
         target = self.target
@@ -273,9 +274,7 @@ class PostgreSQLStore(Store):
         with self.session.transaction():
             yield
 
-    def put(
-        self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[tuple[str, str]], *, vectors: bool = True
-    ) -> None:
+    def put(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
         import psycopg
 
         with self.session.connection().cursor() as cursor:
@@ -319,7 +318,7 @@ class PostgreSQLStore(Store):
     def forget_rejects_of_input(self, entity: str, name: str, run: int) -> int:
         return pg_rejects.forget_of_input(self.session, entity, name, run)
 
-    def clear_rejects(self, keys: Iterable[tuple[str, str]] | None = None) -> int:
+    def clear_rejects(self, keys: Iterable[Key] | None = None) -> int:
         return pg_rejects.clear(self.session, keys)
 
     def close(self) -> None:

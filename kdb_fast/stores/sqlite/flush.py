@@ -18,11 +18,13 @@ from ...db.retrying import ErrorKind
 from ...db.sqlite import now, select_in, timestamp
 from ...db.sqlite_errors import RowIgnoredError, kind_of, reason_of
 from ...ipc.row_block import NO_VALUE, RowBlock
+from ...records import Key, decode_key
 from ...tables import seal
 from ..base import FlushSlot, RunSpec
 from ..new_ids import ID_CHARS, new_ids
-from .full_text import FullText, FullTextRow, Key
+from .full_text import FullText, FullTextRow
 from .json_vectors import json_vectors
+from .keys import select_keys
 
 CHUNK_ROWS = 1_000
 """Rows prepared at a time: JSON text and copies take 10 KB a row for 384 dimensions."""
@@ -44,8 +46,8 @@ SEALED_UPDATE = UPDATE.replace(" WHERE", f", {seal.COLUMN} = {SEAL} WHERE")
 WHOLE_SECONDS = len("2026-01-31 23:59:59")
 """Characters of a time without a fraction: two writes within a second look alike."""
 
-RawRow = tuple[bytes, bytes, bytes]
-"""Entity, record id and content, UTF-8."""
+RawRow = tuple[bytes, bytes]
+"""Key, as :func:`~kdb_fast.records.encode_key` gives it, and content, UTF-8."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -71,8 +73,7 @@ class _Row(NamedTuple):
     number: int
     rowid: int
     search_id: str
-    entity: str
-    record_id: str
+    key: Key
     content: str
     source_at: str | None
     exists: bool
@@ -148,12 +149,12 @@ class FlushWriter:
         if self._sealed and self._vectors:
             self._follow_times()
         existing = [text.row for text in self._texts.values() if text.exists]
-        found, taken = self._full_text.locate([(row[2], row[3], row[0]) for row in existing])
+        found, taken = self._full_text.locate([(row[2], row[0]) for row in existing])
         add: list[FullTextRow] = []
         change: list[tuple[int, str, str]] = []
         for row, exists, same in self._texts.values():
-            rowid, search_id, entity, record_id, content = row
-            there = found.get((entity, record_id)) if exists else None
+            rowid, search_id, key, content = row
+            there = found.get(key) if exists else None
             if there is None:
                 add.append(row if rowid not in taken else (self._take_rowid(), *row[1:]))
             elif not same:
@@ -181,23 +182,21 @@ class FlushWriter:
 
     def _plan(self, slot: RowBlock, raw: Sequence[RawRow], numbers: list[int]) -> list[_Row]:
         """Decide for each row whether it is new, ours to overwrite, or another program's."""
-        keys = [(raw[i][0].decode(), raw[i][1].decode()) for i in numbers]
+        keys = [decode_key(raw[i][0]) for i in numbers]
         existing = self._existing(keys)
         exists, versions, sources = slot.exists.tolist(), slot.row_version.tolist(), _source_times(slot)
         run = self._run.number
         rows: list[_Row] = []
-        for i, (entity, record_id), new_id in zip(numbers, keys, _new_ids(len(numbers)), strict=True):
-            content = raw[i][2]
-            found = existing.get((entity, record_id))
+        for i, key, new_id in zip(numbers, keys, _new_ids(len(numbers)), strict=True):
+            content = raw[i][1]
+            found = existing.get(key)
             if found is None:
-                rows.append(
-                    _Row(i, self._take_rowid(), new_id, entity, record_id, content.decode(), sources[i], False, False)
-                )
+                rows.append(_Row(i, self._take_rowid(), new_id, key, content.decode(), sources[i], False, False))
                 continue
             rowid, search_id, updated_at, ours, by, stored = found
             if self._force or (by == run and ours) or (exists[i] and versions[i] == row_version(updated_at, stored)):
                 same_text = stored == content
-                rows.append(_Row(i, rowid, search_id, entity, record_id, content.decode(), sources[i], True, same_text))
+                rows.append(_Row(i, rowid, search_id, key, content.decode(), sources[i], True, same_text))
             else:
                 self.superseded.append((slot.number, i))
         return rows
@@ -205,22 +204,10 @@ class FlushWriter:
     def _existing(self, keys: Sequence[Key]) -> dict[Key, tuple[Any, ...]]:
         """For each key in the table: rowid, id, updated_at, whether nobody has written the row since kdb-fast did,
         kdb_fast_run, content as bytes."""
-        ours = seal.ours("sqlite", (seal.COLUMN,) if self._sealed else ())
-        by_entity: dict[str, list[str]] = {}
-        for entity, record_id in keys:
-            by_entity.setdefault(entity, []).append(record_id)
-        return {
-            (entity, row[0]): row[1:]
-            for entity, record_ids in by_entity.items()
-            for row in select_in(
-                self._connection,
-                "SELECT record_id, rowid, id, CAST(updated_at AS BLOB), <ours>, kdb_fast_run, "
-                "CAST(coalesce(content, '') AS BLOB) "
-                "FROM kdb_search WHERE entity_name = ? AND record_id IN (…)".replace("<ours>", ours),
-                record_ids,
-                entity,
-            )
-        }
+        ours = seal.ours("sqlite", (seal.COLUMN,) if self._sealed else (), "s.")
+        columns = f"s.rowid, s.id, CAST(s.updated_at AS BLOB), {ours}, s.kdb_fast_run, "
+        columns += "CAST(coalesce(s.content, '') AS BLOB)"
+        return {key: tuple(row) for key, *row in select_keys(self._connection, columns, keys)}
 
     def _store_or_halve(self, slot: RowBlock, raw: Sequence[RawRow], rows: Sequence[_Row]) -> None:
         """Store all rows or, where the database refuses one, halve until the refused ones stand alone."""
@@ -242,11 +229,11 @@ class FlushWriter:
             return
         execute("RELEASE kdb_fast_rows")
         self.rows += len(rows)
-        self.bytes += size + sum(len(raw[row.number][2]) for row in rows)
+        self.bytes += size + sum(len(raw[row.number][1]) for row in rows)
         for row in rows:
-            self.stored.append((row.entity, row.record_id))
+            self.stored.append(row.key)
             before = self._texts.get(row.rowid)
-            text = (row.rowid, row.search_id, row.entity, row.record_id, row.content)
+            text = (row.rowid, row.search_id, row.key, row.content)
             if before is None:
                 self._texts[row.rowid] = _Text(text, row.exists, row.same_text)
             else:
@@ -266,10 +253,8 @@ class FlushWriter:
         new: list[tuple[Any, ...]] = []
         existing: list[tuple[Any, ...]] = []
         for row, text in zip(rows, texts, strict=True):
-            _, rowid, search_id, entity, record_id, content, source_at, exists, _ = row
-            (existing if exists else new).append(
-                (rowid, search_id, entity, record_id, content, text, source_at, *fixed)
-            )
+            _, rowid, search_id, key, content, source_at, exists, _ = row
+            (existing if exists else new).append((rowid, search_id, *key, content, text, source_at, *fixed))
         statements = (SEALED_INSERT, SEALED_UPDATE) if self._sealed else (INSERT, UPDATE)
         for statement, parameters in zip(statements, (new, existing), strict=True):
             if parameters and self._connection.executemany(statement, parameters).rowcount != len(parameters):
@@ -289,15 +274,15 @@ class FlushWriter:
 def _chunks(raw: Sequence[RawRow], skip: Set[int]) -> Iterator[list[int]]:
     """Row numbers in order, at most CHUNK_ROWS at a time, no key twice: the later row finds the earlier stored."""
     chunk: list[int] = []
-    keys: set[tuple[bytes, bytes]] = set()
-    for i, (entity, record_id, _) in enumerate(raw):
+    keys: set[bytes] = set()
+    for i, (key, _) in enumerate(raw):
         if i in skip:
             continue
-        if len(chunk) == CHUNK_ROWS or (entity, record_id) in keys:
+        if len(chunk) == CHUNK_ROWS or key in keys:
             yield chunk
             chunk, keys = [], set()
         chunk.append(i)
-        keys.add((entity, record_id))
+        keys.add(key)
     if chunk:
         yield chunk
 

@@ -18,12 +18,10 @@ from collections.abc import Iterator, Sequence
 
 from ...db.sqlite import select_in
 from ...db.sqlite_session import transaction
+from ...records import Key
 
-Key = tuple[str, str]
-"""(entity, record id)."""
-
-FullTextRow = tuple[int, str, str, str, str]
-"""(rowid, id, entity, record id, content)."""
+FullTextRow = tuple[int, str, Key, str]
+"""(rowid, id, key, content)."""
 
 
 class FullText:
@@ -57,20 +55,20 @@ class FullText:
         row = self._connection.execute("SELECT rowid FROM kdb_search_fts ORDER BY rowid DESC LIMIT 1").fetchone()
         return int(row[0]) if row else 0
 
-    def locate(self, records: Sequence[tuple[str, str, int]]) -> tuple[dict[Key, int], set[int]]:
+    def locate(self, records: Sequence[tuple[Key, int]]) -> tuple[dict[Key, int], set[int]]:
         """Find the full-text rows of records.
 
         Args:
-            records: (entity, record id, rowid in ``kdb_search``) of each.
+            records: (key, rowid in ``kdb_search``) of each.
 
         Returns:
             The rowid in the full-text table of each key that has a row there, and those of the given rowids
             that a row of another record occupies.
         """
-        there = self._read([rowid for _, _, rowid in records])
-        found = {(e, r): rowid for e, r, rowid in records if there.get(rowid) == (e, r)}
-        taken = {rowid for e, r, rowid in records if there.get(rowid, (e, r)) != (e, r)}
-        missing = [(e, r) for e, r, _ in records if (e, r) not in found]
+        there = self._read([rowid for _, rowid in records])
+        found = {key: rowid for key, rowid in records if there.get(rowid) == key}
+        taken = {rowid for key, rowid in records if there.get(rowid, key) != key}
+        missing = [key for key, _ in records if key not in found]
         if missing and self._mapped and not self._is_exact():
             found |= self._look_up(missing)
             missing = [key for key in missing if key not in found]
@@ -84,12 +82,12 @@ class FullText:
         """Insert rows; their rowids must be free."""
         self._connection.executemany(
             "INSERT INTO kdb_search_fts (rowid, id, entity_name, record_id, content) VALUES (?, ?, ?, ?, ?)",
-            rows,
+            [(rowid, search_id, *key, content) for rowid, search_id, key, content in rows],
         )
         if self._mapped:
             self._connection.executemany(
                 "INSERT INTO temp.kdb_fast_fts_keys VALUES (?, ?, ?)",
-                [(rowid, entity, record_id) for rowid, _, entity, record_id, _ in rows],
+                [(rowid, *key) for rowid, _, key, _ in rows],
             )
 
     def change(self, rows: Sequence[tuple[int, str, str]]) -> None:
@@ -123,7 +121,7 @@ class FullText:
         rows = select_in(
             self._connection, "SELECT rowid, entity_name, record_id FROM kdb_search_fts WHERE rowid IN (…)", rowids
         )
-        return {rowid: (entity, record_id) for rowid, entity, record_id in rows}
+        return {rowid: tuple(key) for rowid, *key in rows}
 
     def _look_up(self, keys: Sequence[Key]) -> dict[Key, int]:
         candidates: dict[int, Key] = {}

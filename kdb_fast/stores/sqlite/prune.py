@@ -5,10 +5,12 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 
-from ...db.sqlite import batches, select_in
+from ...db.sqlite import batches
 from ...faults import fault
+from ...records import Key
 from ...tables.target import LiveRows, Params, Target, rows_on
 from .full_text import FullText
+from .keys import select_keys
 
 PRUNE_KEYS = 5_000
 """Keys looked at in one step: a step that removes rows holds the write lock for some ten milliseconds."""
@@ -17,8 +19,8 @@ PRUNE_KEYS = 5_000
 def prune(connection: sqlite3.Connection, full_text: FullText, entity: str, live_rows: LiveRows) -> int:
     """See :meth:`kdb_fast.stores.base.Store.prune`."""
 
-    def dead(after: str, last: str) -> list[str]:
-        """Record ids of the index, greater than ``after`` up to ``last``, that have no live record."""
+    def dead(after: str, last: str) -> list[Key]:
+        """Keys of the index, of record ids greater than ``after`` up to ``last``, that have no live record."""
         rows, params = rows_on(connection, "sqlite"), Params("sqlite")
         live = live_rows(rows, Target(), entity, params)
         if live is None:
@@ -28,7 +30,7 @@ def prune(connection: sqlite3.Connection, full_text: FullText, entity: str, live
             f"AND s.record_id > {params(after)} AND s.record_id <= {params(last)} AND NOT {live}",
             params.values,
         )
-        return [record_id for (record_id,) in found]
+        return [(entity, record_id) for (record_id,) in found]
 
     if live_rows(rows_on(connection, "sqlite"), Target(), entity, Params("sqlite")) is None:
         return 0
@@ -46,7 +48,7 @@ def prune(connection: sqlite3.Connection, full_text: FullText, entity: str, live
         # have moved to its own table meanwhile, and then every record seems gone from the old one.
         if dead(after, last):
             with full_text.transaction():
-                removed += delete_records(connection, full_text, entity, dead(after, last))
+                removed += delete_records(connection, full_text, dead(after, last))
         after = last
     _prune_full_text(connection, full_text, entity)
     return removed
@@ -59,15 +61,14 @@ def _prune_full_text(connection: sqlite3.Connection, full_text: FullText, entity
             full_text.remove(full_text.orphans(entity, rowids))
 
 
-def delete_records(connection: sqlite3.Connection, full_text: FullText, entity: str, record_ids: Sequence[str]) -> int:
+def delete_records(connection: sqlite3.Connection, full_text: FullText, keys: Sequence[Key]) -> int:
     """Within a transaction: remove these rows of the index; returns how many there were."""
     removed = 0
-    for batch in batches(record_ids):
-        query = "SELECT rowid, record_id FROM kdb_search WHERE entity_name = ? AND record_id IN (…)"
-        rows = list(select_in(connection, query, batch, entity))
-        found, _ = full_text.locate([(entity, record_id, rowid) for rowid, record_id in rows])
+    for batch in batches(keys):
+        rows = list(select_keys(connection, "s.rowid", batch))
+        found, _ = full_text.locate(rows)
         full_text.remove(list(found.values()))
-        rowids = [(rowid,) for rowid, _ in rows]
+        rowids = [(rowid,) for _, rowid in rows]
         connection.executemany("DELETE FROM kdb_fast_vectors WHERE search_rowid = ?", rowids)
         connection.executemany("DELETE FROM kdb_search WHERE rowid = ?", rowids)
         removed += len(rows)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...db.sqlite import moment
 from ...db.sqlite_session import transaction
-from ...records import Reject, storable_key
+from ...records import Key, Reject, storable_key
 from ...tables.target import Target
 from .. import rejects as shared
 
@@ -25,7 +25,7 @@ def write(connection: sqlite3.Connection, run: int, rejects: Sequence[Reject]) -
     )
 
 
-def forget_stored(connection: sqlite3.Connection, run: int, stored: Sequence[tuple[str, str]]) -> None:
+def forget_stored(connection: sqlite3.Connection, run: int, stored: Sequence[Key]) -> None:
     """A record that a run has stored is no longer rejected; what this run itself rejected stays."""
     row = connection.execute("SELECT EXISTS (SELECT 1 FROM kdb_fast_rejects WHERE run <> ?)", (run,)).fetchone()
     if row[0]:
@@ -61,7 +61,7 @@ def forget_of_input(connection: sqlite3.Connection, entity: str, name: str, run:
     ).rowcount
 
 
-def clear(connection: sqlite3.Connection, keys: Iterable[tuple[str, str]] | None) -> int:
+def clear(connection: sqlite3.Connection, keys: Iterable[Key] | None) -> int:
     """See :meth:`kdb_fast.stores.base.Store.clear_rejects`."""
     with transaction(connection):
         if keys is None:

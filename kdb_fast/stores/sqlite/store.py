@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ...db.address import DatabaseAddress
-from ...db.sqlite import select_in
 from ...db.sqlite_connection import connect_sqlite
 from ...db.sqlite_errors import translated
 from ...errors import RecordError
 from ...faults import fault
-from ...records import Reject
+from ...records import Key, Reject, shown_key
 from ...tables import seal
 from ...tables.index_policy import IndexAction, IndexOutcome
 from ...tables.target import LiveRows
@@ -31,6 +30,7 @@ from . import runs as sqlite_runs
 from .check import columns
 from .flush import FlushWriter, row_version
 from .full_text import FullText
+from .keys import select_keys
 
 CACHE_KIB = 16 * 1024
 """Page cache of our own connection, in KiB: the inner pages of the indexes; with 64 MiB a load is no faster."""
@@ -149,23 +149,15 @@ class SQLiteStore(Store):
 
     # -- reading and writing ---------------------------------------------------------------------------
 
-    def lookup(self, entity: str, record_ids: Sequence[str]) -> dict[str, Stored]:
-        result: dict[str, Stored] = {}
+    def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
+        result: dict[Key, Stored] = {}
         with translated("looking up what is stored"):
-            ours = seal.ours("sqlite", self._seal_column())
-            rows = select_in(
-                self._connection,
-                # Bytes, as they are hashed: text that is not valid UTF-8 must not end the run.
-                "SELECT record_id, CAST(coalesce(content, '') AS BLOB), CAST(updated_at AS BLOB), "
-                "CASE WHEN embedding IS NOT NULL AND <ours> THEN kdb_fast_fingerprint END "
-                "FROM kdb_search WHERE entity_name = ? AND record_id IN (…)".replace("<ours>", ours),
-                record_ids,
-                entity,
-            )
-            for record_id, content, updated_at, fingerprint in rows:
-                result[record_id] = Stored(
-                    hashlib.sha256(content).digest(), fingerprint, row_version(updated_at, content)
-                )
+            ours = seal.ours("sqlite", self._seal_column(), "s.")
+            # Bytes, as they are hashed: text that is not valid UTF-8 must not end the run.
+            columns = "CAST(coalesce(s.content, '') AS BLOB), CAST(s.updated_at AS BLOB), "
+            columns += f"CASE WHEN s.embedding IS NOT NULL AND {ours} THEN s.kdb_fast_fingerprint END"
+            for key, content, updated_at, fingerprint in select_keys(self._connection, columns, keys):
+                result[key] = Stored(hashlib.sha256(content).digest(), fingerprint, row_version(updated_at, content))
         return result
 
     def flush(
@@ -174,7 +166,7 @@ class SQLiteStore(Store):
         number: int,
         slots: Sequence[FlushSlot],
         rejects: Sequence[Reject],
-        deletes: Sequence[tuple[str, str]],
+        deletes: Sequence[Key],
     ) -> FlushResult:
         fault("store.before_begin")
         result = self._flush(run, number, slots, rejects, deletes)
@@ -187,7 +179,7 @@ class SQLiteStore(Store):
         number: int,
         slots: Sequence[FlushSlot],
         rejects: Sequence[Reject],
-        deletes: Sequence[tuple[str, str]],
+        deletes: Sequence[Key],
     ) -> FlushResult:
         with translated("writing"), self._full_text.transaction():
             before = sqlite_runs.fence(self._connection, run.number, number)
@@ -213,9 +205,7 @@ class SQLiteStore(Store):
         with translated("writing"), self._full_text.transaction():
             yield
 
-    def put(
-        self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[tuple[str, str]], *, vectors: bool = True
-    ) -> None:
+    def put(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
         with translated("writing"):
             sealed = bool(self._seal_column())
             writer = FlushWriter(self._connection, self._full_text, run, force=True, vectors=vectors, sealed=sealed)
@@ -224,21 +214,15 @@ class SQLiteStore(Store):
             if writer.rejected:
                 first = refused(slots, writer.rejected)[0]
                 raise RecordError(
-                    f"The record {first.entity!r}/{first.record_id!r} was refused ({first.reason}): {first.detail}.",
+                    f"The record {shown_key(first.key)} was refused ({first.reason}): {first.detail}.",
                     remedy="Nothing of the batch was stored.",
                 )
             writer.finish()
             self._delete(deletes)
             sqlite_rejects.forget_stored(self._connection, run.number, writer.stored)
 
-    def _delete(self, keys: Sequence[tuple[str, str]]) -> int:
-        by_entity: dict[str, list[str]] = {}
-        for entity, record_id in keys:
-            by_entity.setdefault(entity, []).append(record_id)
-        return sum(
-            sqlite_prune.delete_records(self._connection, self._full_text, entity, record_ids)
-            for entity, record_ids in by_entity.items()
-        )
+    def _delete(self, keys: Sequence[Key]) -> int:
+        return sqlite_prune.delete_records(self._connection, self._full_text, keys)
 
     def prune(self, entity: str, live_rows: LiveRows) -> int:
         with translated("removing deleted records"):
@@ -258,7 +242,7 @@ class SQLiteStore(Store):
         with translated("forgetting older rejects"):
             return sqlite_rejects.forget_of_input(self._connection, entity, name, run)
 
-    def clear_rejects(self, keys: Iterable[tuple[str, str]] | None = None) -> int:
+    def clear_rejects(self, keys: Iterable[Key] | None = None) -> int:
         with translated("clearing the rejects"):
             return sqlite_rejects.clear(self._connection, keys)
 
