@@ -26,8 +26,8 @@ def turn_off() -> None:
 def import_openvino() -> Any:
     """The package openvino, the only way in which kdb-fast imports it.
 
-    No environment variable keeps it from reporting its import, but it does without its package for reports where that
-    is not installed. So that one cannot be imported meanwhile. Where the caller's program has imported openvino
+    No environment variable keeps it from reporting its import, but where its package for reports is not installed it
+    reports nothing. So that package cannot be imported meanwhile. Where the caller's program has imported openvino
     before, nothing is changed.
 
     Raises:

@@ -47,7 +47,7 @@ def kameleondb_command(arguments: tuple[str, ...]) -> int:
     KAMELEONDB_URL names the database; with KAMELEONDB_EMBEDDINGS=0 nothing is indexed.
     """
     # Before KameleonDB's command line is imported, which needs its packages.
-    from ..kameleondb.installation import needed
+    from ..kameleondb.patching import needed
 
     needed("kameleondb")
     needed("typer")

@@ -17,6 +17,7 @@ import typer
 
 from ..errors import EXIT_OK, EXIT_REJECTS, KdbFastError, RecordError, UsageError
 from ..kameleondb import installation as integration
+from ..kameleondb.patching import Replaced, needed
 from ..kameleondb.providers import address_of, embedding_of
 from ..receipt import InsertReceipt
 from ..settings import DEFAULT_BATCH_SIZE
@@ -45,14 +46,14 @@ def run(arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def _installed() -> Iterator[typer.Typer]:
-    app, context = integration.needed("kameleondb.cli.main", "app", "CLIContext")
-    formatter = integration.needed("kameleondb.cli.output", "OutputFormatter", "OutputFormatter.print_error")[0]
-    needed = integration.needed("kameleondb.cli.context", "CLIContext.get_db")
-    replaced = integration.Replaced()
+    app, context = needed("kameleondb.cli.main", "app", "CLIContext")
+    formatter = needed("kameleondb.cli.output", "OutputFormatter", "OutputFormatter.print_error")[0]
+    (get_db,) = needed("kameleondb.cli.context", "CLIContext.get_db")
+    replaced = Replaced()
     before = integration.installed()
     integration.install()
     try:
-        replaced.set(context, "get_db", _with_embeddings(needed[0]))
+        replaced.set(context, "get_db", _with_embeddings(get_db))
         replaced.set(formatter, "print_error", _passing_ours(formatter.print_error))
         data = _group(app, "data", replaced)
         embeddings = _group(app, "embeddings", replaced)
@@ -74,7 +75,7 @@ def _installed() -> Iterator[typer.Typer]:
             integration.uninstall()
 
 
-def _group(parent: typer.Typer, name: str, replaced: integration.Replaced) -> typer.Typer:
+def _group(parent: typer.Typer, name: str, replaced: Replaced) -> typer.Typer:
     """The group of commands of this name; a new one where there is none."""
     for info in parent.registered_groups:
         if info.name == name and info.typer_instance is not None:
@@ -85,7 +86,7 @@ def _group(parent: typer.Typer, name: str, replaced: integration.Replaced) -> ty
     return group
 
 
-def _command(group: typer.Typer, name: str, function: Callable[..., None], replaced: integration.Replaced) -> None:
+def _command(group: typer.Typer, name: str, function: Callable[..., None], replaced: Replaced) -> None:
     """Make ``function`` the command of this name, in the place of the one that is there."""
     for info in group.registered_commands:
         if info.name == name:

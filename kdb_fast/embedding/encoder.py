@@ -1,4 +1,4 @@
-"""Texts → float32 matrix. The only module that runs fastembed and onnxruntime (OpenVINO: openvino_backend.py).
+"""Texts → float32 matrix. The only module that runs a model of fastembed's (loading.py; OpenVINO: openvino_backend.py).
 
 What makes it fast on a CPU (all measured, see docs/performance.md): one thread a process; every text tokenised
 once; rows of near-equal token counts in small batches (batching.py), so that next to nothing is padding and the
@@ -8,9 +8,6 @@ activations stay in the core's cache; pooling here, so that only rows × dimensi
 from __future__ import annotations
 
 import contextlib
-import io
-import os
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ import numpy.typing as npt
 from ..errors import KdbFastError, ModelError, ResourceError
 from ..records import was_cut
 from .batching import TOKEN_BUDGET, pack_batches, plan_batches
+from .loading import is_plain, load_fastembed
 from .models.files import Model
 from .precision.openvino_rows import WIDTH_CLASS, filled_rows
 
@@ -37,7 +35,7 @@ PROBE = "The quick brown fox jumps over the lazy dog."
 class Tally(NamedTuple):
     """What an encode call computed, in tokens with the special ones.
 
-    ``padded_tokens`` are the rows that dense layers computed: with padding, or with what OpenVINO's are filled up with.
+    ``padded_tokens`` are the tokens that were really computed, padding and filler rows among them.
     """
 
     tokens: int
@@ -83,11 +81,13 @@ class Encoder:
         self.spec = spec
         self.dimensions = spec.model.dimensions
         self.max_tokens = spec.model.max_tokens
-        self._inner = _load_fastembed(spec)
+        with _explained(spec.model, "cannot be loaded"):
+            # Where OpenVINO runs the model, ONNX Runtime need not load it: 100 MB and 0.3 s.
+            self._inner = load_fastembed(spec.model, spec.threads, lazy=spec.precision != "fp32")
         self._backend: _Backend
         if spec.precision != "fp32":
             self._backend = _openvino(self._inner, spec)
-        elif _is_plain(self._inner):
+        elif is_plain(self._inner):
             self._backend = _OnnxBackend(self._inner, self._inner.model)
         else:
             self._backend = _WholeModel(self._inner)
@@ -288,7 +288,7 @@ def is_memory_error(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def _explained(model: Model, fault: str) -> Iterator[None]:
-    """Any error of the libraries is the model's, unless memory ran out."""
+    """Errors of the libraries become a ModelError, or a ResourceError where memory ran out."""
     try:
         yield
     except KdbFastError:
@@ -324,23 +324,12 @@ def mean_pool(hidden: npt.NDArray[np.float32], mask: Tokens) -> Matrix:
     return result
 
 
-def _is_plain(inner: Any) -> bool:
-    """Whether a FastEmbed model is tokenizer → session → pooling, without steps of its own in between."""
-    from fastembed.text.onnx_text_model import OnnxTextModel
-
-    return (
-        isinstance(inner, OnnxTextModel)
-        and type(inner).onnx_embed is OnnxTextModel.onnx_embed
-        and type(inner).__name__ != "JinaEmbeddingV3"
-    )
-
-
 def _openvino(inner: Any, spec: EncoderSpec) -> _OnnxBackend:
     from fastembed.common.preprocessor_utils import load_tokenizer
 
     from .precision.openvino_backend import OpenVinoSession
 
-    if not _is_plain(inner):
+    if not is_plain(inner):
         raise ModelError(
             f"{spec.model.name} is no plain transformer, so it has no lower precision.", remedy="Use --precision fp32."
         )
@@ -349,48 +338,3 @@ def _openvino(inner: Any, spec: EncoderSpec) -> _OnnxBackend:
     hint = "bf16" if "bf16" in (spec.precision, spec.unquantised_precision) else "f32"
     session = OpenVinoSession(path, precision=spec.precision, hint=hint, threads=spec.threads)
     return _OnnxBackend(inner, session, WIDTH_CLASS)
-
-
-def _load_fastembed(spec: EncoderSpec) -> Any:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # FastEmbed's imports may write to stderr; a person running `reindex` has no use for it.
-    with _explained(spec.model, "cannot be loaded"), contextlib.redirect_stderr(io.StringIO()):
-        from fastembed import TextEmbedding
-
-        with _without_kleidiai():
-            model = TextEmbedding(
-                model_name=spec.model.name,
-                specific_model_path=str(spec.model.path),
-                # It makes this directory: by default one for all users, in the system's temporary directory.
-                cache_dir=str(spec.model.path),
-                local_files_only=True,
-                threads=spec.threads,
-                providers=["CPUExecutionProvider"],
-                # Where OpenVINO runs the model, ONNX Runtime need not load it: 100 MB and 0.3 s.
-                lazy_load=spec.precision != "fp32",
-            )
-    return model.model
-
-
-@contextlib.contextmanager
-def _without_kleidiai() -> Iterator[None]:
-    """On aarch64: let sessions made meanwhile do without Arm's KleidiAI, whose kernels keep memory for every new shape
-    of a batch, gigabytes in the end (onnxruntime issue 29538). FastEmbed hands no such setting on."""
-    if platform.machine() not in ("aarch64", "arm64"):
-        yield
-        return
-    import onnxruntime
-
-    usual = onnxruntime.SessionOptions
-
-    def options() -> Any:
-        made = usual()
-        made.add_session_config_entry("mlas.disable_kleidiai", "1")
-        return made
-
-    onnxruntime.SessionOptions = options
-    try:
-        yield
-    finally:
-        onnxruntime.SessionOptions = usual

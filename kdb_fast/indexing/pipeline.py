@@ -8,10 +8,10 @@
                                                                                               ▼  ▼
                                         counted ◄── COMMIT ◄── writer ◄── flush ◄───────── filled slots
 
-Every record ends as exactly one of stored, unchanged, reused, superseded or rejected (:mod:`.accounting`). This module
+Every record ends as exactly one of stored, unchanged, reused, superseded or rejected (:mod:`..accounting`). This module
 is the loop. What it decides with stands beside it: :mod:`.intake` (unchanged?) with :mod:`.screening` (unfit?),
 :mod:`.text_reuse` (known text?), :mod:`.key_ledger` (outdated?), :mod:`.leases` (slots), :mod:`.flushing` (what is
-written when) and :mod:`.stores.index_policy` (is the index dropped for it?).
+written when) and :mod:`..tables.index_policy` (is the index dropped for it?).
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 import threading
 import weakref
@@ -16,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import KdbFastError, MissingPackageError, SchemaError, UsageError
+from ..errors import KdbFastError, UsageError
 from ..records import content_of, storable_key
 from ..settings import DEFAULT_BATCH_SIZE
+from .patching import Replaced, needed, plain_method
 from .providers import address_of, embedding_of, provider_for
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 OFF = ("", "0", "false", "no", "off")
 """Values of KAMELEONDB_EMBEDDINGS with which nothing is indexed."""
 
-TEXT_TYPES = ("string", "text")
-
-_NOWHERE = object()
 _lock = threading.RLock()
 _installed: _Installation | None = None
 
@@ -92,60 +89,6 @@ def embeddings_on() -> bool:
     return os.environ.get("KAMELEONDB_EMBEDDINGS", "1").strip().lower() not in OFF
 
 
-def needed(module: str, *names: str) -> list[Any]:
-    """The things of these dotted names in a module of KameleonDB's.
-
-    Raises:
-        MissingPackageError: KameleonDB, or a package that it needs, is not installed.
-        SchemaError: One of them is missing.
-    """
-    try:
-        found: Any = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        name = error.name or ""
-        if name.startswith("kameleondb.") and importlib.util.find_spec("kameleondb"):
-            raise _lacks(name) from None
-        raise MissingPackageError(
-            f"KameleonDB is not installed: there is no package {name}.",
-            remedy="Run: pip install 'kdb-fast[kameleondb]'",
-        ) from None
-    things = []
-    for name in names:
-        try:
-            things.append(functools.reduce(getattr, name.split("."), found))
-        except AttributeError:
-            raise _lacks(f"{module}.{name}") from None
-    return things
-
-
-def _lacks(name: str) -> SchemaError:
-    return SchemaError(
-        f"This KameleonDB has no {name}, which kdb-fast needs.",
-        remedy="Release 0.2.0 and its development branch have it; `kdb-fast reindex` works with any.",
-    )
-
-
-class Replaced:
-    """Attributes that were replaced, to be put back exactly as they were."""
-
-    def __init__(self) -> None:
-        self._before: list[tuple[Any, str, Any]] = []
-
-    def set(self, owner: Any, name: str, value: Any) -> None:
-        """Replace an attribute of a module, class or object, or add it."""
-        self._before.append((owner, name, vars(owner).get(name, _NOWHERE)))
-        setattr(owner, name, value)
-
-    def undo(self) -> None:
-        """Put everything back, the last first."""
-        while self._before:
-            owner, name, value = self._before.pop()
-            if value is _NOWHERE:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)
-
-
 class _Installation:
     """The replaced methods, and the search engine of each ``KameleonDB``, made when it is first needed."""
 
@@ -167,16 +110,16 @@ class _Installation:
         place = self.replaced.set
         place(entity, "insert_many", self._insert_many(entity.insert_many))
         if hasattr(database, "_index_record_for_search"):  # called by its own insert and update
-            place(database, "_index_record_for_search", _method(self._index_record_for_search))
+            place(database, "_index_record_for_search", plain_method(self._index_record_for_search))
         else:
             place(entity, "insert", self._insert(entity.insert))
             place(entity, "update", self._update(entity.update))
         if hasattr(database, "_init_search_engine"):
-            place(database, "_init_search_engine", _method(self._init_search_engine))
+            place(database, "_init_search_engine", plain_method(self._init_search_engine))
         place(database, "_search_engine", property(self.engine_of, _keep))
         place(database, "close", self._close(database.close))
         for method in (self.reindex_embeddings, self.search, self.embedding_status):
-            place(database, method.__name__, _method(method))
+            place(database, method.__name__, plain_method(method))
         for name in ("kameleondb.search", "kameleondb.search.engine"):
             self._replace_classes(name)
 
@@ -356,16 +299,6 @@ class _Installation:
         ]
 
 
-def _method(function: Any) -> Any:
-    """A plain function in place of a bound method: Python binds it to the instance that it is called on."""
-
-    @functools.wraps(function)
-    def method(db: Any, *arguments: Any, **named: Any) -> Any:
-        return function(db, *arguments, **named)
-
-    return method
-
-
 def _keep(db: Any, value: Any) -> None:
     vars(db)["_search_engine"] = value
 
@@ -374,6 +307,8 @@ def _index(engine: Any, db: Any, entity_name: str, records: Mapping[str, Mapping
     """Index records that are stored, in one batch; nothing where the embeddings are off."""
     if engine is None or not records:
         return
+    from ..catalog.definitions import TEXT_TYPES
+
     names = [field.name for field in db._schema_engine.get_fields(entity_name) if field.field_type in TEXT_TYPES]
     try:
         engine.index_records_batch((entity_name, key, content_of(data, names)) for key, data in records.items())

@@ -9,7 +9,6 @@ import contextlib
 import os
 import sqlite3
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -20,13 +19,12 @@ from ..db.pg_connection import connect_postgresql
 from ..db.retrying import ErrorKind
 from ..errors import DatabaseError, SchemaError, UsageError
 from ..stores.base import Store
-from .readers import open_reader
+from .reading_connections import ReadingConnections, check_usable, close_quietly
 
 if TYPE_CHECKING:
     import psycopg
 
     from ..stores.postgresql.store import PostgreSQLStore
-    from .readers.base import SearchReader
 
 T = TypeVar("T")
 
@@ -36,11 +34,6 @@ minutes (rate limits) between two statements."""
 
 PLANNER = ("enable_hashjoin", "enable_mergejoin")
 """Settings that writing changes for the rest of a transaction; in the caller's they are set back."""
-
-
-class _Reading(NamedTuple):
-    connection: Any
-    reader: SearchReader
 
 
 class _Prepared(NamedTuple):
@@ -54,11 +47,17 @@ class _Prepared(NamedTuple):
 class Connections:
     """Connections to one database: one for writing, as many for reading as there are searches at a time.
 
+    One lock keeps writers apart: the writing connection carries one transaction at a time. Searches do not take it, but
+    where a database in memory has one connection for everything.
+
     Args:
         address: The database; an embedded server is started at once.
         shared: The one connection of an SQLite database in memory, which no other can see.
         connect: Opens a connection to PostgreSQL in autocommit mode, instead of one by the address.
         keep: Something that must live as long as the connections.
+
+    Attributes:
+        reading: The connections that searches read on.
     """
 
     def __init__(
@@ -77,8 +76,7 @@ class Connections:
             self._address = replace(self._closing.enter_context(opened(address)), display=address.display)
         self._store: Store | None = None
         self._prepared: _Prepared | None = None
-        self._idle: deque[_Reading] = deque()
-        self._idle_beside: deque[_Reading] = deque()
+        self.reading = ReadingConnections(self._address, self._open, shared, self._lock)
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -121,9 +119,9 @@ class Connections:
             with self._lock:
                 self._sqlite_store().prepare(dimensions or otherwise)
         else:
-            self.read(lambda connection, reader: _check_there(connection, self._address))
+            self.reading.read(lambda connection, reader: _check_there(connection, self._address))
         if dimensions is not None:
-            self.read(lambda connection, reader: _check_dimensions(connection, dimensions))
+            self.reading.read(lambda connection, reader: _check_dimensions(connection, dimensions))
 
     def _prepare_elsewhere(self, store: PostgreSQLStore) -> None:
         """Create what is missing where this connection's search path leads to another schema than the first one's did.
@@ -138,7 +136,7 @@ class Connections:
         from ..stores.sqlite.store import SQLiteStore
 
         if self._shared is not None:
-            _check_usable(self._shared)
+            check_usable(self._shared)
         if self._store is None:
             own = self._shared is None
             self._store = SQLiteStore.open(self._address, must_exist=False) if own else SQLiteStore(self._shared)  # type: ignore[arg-type]
@@ -233,102 +231,15 @@ class Connections:
             remedy="Bind both to the same engine; in memory use poolclass=StaticPool.",
         )
 
-    # -- reading ---------------------------------------------------------------------------------------
-
-    def read(self, work: Callable[[Any, SearchReader], T]) -> T:
-        """``work(connection, reader)`` on a connection of its own; a database in memory has one for all.
-
-        The connection used last is taken first: its reader may hold the vectors of the index in memory. One that
-        was cut while it was idle is replaced.
-
-        Raises:
-            DatabaseError: The database cannot be reached.
-        """
-        if self._shared is not None:
-            with self._lock:
-                _check_usable(self._shared)
-                if not self._idle:
-                    self._idle.append(_Reading(self._shared, open_reader(self._shared, self.dialect)))
-                return work(*self._idle[0])
-        return self._on_own(self._idle, work)
-
-    def search(self, work: Callable[[SearchReader, SearchReader | None], T]) -> T:
-        """``work(reader, beside)``: as :meth:`read`, with a second reader for a thread to use beside the first.
-
-        None where there is no second connection: a database in memory has one for all, and a server may have no more to
-        give. Second readers are kept apart: the first ones may hold the vectors of the index in memory.
-        """
-        if self._shared is not None:
-            return self.read(lambda connection, reader: work(reader, None))
-
-        def with_second(connection: Any, reader: SearchReader) -> T:
-            def side_by_side(second: Any, beside: SearchReader) -> T:
-                # The caller's connections may have several search paths; a search reads one index.
-                beside.target = reader.target
-                return work(reader, beside)
-
-            return self._on_own(self._idle_beside, side_by_side, lambda: work(reader, None))
-
-        return self._on_own(self._idle, with_second)
-
-    def _on_own(
-        self,
-        idle: deque[_Reading],
-        work: Callable[[Any, SearchReader], T],
-        without: Callable[[], T] | None = None,
-    ) -> T:
-        """``work`` on one of the ``idle`` or a new connection; ``without`` instead where none can be opened.
-
-        Again where an SQLite file was written meanwhile without its locks between us.
-        """
-        attempts = 0
-        while True:
-            try:
-                reading, known = idle.pop(), True
-            except IndexError:
-                try:
-                    connection = self._open()
-                except DatabaseError:
-                    if without is None:
-                        raise
-                    return without()
-                reading, known = _Reading(connection, open_reader(connection, self.dialect)), False
-            if known and not sqlite_reading.unchanged(reading.connection):
-                _close(reading.connection)
-                continue
-            attempts += 1
-            try:
-                result = work(*reading)
-            except BaseException as error:
-                if not sqlite_reading.unchanged(reading.connection):
-                    _close(reading.connection)
-                    if isinstance(error, Exception) and attempts < sqlite_reading.READINGS:
-                        continue
-                elif self.dialect == "sqlite" or not reading.connection.closed:
-                    idle.append(reading)
-                elif known and isinstance(error, DatabaseError):
-                    continue
-                raise
-            if sqlite_reading.unchanged(reading.connection):
-                idle.append(reading)
-                return result
-            _close(reading.connection)
-            if attempts == sqlite_reading.READINGS:
-                raise sqlite_reading.written_meanwhile(self._address)
-
     def close(self) -> None:
         """Close what was opened here; the caller's own connections stay open."""
         with self._lock:
-            for idle in (self._idle, self._idle_beside):
-                for reading in idle:
-                    if self._shared is None:
-                        _close(reading.connection)
-                idle.clear()
+            self.reading.close()
             store, self._store = self._store, None
             if store is not None:
                 store.close()
                 if store.dialect == "postgresql":
-                    _close(store.connection())  # type: ignore[attr-defined]
+                    close_quietly(store.connection())  # type: ignore[attr-defined]
             self._closing.close()
 
 
@@ -359,17 +270,6 @@ def _check_dimensions(connection: sqlite3.Connection, dimensions: int) -> None:
         )
 
 
-def _check_usable(shared: sqlite3.Connection) -> None:
-    try:
-        shared.cursor().close()
-    except sqlite3.ProgrammingError as error:
-        raise UsageError(
-            f"The SQLite database in memory cannot be used here: {error}",
-            remedy="For several threads: create_engine('sqlite://', poolclass=StaticPool, "
-            "connect_args={'check_same_thread': False}).",
-        ) from None
-
-
 def _commits_by_itself() -> UsageError:
     return UsageError(
         "The session's connection is in autocommit mode: there is no transaction to write in.",
@@ -386,8 +286,3 @@ def _explained(address: DatabaseAddress) -> Iterator[None]:
         yield
     except psycopg.Error as error:
         raise pg_errors.explain("writing the index", error, address) from error
-
-
-def _close(connection: Any) -> None:
-    with contextlib.suppress(Exception):
-        connection.close()

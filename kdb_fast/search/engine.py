@@ -214,7 +214,7 @@ class SearchEngine:
             )  # fmt: skip
             return results, self._left_out(reader, names) if self._provider and query_vector() else []
 
-        results, missed = self._connections.search(work)
+        results, missed = self._connections.reading.search(work)
         for part in missed:
             warnings.warn(str(part), SearchWarning, stacklevel=2)
         return results
@@ -238,7 +238,7 @@ class SearchEngine:
                 if entity is None or row.entity == entity
             ]
 
-        return self._connections.read(work)
+        return self._connections.reading.read(work)
 
     def close(self) -> None:
         """Close the connections this engine has opened itself."""

@@ -70,7 +70,7 @@ class Source(ABC):
         """
 
     def sample(self, rows: int) -> list[str]:
-        """Contents of up to ``rows`` records, of every entity; call it before :meth:`pages`, which leaves none out."""
+        """Contents of up to ``rows`` records, of every entity. Called before :meth:`pages`, which gives these too."""
         return []
 
     @abstractmethod

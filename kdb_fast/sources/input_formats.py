@@ -1,4 +1,4 @@
-"""What an input is that is no JSON, by its first bytes, and how to make JSON of it."""
+"""Inputs that are not JSON: told by their first bytes, with the command that makes JSON of them."""
 
 from __future__ import annotations
 

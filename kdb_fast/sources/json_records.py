@@ -101,7 +101,7 @@ def _goes_on(line: bytes) -> bool:
 
 
 def _rest_of_object(stream: BinaryIO, first: bytes) -> tuple[bytes, int, bytes]:
-    """An object to the line of its end, the number of lines after the first, and a line that belongs to it no more.
+    """An object, the number of its lines after the first, and the line behind it if that was read to find its end.
 
     A line that begins with ``{``, without a blank, is the next record: the first one was broken.
     """

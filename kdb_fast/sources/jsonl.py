@@ -44,7 +44,7 @@ class _Emptied(NamedTuple):
 
 
 class _Page(NamedTuple):
-    """Records as they come, and how often each key came without text, behind all of them."""
+    """Records in the order of the input, and how often each key came without text: that counts after all of them."""
 
     items: list[Record | Reject]
     emptied: dict[Key, int]

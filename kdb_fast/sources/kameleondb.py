@@ -158,6 +158,8 @@ class KameleonDBSource(Source):
 
     def _id_pages(self, place: Place) -> Iterator[list[str]]:
         """The ids of the live records, a page at a time."""
+        # Each block begins behind the last id of the one before, so none is read twice. A record that is created while
+        # this goes on is read if its id comes later; else the next run finds it.
         by_primary_key = self._dialect == "sqlite" and self._walk_primary_key(place)
         after: str | None = None
         while True:

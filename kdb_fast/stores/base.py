@@ -4,7 +4,7 @@ The state of a record lives in its row of ``kdb_search``, in four columns that K
 
 ``kdb_fast_fingerprint``  fingerprint of the model that made the vector
 ``kdb_fast_run``          number of the run that wrote the row
-``kdb_fast_at``           equals ``updated_at`` as long as nobody else has written the row (see :mod:`.seal` for
+``kdb_fast_at``           equals ``updated_at`` as long as nobody else has written the row (see :mod:`..tables.seal` for
                           tables whose triggers set ``updated_at``)
 ``kdb_fast_source_at``    when the record was last changed at its source, as read by that run
 

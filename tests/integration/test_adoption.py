@@ -289,7 +289,7 @@ class TestWhatWasWrong:
         with SearchEngine(engine, provider) as search:
             search.index_record("Ticket", "1", "parcel in pieces")
             search.index_records_batch([("Ticket", "2", "lost password")])
-            search._connections.read(
+            search._connections.reading.read(
                 lambda connection, reader: connection.execute("UPDATE kdb_search SET content = ''")
             )
             assert [r.id for r in search.search("password")] == ["2", "1"], "without a text only the vector can tell"

@@ -1228,7 +1228,7 @@ def test_search_does_with_one_connection_where_the_server_gives_no_second(
     search = build(database, words)
     search.index_record("Note", "1", "text")
     opened: list[Any] = []
-    open_connection = search._connections._open
+    open_connection = search._connections.reading._open
 
     def open_once() -> Any:
         if opened:
@@ -1236,7 +1236,7 @@ def test_search_does_with_one_connection_where_the_server_gives_no_second(
         opened.append(open_connection())
         return opened[0]
 
-    monkeypatch.setattr(search._connections, "_open", open_once)
+    monkeypatch.setattr(search._connections.reading, "_open", open_once)
     assert [result.id for result in search.search("text")] == ["1"]
     assert [result.id for result in search.search("text")] == ["1"]
     assert len(opened) == 1
@@ -1248,7 +1248,7 @@ def test_query_is_embedded_once_however_often_a_connection_is_replaced(
     search = build(database, words)
     search.index_record("Note", "1", "text")
     assert len(search.search("text")) == 1
-    for reading in (*search._connections._idle, *search._connections._idle_beside):
+    for reading in (*search._connections.reading._idle, *search._connections.reading._idle_beside):
         reading.connection.close()
     words.embedded.clear()
     assert len(search.search("text")) == 1

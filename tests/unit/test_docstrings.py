@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from importlib import import_module
+from importlib.util import resolve_name
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,3 +106,30 @@ def test_constructors_describe_their_arguments(name: str) -> None:
 
 def text_between(text: str, start: str, stop: str) -> str:
     return text[text.index(start) : text.index(stop)]
+
+
+REFERENCE = re.compile(r":(?:mod|func|class|data|meth|attr|exc):`~?((?:kdb_fast)?\.[\w.]+)`")
+"""One that names its module, from the package on or relative to the module that it is in."""
+
+
+def references() -> Iterator[tuple[str, str]]:
+    """(module, reference) of each reference, with the dots of a relative one."""
+    package = Path(kdb_fast.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        within = ".".join(parts[:-1])
+        for target in REFERENCE.findall(path.read_text(encoding="utf-8")):
+            yield within, target
+
+
+@pytest.mark.parametrize(("within", "target"), sorted(set(references())))
+def test_what_is_referred_to_is_there(within: str, target: str) -> None:
+    path = resolve_name(target, within) if target.startswith(".") else target
+    parts = path.split(".")
+    found: Any = None
+    for end in range(len(parts), 0, -1):
+        with contextlib.suppress(ModuleNotFoundError):
+            found, parts = import_module(".".join(parts[:end])), parts[end:]
+            break
+    for part in parts:
+        found = getattr(found, part)

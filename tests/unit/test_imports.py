@@ -248,7 +248,13 @@ def test_only_encoder_and_catalogue_import_the_model_libraries() -> None:
         for i in imports_of(name)
         if not i.own and i.target.split(".")[0] in {"fastembed", "onnxruntime"}
     }
-    assert users <= {"embedding.encoder", "embedding.offline", "embedding.models.hub", "embedding.models.catalogue"}
+    assert users <= {
+        "embedding.encoder",
+        "embedding.loading",
+        "embedding.offline",
+        "embedding.models.hub",
+        "embedding.models.catalogue",
+    }
 
 
 def test_nobody_imports_openvino_past_the_place_that_silences_it() -> None:

@@ -24,7 +24,7 @@ from .manifest import read_manifest, write_manifest
 
 
 def model_cache_dir() -> Path:
-    """Where kdb-fast keeps its models: ``models`` in :func:`~kdb_fast.db.address.default_data_dir`."""
+    """Where kdb-fast keeps its models: ``models`` in :func:`~kdb_fast.paths.default_data_dir`."""
     return (default_data_dir() / "models").absolute()
 
 

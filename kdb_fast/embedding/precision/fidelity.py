@@ -18,7 +18,7 @@ QUERIES = 200
 
 
 def measure(exact: Encoder, lower: Encoder, texts: Sequence[str]) -> Fidelity:
-    """Embed ``texts`` with both encoders and compare. They must not be equal to each other, and more than 10.
+    """Embed ``texts`` with both encoders and compare. There must be more than 10, no two of them equal.
 
     Both take turns in eight parts, after one part to warm up, so that a machine that slows down meanwhile slows down
     both.

@@ -1,4 +1,4 @@
-"""A provider in the place of an encoder."""
+"""A provider behind the interface of an encoder, as the engines use one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""New rows of one entity, into the table that KameleonDB keeps its records in.
+"""What both databases' inserters share: new rows of one entity go into the table that KameleonDB has for its records.
 
 A page is one transaction. A row that the database refuses is found by halving within savepoints and left out;
 the others are stored.
@@ -63,7 +63,7 @@ class Column:
 
 
 class Inserter(ABC):
-    """The way of new records into an entity's table; one connection.
+    """Inserts new records into one entity's table; owns one connection.
 
     The table is the dedicated one of a materialised entity, else ``kdb_records``.
 

@@ -68,7 +68,7 @@ class PostgreSQLInserter(Inserter):
         return bool(ids and self._query(f"SELECT 1 FROM {table} WHERE id = ANY(%s) LIMIT 1", ids))  # noqa: S608 - quoted
 
     def _unheld(self, rows: Sequence[NewRow]) -> dict[str, Refusal]:
-        """The rows with characters that the database's encoding has not: told at once, not by halving."""
+        """The rows with characters that the database's encoding lacks: found before they are sent, not by halving."""
         if self._characters is None:
             return {}
         texts = {row.record_id: self._text_of(row) for row in rows}

@@ -1,6 +1,6 @@
 """PostgreSQL: drop the search indexes before a large load, and build whatever index is missing.
 
-When they are dropped: :mod:`.index_policy`.
+When they are dropped: :mod:`kdb_fast.tables.index_policy`.
 """
 
 from __future__ import annotations

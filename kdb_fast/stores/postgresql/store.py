@@ -6,7 +6,7 @@ A flush takes one of two ways for each row:
 * *existing*, or a fresh one that met a unique violation: binary COPY into a temporary table, then an UPDATE
   join that leaves rows alone which another program has changed since, then an INSERT of what is missing.
 
-Straight COPY writes a first load 1.5 times as fast as staging and merging it (ARCHITECTURE.md, measurements).
+Straight COPY writes a first load 1.5 times as fast as staging and merging it.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from ....records import was_cut
 from ...encoder import Matrix, Tally
 from ..texts import unfit_rows
 from .answers import named_batch, named_window, speaks_of_length
-from .connections import Connections
+from .connections import HTTPConnections
 from .inputs import (
     CUT_BYTES_PER_TOKEN,
     MAX_INPUT_TOKENS,
@@ -109,7 +109,7 @@ class EmbeddingsAPI:
         _check_whole("max_input_tokens", max_input_tokens, 1)
         if not isinstance(model, str) or not model:
             raise OptionError(f"model is {model!r}; expected a model's name.")
-        self._connections = Connections(
+        self._connections = HTTPConnections(
             base_url,
             api_key=api_key,
             organization=organization,

@@ -34,7 +34,7 @@ class NoAnswerError(Exception):
     """The server was not reached, or did not answer in time; the text says how."""
 
 
-class Connections:
+class HTTPConnections:
     """HTTP connections to one server; safe to use from several threads. To be closed.
 
     Args:

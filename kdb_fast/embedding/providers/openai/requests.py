@@ -15,7 +15,7 @@ from ....errors import ModelError, ProviderError
 from ...encoder import PROBE, Matrix
 from ..texts import typical_tokens
 from .answers import OddAnswerError, Problem, decode, read_problem, server_wait
-from .connections import Connections, NoAnswerError
+from .connections import HTTPConnections, NoAnswerError
 from .problems import Asked, RefusedRequestError, raise_if_final, speaks_of_lists, unknown_option
 
 RETRY_SECONDS = 600.0
@@ -78,7 +78,7 @@ class Requests:
 
     def __init__(
         self,
-        connections: Connections,
+        connections: HTTPConnections,
         limits: ServerLimits,
         *,
         model: str,
