@@ -112,6 +112,7 @@ class InsertingSource(JsonlSource):
             if self._max_rejects.exceeded(rejected=self.rejected + faulty, read=read, finished=last):
                 yield self._given([item for item in items if isinstance(item, Reject)], read)
                 return
+            # Committed before it is given out: what the pipeline counts is in KameleonDB's table, however the run ends.
             page = self._insert(items)
             self.line = items[-1].position
             yield self._given(page, read)
