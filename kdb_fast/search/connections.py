@@ -91,7 +91,7 @@ class Connections:
         with self._lock, contextlib.ExitStack() as stack:
             if self.dialect == "sqlite":
                 store = self._sqlite_store()
-                stack.enter_context(store.unit())
+                stack.enter_context(store.transaction())
             else:
                 store = self._begun(stack)
             yield store
@@ -148,11 +148,11 @@ class Connections:
             known = self._store is not None
             store = self._postgresql_store()
             try:
-                with contextlib.ExitStack() as unit:
-                    unit.enter_context(_explained(store.address))
-                    unit.enter_context(store.unit())
+                with contextlib.ExitStack() as begun:
+                    begun.enter_context(_explained(store.address))
+                    begun.enter_context(store.transaction())
                     self._prepare_elsewhere(store)
-                    stack.enter_context(unit.pop_all())
+                    stack.enter_context(begun.pop_all())
                     return store
             except DatabaseError as error:
                 if not known or pg_errors.kind_of(error) is not ErrorKind.PASSING:
@@ -190,7 +190,7 @@ class Connections:
                 # sqlite3 begins one only at the first INSERT; a savepoint before that would commit by itself.
                 connection.execute("BEGIN")
             store: Store = SQLiteStore(connection)
-            with self._lock if self._shared is not None else contextlib.nullcontext(), store.unit():
+            with self._lock if self._shared is not None else contextlib.nullcontext(), store.transaction():
                 yield store
             return
         import psycopg
@@ -208,7 +208,7 @@ class Connections:
         # A statement of lent() begins the caller's transaction, of which the store's own is then a part.
         with _explained(self._address), pg_settings.lent(connection, self._address.display, PLANNER):
             postgresql = PostgreSQLStore(self._address, "library", borrowed=connection)
-            with postgresql.unit():
+            with postgresql.transaction():
                 self._prepare_elsewhere(postgresql)
                 yield postgresql
 

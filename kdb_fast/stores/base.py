@@ -194,12 +194,12 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def unit(self) -> AbstractContextManager[None]:
+    def transaction(self) -> AbstractContextManager[None]:
         """One transaction around several :meth:`put` calls; an exception rolls all of it back."""
 
     @abstractmethod
     def put(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
-        """Write rows whatever the index holds for their keys, then delete; within :meth:`unit`.
+        """Write rows whatever the index holds for their keys, then delete; within :meth:`transaction`.
 
         This is the library's way: the caller has the newest text, and no run has to be held.
 
@@ -208,7 +208,7 @@ class Store(ABC):
             vectors: False writes rows without embedding, model and dimensions (keyword search only).
 
         Raises:
-            RecordError: The database refuses a row; nothing of the unit is kept.
+            RecordError: The database refuses a row; nothing of the transaction is kept.
         """
 
     @abstractmethod

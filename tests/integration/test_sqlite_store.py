@@ -81,7 +81,7 @@ def test_copies_of_vectors_leave_with_their_rows(index: SQLiteHarness) -> None:
     write(index.store, run, numbered(10))
     write(index.store, run, {"new": "more"}, deletes=["r003", "r004"])
     assert index.execute("SELECT count(*) FROM kdb_fast_vectors") == [(9,)]
-    with index.store.unit():
+    with index.store.transaction():
         put(index.store, {"r000": "plain", "bare": "plain"}, vectors=False)
     assert index.execute("SELECT count(*) FROM kdb_fast_vectors") == [(8,)]
 
@@ -116,7 +116,7 @@ def test_the_later_of_two_rows_with_one_key_wins(index: SQLiteHarness) -> None:
 
 def test_a_record_that_the_library_stores_is_no_longer_rejected(index: SQLiteHarness) -> None:
     write(index.store, begin(index.store), {}, rejects=[reject("a"), reject("other")])
-    with index.store.unit():
+    with index.store.transaction():
         put(index.store, {"a": "one"})
     assert rejected_keys(index.store) == ["other"]
 
@@ -270,7 +270,7 @@ def test_an_open_connection_in_memory_serves_and_stays_open() -> None:
 
 
 def put_one(store: SQLiteStore, key: str, failure: type[Exception] | None = None) -> None:
-    with store.unit():
+    with store.transaction():
         put(store, {key: "text"})
         if failure is not None:
             raise failure

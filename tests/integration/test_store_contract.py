@@ -681,7 +681,7 @@ def test_rejects_are_cleared_by_key_or_all(store: Store, run: RunSpec) -> None:
 def test_put_writes_the_newest_text_whoever_wrote_the_row(harness: Harness, store: Store, run: RunSpec) -> None:
     write(store, run, numbered(4))
     harness.index("r001", "theirs")
-    with store.unit():
+    with store.transaction():
         put(store, {"r000": "newest", "r001": "newest", "r009": "new"})
         put(store, {"r009": "newer"}, deletes=["r002"])
     assert harness.contents() == {"r000": "newest", "r001": "newest", "r003": "text number3", "r009": "newer"}
@@ -694,7 +694,7 @@ def test_put_without_vectors_leaves_none_behind(harness: Harness, store: Store, 
     write(store, run, numbered(2))
     slot = Slab.local(SlabShape(slots=1, rows=4, dimensions=1)).slots[0]
     slot.put(1, [Row(Record((ENTITY, key), "plain")) for key in ("r000", "new")], [NO_VALUE] * 2)
-    with store.unit():
+    with store.transaction():
         store.put(LIBRARY, [FlushSlot(slot, frozenset())], [], vectors=False)
     plain = [row for row in harness.rows().values() if row.content == "plain"]
     assert [(row.vector, row.model, row.dimensions) for row in plain] == [(None, None, None)] * 2
@@ -703,7 +703,7 @@ def test_put_without_vectors_leaves_none_behind(harness: Harness, store: Store, 
 
 
 def put_all(store: Store, *batches: Mapping[str, str]) -> None:
-    with store.unit():
+    with store.transaction():
         for texts in batches:
             put(store, texts)
 

@@ -349,7 +349,7 @@ def test_each_result_code_of_sqlite(code: int, kind: ErrorKind, exit_code: int) 
             raise error
 
         def store() -> None:
-            with SQLiteStore(connection).unit():
+            with SQLiteStore(connection).transaction():
                 fail()
 
         inserter._connection = connection

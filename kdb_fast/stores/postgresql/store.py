@@ -270,7 +270,7 @@ class PostgreSQLStore(Store):
         return result
 
     @contextlib.contextmanager
-    def unit(self) -> Iterator[None]:
+    def transaction(self) -> Iterator[None]:
         with self.session.transaction():
             yield
 

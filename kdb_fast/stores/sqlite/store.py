@@ -201,7 +201,7 @@ class SQLiteStore(Store):
         return result
 
     @contextlib.contextmanager
-    def unit(self) -> Iterator[None]:
+    def transaction(self) -> Iterator[None]:
         with translated("writing"), self._full_text.transaction():
             yield
 
