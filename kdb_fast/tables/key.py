@@ -74,6 +74,8 @@ def _why_unfit(key: Sequence[object], content: object, columns: Sequence[KeyColu
         parts.append((column, part))
     for column, part in parts:
         empty, too_long = column.reasons
+        if empty == too_long and not 0 < len(part) <= (column.max_chars or sys.maxsize):  # a name, such as an entity's
+            return empty, f"the {column.noun} name has {len(part)} characters, expected 1 to {column.max_chars}"
         if not part:
             return empty, f"the {column.noun} is empty"
         if column.max_chars is not None and len(part) > column.max_chars:
