@@ -47,7 +47,7 @@ def run(connection: Connection, slab: SlabHandle, address: DatabaseAddress, spec
     try:
         fault("writer.start")
         attached = slab.attach()
-        store = open_store(address, "writer", patient=True)
+        store = open_store(address, "writer", column=spec.column, patient=True)
         store.on_wait = sender.say
         fault("writer.ready")
         sender.send(Ready(time.monotonic() - started))

@@ -18,6 +18,7 @@ from ..sources.base import Input, Source
 from ..stores import open_store
 from ..stores.base import RunSpec, Store
 from ..stores.past_runs import forget_older, forget_older_of_input
+from ..tables.column_target import ColumnTarget
 from .engine_factory import EngineFactory
 from .heartbeat import Heartbeat
 from .pipeline import Pipeline, StopRequested
@@ -33,6 +34,7 @@ def reindex(
     options: ReindexOptions,
     progress: Progress | None = None,
     embedding: Embedding | None = None,
+    column: ColumnTarget | None = None,
 ) -> Receipt:
     """Embed every record of a source that is new or has changed, and store it.
 
@@ -42,6 +44,7 @@ def reindex(
         options: What was asked for.
         progress: Shows a person what happens meanwhile.
         embedding: What gives the vectors, in place of what the options name; it stays the caller's to close.
+        column: Where the vectors go, if not into the search table.
 
     Returns:
         What the run has done.
@@ -54,7 +57,7 @@ def reindex(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stopping_by_signal())
         progress.step("opening the database")
-        store = open_store(address, "parent")
+        store = open_store(address, "parent", column=column)
         stack.callback(store.close)
 
         def wait_note(text: str) -> None:
@@ -79,7 +82,7 @@ def reindex(
             model=embedding.name,
             dimensions=embedding.dimensions,
             wait=options.wait,
-        )
+        )._replace(column=column)
         store.on_wait = progress.note
         return _Run(address, store, source, embedding, run, options, progress, stop, started, notes).go()
 
@@ -156,7 +159,9 @@ class _Run:
             force=options.force,
             unique_keys=source.unique_keys,
             screen=Screen(
-                self.store.encoding, None if self.store.encoding == "UTF8" else self.store.missing_characters
+                self.store.encoding,
+                None if self.store.encoding == "UTF8" else self.store.missing_characters,
+                self.store.key,
             ),
             estimate=estimate,
             on_progress=self.progress.update,

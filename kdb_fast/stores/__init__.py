@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from ..db.address import DatabaseAddress
+from ..tables.column_target import ColumnTarget
 from .base import Store
 
 
-def open_store(address: DatabaseAddress, role: str, *, patient: bool = False) -> Store:
+def open_store(
+    address: DatabaseAddress, role: str, *, column: ColumnTarget | None = None, patient: bool = False
+) -> Store:
     """A store for this address with a connection of its own.
 
     Args:
         role: What the connection is for (``parent``, ``writer``); shown in the server's list of sessions.
+        column: Where the vectors go, if not into the search table.
         patient: Wait for a PostgreSQL server that is away: it was there a moment ago.
 
     Raises:
         DatabaseError: The database cannot be reached.
     """
+    if column is not None:
+        return _open_column(address, role, column, patient)
     if address.dialect == "sqlite":
         from .sqlite.store import SQLiteStore
 
@@ -23,3 +29,13 @@ def open_store(address: DatabaseAddress, role: str, *, patient: bool = False) ->
     from .postgresql.store import PostgreSQLStore
 
     return PostgreSQLStore(address, role, patient=patient)
+
+
+def _open_column(address: DatabaseAddress, role: str, column: ColumnTarget, patient: bool) -> Store:
+    if address.dialect == "sqlite":
+        from .sqlite.column_store import SQLiteColumnStore
+
+        return SQLiteColumnStore.open_column(address, column)
+    from .postgresql.column_store import PostgreSQLColumnStore
+
+    return PostgreSQLColumnStore(address, role, column, patient=patient)

@@ -22,8 +22,12 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..ipc.row_block import NO_VALUE
 from ..records import Key, Reject
+from ..tables.column_target import ColumnTarget
 from ..tables.index_policy import IndexOutcome
+from ..tables.kdb_search import KEY
+from ..tables.key import KeyColumn
 from ..tables.target import LiveRows, Target
 
 if TYPE_CHECKING:
@@ -42,6 +46,14 @@ class Stored(NamedTuple):
     row_version: int
 
 
+def version_of_text(content_hash: bytes | None) -> int:
+    """Version of a row that has no other than its text; NO_VALUE where there is none."""
+    if content_hash is None:
+        return NO_VALUE
+    number = int.from_bytes(content_hash[:8], "little", signed=True)
+    return number if number != NO_VALUE else 0
+
+
 class RunSpec(NamedTuple):
     """What identifies a run in every row it writes."""
 
@@ -49,6 +61,8 @@ class RunSpec(NamedTuple):
     fingerprint: str
     model: str
     dimensions: int
+    column: ColumnTarget | None = None
+    """Where its vectors go, if not into the search table."""
 
 
 class FlushSlot(NamedTuple):
@@ -116,6 +130,11 @@ class Store(ABC):
     """Called with what is being waited for, before each pause."""
     encoding: str = "UTF8"
     """What the database keeps texts in, as PostgreSQL names it; any but UTF8 holds some characters only."""
+
+    @property
+    def key(self) -> tuple[KeyColumn, ...]:
+        """The columns of a record's key."""
+        return KEY
 
     @property
     def target(self) -> Target:

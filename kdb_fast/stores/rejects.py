@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..receipt import Receipt
-from ..records import Reject, decode_key
+from ..records import Key, Reject, decode_key, key_json
 from .base import FlushSlot
 
 DETAIL_CHARS = 500
@@ -45,16 +45,20 @@ def row_of(reject: Reject, run: int, storable: Callable[..., str]) -> tuple[obje
     Args:
         storable: :func:`~kdb_fast.records.storable_key`, or one that also knows what the database can hold.
     """
-    entity, record_id = reject.key
     return (
-        storable(entity),
-        storable(record_id),
+        *key_columns(reject.key, storable),
         reject.content_hash,
         reject.reason,
         storable(reject.detail, DETAIL_CHARS),
         reject.position,
         run,
     )
+
+
+def key_columns(key: Key, storable: Callable[..., str]) -> tuple[str, str]:
+    """What the two columns of a key hold: entity and record id, or of a key of another kind all of it in the second."""
+    entity, record_id = key if len(key) == 2 else ("", key_json(key))
+    return storable(entity), storable(record_id)
 
 
 def as_dictionary(row: Sequence[Any]) -> dict[str, Any]:

@@ -23,6 +23,9 @@ class KeyColumn:
         noun: What messages call its values.
         max_chars: Longest value; None where there is no such limit.
         reasons: Why a record is rejected whose value is empty, and whose value is too long.
+        equals: The operator by which the table itself tells two values apart.
+        collation: On SQLite that of its unique index.
+        typed: Values keep their own type, as SQLite has them; else they are texts.
     """
 
     name: str
@@ -30,6 +33,9 @@ class KeyColumn:
     noun: str
     max_chars: int | None = None
     reasons: tuple[str, str] = ("missing_key", "key_too_long")
+    equals: str = "="
+    collation: str = ""
+    typed: bool = False
 
 
 Unfit = Callable[[Record], tuple[str, str] | None]
@@ -69,6 +75,8 @@ def _why_unfit(key: Sequence[object], content: object, columns: Sequence[KeyColu
     # The last part tells most about a record.
     parts: list[tuple[KeyColumn, str]] = []
     for part, column in zip(reversed(key), reversed(columns), strict=True):
+        if column.typed and isinstance(part, (int, float, bytes)):
+            continue
         if not isinstance(part, str):
             return "wrong_type", f"{column.noun} is {type(part).__name__}, expected text"
         parts.append((column, part))

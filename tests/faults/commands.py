@@ -40,7 +40,7 @@ class Commands:
             [sys.executable, str(Path(__file__).with_name("stub_command.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, MARK: str(folder)},
+            env={**os.environ, MARK: str(folder), "PYTHONPATH": str(Path(__file__).parents[1])},
             text=True,
         )
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import article_command
 import poison_worker
 import psycopg  # noqa: F401 - imported once for all commands
 
@@ -69,7 +70,7 @@ def _command(arguments: list[str], environment: dict[str, str], directory: Path)
     use_stubs()
     code = 1
     with contextlib.suppress(SystemExit):
-        code = cli.run(arguments)
+        code = article_command.run(arguments[1:]) if arguments[0] == "articles" else cli.run(arguments)
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)

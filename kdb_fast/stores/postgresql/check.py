@@ -204,8 +204,12 @@ def _unmet_check(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> str
     return None
 
 
-def check_rights(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:
-    """Raise SchemaError if a table is missing, or this role lacks a right that a run needs; names it."""
+def check_rights(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, tables: tuple[str, ...] = (TABLE,)) -> None:
+    """Raise SchemaError if a table is missing, or this role lacks a right that a run needs; names it.
+
+    Args:
+        tables: Those that a run writes, beside the ones of all targets.
+    """
     missing = [
         row[0]
         for row in cursor.execute(
@@ -217,12 +221,13 @@ def check_rights(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> Non
         raise migrations.lost(
             [target.shown(table) for table in missing], [target.shown(table) for table in OWN if table not in missing]
         )
-    needed = {table: ["SELECT", "INSERT", "UPDATE", "DELETE"] for table in (TABLE, RUNS, REJECTS, STATE)}
+    needed = {table: ["SELECT", "INSERT", "UPDATE", "DELETE"] for table in (*tables, RUNS, REJECTS, STATE)}
     lacking = [
         f"{right} ON {target.shown(table)}"
         for table, rights in {**needed, MIGRATIONS: ["SELECT"]}.items()
         for right, has in cursor.execute(
-            "SELECT r, has_table_privilege(%s, r) FROM unnest(%s::text[]) r", (target.regclass(table), rights)
+            "SELECT r, coalesce(has_table_privilege(to_regclass(%s), r), true) FROM unnest(%s::text[]) r",
+            (target.regclass(table), rights),
         ).fetchall()
         if not has
     ]

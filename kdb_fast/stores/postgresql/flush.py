@@ -202,7 +202,7 @@ class FlushWriter:
         done = self._merge_staged(staged, parameters)
         unwritten: list[tuple[Any, ...]] = []
         if done != staged:
-            unwritten = cursor.execute(self._statement(UNWRITTEN_ROWS), parameters).fetchall()
+            unwritten = self._unwritten(parameters)
             self._note_unwritten(unwritten)
         if self._force or self._pieces > 1:
             cursor.execute(self._statement("DROP TABLE {staging}"))
@@ -216,16 +216,26 @@ class FlushWriter:
                 self.rejected.append((slot, row, *DROPPED))
 
     def _stage(self, groups: list[Group]) -> int:
-        self.cursor.execute(self._statement(CREATE_STAGING))
+        self.cursor.execute(self._create_staging())
         self._copy(COPY_STAGING, self._staging_rows, groups)
         # Without this a flush of some thousand rows may be joined by reading the whole index (2 KB a row).
         self.cursor.execute(
             self._statement(
-                "SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; "
-                "ANALYZE {staging} (entity_name, record_id)"
+                "SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; ANALYZE {staging} ({keys})",
+                keys=self._staged_keys(),
             )
         )
         return _count(groups)
+
+    def _create_staging(self) -> bytes:
+        return self._statement(CREATE_STAGING)
+
+    def _staged_keys(self) -> str:
+        return "entity_name, record_id"
+
+    def _unwritten(self, parameters: dict[str, Any]) -> list[tuple[Any, ...]]:
+        """Slot and row of what was staged and not written, and whether that is because another program has."""
+        return self.cursor.execute(self._statement(UNWRITTEN_ROWS), parameters).fetchall()
 
     def _merge_staged(self, staged: int, parameters: dict[str, Any]) -> int:
         if self._force:
@@ -248,7 +258,7 @@ class FlushWriter:
                 done = self._merge_staged(staged, self._parameters())
                 unwritten: list[tuple[Any, ...]] = []
                 if done != staged:
-                    unwritten = self.cursor.execute(self._statement(UNWRITTEN_ROWS), self._parameters()).fetchall()
+                    unwritten = self._unwritten(self._parameters())
                 self.cursor.execute(self._statement("DROP TABLE {staging}"))
             self._note_unwritten(unwritten)
             self.rows += staged - len(unwritten)

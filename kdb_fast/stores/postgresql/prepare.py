@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ...errors import SchemaError
@@ -25,16 +26,25 @@ PRUNE_BATCH = 10_000
 """Rows deleted in one transaction: short enough not to hold up other writers for long."""
 
 
-def prepare(session: PgSession, dimensions: int, wait: float = 0.0) -> tuple[str, ...]:
-    """See :meth:`kdb_fast.stores.base.Store.prepare`."""
+Make = Callable[["psycopg.Cursor[tuple[Any, ...]]", Target], tuple[str, ...]]
+"""Checks the table of the vectors and makes what is missing for it; returns what the user should know."""
+
+
+def prepare(session: PgSession, make: Make, wait: float = 0.0, tables: tuple[str, ...] = (TABLE,)) -> tuple[str, ...]:
+    """See :meth:`kdb_fast.stores.base.Store.prepare`.
+
+    Args:
+        make: Called within a transaction; nothing is made if it refuses.
+        tables: Those of our schema that ``make`` makes or checks.
+    """
 
     def attempt() -> tuple[str, ...] | Holder:
-        return session.retrying("preparing the tables", lambda: _prepare(session, dimensions))
+        return session.retrying("preparing the tables", lambda: _prepare(session, make, tables))
 
     return wait_for_lock(attempt, wait, session.on_wait)
 
 
-def _prepare(session: PgSession, dimensions: int) -> tuple[str, ...] | Holder:
+def _prepare(session: PgSession, make: Make, tables: tuple[str, ...]) -> tuple[str, ...] | Holder:
     """What the user should know; or the run that keeps our own tables from being changed."""
     import psycopg
 
@@ -52,9 +62,9 @@ def _prepare(session: PgSession, dimensions: int) -> tuple[str, ...] | Holder:
                     return holder
                 if notes is None:
                     _extension(cursor)
-                    notes = _search_table(cursor, session.find_target(), dimensions)
+                    notes = make(cursor, session.find_target())
                 if migration is None:
-                    check_rights(cursor, session.target)
+                    check_rights(cursor, session.target, tables)
                     return notes
                 migrate.apply(cursor, session.target, migration)
             fault("store.migrated")
@@ -141,7 +151,7 @@ def _extension(cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
         )
 
 
-def _search_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, dimensions: int) -> tuple[str, ...]:
+def search_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, dimensions: int) -> tuple[str, ...]:
     """Check the search table or make it, and add our columns; what the user should know."""
     notes: tuple[str, ...] = ()
     if exists(cursor, target, TABLE):

@@ -42,6 +42,18 @@ def forget_stored(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, run: 
     return bool(row and row[0])
 
 
+def forget_keys(cursor: psycopg.Cursor[tuple[Any, ...]], session: PgSession, run: int, stored: Iterable[Key]) -> bool:
+    """As :func:`forget_stored`, where the keys are known: of few rejects and many rows those that are both."""
+    target = session.target
+    rejected = target.statement("SELECT entity_name, record_id FROM {kdb_fast_rejects} WHERE run <> %s")
+    before = set(cursor.execute(rejected, (run,)).fetchall())
+    gone = before.intersection(shared.key_columns(key, session.storable) for key in stored) if before else ()
+    forget = target.statement("DELETE FROM {kdb_fast_rejects} WHERE entity_name = %s AND record_id = %s AND run <> %s")
+    cursor.executemany(forget, [(*key, run) for key in gone])
+    row = cursor.execute(target.statement("SELECT EXISTS (SELECT FROM {kdb_fast_rejects})")).fetchone()
+    return bool(row and row[0])
+
+
 def read(session: PgSession, entity: str | None) -> list[dict[str, Any]]:
     """See :meth:`kdb_fast.stores.base.Store.rejects`."""
     where = "" if entity is None else "WHERE entity_name = %s "
@@ -80,7 +92,7 @@ def forget_of_input(session: PgSession, entity: str, name: str, run: int) -> int
 
 def clear(session: PgSession, keys: Iterable[Key] | None) -> int:
     """See :meth:`kdb_fast.stores.base.Store.clear_rejects`."""
-    wanted = None if keys is None else [(session.storable(entity), session.storable(key)) for entity, key in keys]
+    wanted = None if keys is None else [shared.key_columns(key, session.storable) for key in keys]
 
     def work() -> int:
         with session.transaction() as cursor:

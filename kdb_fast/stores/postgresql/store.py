@@ -43,6 +43,8 @@ from .session import LIMITS, PgSession
 if TYPE_CHECKING:
     import psycopg
 
+    Cursor = psycopg.Cursor[tuple[Any, ...]]
+
 MOST_PIECES = 64
 """Statements that the rows of a flush are divided among where a short ``statement_timeout`` asks for it."""
 
@@ -100,7 +102,11 @@ class PostgreSQLStore(Store):
 
     def prepare(self, dimensions: int, wait: float = 0.0) -> tuple[str, ...]:
         self._columns = None
-        return pg_prepare.prepare(self.session, dimensions, wait)
+
+        def make(cursor: Cursor, target: Target) -> tuple[str, ...]:
+            return pg_prepare.search_table(cursor, target, dimensions)
+
+        return pg_prepare.prepare(self.session, make, wait)
 
     def is_prepared(self) -> bool:
         """Whether all tables of the index are in its schema, and up to date."""
@@ -218,7 +224,7 @@ class PostgreSQLStore(Store):
             return self.session.retrying("writing", lambda: attempt(False), rows=True)
         except psycopg.Error:
             # A column of another type would refuse every row.
-            self.session.retrying("checking the table", lambda: pg_check.check(self.session, run.dimensions))
+            self.session.retrying("checking the table", lambda: self._check(run.dimensions))
             # A row that the database refuses: find it by halving; all others are written.
             return self.session.retrying("writing", lambda: attempt(True), rows=True)
 
@@ -240,34 +246,43 @@ class PostgreSQLStore(Store):
             if careful:
                 # A row that only the COMMIT would refuse could not be found by halving.
                 cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
-            writer = FlushWriter(
-                cursor,
-                target,
-                run,
-                now,
-                merge_all=self._merge_all,
-                pieces=self._pieces,
-                sealed=bool(self._seal_column()),
-            )
+            writer = self._writer(cursor, run, now)
             for flush_slot in slots:
                 writer.add(flush_slot)
             fault("store.before_copy")
             writer.write(careful)
             self._merge_all = self._merge_all or writer.met_conflict
             fault("store.after_copy")
-            deleted = delete_keys(cursor, target, deletes)
+            deleted = self._delete(cursor, deletes)
             all_rejects = [*rejects, *refused(slots, writer.rejected)]
             if all_rejects:
                 pg_rejects.write(cursor, self.session, run.number, all_rejects)
             has_rejects = self._has_rejects or bool(all_rejects)
             if has_rejects:
-                has_rejects = pg_rejects.forget_stored(cursor, target, run.number)
+                has_rejects = self._forget_stored(cursor, run, writer)
             result = FlushResult(writer.rows, writer.bytes, deleted, tuple(writer.superseded), tuple(writer.rejected))
             pg_runs.record_flush(cursor, target, run.number, number, result)
             fault("store.before_commit")
         self._has_rejects = has_rejects
         fault("store.after_commit")
         return result
+
+    def _check(self, dimensions: int) -> None:
+        """Raise SchemaError if the table is no longer what rows can be written to."""
+        pg_check.check(self.session, dimensions)
+
+    def _writer(self, cursor: Cursor, run: RunSpec, now: int) -> FlushWriter:
+        """What takes the rows of one flush into the tables."""
+        sealed = bool(self._seal_column())
+        return FlushWriter(cursor, self.target, run, now, merge_all=self._merge_all, pieces=self._pieces, sealed=sealed)
+
+    def _delete(self, cursor: Cursor, keys: Sequence[Key]) -> int:
+        """Rows whose records have no text any more leave the index; how many there were."""
+        return delete_keys(cursor, self.target, keys)
+
+    def _forget_stored(self, cursor: Cursor, run: RunSpec, writer: FlushWriter) -> bool:
+        """What the run has stored is no longer rejected; whether any rejects are left."""
+        return pg_rejects.forget_stored(cursor, self.target, run.number)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import hashlib
 import sqlite3
 from collections.abc import Iterator, Sequence, Set
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -88,13 +88,8 @@ class _Text(NamedTuple):
     same: bool
 
 
-class FlushWriter:
-    """Writes rows and counts what became of them. Call :meth:`write` for each slot, then :meth:`finish`.
-
-    Args:
-        force: Overwrite a row whoever wrote it.
-        vectors: False leaves embedding, model and dimensions empty.
-        sealed: The table has a column for seals.
+class RowWriter(Protocol):
+    """Takes the rows of one flush into the tables: :meth:`write` for each slot, then :meth:`finish`.
 
     Attributes:
         rows: Rows written.
@@ -102,6 +97,28 @@ class FlushWriter:
         stored: Keys of these rows.
         superseded: (slot, row) that another program has changed meanwhile.
         rejected: (slot, row, reason, detail) that the database refused.
+    """
+
+    rows: int
+    bytes: int
+    stored: list[Key]
+    superseded: list[tuple[int, int]]
+    rejected: list[tuple[int, int, str, str]]
+
+    def write(self, flush_slot: FlushSlot) -> None:
+        """Write the rows of a slot."""
+
+    def finish(self) -> None:
+        """Write what is written once for all rows."""
+
+
+class FlushWriter(RowWriter):
+    """Writes rows and counts what became of them. Call :meth:`write` for each slot, then :meth:`finish`.
+
+    Args:
+        force: Overwrite a row whoever wrote it.
+        vectors: False leaves embedding, model and dimensions empty.
+        sealed: The table has a column for seals.
     """
 
     def __init__(
@@ -136,7 +153,7 @@ class FlushWriter:
         infinite = set(np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist())
         for i in sorted(infinite - flush_slot.skip):
             self.rejected.append((slot.number, i, "not_finite", "the vector has NaN or infinity"))
-        for numbers in _chunks(raw, flush_slot.skip | infinite):
+        for numbers in chunks(raw, flush_slot.skip | infinite):
             rows = self._plan(slot, raw, numbers)
             if rows:
                 self._store_or_halve(slot, raw, rows)
@@ -184,7 +201,7 @@ class FlushWriter:
         """Decide for each row whether it is new, ours to overwrite, or another program's."""
         keys = [decode_key(raw[i][0]) for i in numbers]
         existing = self._existing(keys)
-        exists, versions, sources = slot.exists.tolist(), slot.row_version.tolist(), _source_times(slot)
+        exists, versions, sources = slot.exists.tolist(), slot.row_version.tolist(), source_times(slot)
         run = self._run.number
         rows: list[_Row] = []
         for i, key, new_id in zip(numbers, keys, _new_ids(len(numbers)), strict=True):
@@ -271,7 +288,7 @@ class FlushWriter:
         return len(floats) + sum(len(text or "") for text in texts)
 
 
-def _chunks(raw: Sequence[RawRow], skip: Set[int]) -> Iterator[list[int]]:
+def chunks(raw: Sequence[RawRow], skip: Set[int]) -> Iterator[list[int]]:
     """Row numbers in order, at most CHUNK_ROWS at a time, no key twice: the later row finds the earlier stored."""
     chunk: list[int] = []
     keys: set[bytes] = set()
@@ -287,7 +304,7 @@ def _chunks(raw: Sequence[RawRow], skip: Set[int]) -> Iterator[list[int]]:
         yield chunk
 
 
-def _source_times(slot: RowBlock) -> list[str | None]:
+def source_times(slot: RowBlock) -> list[str | None]:
     """Last change of each row at its source, as text; equal neighbours are formatted once."""
     result: list[str | None] = []
     last, text = NO_VALUE, None

@@ -32,13 +32,26 @@ nothing."""
 
 
 def prepare(
-    connection: sqlite3.Connection, wait: float = 0.0, on_wait: Callable[[str], None] = lambda what: None
+    connection: sqlite3.Connection,
+    make: Callable[[], None],
+    wait: float = 0.0,
+    on_wait: Callable[[str], None] = lambda what: None,
 ) -> None:
-    """See :meth:`kdb_fast.stores.base.Store.prepare`."""
-    wait_for_lock(lambda: _prepare(connection), wait, on_wait)
+    """See :meth:`kdb_fast.stores.base.Store.prepare`.
+
+    Args:
+        make: Checks the table of the vectors and makes what is missing for it, within a transaction.
+    """
+    wait_for_lock(lambda: _prepare(connection, make), wait, on_wait)
 
 
-def _prepare(connection: sqlite3.Connection) -> Holder | None:
+def search_table(connection: sqlite3.Connection) -> None:
+    """Check the search tables or make them, and add our columns, within a transaction."""
+    _search_table(connection)
+    _full_text(connection)
+
+
+def _prepare(connection: sqlite3.Connection, make: Callable[[], None]) -> Holder | None:
     """The run that keeps our own tables from being changed; None once they are prepared."""
     try:
         prepared = False
@@ -50,8 +63,7 @@ def _prepare(connection: sqlite3.Connection) -> Holder | None:
                     return holder
                 if not prepared:
                     _encoding(connection)
-                    _search_table(connection)
-                    _full_text(connection)
+                    make()
                     prepared = True
                 if migration is None:
                     migrate.check_there(connection)

@@ -31,7 +31,7 @@ def forget_stored(connection: sqlite3.Connection, run: int, stored: Sequence[Key
     if row[0]:
         connection.executemany(
             "DELETE FROM kdb_fast_rejects WHERE entity_name = ? AND record_id = ? AND run <> ?",
-            [(storable_key(entity), storable_key(record_id), run) for entity, record_id in stored],
+            [(*shared.key_columns(key, storable_key), run) for key in stored],
         )
 
 
@@ -68,5 +68,5 @@ def clear(connection: sqlite3.Connection, keys: Iterable[Key] | None) -> int:
             return connection.execute("DELETE FROM kdb_fast_rejects").rowcount
         return connection.executemany(
             "DELETE FROM kdb_fast_rejects WHERE entity_name = ? AND record_id = ?",
-            [(storable_key(entity), storable_key(record_id)) for entity, record_id in keys],
+            [shared.key_columns(key, storable_key) for key in keys],
         ).rowcount

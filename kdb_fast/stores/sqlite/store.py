@@ -28,7 +28,7 @@ from . import prune as sqlite_prune
 from . import rejects as sqlite_rejects
 from . import runs as sqlite_runs
 from .check import columns
-from .flush import FlushWriter, row_version
+from .flush import FlushWriter, RowWriter, row_version
 from .full_text import FullText
 from .keys import select_keys
 
@@ -72,21 +72,27 @@ class SQLiteStore(Store):
             DatabaseError: The file does not exist, is no database, or cannot be opened.
         """
         store = cls(connect_sqlite(address, must_exist=must_exist))
-        store._owned = True
         store._full_text = FullText(store._connection, shared=False)
-        with translated("opening"):
-            store._connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
-            store._connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
-            # Without a write-ahead log, pages written before the COMMIT would shut readers out until then.
-            store._connection.execute("PRAGMA cache_spill = OFF")
+        store._own()
         return store
+
+    def _own(self) -> None:
+        """The connection is this store's alone."""
+        self._owned = True
+        with translated("opening"):
+            self._connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+            self._connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+            # Without a write-ahead log, pages written before the COMMIT would shut readers out until then.
+            self._connection.execute("PRAGMA cache_spill = OFF")
 
     # -- before and after a run ------------------------------------------------------------------------
 
     def prepare(self, dimensions: int, wait: float = 0.0) -> tuple[str, ...]:
         """See :meth:`Store.prepare`. SQLite's columns are not bound to a dimension: older vectors are just stale."""
         with translated("preparing the tables"):
-            sqlite_prepare.prepare(self._connection, wait, self.on_wait)
+            sqlite_prepare.prepare(
+                self._connection, lambda: sqlite_prepare.search_table(self._connection), wait, self.on_wait
+            )
         self._columns = None
         return ()
 
@@ -181,11 +187,11 @@ class SQLiteStore(Store):
         rejects: Sequence[Reject],
         deletes: Sequence[Key],
     ) -> FlushResult:
-        with translated("writing"), self._full_text.transaction():
+        with self.transaction():
             before = sqlite_runs.fence(self._connection, run.number, number)
             if before is not None:
                 return before
-            writer = FlushWriter(self._connection, self._full_text, run, sealed=bool(self._seal_column()))
+            writer = self._writer(run)
             fault("store.before_copy")
             for flush_slot in slots:
                 writer.write(flush_slot)
@@ -205,10 +211,14 @@ class SQLiteStore(Store):
         with translated("writing"), self._full_text.transaction():
             yield
 
+    def _writer(self, run: RunSpec, *, force: bool = False, vectors: bool = True) -> RowWriter:
+        """What takes the rows of one flush into the tables."""
+        sealed = bool(self._seal_column())
+        return FlushWriter(self._connection, self._full_text, run, force=force, vectors=vectors, sealed=sealed)
+
     def put(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
         with translated("writing"):
-            sealed = bool(self._seal_column())
-            writer = FlushWriter(self._connection, self._full_text, run, force=True, vectors=vectors, sealed=sealed)
+            writer = self._writer(run, force=True, vectors=vectors)
             for flush_slot in slots:
                 writer.write(flush_slot)
             if writer.rejected:

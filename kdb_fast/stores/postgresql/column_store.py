@@ -1,0 +1,182 @@
+"""PostgreSQL: a vector column of the user's own table as a store; see :mod:`kdb_fast.tables.column_target`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...db.address import DatabaseAddress
+from ...db.pg_errors import kind_of
+from ...db.retrying import ErrorKind
+from ...faults import fault
+from ...records import Key, storable_key
+from ...tables.column_target import ColumnTarget, altered_rows
+from ...tables.index_policy import IndexAction, IndexOutcome
+from ...tables.key import KeyColumn, text_arrays
+from ...tables.target import LiveRows, Target
+from ..base import RunSpec, Stored, version_of_text
+from . import prepare as pg_prepare
+from . import rejects as pg_rejects
+from .column_find import prepare_column
+from .column_flush import ColumnWriter, clear_keys
+from .flush import FlushWriter
+from .session import LIMITS
+from .store import PostgreSQLStore
+
+if TYPE_CHECKING:
+    import psycopg
+
+    Cursor = psycopg.Cursor[tuple[Any, ...]]
+
+LOOK_UP = """
+SELECT f.* FROM unnest({arrays}) WITH ORDINALITY AS k({names}, i), LATERAL (
+  SELECT k.i, x.text_hash,
+    CASE WHEN st.text_hash = x.text_hash AND st.vector_hash = x.vector_hash THEN st.fingerprint END
+  FROM (SELECT {row_keys}, sha256({text}) AS text_hash, sha256({sender}(t.{embedding})) AS vector_hash
+        FROM {table} t WHERE {same_row} OFFSET 0) x
+  LEFT JOIN {state} st ON {same_state} OFFSET 0) f
+"""
+"""Key by key, and each hash made once (OFFSET keeps it so). What we wrote is ours while neither text nor vector has
+changed."""
+
+FORGET_VANISHED = "DELETE FROM {state} st WHERE NOT EXISTS (SELECT FROM {table} t WHERE {same_row})"
+
+TRIGGERS = """
+SELECT DISTINCT 'trigger ' || tgname FROM pg_catalog.pg_trigger
+WHERE NOT tgisinternal AND tgenabled <> 'D' AND tgtype & 16 <> 0
+AND (tgrelid = to_regclass(%(table)s) OR tgrelid IN (SELECT relid FROM pg_partition_tree(to_regclass(%(table)s))))
+ORDER BY 1
+"""
+"""Those that fire at an UPDATE."""
+
+ALTERED = """
+SELECT count(*) FROM {state} st JOIN {table} t ON {same_row}
+WHERE st.run = %s AND (sha256({text}) IS DISTINCT FROM st.text_hash
+  OR sha256({sender}(t.{embedding})) IS DISTINCT FROM st.vector_hash)
+"""
+
+
+class PostgreSQLColumnStore(PostgreSQLStore):
+    """Writes the vectors of one column, and nothing else of its table."""
+
+    has_vector_index = False  # that is its owner's, and kept
+
+    def __init__(
+        self,
+        address: DatabaseAddress,
+        role: str,
+        column: ColumnTarget,
+        *,
+        retry_seconds: float | None = None,
+        patient: bool = False,
+        limits: str = LIMITS,
+    ) -> None:
+        super().__init__(address, role, retry_seconds=retry_seconds, patient=patient, limits=limits)
+        self.column = column
+
+    @property
+    def key(self) -> tuple[KeyColumn, ...]:
+        return self.column.key
+
+    # -- before and after a run ------------------------------------------------------------------------
+
+    def prepare(self, dimensions: int, wait: float = 0.0) -> tuple[str, ...]:
+        def make(cursor: Cursor, home: Target) -> tuple[str, ...]:
+            prepare_column(cursor, self.column, dimensions)
+            return ()
+
+        return pg_prepare.prepare(self.session, make, wait, (self.column.state,))
+
+    def _check(self, dimensions: int) -> None:
+        with self.session.transaction() as cursor:
+            prepare_column(cursor, self.column, dimensions)
+
+    def column_dimensions(self) -> int | None:
+        return self.column.vector.dimensions
+
+    def altered(self, run: int) -> list[str]:
+        column = self.column
+
+        def work() -> list[str]:
+            with self.session.transaction() as cursor:
+                triggers = cursor.execute(TRIGGERS.encode(), {"table": column.regclass}).fetchall()
+                if not triggers:
+                    return []
+                same_row = column.same_key("t.{column}", "st.key_{number}")
+                row = cursor.execute(column.statement(ALTERED, same_row=same_row), (run,)).fetchone()
+            by = ", ".join(storable_key(name) for (name,) in triggers[:5])
+            if not row or not row[0]:
+                return []
+            return [altered_rows(column.shown, row[0], by)]
+
+        return self.session.retrying("looking at what was stored", work)
+
+    def drop_index(self) -> IndexOutcome:
+        return IndexOutcome(IndexAction.KEPT, "an index of this table is its owner's")
+
+    def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
+        beat("forgetting rows that are gone")
+        self.session.retrying("forgetting rows that are gone", self._forget_vanished)
+        return IndexOutcome(IndexAction.KEPT)
+
+    def _forget_vanished(self) -> int:
+        with self.session.transaction() as cursor:
+            # What a policy hides must not look deleted: in this transaction hiding is an error.
+            cursor.execute("SET LOCAL row_security = off")
+            fault("store.prune")
+            same_row = self.column.same_key("t.{column}", "st.key_{number}")
+            return cursor.execute(self.column.statement(FORGET_VANISHED, same_row=same_row)).rowcount
+
+    def count(self, entity: str | None = None) -> int:
+        """Rows that have a vector, whoever wrote it."""
+
+        def work() -> int:
+            statement = self.column.statement("SELECT count(*) FROM {table} t WHERE t.{embedding} IS NOT NULL")
+            row = self.session.connection().execute(statement).fetchone()
+            return int(row[0]) if row else 0
+
+        return self.session.retrying("counting rows", work)
+
+    # -- reading and writing ---------------------------------------------------------------------------
+
+    def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
+        wanted = self.session.holdable(keys)
+        return self.session.retrying("looking up what is stored", lambda: self._look_up(wanted))
+
+    def _look_up(self, keys: Sequence[Key]) -> dict[Key, Stored]:
+        import psycopg
+
+        if not keys:
+            return {}
+        column = self.column
+        statement = column.statement(
+            LOOK_UP,
+            arrays=column.each_key("%s::text[]"),
+            names=column.each_key("key_{number}"),
+            row_keys=column.each_key("t.{column} AS key_{number}"),
+            same_row=column.same_key("t.{column}", "k.key_{number}::{type}"),
+            same_state=column.same_key("st.key_{number}", "x.key_{number}"),
+        )
+        try:
+            rows = self.session.connection().execute(statement, text_arrays(keys, len(column.key))).fetchall()
+        except psycopg.Error as error:
+            if kind_of(error) is not ErrorKind.DATA:
+                raise
+            # A key that is none of its column's type: no row has it.
+            middle = len(keys) // 2
+            return {**self._look_up(keys[:middle]), **self._look_up(keys[middle:])} if middle else {}
+        return {keys[i - 1]: Stored(text or b"", fingerprint, version_of_text(text)) for i, text, fingerprint in rows}
+
+    def _writer(self, cursor: Cursor, run: RunSpec, now: int) -> FlushWriter:
+        return ColumnWriter(cursor, self.column, run, now, pieces=self._pieces)
+
+    def _delete(self, cursor: Cursor, keys: Sequence[Key]) -> int:
+        return clear_keys(cursor, self.column, keys)
+
+    def _forget_stored(self, cursor: Cursor, run: RunSpec, writer: FlushWriter) -> bool:
+        assert isinstance(writer, ColumnWriter)
+        return pg_rejects.forget_keys(cursor, self.session, run.number, writer.stored())
+
+    def prune(self, entity: str, live_rows: LiveRows) -> int:
+        """Rows of the table are never removed."""
+        return 0

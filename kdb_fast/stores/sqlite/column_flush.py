@@ -1,0 +1,208 @@
+"""SQLite: rows of one flush → the vector column of the user's table, and the table of its state.
+
+The transaction holds SQLite's only write lock, so what is read at its start stays true. A value keeps its own type on
+its way, and is compared as the column compares it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ...db.retrying import ErrorKind
+from ...db.sqlite import KEYS_PER_QUERY, batches, now
+from ...db.sqlite_errors import kind_of, reason_of
+from ...records import MAX_CONTENT_BYTES, Key, decode_key
+from ...tables.column_target import ColumnTarget
+from ..base import FlushSlot, RunSpec
+from .flush import RowWriter, chunks, source_times
+from .json_vectors import json_vectors
+
+# The text is an expression of the user's over bare names of columns: ours beside them have names that no table has.
+LOOK_UP = (
+    "WITH k(kdb_fast_i, {names}) AS (VALUES {rows}) "
+    "SELECT k.kdb_fast_i, {text}, CAST(t.{embedding} AS BLOB), st.kdb_fast_model, st.kdb_fast_text, st.kdb_fast_vector "
+    "FROM k CROSS JOIN {table} t ON {same_row} LEFT JOIN (SELECT {state_keys}, fingerprint AS kdb_fast_model, "
+    "text_hash AS kdb_fast_text, vector_hash AS kdb_fast_vector FROM {state}) st ON {same_state}"
+)
+"""CROSS JOIN keeps the order. Text and vector are read as bytes, whatever another program has made of them."""
+
+WRITE = "UPDATE {table} AS t SET {embedding} = ? WHERE {same_row}"
+NOTE = (
+    "INSERT OR REPLACE INTO {state} ({names}, fingerprint, text_hash, vector_hash, run, at, source_at) "
+    "VALUES ({keys}, ?, ?, ?, ?, ?, ?)"
+)
+FORGET = "DELETE FROM {state} AS st WHERE {same_state}"
+
+
+class Found(NamedTuple):
+    """A row of the table as it is, with what we know of it.
+
+    Attributes:
+        text_hash: SHA-256 of its text; None where that is NULL.
+        vector_hash: SHA-256 of its vector as it is stored; None where that is NULL.
+        fingerprint: Of the model, if both are what we have written.
+        noted: The two hashes as we have noted them.
+    """
+
+    text_hash: bytes | None
+    vector_hash: bytes | None
+    fingerprint: str | None
+    noted: tuple[bytes | None, bytes | None]
+
+
+def find_rows(connection: sqlite3.Connection, target: ColumnTarget, keys: Sequence[Key]) -> dict[Key, Found]:
+    """The rows that have these keys; keys without a row are left out."""
+    width = len(target.key)
+    names = target.each_key("kdb_fast_key_{number}")
+    state_keys = target.each_key("key_{number} AS kdb_fast_state_{number}")
+    same_row = target.same_key("t.{column}", "k.kdb_fast_key_{number}")
+    same_state = target.same_key("st.kdb_fast_state_{number}", "t.{column}")
+    result: dict[Key, Found] = {}
+    for part in batches(keys, KEYS_PER_QUERY // width):
+        rows = ", ".join([f"({', '.join('?' * (width + 1))})"] * len(part))
+        statement = target.statement(
+            LOOK_UP, names=names, rows=rows, state_keys=state_keys, same_row=same_row, same_state=same_state
+        )
+        values = [value for i, key in enumerate(part) for value in (i, *key)]
+        for i, text, vector, fingerprint, noted_text, noted_vector in connection.execute(statement.decode(), values):
+            hashes = _text_hash(text), _vector_hash(vector)
+            ours = None not in hashes and hashes == (noted_text, noted_vector)
+            result[part[i]] = Found(*hashes, fingerprint if ours else None, (noted_text, noted_vector))
+    return result
+
+
+def _text_hash(text: bytes | None) -> bytes | None:
+    """Of the text as :func:`~kdb_fast.records.cut_content` leaves it."""
+    if text is None:
+        return None
+    if len(text) > MAX_CONTENT_BYTES:
+        text = text[:MAX_CONTENT_BYTES].decode("utf-8", "ignore").encode()
+    return hashlib.sha256(text).digest()
+
+
+def _vector_hash(value: bytes | str | None) -> bytes | None:
+    """Of a vector as it is stored."""
+    if value is None:
+        return None
+    return hashlib.sha256(value.encode() if isinstance(value, str) else value).digest()
+
+
+class _Row(NamedTuple):
+    """A row to be written, without its vector, which stays in the slot until then."""
+
+    number: int
+    key: Key
+    text_hash: bytes
+    vector_before: bytes | None
+    source_at: str | None
+
+
+class ColumnWriter(RowWriter):
+    """Writes the vectors of rows, and what is known of them."""
+
+    def __init__(self, connection: sqlite3.Connection, target: ColumnTarget, run: RunSpec) -> None:
+        self._connection, self._target, self._run = connection, target, run
+        self._at = now()
+        same_row = target.same_key("t.{column}", "?")
+        self._write = target.statement(WRITE, same_row=same_row).decode()
+        names = target.each_key("key_{number}")
+        self._note = target.statement(NOTE, names=names, keys=target.each_key("?")).decode()
+        self.rows = self.bytes = 0
+        self.stored: list[Key] = []
+        self.superseded: list[tuple[int, int]] = []
+        self.rejected: list[tuple[int, int, str, str]] = []
+
+    def write(self, flush_slot: FlushSlot) -> None:
+        """Write the vectors of a slot whose rows still have the text that was read."""
+        flush_slot.verify()
+        slot = flush_slot.slot
+        raw = slot.raw_rows()
+        sources = source_times(slot)
+        infinite = set(np.flatnonzero(~np.isfinite(slot.vectors[: slot.rows]).all(axis=1)).tolist())
+        for i in sorted(infinite - flush_slot.skip):
+            self.rejected.append((slot.number, i, "not_finite", "the vector has NaN or infinity"))
+        for numbers in chunks(raw, flush_slot.skip | infinite):
+            keys = [decode_key(raw[i][0]) for i in numbers]
+            found = find_rows(self._connection, self._target, keys)
+            rows: list[_Row] = []
+            for i, key in zip(numbers, keys, strict=True):
+                digest = hashlib.sha256(raw[i][1]).digest()
+                row = found.get(key)
+                if row is None or row.text_hash != digest:
+                    self.superseded.append((slot.number, i))
+                else:
+                    rows.append(_Row(i, key, digest, row.vector_hash, sources[i]))
+            if rows:
+                self._store_or_halve(slot.number, slot.vectors, rows)
+
+    def finish(self) -> None:
+        """All is written already."""
+
+    def _store_or_halve(self, slot: int, vectors: npt.NDArray[np.float32], rows: Sequence[_Row]) -> None:
+        """Store all rows or, where the database refuses one, halve until the refused ones stand alone."""
+        execute = self._connection.execute
+        execute("SAVEPOINT kdb_fast_rows")
+        try:
+            dropped = self._store(vectors, rows)
+        except sqlite3.Error as error:
+            if kind_of(error) is not ErrorKind.DATA or not self._connection.in_transaction:
+                raise
+            execute("ROLLBACK TO kdb_fast_rows")
+            execute("RELEASE kdb_fast_rows")
+            if len(rows) == 1:
+                self.rejected.append((slot, rows[0].number, reason_of(error), str(error)))
+                return
+            middle = len(rows) // 2
+            self._store_or_halve(slot, vectors, rows[:middle])
+            self._store_or_halve(slot, vectors, rows[middle:])
+            return
+        execute("RELEASE kdb_fast_rows")
+        self.rejected += [(slot, number, *DROPPED) for number in sorted(dropped)]
+        self.stored += [row.key for row in rows if row.number not in dropped]
+        self.rows += len(rows) - len(dropped)
+
+    def _store(self, vectors: npt.NDArray[np.float32], rows: Sequence[_Row]) -> set[int]:
+        """Write rows; returns the numbers of those that a trigger has kept from being written."""
+        matrix = vectors[[row.number for row in rows]].astype("<f4", copy=False)
+        values: Sequence[bytes | str] = (
+            [vector.tobytes() for vector in matrix] if self._target.vector.type == "blob" else json_vectors(matrix)
+        )
+        self._connection.executemany(self._write, [(value, *row.key) for value, row in zip(values, rows, strict=True)])
+        after = find_rows(self._connection, self._target, [row.key for row in rows])
+        dropped: set[int] = set()
+        notes: list[tuple[Any, ...]] = []
+        for row, value in zip(rows, values, strict=True):
+            stored = after[row.key].vector_hash if row.key in after else None
+            if stored is None or (stored == row.vector_before != _vector_hash(value)):
+                dropped.add(row.number)
+            else:
+                run = self._run
+                notes.append((*row.key, run.fingerprint, row.text_hash, stored, run.number, self._at, row.source_at))
+        self._connection.executemany(self._note, notes)
+        self.bytes += sum(map(len, values))
+        return dropped
+
+
+DROPPED = ("database_refused", "a trigger of the table kept the row from being written")
+
+
+def clear_keys(connection: sqlite3.Connection, target: ColumnTarget, keys: Sequence[Key]) -> int:
+    """Take the vectors of these rows away, as far as they are ours and of a text that the row has no more, within a
+    transaction; returns how many rows there were."""
+    write = target.statement(WRITE, same_row=target.same_key("t.{column}", "?")).decode()
+    forget = target.statement(FORGET, same_state=target.same_key("st.key_{number}", "?")).decode()
+    found = find_rows(connection, target, keys)
+    cleared = [
+        key
+        for key, row in found.items()
+        if row.vector_hash is not None and row.vector_hash == row.noted[1] and row.text_hash != row.noted[0]
+    ]
+    connection.executemany(write, [(None, *key) for key in cleared])
+    connection.executemany(forget, keys)
+    return len(cleared)

@@ -1,0 +1,155 @@
+"""A vector column of the user's own table, as a target: rows are only updated, and in that column only.
+
+What is known of a row (which model made its vector, of which text) lies in a table of ours beside it,
+``kdb_fast_<name>_state``, by the table's own key. A vector is ours as long as that text and that vector are still those
+of the row; so an edit by another program, of the text or of the vector, never looks unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from ..records import MAX_CONTENT_BYTES
+from .key import KeyColumn
+from .target import Target, identifier
+
+
+@dataclass(frozen=True)
+class VectorColumn:
+    """The column of the vectors.
+
+    Attributes:
+        name: Its name.
+        type: As a cast writes it, such as ``public.halfvec(384)``; on SQLite ``blob`` (float32, little-endian, one
+            after the other) or ``json`` (text).
+        dimensions: Length of its vectors; None where the column takes any.
+        sender: PostgreSQL: the function that gives a value's bytes.
+    """
+
+    name: str
+    type: str
+    dimensions: int | None = None
+    sender: str = ""
+
+
+@dataclass(frozen=True)
+class ColumnTarget:
+    """Where the vectors of a table go.
+
+    Attributes:
+        name: Under which its state is kept.
+        home: Where our own tables are.
+        schema: Of the table; None on SQLite.
+        table: The table.
+        key: The columns of a unique index, by which a row is found again.
+        text: SQL expression of a row's text over the columns of the table; see :func:`column_text`.
+        vector: The column that is written.
+        cascades: Our state refers to the table: a row that is deleted takes it along. That adds a trigger to the table
+            and keeps TRUNCATE from it; without, each run removes the state of rows that are gone.
+    """
+
+    name: str
+    home: Target
+    schema: str | None
+    table: str
+    key: tuple[KeyColumn, ...]
+    text: str
+    vector: VectorColumn
+    cascades: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The table, for a message."""
+        return Target(self.schema).shown(self.table) if self.schema is not None else Target().shown(self.table)
+
+    @property
+    def state(self) -> str:
+        """Name of the table of what is known."""
+        return f"kdb_fast_{self.name}_state"
+
+    @property
+    def regclass(self) -> str:
+        """The table as the value of a parameter that ``to_regclass()`` reads."""
+        return Target(self.schema).regclass(self.table)
+
+    def column(self, name: str) -> str:
+        """A column for a statement."""
+        return identifier(name, self.home.dialect)
+
+    def same_key(self, left: str, right: str) -> str:
+        """The condition that two rows have the same key, by the table's own operators.
+
+        Args:
+            left: Template of a column of the key with its type, such as ``t.{column}`` or ``st.key_{number}``.
+            right: Template of what it is compared with, such as ``k.key_{number}::{type}``.
+        """
+        return " AND ".join(
+            " ".join(
+                (
+                    left.format(number=number, column=self.column(key.name), type=key.type),
+                    key.equals,
+                    right.format(number=number, column=self.column(key.name), type=key.type),
+                )
+            )
+            for number, key in enumerate(self.key, 1)
+        )
+
+    def each_key(self, template: str) -> str:
+        """The template for each column of the key (``{number}``, ``{column}``, ``{type}``), with commas between."""
+        return ", ".join(
+            template.format(number=number, column=self.column(key.name), type=key.type)
+            for number, key in enumerate(self.key, 1)
+        )
+
+    def statement(self, template: str, **parts: str) -> bytes:
+        """A statement with its names filled in; see :meth:`~.target.Target.statement`.
+
+        ``{table}`` is the table and ``{state}`` ours, ``{embedding}`` the column of the vectors, ``{type}`` its type,
+        ``{sender}`` the function that gives its bytes, ``{text}`` the bytes of the text.
+        """
+        return self.home.statement(template, **{**self._names, **parts})
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        dialect = self.home.dialect
+        schema = "" if self.schema is None else f"{identifier(self.schema, dialect)}."
+        text = _postgresql_bytes(self.text) if dialect == "postgresql" else f"CAST(({self.text}) AS BLOB)"
+        return {
+            "table": schema + identifier(self.table, dialect),
+            "state": self.home.table(self.state),
+            "embedding": self.column(self.vector.name),
+            "type": self.vector.type,
+            "sender": self.vector.sender,
+            "text": text,
+        }
+
+
+def column_text(name: str, dialect: str) -> str:
+    """The expression of a text that is in one column."""
+    return identifier(name, "postgresql" if dialect == "postgresql" else "sqlite")
+
+
+def _postgresql_bytes(text: str) -> str:
+    """The text in UTF-8 as :func:`~kdb_fast.records.cut_content` leaves it."""
+    # psycopg takes a per cent sign for the start of a placeholder.
+    text = f"({text})::text".replace("%", "%%")
+    whole, longest = f"convert_to({text}, 'UTF8')", MAX_CONTENT_BYTES
+    middle = [f"WHEN get_byte({whole}, {longest - n}) & 192 <> 128 THEN {n}" for n in range(3)]
+    return (
+        f"CASE WHEN octet_length({text}) <= {longest // 4} THEN {whole} WHEN octet_length({whole}) <= {longest} "
+        f"THEN {whole} ELSE substring({whole} FOR {longest} - CASE {' '.join(middle)} ELSE 3 END) END"
+    )
+
+
+def altered_rows(shown: str, count: int, by: str) -> str:
+    """What a person must know of rows that are not stored as they were written.
+
+    Args:
+        shown: The table.
+        by: Its triggers.
+    """
+    return (
+        f"{count:,} rows of {shown} do not hold the text and vector that were written ({by}, or another program): they "
+        "are embedded again by the next run."
+    )

@@ -1,0 +1,186 @@
+"""A table of texts with a vector column, as another program has made it, and a source that reads it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from servers import Vector, cosine, execute
+
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.db.pg_connection import connect_postgresql
+from kdb_fast.db.sqlite_connection import connect_sqlite
+from kdb_fast.records import Key, Record, Reject, is_blank
+from kdb_fast.sources.base import Source
+from kdb_fast.stores.postgresql import column_find as pg_find
+from kdb_fast.stores.postgresql.session import PgSession
+from kdb_fast.stores.sqlite import column_find as sqlite_find
+from kdb_fast.tables.column_target import ColumnTarget, column_text
+
+COLUMNS = {
+    "postgresql": "id bigint, lang text, body text, embedding vector, PRIMARY KEY (id, lang)",
+    "sqlite": "id INTEGER, lang TEXT, body TEXT, embedding BLOB, PRIMARY KEY (id, lang)",
+}
+
+
+class Articles:
+    """The table.
+
+    Args:
+        columns: Instead of those it has by default.
+        name: As SQL writes it.
+        make: Make the table; it is there already where this is False.
+    """
+
+    def __init__(
+        self, address: DatabaseAddress, columns: str | None = None, name: str | None = None, *, make: bool = True
+    ) -> None:
+        self.address = address
+        self.postgresql = address.dialect == "postgresql"
+        self.name = name or ("shop.articles" if self.postgresql else "articles")
+        if not make:
+            return
+        if self.postgresql:
+            execute(address, "CREATE EXTENSION IF NOT EXISTS vector")
+            execute(address, "CREATE SCHEMA IF NOT EXISTS shop")
+        execute(address, f"CREATE TABLE {self.name} ({columns or COLUMNS[address.dialect]})")
+
+    def target(self, text: str | None = None, name: str = "articles", **options: Any) -> ColumnTarget:
+        """Where a run writes: the column ``embedding``."""
+        options = {"vector": "embedding", "text": text or column_text("body", self.address.dialect), **options}
+        if not self.postgresql:
+            table = self.name.strip('"').replace('""', '"')
+            with contextlib.closing(connect_sqlite(self.address)) as connection:
+                return sqlite_find.find_column(connection, name, table, **options)
+        session = PgSession(self.address, "test")
+        with contextlib.closing(session), session.transaction() as cursor:
+            return pg_find.find_column(cursor, session.target, name, self.name, **options)
+
+    def key(self, number: int, *more: str) -> Key:
+        """The key of a record."""
+        more = more or ("en",)
+        return (str(number), *more) if self.postgresql else (number, *more)
+
+    def add(self, *texts: str | None, first: int = 0) -> None:
+        """Rows with these ids from ``first`` on."""
+        for number, text in enumerate(texts, first):
+            execute(self.address, f"INSERT INTO {self.name} (id, lang, body) VALUES (%s, 'en', %s)", number, text)
+
+    def set(self, number: int, text: str | None) -> None:
+        """Another text."""
+        execute(self.address, f"UPDATE {self.name} SET body = %s WHERE id = %s", text, number)
+
+    def set_vector(self, number: int, vector: Vector) -> None:
+        """Another vector, as another program writes one."""
+        value: Any = np.array(vector, "<f4").tobytes()
+        if self.postgresql:
+            value = json.dumps([float(x) for x in vector])
+        execute(self.address, f"UPDATE {self.name} SET embedding = %s WHERE id = %s", value, number)
+
+    def delete(self, number: int) -> None:
+        """One row less."""
+        execute(self.address, f"DELETE FROM {self.name} WHERE id = %s", number)
+
+    def add_trigger(self, body: str, event: str = "BEFORE UPDATE", when: str = "") -> None:
+        """A trigger ``meddle`` for each row."""
+        if self.postgresql:
+            function = f"CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} END $$"
+            execute(self.address, function)
+            body = "EXECUTE FUNCTION meddle()"
+            execute(self.address, f"CREATE TRIGGER meddle {event} ON {self.name} FOR EACH ROW {when} {body}")
+        else:
+            execute(self.address, f"CREATE TRIGGER meddle {event} ON {self.name} {when} BEGIN {body}; END")
+
+    def drop_trigger(self) -> None:
+        """Drop it again."""
+        execute(self.address, f"DROP TRIGGER meddle{f' ON {self.name}' if self.postgresql else ''}")
+
+    def rows(self) -> dict[Any, tuple[str | None, Vector | None]]:
+        """Text and vector by id."""
+        column = "embedding::text" if self.postgresql else "embedding"
+        rows = execute(self.address, f"SELECT id, body, {column} FROM {self.name}")
+        return {number: (text, None if value is None else _floats(value)) for number, text, value in rows}
+
+    def vector(self, number: int) -> Vector:
+        """Of one row, which must have one."""
+        _, vector = self.rows()[number]
+        assert vector is not None
+        return vector
+
+    def state(self) -> list[tuple[Any, ...]]:
+        """Keys that we know a vector of, and the run that has written each."""
+        return execute(self.address, "SELECT key_1, key_2, run FROM kdb_fast_articles_state ORDER BY 1, 2")
+
+    def check(self, vector: Callable[[str], Vector]) -> None:
+        """Every row with a text has its vector, and no other row has one."""
+        for number, (text, found) in self.rows().items():
+            if text is None or is_blank(text):
+                assert found is None, number
+            else:
+                assert found is not None, number
+                assert cosine(found, vector(text)) >= 0.99999, number
+
+
+def _floats(value: str | bytes) -> Vector:
+    return np.frombuffer(value, "<f4") if isinstance(value, bytes) else np.array(json.loads(value), np.float32)
+
+
+class TableSource(Source):
+    """Reads the table in pages by key. ``between`` is called with the page's number after each page was read."""
+
+    unique_keys = True
+
+    def __init__(
+        self,
+        address: DatabaseAddress,
+        target: ColumnTarget,
+        *,
+        page_rows: int = 100,
+        between: Callable[[int], None] = lambda page: None,
+    ) -> None:
+        self._postgresql = address.dialect == "postgresql"
+        self._connection: Any = (
+            connect_postgresql(address, role="source") if self._postgresql else connect_sqlite(address)
+        )
+        self._target, self._page_rows, self._between = target, page_rows, between
+        self._empty: list[Key] = []
+
+    @property
+    def entities(self) -> tuple[str, ...]:
+        return ()
+
+    def estimate(self) -> int | None:
+        return int(self._execute("SELECT count(*) FROM {table}", ()).fetchone()[0])
+
+    def _execute(self, template: str, values: Sequence[Any], **parts: str) -> Any:
+        statement = self._target.statement(template, **parts)
+        return self._connection.execute(statement if self._postgresql else statement.decode(), values)
+
+    def pages(self) -> Iterator[list[Record | Reject]]:
+        target, last, number = self._target, (), 0
+        placeholder = "%s::{type}" if self._postgresql else "?"
+        keys = target.each_key("t.{column}::text" if self._postgresql else "t.{column}")
+        select = f"SELECT {keys}, CAST(({target.text}) AS text) FROM {{table}} t"
+        columns = target.each_key("t.{column}")
+        while True:
+            where = f" WHERE ({columns}) > ({target.each_key(placeholder)})" if last else ""
+            rows = self._execute(f"{select}{where} ORDER BY {columns} LIMIT {self._page_rows}", last).fetchall()
+            if not rows:
+                return
+            records = [Record(tuple(key), text) for *key, text in rows if text is not None and not is_blank(text)]
+            self._empty += [tuple(key) for *key, text in rows if text is None or is_blank(text)]
+            last = rows[-1][:-1]
+            yield list(records)
+            self._between(number)
+            number += 1
+
+    def take_empty(self) -> list[Key]:
+        taken, self._empty = self._empty, []
+        self.empty += len(taken)
+        return taken
+
+    def close(self) -> None:
+        self._connection.close()

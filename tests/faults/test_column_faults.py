@@ -1,0 +1,81 @@
+"""A run that updates a column of a table is killed, stopped or fails at any point; the same run then does the rest."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import poison_worker
+import pytest
+from articles import Articles
+from commands import Command, Commands
+from oracle import check_nothing_left
+from servers import eventually, execute
+
+from kdb_fast.cli.demo import sqlalchemy_url
+from kdb_fast.db.address import DatabaseAddress
+
+FAULTS = (
+    "store.before_copy:1:kill", "store.after_copy:2:hang", "store.before_commit:1:kill", "store.after_commit:1:kill",
+    "worker.encoded:1:kill", "pipeline.flush:2:kill", "pipeline.flushed:1:kill", "pipeline.finish:1:kill",
+)  # fmt: skip
+"""In the writer, which is started again; in a worker; and in the process of the run."""
+
+KILLED, LOCKED, DEFECT = -9, 6, 70
+"""Exit codes."""
+
+ROWS = 60
+
+
+def start(commands: Commands, articles: Articles, **environment: str) -> Command:
+    return commands.start("articles", sqlalchemy_url(articles.address), "2", **environment)
+
+
+def finished(commands: Commands, articles: Articles) -> dict[str, Any]:
+    command = start(commands, articles)
+    assert command.wait() == 0, command.out + command.err
+    return command.receipt
+
+
+@pytest.mark.timeout(240)
+def test_fault_at_any_point(index: DatabaseAddress, commands: Commands) -> None:
+    articles = Articles(index)
+    articles.add(*(f"article {number}" for number in range(ROWS)), None)
+    assert finished(commands, articles)["stored"] == ROWS
+    for count, fault in enumerate(FAULTS):
+        another = "UPDATE {} SET body = CAST(id AS text) || ' for the ' || CAST(%s AS text) || 'th time' WHERE id < 40"
+        execute(index, another.format(articles.name), count)
+        articles.set(50 + count % 10, None)
+        articles.set(50 + (count - 1) % 10, "has its text again")
+        articles.set_vector(45, poison_worker.vector_of("theirs"))
+        command = start(commands, articles, KDB_FAST_FAULT=fault)
+        assert command.wait() in (0, KILLED, DEFECT), f"{fault}: {command.out}{command.err}"
+        assert commands.fired(), fault
+        if command.wait() != 0:
+            eventually(lambda: not commands.processes())
+            finished(commands, articles)
+        articles.check(poison_worker.vector_of)
+    again = finished(commands, articles)
+    assert (again["unchanged"], again["read"], len(articles.state())) == (ROWS - 1,) * 3
+    eventually(lambda: not commands.processes())
+    check_nothing_left(index)
+
+
+@pytest.mark.timeout(240)
+def test_two_runs_at_once(index: DatabaseAddress, commands: Commands) -> None:
+    articles = Articles(index)
+    articles.add(*(f"article {number}" for number in range(ROWS)))
+    slowly = {poison_worker.EACH_SECONDS: "0.01"}
+    first = start(commands, articles, **slowly)
+    eventually(lambda: "kdb_fast_runs" in _tables(index) and execute(index, "SELECT run FROM kdb_fast_runs"))
+    second = start(commands, articles)
+    assert second.wait() == LOCKED
+    assert "holds the index" in second.out
+    assert first.wait() == 0, first.out + first.err
+    assert json.loads(first.out)["stored"] == ROWS
+    articles.check(poison_worker.vector_of)
+
+
+def _tables(address: DatabaseAddress) -> list[str]:
+    names = "SELECT name FROM sqlite_master" if address.dialect == "sqlite" else "SELECT relname FROM pg_class"
+    return [name for (name,) in execute(address, names)]
