@@ -41,6 +41,12 @@ def test_files_that_a_document_names_are_there(document: Path) -> None:
         for path in (ROOT / folder).rglob("*.*")
     } | {path.name for path in ROOT.iterdir()}
     quoted = " ".join(re.findall(r"`([^`\n]+)`", document.read_text(encoding="utf-8")))
-    for name in re.findall(r"(?<![\w/.…])[\w/-]+\.(?:py|md)\b", quoted):
+    for name in re.findall(r"(?<![\w/.…])[\w/-]+\.(?:py|md|toml|json|csv)\b", quoted):
         others = name.startswith("kameleondb/")  # the package's of that name, not ours
         assert others or any(path == name or path.endswith(f"/{name}") for path in there), name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_targets_of_make_that_a_document_names_are_there(document: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", document.read_text(encoding="utf-8"), re.MULTILINE)) <= targets

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -36,17 +35,6 @@ def test_the_checks_say_what_is_missing(tmp_path: Path) -> None:
     done = subprocess.run([tmp_path / "tools" / "check"], capture_output=True, text=True, cwd="/", check=False)
     assert done.returncode == 1
     assert "make setup" in done.stderr
-
-
-@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "tests/README.md"])
-def test_what_documents_name_is_there(document: str) -> None:
-    text = (ROOT / document).read_text()
-    folder = (ROOT / document).parent
-    named = re.findall(r"\]\(([\w./]+)\)", text) + re.findall(r"\b[\w/]+/[\w/]+\.(?:py|md|toml|json|csv)\b", text)
-    assert len(named) > 3
-    assert [path for path in named if not (folder / path).exists() and not (ROOT / path).exists()] == []
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE)) <= targets
 
 
 def test_every_shared_fixture_is_described() -> None:
