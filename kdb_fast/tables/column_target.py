@@ -8,11 +8,16 @@ of the row; so an edit by another program, of the text or of the vector, never l
 from __future__ import annotations
 
 import functools
+import hashlib
 from dataclasses import dataclass
 
-from ..records import MAX_CONTENT_BYTES
+from ..errors import SchemaError
+from ..records import MAX_CONTENT_BYTES, storable_key
 from .key import KeyColumn
 from .target import Target, identifier
+
+MAX_NAME_BYTES = 63 - len("kdb_fast__state")
+HASH_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,12 @@ class ColumnTarget:
 
     @property
     def state(self) -> str:
-        """Name of the table of what is known."""
-        return f"kdb_fast_{self.name}_state"
+        """Name of the table of what is known; of a name that PostgreSQL would cut (at 63 bytes) the end is a hash."""
+        name = self.name
+        if len(name.encode()) > MAX_NAME_BYTES:
+            digest = hashlib.sha256(name.encode()).hexdigest()[:HASH_DIGITS]
+            name = name.encode()[: MAX_NAME_BYTES - HASH_DIGITS].decode(errors="ignore") + digest
+        return f"kdb_fast_{name}_state"
 
     @property
     def regclass(self) -> str:
@@ -123,6 +132,14 @@ class ColumnTarget:
             "sender": self.vector.sender,
             "text": text,
         }
+
+
+def unreadable_text(target: ColumnTarget, why: str) -> SchemaError:
+    """The error for an expression that is none over the columns of the table."""
+    return SchemaError(
+        f"The text of {target.shown} cannot be read by {storable_key(target.text)}: {why}.",
+        remedy="Give a column of the table, or an SQL expression over its columns.",
+    )
 
 
 def column_text(name: str, dialect: str) -> str:

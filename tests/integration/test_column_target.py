@@ -7,13 +7,14 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import psycopg
 import pytest
 from articles import Articles, TableSource
-from servers import Oracle, Server, engine_processes, execute, mixed_texts
+from servers import Oracle, Server, engine_processes, eventually, execute, mixed_texts
 
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.errors import LockedError, SchemaError
@@ -120,6 +121,27 @@ def test_row_that_changed_or_vanished_since_it_was_read_is_superseded(articles: 
     assert (result.rows, result.superseded, result.rejected) == (1, ((0, 0), (0, 1)), ())
     assert articles.rows()[0][1] is None
     assert articles.state() == [(2, "en", writer.run.number)]
+
+
+def test_row_that_another_session_is_changing_is_waited_for(database: DatabaseAddress) -> None:
+    execute(database, "CREATE EXTENSION vector")
+    articles = Articles(database)
+    articles.add("one", "two")
+    with (
+        begun(database, articles.target()) as writer,
+        psycopg.connect(database.conninfo) as other,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        other.execute("UPDATE shop.articles SET body = 'another' WHERE id = 0")
+        flushed = thread.submit(writer.flush, (articles.key(0), "one"), (articles.key(1), "two"))
+        waiting = (
+            "SELECT pid FROM pg_stat_activity WHERE application_name = 'kdb-fast/test' AND wait_event_type = 'Lock'"
+        )
+        eventually(lambda: execute(database, waiting))
+        other.commit()
+        result = flushed.result(20)
+    assert (result.rows, result.superseded, result.rejected) == (1, ((0, 0),), ())
+    assert articles.rows()[0] == ("another", None)
 
 
 def test_row_without_text_loses_our_vector_and_no_other(articles: Articles, begin: Open) -> None:
@@ -371,6 +393,25 @@ def test_what_is_no_table_is_refused(articles: Articles) -> None:
             articles.target()
 
 
+@pytest.mark.parametrize("text", ["nowhere", "body ||", "no_function(body)"])
+def test_text_that_cannot_be_read_is_refused(articles: Articles, text: str) -> None:
+    with (
+        pytest.raises(SchemaError, match=r"The text of .*articles cannot be read by"),
+        begun(articles.address, articles.target(text)),
+    ):
+        pass
+
+
+def test_names_of_any_length_have_a_state_of_their_own(articles: Articles) -> None:
+    articles.add("one")
+    for number, name in enumerate(("ü" * 60 + "1", "ü" * 60 + "2")):
+        with begun(articles.address, articles.target(name=name)) as writer:
+            assert writer.fingerprints(articles.key(0)) == [None]
+            assert writer.flush((articles.key(0), "one")).rows == 1
+            assert writer.fingerprints(articles.key(0)) == ["f"], number
+            writer.store.end_run(writer.run.number, "done", {})
+
+
 def test_state_of_a_table_with_another_key_is_refused(articles: Articles) -> None:
     with begun(articles.address, articles.target()):
         pass
@@ -436,6 +477,7 @@ def reindexed(articles: Articles, target: ColumnTarget | None = None, **options:
     target = target or articles.target()
     source = TableSource(articles.address, target, page_rows=16, **options)
     receipt = reindex(articles.address, source, ReindexOptions(), column=target)
+    assert receipt.index == ("kept: the indexes of shop.articles are its owner's" if articles.postgresql else "none")
     return numbers(receipt)
 
 

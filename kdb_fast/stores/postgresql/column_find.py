@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...db.pg_errors import kind_of
+from ...db.retrying import ErrorKind
 from ...errors import SchemaError
 from ...records import storable_key
-from ...tables.column_target import ColumnTarget, VectorColumn
+from ...tables.column_target import ColumnTarget, VectorColumn, unreadable_text
 from ...tables.hidden_rows import check_unfiltered
 from ...tables.key import KeyColumn
 from ...tables.target import Target, identifier, rows_on
@@ -64,6 +66,8 @@ ALTER TABLE {state} ADD PRIMARY KEY ({state_keys}), ALTER fingerprint SET NOT NU
   ALTER vector_hash SET NOT NULL, ALTER run SET NOT NULL, ALTER at SET NOT NULL
 """
 REFER_TO_TABLE = "ALTER TABLE {state} ADD FOREIGN KEY ({state_keys}) REFERENCES {table} ({keys}) ON DELETE CASCADE"
+
+READ_TEXT = "SELECT {text} FROM {table} t LIMIT 0"
 
 STATE_COLUMNS = ("fingerprint", "text_hash", "vector_hash", "run", "at", "source_at")
 
@@ -172,6 +176,8 @@ def prepare_column(cursor: Cursor, target: ColumnTarget, dimensions: int) -> Non
         SchemaError: The column holds vectors of another length, the table of the state was made for another key, or
             rows are hidden from this role.
     """
+    import psycopg
+
     shown, column = target.shown, storable_key(target.vector.name)
     if target.vector.dimensions not in (None, dimensions):
         raise SchemaError(
@@ -179,6 +185,12 @@ def prepare_column(cursor: Cursor, target: ColumnTarget, dimensions: int) -> Non
             remedy=f"Choose a --model with {target.vector.dimensions} dimensions, or add another column.",
         )
     check_unfiltered(rows_on(cursor, "postgresql"), Target(target.schema), (target.table,), "a run must see every row")
+    try:
+        cursor.execute(target.statement(READ_TEXT), ())
+    except psycopg.Error as error:
+        if kind_of(error) is not ErrorKind.REFUSED:
+            raise
+        raise unreadable_text(target, error.diag.message_primary or str(error)) from None
     state = target.home.regclass(target.state)
     cursor.execute("SELECT set_config('search_path', 'pg_catalog, pg_temp', true)")
     found: dict[str, str] = dict(cursor.execute(STATE_TYPES.encode(), (state,)).fetchall())

@@ -14,7 +14,7 @@ from ...tables.column_target import ColumnTarget, altered_rows
 from ...tables.index_policy import IndexAction, IndexOutcome
 from ...tables.key import KeyColumn, text_arrays
 from ...tables.target import LiveRows, Target
-from ..base import RunSpec, Stored, version_of_text
+from ..base import FlushSlot, RunSpec, Stored, version_of_text
 from . import prepare as pg_prepare
 from . import rejects as pg_rejects
 from .column_find import prepare_column
@@ -112,12 +112,16 @@ class PostgreSQLColumnStore(PostgreSQLStore):
         return self.session.retrying("looking at what was stored", work)
 
     def drop_index(self) -> IndexOutcome:
-        return IndexOutcome(IndexAction.KEPT, "an index of this table is its owner's")
+        return IndexOutcome(IndexAction.KEPT, self._why_kept)
 
     def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
         beat("forgetting rows that are gone")
         self.session.retrying("forgetting rows that are gone", self._forget_vanished)
-        return IndexOutcome(IndexAction.KEPT)
+        return IndexOutcome(IndexAction.KEPT, self._why_kept)
+
+    @property
+    def _why_kept(self) -> str:
+        return f"the indexes of {self.column.shown} are its owner's"
 
     def _forget_vanished(self) -> int:
         with self.session.transaction() as cursor:
@@ -176,6 +180,10 @@ class PostgreSQLColumnStore(PostgreSQLStore):
     def _forget_stored(self, cursor: Cursor, run: RunSpec, writer: FlushWriter) -> bool:
         assert isinstance(writer, ColumnWriter)
         return pg_rejects.forget_keys(cursor, self.session, run.number, writer.stored())
+
+    def put(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
+        """The library makes rows, and those of this table are its owner's to make."""
+        raise NotImplementedError
 
     def prune(self, entity: str, live_rows: LiveRows) -> int:
         """Rows of the table are never removed."""

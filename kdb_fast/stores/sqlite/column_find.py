@@ -9,10 +9,12 @@ import sqlite3
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ...db.retrying import ErrorKind
 from ...db.sqlite import quoted
+from ...db.sqlite_errors import kind_of
 from ...errors import SchemaError
 from ...records import storable_key
-from ...tables.column_target import ColumnTarget, VectorColumn
+from ...tables.column_target import ColumnTarget, VectorColumn, unreadable_text
 from ...tables.key import KeyColumn
 from ...tables.target import Target
 from .check import GENERATED
@@ -159,6 +161,12 @@ def prepare_column(connection: sqlite3.Connection, target: ColumnTarget) -> None
     Raises:
         SchemaError: It was made for a table with another key.
     """
+    try:
+        connection.execute(target.statement("SELECT {text} FROM {table} t LIMIT 0").decode())
+    except sqlite3.OperationalError as error:
+        if kind_of(error) is not ErrorKind.REFUSED:
+            raise
+        raise unreadable_text(target, str(error)) from None
     found = {column.name: column.type for column in _columns(connection, target.state)}
     wanted = {f"key_{number}": key.type for number, key in enumerate(target.key, 1)}
     if not found:

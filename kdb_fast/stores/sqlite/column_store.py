@@ -8,7 +8,6 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 
 from ...db.address import DatabaseAddress
-from ...db.sqlite import batches
 from ...db.sqlite_connection import connect_sqlite
 from ...db.sqlite_errors import translated
 from ...db.sqlite_session import transaction
@@ -18,7 +17,7 @@ from ...tables.column_target import ColumnTarget, altered_rows
 from ...tables.index_policy import IndexAction, IndexOutcome
 from ...tables.key import KeyColumn
 from ...tables.target import LiveRows
-from ..base import RunSpec, Stored, version_of_text
+from ..base import FlushSlot, RunSpec, Stored, version_of_text
 from . import prepare as sqlite_prepare
 from .column_find import prepare_column
 from .column_flush import ColumnWriter, clear_keys, find_rows
@@ -72,7 +71,8 @@ class SQLiteColumnStore(SQLiteStore):
             keys = self.column.each_key("key_{number}")
             statement = self.column.statement("SELECT {keys} FROM {state} WHERE run = ?", keys=keys).decode()
             count = 0
-            for part in batches(self._connection.execute(statement, (run,)).fetchall(), ALTERED_ROWS):
+            written = self._connection.execute(statement, (run,))
+            while part := written.fetchmany(ALTERED_ROWS):
                 found = find_rows(self._connection, self.column, part)
                 count += sum((row.text_hash, row.vector_hash) != row.noted for row in found.values())
         if not count:
@@ -108,6 +108,10 @@ class SQLiteColumnStore(SQLiteStore):
 
     def _delete(self, keys: Sequence[Key]) -> int:
         return clear_keys(self._connection, self.column, keys)
+
+    def put(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
+        """The library makes rows, and those of this table are its owner's to make."""
+        raise NotImplementedError
 
     def prune(self, entity: str, live_rows: LiveRows) -> int:
         """Rows of the table are never removed."""
