@@ -6,11 +6,14 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-from kdb_fast.engine import processes as supervisor
-from kdb_fast.engine.base import Event, SlotFilled
+from kdb_fast.engine import start
+from kdb_fast.engine.base import Engine, Event, SlotFilled
+from kdb_fast.engine.process_pool import ProcessPool
+from kdb_fast.engine.writer_process import WriterProcess
 from kdb_fast.ipc.messages import Flushed
 
 from .measure import Sampler
@@ -56,20 +59,28 @@ def watched(
     """
     watch = Watch()
 
-    class WatchedEngine(supervisor.ProcessEngine):
+    target: dict[str, Any] = {} if worker_target is None else {"worker_target": worker_target}
+
+    class WatchedPool(ProcessPool):
+        def collect(self, ready: set[Any]) -> list[Event]:
+            events = super().collect(ready)
+            # Noted as the message comes: poll() returns only when something is done.
+            if watch.ready_at is None and watch.engine.is_ready():
+                watch.ready_at = time.monotonic()
+            return events
+
+    class WatchedEngine(Engine):
         _owed = 0
 
-        def __init__(self, *args: Any, **options: Any) -> None:
-            if worker_target is not None:
-                options["worker_target"] = worker_target
-            super().__init__(*args, **options)
+        def __init__(self, *parts: Any) -> None:
+            super().__init__(*parts)
             watch.engine = self
 
-        def _take(self, child: Any, message: Any) -> None:
-            super()._take(child, message)
-            # Noted as the message comes: poll() returns only when something is done.
-            if watch.ready_at is None and self._writer and self._writer.ready and any(w.ready for w in self._workers):
-                watch.ready_at = time.monotonic()
+        def is_ready(self) -> bool:
+            """Whether the writer and a first worker have started."""
+            assert isinstance(self.pool, ProcessPool)
+            assert isinstance(self.writer, WriterProcess)
+            return self.writer._child.ready and any(worker.ready for worker in self.pool._workers)
 
         def poll(self, timeout: float) -> list[Event]:
             events = super().poll(timeout)
@@ -89,7 +100,8 @@ def watched(
 
     sampler = Sampler(pids)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object(supervisor, "ProcessEngine", WatchedEngine))
+        stack.enter_context(patch.object(start, "Engine", WatchedEngine))
+        stack.enter_context(patch.object(start, "ProcessPool", partial(WatchedPool, **target)))
         if not build_index:
             from kdb_fast.indexing.pipeline import Pipeline
 

@@ -49,14 +49,14 @@ def encoder(minilm: Model) -> Encoder:
 def loaded_once(monkeypatch: pytest.MonkeyPatch, minilm: Model, encoder: Encoder) -> None:
     """Runs in this process share one loaded model; one that is named by its directory is looked up as ever."""
     from kdb_fast.embedding.models.lookup import resolve
-    from kdb_fast.engine import base as engine
+    from kdb_fast.engine import inline
     from kdb_fast.indexing import run_embedding
 
     def found(name: str, path: Path | None, report: Any) -> Model:
         return resolve(name, path, report=report) if path else minilm
 
     monkeypatch.setattr(run_embedding, "resolve", found)
-    monkeypatch.setattr(engine, "Encoder", lambda spec: encoder)
+    monkeypatch.setattr(inline, "Encoder", lambda spec: encoder)
 
 
 @pytest.fixture(scope="session")

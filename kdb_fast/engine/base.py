@@ -1,19 +1,30 @@
-"""What carries shards to vectors and flushes to the database: in processes, or in this one.
+"""What carries shards to vectors and flushes to the database: an engine is a slab, a pool and a writer.
 
-The pipeline gives work with :meth:`Engine.embed` and :meth:`Engine.request`, and takes what has happened with
-:meth:`Engine.poll`. All engines run the same writer functions, and those with a model the same worker functions.
+The pipeline gives work with :meth:`Pool.embed` and :meth:`Writer.request`, and takes what has happened with
+:meth:`Engine.poll`: one wait over all that both wait for. There are three pools, in this process, in processes, and in
+threads that wait for a provider's API, and two writers, in this process and in one of its own. All run the same
+functions (:mod:`.worker`, :mod:`.writer`), so that vectors and rows are the same.
+
+Whose a slot is::
+
+    pipeline ──embed()──► pool ──SlotFilled──► pipeline ──Flush──► writer ──Flushed──► pipeline
+
+Between two of these arrows only the one who is named touches the slot's memory. A lease is over when the pipeline has
+the slot back for good: after ``Flushed``, or from :meth:`Pool.cancel`, which gives only slots that no worker was sent.
 """
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections import deque
-from typing import NamedTuple
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from typing import Any, NamedTuple
 
-from ..embedding.encoder import Encoder, EncoderSpec
-from ..ipc.messages import Embed, Embedded, Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex
-from ..ipc.slab import Slab, SlabShape
-from ..stores.base import RunSpec, Store
+from ..ipc.messages import Answer, Embedded, Request
+from ..ipc.slab import Slab
+from . import child_processes
+from .child_processes import Children
 from .sharding import SHARD_CHARS
 
 
@@ -28,6 +39,19 @@ class SlotFilled(NamedTuple):
     seconds: float
     crcs: tuple[tuple[int, int, int], ...]
 
+    @classmethod
+    def of(cls, parts: Sequence[Embedded]) -> SlotFilled:
+        """From the answers for all parts of a slot."""
+        return cls(
+            parts[0].slot,
+            parts[0].lease,
+            sum(p.tokens for p in parts),
+            sum(p.padded_tokens for p in parts),
+            sum(p.truncated for p in parts),
+            sum(p.seconds for p in parts),
+            tuple((p.start, p.stop, p.crc) for p in parts),
+        )
+
 
 class Note(NamedTuple):
     """Something a person should know, such as a worker that died and was replaced."""
@@ -35,122 +59,109 @@ class Note(NamedTuple):
     text: str
 
 
-Event = SlotFilled | Flushed | IndexPrepared | Finished | Note
+Event = SlotFilled | Answer | Note
 
 
-class Engine(ABC):
-    """Slots, work for them, and what came of it.
+class Part(ABC):
+    """A pool or a writer, as :func:`wait_for` sees it."""
+
+    @abstractmethod
+    def waitables(self) -> list[Any]:
+        """What :func:`multiprocessing.connection.wait` is to wait for; nothing where :meth:`collect` does the work."""
+
+    @abstractmethod
+    def collect(self, ready: set[Any]) -> list[Event]:
+        """What has happened. ``ready`` are those of all waitables that have something to tell, or none.
+
+        Called at least every second, to look after those that tell nothing any more.
+        """
+
+
+class Pool(Part):
+    """Embeds the rows of slots.
 
     Attributes:
-        slab: The slots. Which of them are free is the pipeline's business alone.
-        workers: Embedding processes (0 for the engine in this process).
+        workers: How many slots are embedded at the same time; 0 in this process.
         shard_chars: Most characters of a shard that are read.
         full_shards: Whether a shard that is not full waits for more rows, because a small one costs as much.
     """
 
-    slab: Slab
     workers: int
     shard_chars = SHARD_CHARS
     full_shards = False
 
     @abstractmethod
     def embed(self, slot: int, lease: int, rows: int) -> None:
-        """Embed all rows of a slot; a SlotFilled follows."""
+        """Embed all rows of a slot; a SlotFilled follows. Until then the slot is the pool's."""
 
     @abstractmethod
     def wants_work(self) -> bool:
         """Whether a worker would be idle soon without another shard."""
 
     @abstractmethod
-    def request(self, message: Flush | PrepareIndex | Finish) -> None:
-        """Ask the writer to flush or for something else; its answer follows. One at a time."""
+    def cancel(self) -> set[int]:
+        """Forget slots that no worker was given; returns these: they will not be filled, nor written to."""
+
+    def close(self) -> None:
+        """Take no more work. Processes are ended by their :class:`~.child_processes.Children`."""
+
+
+class Writer(Part):
+    """Writes to the index, one thing at a time."""
+
+    @abstractmethod
+    def request(self, message: Request) -> None:
+        """Ask it for something; its answer follows. Until then the slots of a flush are the writer's."""
 
     @property
     @abstractmethod
-    def writer_idle(self) -> bool: ...
+    def idle(self) -> bool:
+        """Whether it has answered everything."""
 
-    @abstractmethod
+
+def wait_for(parts: Sequence[Part], timeout: float) -> list[Event]:
+    """What has happened in these parts, waiting at most ``timeout`` seconds for something.
+
+    Raises:
+        KdbFastError: What a part cannot go on for.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        objects = [waitable for part in parts for waitable in part.waitables()]
+        seconds = min(max(0.0, deadline - time.monotonic()), child_processes.CHECK_SECONDS)
+        ready = set(wait(objects, seconds)) if objects else set()
+        events = [event for part in parts for event in part.collect(ready)]
+        if events or not objects or time.monotonic() >= deadline:
+            return events
+
+
+class Engine:
+    """One writer, one pool, and the slots that go through them.
+
+    Attributes:
+        slab: The slots. Which of them are free is the pipeline's business alone.
+        pool: Makes vectors.
+        writer: Writes them.
+    """
+
+    def __init__(self, slab: Slab, pool: Pool, writer: Writer, children: Children | None = None) -> None:
+        self.slab, self.pool, self.writer = slab, pool, writer
+        self._children = children or Children()
+
     def poll(self, timeout: float) -> list[Event]:
-        """What has happened, waiting at most ``timeout`` seconds for something."""
+        """:func:`wait_for` both."""
+        return wait_for((self.writer, self.pool), timeout)
 
-    @abstractmethod
-    def cancel_embedding(self) -> set[int]:
-        """Forget shards that no worker was given; returns the slots that will not be filled, nor written to."""
-
-    @abstractmethod
     def close(self, *, kill: bool = False) -> None:
         """End the children (at once with ``kill``) and give the slab back."""
+        self.pool.close()
+        self._children.close(kill=kill)
+        self.slab.close()
 
     def peak_rss_bytes(self) -> dict[str, int]:
         """Largest resident memory of each child so far, by name."""
-        return {}
+        return dict(self._children.peaks)
 
-
-class InlineEngine(Engine):
-    """Everything in this process: for runs too small to pay for processes. The vectors are the same."""
-
-    workers = 0
-
-    def __init__(self, shape: SlabShape, spec: EncoderSpec, store: Store, run: RunSpec, encoder: Encoder | None = None):
-        self.slab = Slab.local(shape)
-        self._spec, self._store, self._run = spec, store, run
-        self._encoder = encoder
-        self._work: deque[Embed] = deque()
-        self._requests: deque[Flush | PrepareIndex | Finish] = deque()
-
-    def embed(self, slot: int, lease: int, rows: int) -> None:
-        self._work.append(Embed(slot, lease, 0, rows))
-
-    def wants_work(self) -> bool:
-        return not self._work
-
-    def request(self, message: Flush | PrepareIndex | Finish) -> None:
-        self._requests.append(message)
-
-    @property
-    def writer_idle(self) -> bool:
-        return not self._requests
-
-    def poll(self, timeout: float) -> list[Event]:
-        from .worker import embed_rows
-        from .writer import finish, flush
-
-        if self._requests:
-            message = self._requests[0]
-            answer: Event
-            if isinstance(message, Flush):
-                answer = flush(self.slab, self._store, self._run, message)
-            elif isinstance(message, PrepareIndex):
-                answer = IndexPrepared(self._store.drop_index())
-            else:
-                answer = finish(self._store, message, lambda what: None)
-            self._requests.popleft()
-            return [answer]
-        if self._work:
-            order = self._work.popleft()
-            if self._encoder is None:
-                self._encoder = Encoder(self._spec)
-                self._encoder.self_test()
-            return [filled(embed_rows(self.slab.slots[order.slot], order, self._encoder))]
-        return []
-
-    def cancel_embedding(self) -> set[int]:
-        slots = {order.slot for order in self._work}
-        self._work.clear()
-        return slots
-
-    def close(self, *, kill: bool = False) -> None:
-        self.slab.close()
-
-
-def filled(*parts: Embedded) -> SlotFilled:
-    """One SlotFilled from the answers for all parts of a slot."""
-    return SlotFilled(
-        parts[0].slot,
-        parts[0].lease,
-        sum(p.tokens for p in parts),
-        sum(p.padded_tokens for p in parts),
-        sum(p.truncated for p in parts),
-        sum(p.seconds for p in parts),
-        tuple((p.start, p.stop, p.crc) for p in parts if p.crc is not None),
-    )
+    def pids(self) -> dict[str, int]:
+        """Process ids of the children by name, for tests and measurements."""
+        return self._children.pids()

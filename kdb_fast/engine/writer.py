@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..db.address import DatabaseAddress
 from ..faults import fault
 from ..ipc.child import enter_child
 from ..ipc.messages import (
+    Answer,
     Busy,
     Failed,
     Finish,
@@ -22,6 +24,7 @@ from ..ipc.messages import (
     IndexPrepared,
     PrepareIndex,
     Ready,
+    Request,
     Stop,
     row_bits,
 )
@@ -105,16 +108,20 @@ def serve(connection: Connection, sender: _Sender, slab: Slab, store: Store, spe
             return
         fault("writer.received")
         with sender.beating(type(message).__name__.lower()):
-            answer: Flushed | IndexPrepared | Finished
+            done = answer(slab, store, spec, message, sender.say)
             if isinstance(message, Flush):
-                answer = flush(slab, store, spec, message)
                 fault("writer.flushed")
-            elif isinstance(message, PrepareIndex):
-                answer = IndexPrepared(store.drop_index())
-            else:
-                answer = finish(store, message, sender.say)
-        sender.send(answer)
+        sender.send(done)
         fault("writer.answered")
+
+
+def answer(slab: Slab, store: Store, spec: RunSpec, message: Request, say: Callable[[str], None]) -> Answer:
+    """Do what a message asks for. ``say`` is told what takes long."""
+    if isinstance(message, Flush):
+        return flush(slab, store, spec, message)
+    if isinstance(message, PrepareIndex):
+        return IndexPrepared(store.drop_index())
+    return finish(store, message, say)
 
 
 def flush(slab: Slab, store: Store, spec: RunSpec, message: Flush) -> Flushed:
@@ -138,14 +145,14 @@ def flush(slab: Slab, store: Store, spec: RunSpec, message: Flush) -> Flushed:
     )
 
 
-def finish(store: Store, message: Finish, beat: Any) -> Finished:
+def finish(store: Store, message: Finish, say: Callable[[str], None]) -> Finished:
     """Remove what has no record any more, then build what index is missing."""
     started = time.perf_counter()
     deleted = 0
     hidden: dict[str, list[str]] = {}
     for entity in message.prune:
         assert message.live_rows is not None
-        beat(f"removing deleted records of {entity}")
+        say(f"removing deleted records of {entity}")
         try:
             deleted += store.prune(entity, message.live_rows)
         except HiddenRowsError as error:
@@ -156,7 +163,7 @@ def finish(store: Store, message: Finish, beat: Any) -> Finished:
         for why, entities in hidden.items()
     )
     kept = tuple(entity for entities in hidden.values() for entity in entities)
-    outcome = store.finish_index(beat) if message.build_index else IndexOutcome(IndexAction.NOT_BUILT)
+    outcome = store.finish_index(say) if message.build_index else IndexOutcome(IndexAction.NOT_BUILT)
     return Finished(deleted, outcome, time.perf_counter() - started, warnings, kept)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from ..db.address import DatabaseAddress
-from ..engine.base import Engine, InlineEngine
+from ..engine.base import Engine
 from ..engine.plan import INLINE_ROWS, Plan, inline_shape, make_plan
 from ..ipc.row_block import ROW_REASONS, ROW_WORKER_DIED
 from ..settings import ReindexOptions
@@ -45,18 +45,20 @@ class EngineFactory:
             rows: Rows that wait.
             more: More may come: a small run that is all there is needs no processes.
         """
+        from ..engine import start
+
         began = time.monotonic()
         options, embedding = self._options, self._embedding
         if embedding.provider is not None:
-            from ..engine.api import ProviderEngine
-
             threads = options.workers or embedding.provider.concurrent_calls
             # A slot is a request.
             self.plan = make_plan(
                 workers=threads, dimensions=embedding.dimensions, model_bytes=0, shard_rows=options.batch_size
             )
             self._progress.plan(f"{threads} requests in flight; {self.plan.shape.slots} slots")
-            self.engine = ProviderEngine(self.plan.shape, embedding.provider, self._address, self._run, threads=threads)
+            self.engine = start.with_provider(
+                self.plan.shape, embedding.provider, self._address, self._run, threads=threads
+            )
             self.seconds = time.monotonic() - began
             return self.engine
         spec = embedding.spec
@@ -69,15 +71,13 @@ class EngineFactory:
         )
         small = rows <= INLINE_ROWS and options.workers is None
         if not more and (not rows or (small and not self._may_be_deadly())):
-            self.engine = InlineEngine(inline_shape(embedding.dimensions), spec, self._store, self._run)
+            self.engine = start.in_this_process(inline_shape(embedding.dimensions), spec, self._store, self._run)
         else:
-            from ..engine.processes import ProcessEngine
-
             if embedding.why:
                 plan = plan.because(embedding.why)
             self.plan = plan
             self._progress.plan(plan.describe())
-            self.engine = ProcessEngine(
+            self.engine = start.with_processes(
                 plan.shape, spec, self._address, self._run, workers=plan.workers, cpus=plan.cpus
             )
         self.seconds = time.monotonic() - began

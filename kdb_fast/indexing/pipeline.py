@@ -168,7 +168,7 @@ class Pipeline:
         self._reuse.forget_waiting()
         if self.engine is None or self._slots is None:
             return
-        for slot in self.engine.cancel_embedding():
+        for slot in self.engine.pool.cancel():
             self._slots.release(slot)
         # The shard each worker is in the middle of takes a second or two; a container has ten to end in.
         deadline = time.monotonic() + 3.0
@@ -193,7 +193,7 @@ class Pipeline:
         """Have the writer do something after the last flush."""
         assert self.engine is not None
         self._finished = None
-        self.engine.request(message)
+        self.engine.writer.request(message)
         while self._finished is None:
             self._pump(1.0, last=True, phase="index")
         done: Finished = self._finished
@@ -219,14 +219,14 @@ class Pipeline:
         """The window becomes shards of similar length."""
         if self._intake.window:
             engine = self._ensure_engine(self._intake.waiting, not last)
-            keep_part = engine.full_shards and not last
-            self._shards += self._intake.cut(engine.slab.shape, engine.shard_chars, keep_part=keep_part)
+            keep_part = engine.pool.full_shards and not last
+            self._shards += self._intake.cut(engine.slab.shape, engine.pool.shard_chars, keep_part=keep_part)
 
     def _ensure_engine(self, rows: int, more: bool) -> Engine:
         if self.engine is None:
             self.engine = self._start_engine(rows, more)
             self._slots = SlotPool(self.engine.slab)
-            self.flushes.start(self.engine.slab.shape, self.engine.workers)
+            self.flushes.start(self.engine.slab.shape, self.engine.pool.workers)
         return self.engine
 
     def _backlog(self) -> bool:
@@ -234,7 +234,7 @@ class Pipeline:
         if self.engine is None:
             return False
         return (
-            len(self._shards) > 2 * max(1, self.engine.workers)
+            len(self._shards) > 2 * max(1, self.engine.pool.workers)
             or len(self._reuse.ready) >= 4 * SHARD_ROWS
             or (self._reuse.waiting >= WINDOW_ROWS and bool(self._embedding() or self._shards))
             or self.flushes.has_too_many_notices
@@ -250,7 +250,7 @@ class Pipeline:
                 self._ensure_engine(0, False)
             return self.engine is not None
         waiting = (self._shards, self._reuse.ready, self._slots.leased, self.flushes.notices)
-        return any(waiting) or not self.engine.writer_idle
+        return any(waiting) or not self.engine.writer.idle
 
     def _pump(self, timeout: float, *, last: bool = False, phase: str = "embed") -> None:
         """One turn: give work, send a flush, take what has happened."""
@@ -263,7 +263,7 @@ class Pipeline:
         self._give_work(engine, slots, last)
         self._send_flush(engine, slots, last)
         # Waiting makes sense only for an answer that is due.
-        busy = self._embedding() or not engine.writer_idle
+        busy = self._embedding() or not engine.writer.idle
         for event in engine.poll(timeout if busy else 0.0):
             self._happened(event, slots)
         # At once and not after the next page, for which the database would have to wait.
@@ -280,19 +280,19 @@ class Pipeline:
             for i, digest in enumerate(lease.hashes):
                 vectors[i] = self._reuse.vector(digest)
             self.flushes.filled(lease)
-        while self._shards and slots.free and engine.wants_work():
+        while self._shards and slots.free and engine.pool.wants_work():
             fault("pipeline.dispatch")
             lease = slots.lease(self._shards.popleft(), Fate.STORED)
-            engine.embed(lease.slot, lease.number, len(lease.rows))
+            engine.pool.embed(lease.slot, lease.number, len(lease.rows))
 
     def _send_flush(self, engine: Engine, slots: SlotPool, last: bool) -> None:
-        if not engine.writer_idle:
+        if not engine.writer.idle:
             return
-        tight = slots.free < 2 * max(1, engine.workers)
+        tight = slots.free < 2 * max(1, engine.pool.workers)
         nothing_comes = last and (self._stopping or not (self._shards or self._embedding()))
         if self.flushes.is_due(tight=tight, now=nothing_comes) and not self._drop_index(engine):
             fault("pipeline.flush")
-            engine.request(self.flushes.take())
+            engine.writer.request(self.flushes.take())
 
     def _drop_index(self, engine: Engine) -> bool:
         """Ask the writer to drop the search indexes if most of the table will be written. True if it was asked."""
@@ -309,7 +309,7 @@ class Pipeline:
         )
         self.index.decided(decision)
         if self.index.deferred:
-            engine.request(PrepareIndex())
+            engine.writer.request(PrepareIndex())
         return self.index.deferred
 
     def _happened(self, event: Event, slots: SlotPool) -> None:

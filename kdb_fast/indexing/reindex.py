@@ -214,7 +214,7 @@ class _Run:
             precision=self.embedding.spec.precision if self.embedding.spec else None,
             fidelity=self.embedding.fidelity,
             fingerprint=run.fingerprint,
-            workers=engine.workers if engine else 0,
+            workers=engine.pool.workers if engine else 0,
             plan=plan.describe() if plan else "in this process",
             flushes=counts.flushes,
             flush_size=flush,

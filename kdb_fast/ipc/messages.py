@@ -150,6 +150,13 @@ class Finished(NamedTuple):
     """Entities from whose rows none could be removed, since records may be hidden from this session."""
 
 
+Request = Flush | PrepareIndex | Finish
+"""What the writer is asked for."""
+
+Answer = Flushed | IndexPrepared | Finished
+"""What it answers."""
+
+
 class Stop(NamedTuple):
     """Parent → child: end now."""
 

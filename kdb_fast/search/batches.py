@@ -6,6 +6,7 @@ records as they change is not a run.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from ..embedding.encoder import EncoderSpec, Tally
 from ..embedding.vector_cache import VectorCache
-from ..engine.base import Engine, SlotFilled
+from ..engine.base import Pool, SlotFilled, wait_for
 from ..engine.plan import make_plan
 from ..engine.sharding import cut_shards
 from ..errors import ProviderInputError, RecordError
@@ -58,6 +59,9 @@ class SlotEncoder(Protocol):
     def encode(self, texts: list[str], out: npt.NDArray[np.float32]) -> Tally:
         """Fill ``out`` (float32, texts × dimensions), row for row."""
 
+
+Workers = tuple[Slab, Pool]
+"""Slots, and processes that embed what is in them; what they embed is written here."""
 
 _NOTHING_STORED = "Nothing of the batch was stored; leave it out or correct it."
 
@@ -154,8 +158,8 @@ class BatchWriter:
         """
         stream = iter(operations)
         total = 0
-        engine: Engine | None = None
-        try:
+        workers: Workers | None = None
+        with contextlib.ExitStack() as stack:
             while chunk := list(islice(stream, CHUNK_ROWS)):
                 last = {key_of(op): op for op in chunk}
                 puts = [op.record for op in last.values() if isinstance(op, Put)]
@@ -163,15 +167,12 @@ class BatchWriter:
                 if self._encoder is None:
                     self._write_plain(puts)
                 else:
-                    if engine is None and self._spec is not None and len(puts) >= WORKERS_FROM:
-                        engine = _start_workers(self._spec, self._dimensions)
-                    self._write_embedded(puts, engine)
+                    if workers is None and self._spec is not None and len(puts) >= WORKERS_FROM:
+                        workers = stack.enter_context(_start_workers(self._spec, self._dimensions))
+                    self._write_embedded(puts, workers)
                 if deletes:
                     self._store.put(self._run, [], deletes)
                 total += len(puts)
-        finally:
-            if engine is not None:
-                engine.close()
         return total
 
     def _write_plain(self, records: list[Record]) -> None:
@@ -190,7 +191,7 @@ class BatchWriter:
         ):
             yield slot, _in_order(shard)
 
-    def _write_embedded(self, records: list[Record], engine: Engine | None) -> None:
+    def _write_embedded(self, records: list[Record], workers: Workers | None) -> None:
         """Embed each distinct text once, then write all records, those with equal texts from the same vector."""
         cache = self.vectors
         first: dict[bytes, Record] = {}
@@ -205,7 +206,7 @@ class BatchWriter:
                 continue
             others[record.key] = digest
             rows.append(Row(record))
-        for slot, shard in self._embedded([Row(record) for record in first.values()], engine):
+        for slot, shard in self._embedded([Row(record) for record in first.values()], workers):
             codes = slot.code[: len(shard)]
             if codes.any():
                 bad = int(codes.nonzero()[0][0])
@@ -223,28 +224,29 @@ class BatchWriter:
                 slot.vectors[i] = cache.take(digest)
             self._store.put(self._run, [FlushSlot(slot, frozenset())], [])
 
-    def _embedded(self, rows: list[Row], engine: Engine | None) -> Iterator[tuple[Slot, list[Row]]]:
+    def _embedded(self, rows: list[Row], workers: Workers | None) -> Iterator[tuple[Slot, list[Row]]]:
         """Shards with their vectors in a slot, which is free again when the next one is asked for."""
-        if engine is None:
+        if workers is None:
             yield from self._embedded_here(rows)
             return
         assert self._spec is not None
-        shape = engine.slab.shape
+        slab, pool = workers
+        shape = slab.shape
         shards = cut_shards(rows, shard_rows=shape.rows, blob_bytes=shape.blob_bytes, read_chars=self._spec.read_chars)
         waiting = deque(map(_in_order, shards))
         free = deque(range(shape.slots))
         given: dict[int, list[Row]] = {}
         lease = 0
         while waiting or given:
-            while waiting and free and engine.wants_work():
+            while waiting and free and pool.wants_work():
                 number, shard = free.popleft(), waiting.popleft()
                 lease += 1
-                engine.slab.slots[number].put(lease, shard, [NO_VALUE] * len(shard))
-                engine.embed(number, lease, len(shard))
+                slab.slots[number].put(lease, shard, [NO_VALUE] * len(shard))
+                pool.embed(number, lease, len(shard))
                 given[number] = shard
-            for event in engine.poll(1.0):
+            for event in wait_for((pool,), 1.0):
                 if isinstance(event, SlotFilled):
-                    yield engine.slab.slots[event.slot], given.pop(event.slot)
+                    yield slab.slots[event.slot], given.pop(event.slot)
                     free.append(event.slot)
 
     def _embedded_here(self, rows: list[Row]) -> Iterator[tuple[Slot, list[Row]]]:
@@ -273,8 +275,8 @@ def key_of(operation: Operation) -> Key:
     return operation.record.key if isinstance(operation, Put) else operation.key
 
 
-def _start_workers(spec: EncoderSpec, dimensions: int) -> Engine:
-    from ..engine.processes import ProcessEngine
+def _start_workers(spec: EncoderSpec, dimensions: int) -> contextlib.AbstractContextManager[Workers]:
+    from ..engine.start import workers_alone
 
     plan = make_plan(workers=None, dimensions=dimensions, model_bytes=spec.model.memory_bytes)
-    return ProcessEngine(plan.shape, spec, None, RunSpec(0, "", "", dimensions), workers=plan.workers, cpus=plan.cpus)
+    return workers_alone(plan.shape, spec, workers=plan.workers, cpus=plan.cpus)

@@ -23,9 +23,8 @@ from kdb_fast import cli, faults, sources
 from kdb_fast.cli import bars, report
 from kdb_fast.db import sqlite_connection
 from kdb_fast.embedding.models.lookup import Model
-from kdb_fast.engine import base as engine
-from kdb_fast.engine import plan
-from kdb_fast.engine import processes as supervisor
+from kdb_fast.engine import child_processes, inline, plan, start
+from kdb_fast.engine.process_pool import ProcessPool
 from kdb_fast.indexing import flushing, pipeline, run_embedding, signals
 from kdb_fast.stores import open_store, runs
 from kdb_fast.stores.postgresql import session as pg_session
@@ -43,14 +42,14 @@ SHARD_ROWS = 8
 def use_stubs() -> None:
     """Replace the model, and make shards, flushes and waiting times small; ``LC_SECONDS`` may set more of these."""
     run_embedding.resolve = lambda *args, **options: MODEL  # type: ignore[attr-defined]
-    engine.Encoder = poison_worker.StubEncoder  # type: ignore[attr-defined, assignment]
-    supervisor.ProcessEngine.__init__ = functools.partialmethod(  # type: ignore[assignment, method-assign]
-        supervisor.ProcessEngine.__init__, worker_target=poison_worker.run
+    inline.Encoder = poison_worker.StubEncoder  # type: ignore[attr-defined, assignment]
+    start.ProcessPool = functools.partial(  # type: ignore[attr-defined, assignment]
+        ProcessPool, worker_target=poison_worker.run
     )
     plan.SHARD_ROWS = SHARD_ROWS  # type: ignore[attr-defined]
     flushing.FLOOR_BYTES = 25_000  # about 15 rows
     index_policy.DEFER_FLOOR = 10
-    supervisor.STOPPED_SECONDS, supervisor.CHECK_SECONDS = 0.3, 0.1
+    child_processes.STOPPED_SECONDS, child_processes.CHECK_SECONDS = 0.3, 0.1
     seconds = json.loads(os.environ.get("LC_SECONDS", "{}"))
     runs.STALE_SECONDS = seconds.get("stale", runs.STALE_SECONDS)
     pg_session.LIMITS = pg_session.LIMITS.replace("'30s'", f"'{seconds.get('lock', 30)}s'")

@@ -32,11 +32,11 @@ from servers import ListSource, index_rows, records_of
 import kdb_fast
 from kdb_fast import resources
 from kdb_fast.db.address import parse_address
+from kdb_fast.embedding.encoder import EncoderSpec
 from kdb_fast.embedding.models.lookup import Model
-from kdb_fast.engine import plan
-from kdb_fast.engine import processes as supervisor
+from kdb_fast.engine import child_processes, plan, start
 from kdb_fast.engine.base import Event
-from kdb_fast.engine.processes import ProcessEngine
+from kdb_fast.engine.process_pool import ProcessPool
 from kdb_fast.engine.sharding import SHARD_ROWS
 from kdb_fast.errors import RefusedError, ResourceError
 from kdb_fast.indexing import run_embedding
@@ -44,7 +44,6 @@ from kdb_fast.indexing.reindex import reindex as run_reindex
 from kdb_fast.ipc.slab import SlabShape
 from kdb_fast.paths import default_data_dir
 from kdb_fast.settings import ReindexOptions
-from kdb_fast.stores.base import RunSpec
 
 GOOD, BAD = 180, 4
 """Records of the input, few enough for one process, and lines of it that are none."""
@@ -251,28 +250,30 @@ def test_fake_limit_of_a_container_is_seen_though_the_host_has_more(
     assert "memory: 1.2 GB available" in made.describe()
 
 
-class Starved(ProcessEngine):
+STUB = Model("stub", Path(), "stub.onnx", 384, 512, "mean", True, ())
+
+
+class Starved(ProcessPool):
     """The kernel ends one of its workers in the middle of a shard because memory ran out."""
 
     kills = 0
 
-    def poll(self, timeout: float) -> list[Event]:
-        busy = [worker for worker in self._workers if worker.ready and worker.tasks]
+    def collect(self, ready: set[Any]) -> list[Event]:
+        busy = [worker for worker in self._workers if worker.ready and self._queue.tasks_of(worker)]
         if busy and not Starved.kills:
             os.kill(busy[0].process.pid, signal.SIGKILL)
             Starved.kills = 1
-        return super().poll(min(timeout, 0.05))
+        return super().collect(ready)
 
 
 def test_a_worker_killed_for_want_of_memory_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = records_of([f"about lamp {i}" for i in range(200)])
     address = parse_address(f"sqlite:///{tmp_path}/a.db")
     sqlite3.connect(tmp_path / "a.db").close()
-    stub = Model("stub", Path(), "stub.onnx", 384, 512, "mean", True, ())
-    engine = functools.partial(Starved, worker_target=poison_worker.run)
-    monkeypatch.setattr(run_embedding, "resolve", lambda *args, **options: stub)
-    monkeypatch.setattr(supervisor, "ProcessEngine", engine)
-    monkeypatch.setattr(supervisor, "oom_kills", lambda: Starved.kills)
+    pool = functools.partial(Starved, worker_target=poison_worker.run)
+    monkeypatch.setattr(run_embedding, "resolve", lambda *args, **options: STUB)
+    monkeypatch.setattr(start, "ProcessPool", pool)
+    monkeypatch.setattr(child_processes, "oom_kills", lambda: Starved.kills)
     monkeypatch.setattr(plan, "SHARD_ROWS", 4)
     receipt = run_reindex(address, ListSource(records), ReindexOptions(workers=2))
     assert (receipt.stored, receipt.workers) == (200, 1)
@@ -329,10 +330,14 @@ def test_a_limit_of_processes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multiprocessing.popen_spawn_posix.Popen.__init__", refuse)
     gc.collect()
     before = psutil.Process().num_fds()
-    with pytest.raises(ResourceError, match="The process worker-1 could not be started: Resource temp") as caught:
-        ProcessEngine(SlabShape(2, 2, 4), None, None, RunSpec(0, "f", "m", 4), workers=1, cpus=[])
+    alone = start.workers_alone(SlabShape(2, 2, 4), EncoderSpec(STUB, 100), workers=1, cpus=[])
+    with (
+        pytest.raises(ResourceError, match="The process worker-1 could not be started: Resource temp") as caught,
+        alone,
+    ):
+        pass
     assert "ulimit -u" in caught.value.remedy
-    del caught
+    del caught, alone
     gc.collect()
     assert psutil.Process().num_fds() == before
 

@@ -28,8 +28,7 @@ from kdb_fast.db.address import DatabaseAddress, parse_address
 from kdb_fast.embedding.encoder import Encoder, EncoderSpec
 from kdb_fast.embedding.models import lookup as models
 from kdb_fast.embedding.models.lookup import Model
-from kdb_fast.engine import base as engine_module
-from kdb_fast.engine import worker
+from kdb_fast.engine import inline, worker
 from kdb_fast.errors import ModelError, ResourceError
 from kdb_fast.indexing import run_embedding
 from kdb_fast.indexing.reindex import reindex
@@ -51,7 +50,7 @@ ALL_REJECTS = RejectLimit(share=1.0)
 def stubbed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process need no model."""
     monkeypatch.setattr(run_embedding, "resolve", lambda *args, **options: STUB)
-    monkeypatch.setattr(engine_module, "Encoder", StubEncoder)
+    monkeypatch.setattr(inline, "Encoder", StubEncoder)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -593,7 +592,7 @@ def test_a_text_without_a_direction_or_with_nan_is_rejected_alone(
     table[nan, 3], table[infinite, 5] = np.nan, np.inf
     path = lookup_model(tmp_path / "model", minilm, table)
     monkeypatch.setattr(run_embedding, "resolve", models.resolve)
-    monkeypatch.setattr(engine_module, "Encoder", Encoder)
+    monkeypatch.setattr(inline, "Encoder", Encoder)
     texts = ["lamp", "nan", "river", "infinite", "nothing", "nothing nothing", "orbit nan lamp", "stone"]
     options = ReindexOptions(max_rejects=ALL_REJECTS, model_path=path)
     receipt = reindex(database.address, ListSource(records_of(texts)), options)

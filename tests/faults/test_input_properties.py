@@ -24,7 +24,7 @@ from servers import execute, index_rows
 from kdb_fast.cli import run
 from kdb_fast.db.address import DatabaseAddress, parse_address
 from kdb_fast.embedding.models.lookup import Model
-from kdb_fast.engine import base as engine_module
+from kdb_fast.engine import inline
 from kdb_fast.indexing import run_embedding
 
 STUB = Model("stub", Path(), "stub.onnx", 384, 512, "mean", True, ())
@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {"deadline": None, "phases": set(Phase) - {Phase.shri
 def stubbed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_embedding, "resolve", lambda *args, **options: STUB)
-        patch.setattr(engine_module, "Encoder", StubEncoder)
+        patch.setattr(inline, "Encoder", StubEncoder)
         yield
 
 

@@ -32,10 +32,12 @@ from servers import (
 from kdb_fast.cli.demo import sqlalchemy_url
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.embedding.models.lookup import Model
-from kdb_fast.engine import base as engine_module
-from kdb_fast.engine import plan, worker
-from kdb_fast.engine import processes as supervisor
-from kdb_fast.engine.processes import ProcessEngine
+from kdb_fast.engine import child_processes, inline, plan, start, worker
+from kdb_fast.engine.base import Engine, wait_for
+from kdb_fast.engine.child_processes import Child
+from kdb_fast.engine.process_pool import ProcessPool
+from kdb_fast.engine.shard_queue import POISON_TRIES
+from kdb_fast.engine.writer_process import WriterProcess
 from kdb_fast.errors import ModelError, ResourceError
 from kdb_fast.indexing import flushing, run_embedding
 from kdb_fast.indexing.progress import Silent
@@ -49,10 +51,10 @@ WORKERS = 2
 RECORDS = records_of(mixed_texts(120, longest=30))
 
 
-Act = Callable[[ProcessEngine], bool]
+Act = Callable[[Engine], bool]
 
 
-class Watched(ProcessEngine):
+class Watched(Engine):
     """Calls ``act`` some twenty times a second, in the parent's own thread, until it says that it is done."""
 
     act: Act | None = None
@@ -79,24 +81,29 @@ class Runs:
         self.target: Callable[..., None] = poison_worker.run
         self.act: Act | None = None
         self._patch = patch
-        patch.setattr(supervisor, "ProcessEngine", self._engine)
+        patch.setattr(start, "Engine", self._engine)
+        patch.setattr(
+            start, "ProcessPool", lambda *args, **options: ProcessPool(*args, worker_target=self.target, **options)
+        )
         patch.setattr(run_embedding, "resolve", lambda name, path, report: model)
-        patch.setattr(engine_module, "Encoder", poison_worker.StubEncoder)
+        patch.setattr(inline, "Encoder", poison_worker.StubEncoder)
         patch.setattr(plan, "SHARD_ROWS", 8)
         patch.setattr(flushing, "FLOOR_BYTES", 40_000)
         # A stopped process is noticed sooner, so that tests need not wait.
-        patch.setattr(supervisor, "STOPPED_SECONDS", 0.3)
-        patch.setattr(supervisor, "CHECK_SECONDS", 0.1)
+        patch.setattr(child_processes, "STOPPED_SECONDS", 0.3)
+        patch.setattr(child_processes, "CHECK_SECONDS", 0.1)
 
-    def _engine(self, *args: Any, **options: Any) -> ProcessEngine:
-        engine = Watched(*args, worker_target=self.target, **options)
+    def _engine(self, *parts: Any) -> Engine:
+        engine = Watched(*parts)
+        if not isinstance(engine.pool, ProcessPool):
+            return engine
         engine.act = self.act
         self.engines.append(engine)
         if engine.act is not None:
             # What is to be sabotaged must be there: work is given only once all are ready.
             def all_are_ready() -> bool:
-                engine._step(0.05)
-                return all(child.ready for child in engine._children())
+                wait_for((engine.pool, engine.writer), 0.05)
+                return all(child.ready for child in children(engine))
 
             eventually(all_are_ready, 60)
         return engine
@@ -152,19 +159,37 @@ def runs(database: DatabaseAddress, monkeypatch: pytest.MonkeyPatch, minilm: Mod
     assert engine_processes() == []
 
 
-def send(signum: signal.Signals, *children: Any) -> bool:
-    for child in children:
+def send(signum: signal.Signals, *killed: Child) -> bool:
+    for child in killed:
         os.kill(child.process.pid, signum)
-    return bool(children)
+    return bool(killed)
 
 
-def busy(engine: ProcessEngine) -> list[Any]:
-    return [child for child in engine._workers if child.ready and child.tasks]
+def pool_of(engine: Engine) -> ProcessPool:
+    assert isinstance(engine.pool, ProcessPool)
+    return engine.pool
 
 
-def idle(engine: ProcessEngine) -> list[Any]:
+def writer_of(engine: Engine) -> Child:
+    assert isinstance(engine.writer, WriterProcess)
+    return engine.writer._child
+
+
+def children(engine: Engine) -> list[Child]:
+    return [*pool_of(engine)._workers, writer_of(engine)]
+
+
+def busy(engine: Engine) -> list[Child]:
+    pool = pool_of(engine)
+    return [child for child in pool._workers if child.ready and pool._queue.tasks_of(child)]
+
+
+def idle(engine: Engine) -> list[Child]:
     """Workers that have nothing to do while another one is busy."""
-    return [child for child in engine._workers if child.ready and not child.tasks] if busy(engine) else []
+    pool = pool_of(engine)
+    if not busy(engine):
+        return []
+    return [child for child in pool._workers if child.ready and not pool._queue.tasks_of(child)]
 
 
 # -- workers -----------------------------------------------------------------------------------------------
@@ -197,8 +222,8 @@ def test_idle_worker_killed(runs: Runs) -> None:
 
 
 def test_all_workers_killed(runs: Runs) -> None:
-    def all_of_them(engine: ProcessEngine) -> bool:
-        return len(busy(engine)) == WORKERS and send(signal.SIGKILL, *engine._workers)
+    def all_of_them(engine: Engine) -> bool:
+        return len(busy(engine)) == WORKERS and send(signal.SIGKILL, *pool_of(engine)._workers)
 
     receipt = runs.run(act=all_of_them)
     assert receipt.stored == len(RECORDS)
@@ -207,8 +232,8 @@ def test_all_workers_killed(runs: Runs) -> None:
 
 
 def test_all_processes_killed(runs: Runs) -> None:
-    def all_of_them(engine: ProcessEngine) -> bool:
-        return bool(busy(engine)) and send(signal.SIGKILL, *engine._children())
+    def all_of_them(engine: Engine) -> bool:
+        return bool(busy(engine)) and send(signal.SIGKILL, *children(engine))
 
     receipt = runs.run(act=all_of_them)
     assert receipt.stored == len(RECORDS)
@@ -281,14 +306,14 @@ def test_workers_that_all_die_at_start_end_the_run(runs: Runs) -> None:
     runs.target = worker.run
     runs.fault("worker.start:1:kill", None)
     started = []
-    start_worker = ProcessEngine._start_worker
+    start_worker = ProcessPool._start
 
-    def count(engine: ProcessEngine, number: int) -> Any:
+    def count(pool: ProcessPool, number: int) -> Child:
         started.append(number)
-        return start_worker(engine, number)
+        return start_worker(pool, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ProcessEngine, "_start_worker", count)
+        patch.setattr(ProcessPool, "_start", count)
         with pytest.raises(ResourceError, match="died 6 times in a row without finishing anything") as caught:
             runs.run()
     assert "died of SIGKILL" in caught.value.message
@@ -302,10 +327,11 @@ def test_workers_that_all_die_at_start_end_the_run(runs: Runs) -> None:
 
 
 def test_workers_that_no_longer_start_end_the_run_also_while_a_deadly_text_is_searched(runs: Runs) -> None:
-    def nothing_starts_any_more(engine: ProcessEngine) -> bool:
-        if engine._halving():
+    def nothing_starts_any_more(engine: Engine) -> bool:
+        is_halving = pool_of(engine)._queue.is_halving
+        if is_halving:
             runs.fault("worker.start:1:kill", None)
-        return engine._halving()
+        return is_halving
 
     records = [*RECORDS[:60], Record(("Note", "poison"), f"a {poison_worker.DEADLY} text"), *RECORDS[60:]]
     with pytest.raises(ResourceError, match="times in a row without finishing anything"):
@@ -342,14 +368,15 @@ def test_engine_that_nobody_closed_ends_with_the_process(tmp_path: Path) -> None
     script = """
 import sys, poison_worker, stub_command
 from kdb_fast.embedding.encoder import EncoderSpec
-from kdb_fast.ipc.slab import SlabShape
-from kdb_fast.stores.base import RunSpec
-from kdb_fast.engine.processes import ProcessEngine
+from kdb_fast.ipc.slab import Slab, SlabShape
+from kdb_fast.engine.base import wait_for
+from kdb_fast.engine.child_processes import Children
+from kdb_fast.engine.process_pool import ProcessPool
 spec = EncoderSpec(stub_command.MODEL, 100)
-engine = ProcessEngine(SlabShape(2, 8, 384), spec, None, RunSpec(1, "f", "m", 384), workers=1, cpus=[],
-                       worker_target=poison_worker.run)
-while not engine._workers[0].ready:
-    engine._step(0.1)
+slab = Slab.create(SlabShape(2, 8, 384))
+pool = ProcessPool(Children(), slab, spec, workers=1, cpus=[], worker_target=poison_worker.run)
+while not pool._workers[0].ready:
+    wait_for((pool,), 0.1)
 sys.exit(5)
 """
     path = os.pathsep.join(sys.path)
@@ -427,13 +454,12 @@ def test_writer_killed_often_while_it_had_nothing_to_do(
     monkeypatch.setenv("KDB_FAST_FAULT_DIR", str(tmp_path))
     killed: set[int] = set()
 
-    def kill_idle_writer(engine: ProcessEngine) -> bool:
-        writer = engine._writer
-        assert writer is not None
-        if writer.ready and engine.writer_idle and writer.process.pid not in killed:
+    def kill_idle_writer(engine: Engine) -> bool:
+        writer = writer_of(engine)
+        if writer.ready and engine.writer.idle and writer.process.pid not in killed:
             killed.add(writer.process.pid)
             send(signal.SIGKILL, writer)
-        if len(killed) <= supervisor.POISON_TRIES:
+        if len(killed) <= POISON_TRIES:
             return False
         (tmp_path / "go").touch()
         return True
@@ -459,8 +485,8 @@ def test_deaths_leak_no_files(runs: Runs) -> None:
         gc.collect()
         return psutil.Process().num_fds()
 
-    def kill_all(engine: ProcessEngine) -> bool:
-        return len(busy(engine)) == WORKERS and send(signal.SIGKILL, *engine._children())
+    def kill_all(engine: Engine) -> bool:
+        return len(busy(engine)) == WORKERS and send(signal.SIGKILL, *children(engine))
 
     counts = []
     for attempt in range(2):

@@ -36,7 +36,7 @@ LINES = b"".join(json.dumps(record).encode() + b"\n" for record in RECORDS)
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch: pytest.MonkeyPatch, encoder: Encoder) -> None:
     """Runs in this process share one loaded model."""
-    monkeypatch.setattr("kdb_fast.engine.base.Encoder", lambda spec: encoder)
+    monkeypatch.setattr("kdb_fast.engine.inline.Encoder", lambda spec: encoder)
 
 
 @pytest.fixture(params=["sqlite-release", "postgresql-release", "sqlite-development"])

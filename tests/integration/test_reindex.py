@@ -17,7 +17,8 @@ from servers import ListSource, Oracle, engine_processes, eventually, execute, i
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.embedding.encoder import EncoderSpec
 from kdb_fast.embedding.models.lookup import Model
-from kdb_fast.engine.processes import ProcessEngine
+from kdb_fast.engine import start
+from kdb_fast.engine.base import Engine
 from kdb_fast.errors import LockedError, ModelError, RejectLimitError, SchemaError, StoppedError, UnexpectedError
 from kdb_fast.indexing import engine_factory, flushing
 from kdb_fast.indexing.progress import Silent
@@ -417,18 +418,18 @@ def test_kameleondbs_records_are_indexed_and_kept_in_step(
 
 
 @pytest.fixture
-def start_engine(database: DatabaseAddress, minilm: Model) -> Iterator[Callable[[int], ProcessEngine]]:
-    engines: list[ProcessEngine] = []
+def start_engine(database: DatabaseAddress, minilm: Model) -> Iterator[Callable[[int], Engine]]:
+    engines: list[Engine] = []
 
-    def start(workers: int) -> ProcessEngine:
+    def start_one(workers: int) -> Engine:
         cpus = sorted(os.sched_getaffinity(0))
         spec = EncoderSpec(minilm, 100)
         run_spec = RunSpec(1, "f", minilm.name, 384)
-        engine = ProcessEngine(SlabShape(2, 8, 384), spec, database, run_spec, workers=workers, cpus=cpus)
+        engine = start.with_processes(SlabShape(2, 8, 384), spec, database, run_spec, workers=workers, cpus=cpus)
         engines.append(engine)
         return engine
 
-    yield start
+    yield start_one
     for engine in engines:
         engine.close(kill=True)
     assert engine_processes() == []
@@ -445,7 +446,7 @@ SECRETS = {
 
 
 def test_workers_see_no_credentials_and_keep_to_one_cpu_each(
-    start_engine: Callable[[int], ProcessEngine], monkeypatch: pytest.MonkeyPatch
+    start_engine: Callable[[int], Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in SECRETS.items():
         if name not in ("PGSERVICEFILE", "PGUSER"):

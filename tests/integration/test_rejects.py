@@ -12,7 +12,7 @@ from servers import ListSource
 
 from kdb_fast.embedding.encoder import Encoder
 from kdb_fast.embedding.models.lookup import Model, resolve
-from kdb_fast.engine import base as engine_module
+from kdb_fast.engine import inline
 from kdb_fast.indexing import run_embedding
 from kdb_fast.indexing.reindex import reindex
 from kdb_fast.indexing.rejects import list_rejects
@@ -36,7 +36,7 @@ def asked_models(monkeypatch: pytest.MonkeyPatch, minilm: Model, encoder: Encode
         return resolve(name, path, report=report) if path else minilm
 
     monkeypatch.setattr(run_embedding, "resolve", found)
-    monkeypatch.setattr(engine_module, "Encoder", lambda spec: encoder)
+    monkeypatch.setattr(inline, "Encoder", lambda spec: encoder)
     return names
 
 

@@ -95,12 +95,12 @@ def below(*names: str) -> list[str]:
 
 
 def test_imports_are_read_rightly() -> None:
-    assert {"errors", "ipc.messages", "engine.worker", "engine.writer", "ipc.slab"} <= own_imports("engine.processes")
+    assert {"errors", "ipc.messages", "engine.worker", "faults", "ipc.slab"} <= own_imports("engine.process_pool")
     assert {"stores.postgresql.index", "stores.postgresql.runs", "stores.base"} <= own_imports(
         "stores.postgresql.store"
     )
-    assert "engine.writer" in own_imports("engine.base")
-    assert "engine.writer" not in own_imports("engine.base", lazy=False)
+    assert "engine.api_pool" in own_imports("engine.start")
+    assert "engine.api_pool" not in own_imports("engine.start", lazy=False)
     assert "receipt" not in own_imports("errors"), "for type checkers only"
     assert "receipt" in own_imports("errors", types=True)
     assert Import("psycopg", False, True) in imports_of("db.address")
@@ -175,18 +175,22 @@ def test_the_worker_has_no_way_to_a_database() -> None:
     assert not [name for name in reached if room(name) in {"db", "catalog", "sources", "stores"}]
 
 
-@pytest.mark.parametrize("name", sorted(set(MODULES) - {"engine.processes", "engine.base"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(MODULES) - {"engine.process_pool", "engine.writer_process", "engine.inline"})
+)
 def test_only_the_engine_imports_worker_and_writer(name: str) -> None:
     assert not own_imports(name) & {"engine.worker", "engine.writer"}
 
 
-def test_the_engine_imports_worker_and_writer_only_when_it_runs() -> None:
-    assert not own_imports("engine.base", lazy=False) & {"engine.worker", "engine.writer"}
+def test_pools_and_writers_are_imported_only_when_an_engine_is_started() -> None:
+    kinds = {"engine.start", "engine.process_pool", "engine.writer_process", "engine.inline", "engine.api_pool"}
+    users = {name for name in MODULES if own_imports(name, lazy=False) & kinds}
+    assert users == {"engine.start"}
 
 
 @pytest.mark.parametrize("name", ["indexing.pipeline", *PIPELINE_PARTS])
 def test_the_pipeline_knows_no_process(name: str) -> None:
-    assert not own_imports(name) & {"engine.processes", "indexing.reindex"}
+    assert not own_imports(name) & {"engine.start", "engine.child_processes", "indexing.reindex"}
 
 
 @pytest.mark.parametrize("name", PIPELINE_PARTS)
@@ -269,7 +273,7 @@ def test_nobody_imports_openvino_past_the_place_that_silences_it() -> None:
             "kdb_fast.kameleondb.installation",
             {"numpy", "psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy", "kameleondb"},
         ),
-        ("kdb_fast.engine.processes", {"psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy"}),
+        ("kdb_fast.engine.start", {"psycopg", "onnxruntime", "fastembed", "rich", "sqlalchemy"}),
         (
             "kdb_fast.engine.worker",
             {"psycopg", "rich", "sqlalchemy", "kdb_fast.engine.writer", "kdb_fast.stores.postgresql.store"},

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from kdb_fast.accounting import Counts
 from kdb_fast.embedding.vector_cache import VectorCache
-from kdb_fast.engine.base import Engine, Event, Note, SlotFilled
+from kdb_fast.engine.base import Engine, Event, Note, Pool, SlotFilled, Writer
 from kdb_fast.errors import RejectLimitError
 from kdb_fast.indexing import flushing, intake
 from kdb_fast.indexing import pipeline as module
@@ -95,7 +95,7 @@ class Index:
         return {key: Stored(content_hash(e.content), e.fingerprint, e.row_version) for key, e in found.items()}
 
 
-class FakeEngine(Engine):
+class FakeEngine(Engine, Pool, Writer):
     """Embeds and writes when it is polled, in an order that ``choose`` decides.
 
     Args:
@@ -110,6 +110,7 @@ class FakeEngine(Engine):
         choose: Callable[[list[tuple[str, int]]], list[tuple[str, int]]] | None = None,
     ) -> None:
         self.slab = Slab.local(shape)
+        self.pool = self.writer = self
         self.workers = workers
         self.index = index
         self.choose = choose or (lambda possible: possible)
@@ -145,8 +146,14 @@ class FakeEngine(Engine):
         self.requests.append(message)
 
     @property
-    def writer_idle(self) -> bool:
+    def idle(self) -> bool:
         return self._request is None
+
+    def waitables(self) -> list[Any]:
+        return []
+
+    def collect(self, ready: set[Any]) -> list[Event]:
+        raise AssertionError("poll() is all of it")
 
     def poll(self, timeout: float) -> list[Event]:
         self.before_poll()
@@ -160,7 +167,7 @@ class FakeEngine(Engine):
             events.append(self._embed(slot) if kind == "embed" else self._answer())
         return events
 
-    def cancel_embedding(self) -> set[int]:
+    def cancel(self) -> set[int]:
         cancelled = set(list(self._orders)[max(1, self.workers) :])
         for slot in cancelled:
             del self._orders[slot]
@@ -552,7 +559,7 @@ def test_a_run_that_was_stopped_is_completed_by_the_next(
             assert not any((p.flushes._filled, p._reuse.ready, p.flushes._writing, p._reuse._cache._pinned))
             # No process is started to write rejects only; the next run finds them again.
             assert not p.flushes._rejects or p.engine is None
-            assert run.engine.writer_idle
+            assert run.engine.idle
             for key in run.engine.delivered:
                 assert is_written(index, key, items), "what was embedded is written"
             assert run.counts.accounted <= run.counts.read

@@ -1,0 +1,85 @@
+"""Which pool and which writer make an engine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from ..db.address import DatabaseAddress
+from ..embedding.encoder import EncoderSpec
+from ..embedding.providers.base import EmbeddingProvider
+from ..ipc.slab import Slab, SlabShape
+from ..stores.base import RunSpec, Store
+from .base import Engine
+from .child_processes import Children
+from .inline import InlinePool, InlineWriter
+from .process_pool import ProcessPool
+from .writer_process import WriterProcess
+
+
+def with_processes(
+    shape: SlabShape, spec: EncoderSpec, address: DatabaseAddress, run: RunSpec, *, workers: int, cpus: list[int]
+) -> Engine:
+    """Workers and writer as processes of their own.
+
+    Args:
+        cpus: Those that may be used.
+
+    Raises:
+        ResourceError: No shared memory, or no process, is to be had.
+    """
+    with _parts(shape) as (slab, children):
+        writer = WriterProcess(children, slab, address, run)
+        pool = ProcessPool(children, slab, spec, workers=workers, cpus=cpus)
+        return Engine(slab, pool, writer, children)
+
+
+def with_provider(
+    shape: SlabShape, provider: EmbeddingProvider, address: DatabaseAddress, run: RunSpec, *, threads: int
+) -> Engine:
+    """Requests to a provider from ``threads`` threads; the writer is a process as always.
+
+    Raises:
+        ResourceError: No shared memory, or no process, is to be had.
+    """
+    from .api_pool import ApiPool
+
+    with _parts(shape) as (slab, children):
+        writer = WriterProcess(children, slab, address, run)
+        return Engine(slab, ApiPool(slab, provider, threads=threads), writer, children)
+
+
+def in_this_process(shape: SlabShape, spec: EncoderSpec, store: Store, run: RunSpec) -> Engine:
+    """Everything in this process."""
+    slab = Slab.local(shape)
+    return Engine(slab, InlinePool(slab, spec), InlineWriter(slab, store, run))
+
+
+@contextlib.contextmanager
+def workers_alone(
+    shape: SlabShape, spec: EncoderSpec, *, workers: int, cpus: list[int]
+) -> Iterator[tuple[Slab, ProcessPool]]:
+    """A pool of processes whose caller writes what is embedded itself; they end with the block.
+
+    Raises:
+        ResourceError: No shared memory, or no process, is to be had.
+    """
+    with _parts(shape) as (slab, children):
+        pool = ProcessPool(children, slab, spec, workers=workers, cpus=cpus)
+    try:
+        yield slab, pool
+    finally:
+        children.close()
+        slab.close()
+
+
+@contextlib.contextmanager
+def _parts(shape: SlabShape) -> Iterator[tuple[Slab, Children]]:
+    """What processes need; given back if something of the block cannot be started."""
+    slab, children = Slab.create(shape), Children()
+    try:
+        yield slab, children
+    except BaseException:
+        children.close(kill=True)
+        slab.close()
+        raise
