@@ -17,7 +17,7 @@ from servers import Server, connect_as, database_name, execute
 
 from kdb_fast import cli
 from kdb_fast.db.address import DatabaseAddress
-from kdb_fast.engine import base as engine
+from kdb_fast.engine import inline
 from kdb_fast.indexing import run_embedding
 from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.ipc.slab import Row, Slab, SlabShape
@@ -75,7 +75,7 @@ SCRIPTS = {
 def stubs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stub for the model."""
     monkeypatch.setattr(run_embedding, "resolve", lambda *args, **options: stub_command.MODEL)
-    monkeypatch.setattr(engine, "Encoder", poison_worker.StubEncoder)
+    monkeypatch.setattr(inline, "Encoder", poison_worker.StubEncoder)
 
 
 @pytest.fixture
