@@ -64,7 +64,7 @@ def pool(provider: Gated) -> Iterator[ApiPool]:
 
 
 def give(pool: ApiPool, slot: int, *texts: str) -> None:
-    rows = [Row(Record("E", f"r{i}", f"text {text}")) for i, text in enumerate(texts)]
+    rows = [Row(Record(("E", f"r{i}"), f"text {text}")) for i, text in enumerate(texts)]
     pool._slab.slots[slot].put(slot + 10, rows, [NO_VALUE] * len(rows))
     pool.embed(slot, slot + 10, len(rows))
 

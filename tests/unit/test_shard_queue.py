@@ -31,7 +31,7 @@ class Workers:
 
     def add(self, slot: int, lease: int = 1, rows: int = ROWS) -> None:
         """A slot whose vectors are rubbish as yet."""
-        texts = [Row(Record("E", f"r{i}", f"text {i}")) for i in range(rows)]
+        texts = [Row(Record(("E", f"r{i}"), f"text {i}")) for i in range(rows)]
         self.slab.slots[slot].put(lease, texts, [NO_VALUE] * rows)
         self.slab.slots[slot].vectors[:] = np.nan
         self.queue.add(slot, lease, rows)
