@@ -129,8 +129,8 @@ def test_row_that_another_session_is_changing_is_waited_for(database: DatabaseAd
     articles.add("one", "two")
     with (
         begun(database, articles.target()) as writer,
-        psycopg.connect(database.conninfo) as other,
         ThreadPoolExecutor(1) as thread,
+        psycopg.connect(database.conninfo) as other,
     ):
         other.execute("UPDATE shop.articles SET body = 'another' WHERE id = 0")
         flushed = thread.submit(writer.flush, (articles.key(0), "one"), (articles.key(1), "two"))
@@ -250,8 +250,9 @@ def test_tables_of_sqlite(sqlite_database: DatabaseAddress, kind: str, form: str
 
 
 def test_rounded_vectors_are_known_again(database: DatabaseAddress) -> None:
-    execute(database, "CREATE EXTENSION vector")
-    articles = Articles(database, f"id bigint PRIMARY KEY, body text, embedding halfvec({DIMENSIONS})")
+    """Their type is in a schema that is not on the search path."""
+    execute(database, "CREATE SCHEMA extensions; CREATE EXTENSION vector SCHEMA extensions")
+    articles = Articles(database, f"id bigint PRIMARY KEY, body text, embedding extensions.halfvec({DIMENSIONS})")
     execute(database, f"INSERT INTO {articles.name} VALUES (1, 'one')")
     target = articles.target()
     assert target.vector.dimensions == DIMENSIONS
