@@ -115,7 +115,7 @@ def write(store: Store, run: RunSpec, texts: Mapping[str, str], entity: str = EN
 
 def put(store: Store, texts: Mapping[str, str], deletes: Sequence[str] = (), *, vectors: bool = True) -> None:
     """Write texts as the library does; within a unit."""
-    store.put(LIBRARY, [slot_of(fresh(*texts.items()))], [(ENTITY, key) for key in deletes], vectors=vectors)
+    store.upsert(LIBRARY, [slot_of(fresh(*texts.items()))], [(ENTITY, key) for key in deletes], vectors=vectors)
 
 
 def contents(address: DatabaseAddress) -> dict[str, str]:

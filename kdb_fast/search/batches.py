@@ -171,14 +171,14 @@ class BatchWriter:
                         workers = stack.enter_context(_start_workers(self._spec, self._dimensions))
                     self._write_embedded(puts, workers)
                 if deletes:
-                    self._store.put(self._run, [], deletes)
+                    self._store.upsert(self._run, [], deletes)
                 total += len(puts)
         return total
 
     def _write_plain(self, records: list[Record]) -> None:
         for slot, shard in self._slots([Row(record) for record in records]):
             slot.put(1, shard, [NO_VALUE] * len(shard))
-            self._store.put(self._run, [FlushSlot(slot, frozenset())], [], vectors=False)
+            self._store.upsert(self._run, [FlushSlot(slot, frozenset())], [], vectors=False)
 
     def _slots(self, rows: list[Row]) -> Iterator[tuple[Slot, list[Row]]]:
         """Rows as they are written with one statement, and a slot of this process that has room for them."""
@@ -214,7 +214,7 @@ class BatchWriter:
                 reason, detail = ROW_REASONS[int(codes[bad])]
                 raise _not_embedded(record, f"{detail} ({reason})")
             cache.put([content_hash(row.record.content) for row in shard], slot.vectors[: len(shard)])
-            self._store.put(self._run, [FlushSlot(slot, frozenset())], [])
+            self._store.upsert(self._run, [FlushSlot(slot, frozenset())], [])
         for slot, shard in self._slots(rows):
             slot.put(1, shard, [NO_VALUE] * len(shard))
             for i, row in enumerate(shard):
@@ -222,7 +222,7 @@ class BatchWriter:
                 if digest in first:
                     cache.pin(digest)
                 slot.vectors[i] = cache.take(digest)
-            self._store.put(self._run, [FlushSlot(slot, frozenset())], [])
+            self._store.upsert(self._run, [FlushSlot(slot, frozenset())], [])
 
     def _embedded(self, rows: list[Row], workers: Workers | None) -> Iterator[tuple[Slot, list[Row]]]:
         """Shards with their vectors in a slot, which is free again when the next one is asked for."""

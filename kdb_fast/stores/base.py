@@ -214,10 +214,10 @@ class Store(ABC):
 
     @abstractmethod
     def transaction(self) -> AbstractContextManager[None]:
-        """One transaction around several :meth:`put` calls; an exception rolls all of it back."""
+        """One transaction around several :meth:`upsert` calls; an exception rolls all of it back."""
 
     @abstractmethod
-    def put(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
+    def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
         """Write rows whatever the index holds for their keys, then delete; within :meth:`transaction`.
 
         This is the library's way: the caller has the newest text, and no run has to be held.

@@ -695,7 +695,7 @@ def test_put_without_vectors_leaves_none_behind(harness: Harness, store: Store, 
     slot = Slab.local(SlabShape(slots=1, rows=4, dimensions=1)).slots[0]
     slot.put(1, [Row(Record((ENTITY, key), "plain")) for key in ("r000", "new")], [NO_VALUE] * 2)
     with store.transaction():
-        store.put(LIBRARY, [FlushSlot(slot, frozenset())], [], vectors=False)
+        store.upsert(LIBRARY, [FlushSlot(slot, frozenset())], [], vectors=False)
     plain = [row for row in harness.rows().values() if row.content == "plain"]
     assert [(row.vector, row.model, row.dimensions) for row in plain] == [(None, None, None)] * 2
     assert harness.matching("plain") == ["new", "r000"]

@@ -181,7 +181,7 @@ class PostgreSQLColumnStore(PostgreSQLStore):
         assert isinstance(writer, ColumnWriter)
         return pg_rejects.forget_keys(cursor, self.session, run.number, writer.stored())
 
-    def put(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
+    def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
         """The library makes rows, and those of this table are its owner's to make."""
         raise NotImplementedError
 

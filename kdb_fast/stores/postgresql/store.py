@@ -289,7 +289,7 @@ class PostgreSQLStore(Store):
         with self.session.transaction():
             yield
 
-    def put(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
+    def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
         import psycopg
 
         with self.session.connection().cursor() as cursor:

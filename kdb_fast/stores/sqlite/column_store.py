@@ -109,7 +109,7 @@ class SQLiteColumnStore(SQLiteStore):
     def _delete(self, keys: Sequence[Key]) -> int:
         return clear_keys(self._connection, self.column, keys)
 
-    def put(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
+    def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
         """The library makes rows, and those of this table are its owner's to make."""
         raise NotImplementedError
 

@@ -216,7 +216,7 @@ class SQLiteStore(Store):
         sealed = bool(self._seal_column())
         return FlushWriter(self._connection, self._full_text, run, force=force, vectors=vectors, sealed=sealed)
 
-    def put(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
+    def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
         with translated("writing"):
             writer = self._writer(run, force=True, vectors=vectors)
             for flush_slot in slots:
