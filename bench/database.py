@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdb_fast.db.address import DatabaseAddress, opened, parse_address
-from kdb_fast.tables import schema
+from kdb_fast.tables import kdb_search
 from kdb_fast.tables.target import Target
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 DIMENSIONS = 384
 
 TARGET = Target("public", "public")
+
+SEARCH_INDEXES = (TARGET.index.text_index, TARGET.index.vector_index)
 
 UPSERT = (
     "INSERT INTO kdb_search (id, entity_name, record_id, content, embedding, model, dimensions, updated_at) "
@@ -76,19 +78,25 @@ def reset(conninfo: str) -> None:
 
 def create_table(connection: psycopg.Connection[Any], *, search_indexes: bool) -> None:
     """KameleonDB's search table with its plain indexes, and with the HNSW and GIN index if asked for."""
-    connection.execute(TARGET.statement(schema.POSTGRESQL_SEARCH, dimensions=str(DIMENSIONS)))
-    for name, using in schema.POSTGRESQL_PLAIN_INDEXES.items():
-        connection.execute(TARGET.statement(f"CREATE INDEX {name} ON {{kdb_search}} {using}"))
+    connection.execute(TARGET.statement(kdb_search.POSTGRESQL_SEARCH, dimensions=str(DIMENSIONS)))
+    for name in kdb_search.postgresql_indexes(TARGET.index).keys() - SEARCH_INDEXES:
+        create_index(connection, name)
     if search_indexes:
         create_search_indexes(connection)
+
+
+def create_index(connection: psycopg.Connection[Any], name: str) -> None:
+    """Build one of the table's indexes."""
+    using = kdb_search.postgresql_indexes(TARGET.index)[name]
+    connection.execute(TARGET.statement(f"CREATE INDEX {name} ON {{index}} {using}"))
 
 
 def create_search_indexes(connection: psycopg.Connection[Any]) -> None:
     """Build the GIN and the HNSW index by hand, as pgvector's documentation advises: with memory, in parallel."""
     # The server's default of 64 MB makes the build of 30,000 vectors several times slower: that would be no contest.
     connection.execute("SET maintenance_work_mem = '512MB'")
-    for statement in schema.POSTGRESQL_SEARCH_INDEXES.values():
-        connection.execute(TARGET.statement(statement))
+    for name in SEARCH_INDEXES:
+        create_index(connection, name)
     connection.execute("RESET maintenance_work_mem")
 
 

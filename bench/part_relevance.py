@@ -27,7 +27,8 @@ from kdb_fast.search.readers.base import Hit, SearchReader
 from kdb_fast.search.retrieval import search
 from kdb_fast.search.scope import Scope
 from kdb_fast.settings import DEFAULT_MODEL
-from kdb_fast.tables import schema
+from kdb_fast.tables import kdb_search
+from kdb_fast.tables.target import Target
 
 from . import database
 from .chart import Bar
@@ -260,8 +261,8 @@ def _fill_postgresql(conninfo: str, collection: Collection, vectors: npt.NDArray
 
 def _fill_sqlite(path: Path, collection: Collection, vectors: npt.NDArray[np.float32]) -> None:
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute(schema.SQLITE_SEARCH)
-        connection.execute(schema.SQLITE_FTS)
+        connection.execute(Target().text(kdb_search.SQLITE_SEARCH))
+        connection.execute(Target().text(kdb_search.SQLITE_FTS))
         columns = "id, entity_name, record_id, content"
         for row in _rows(collection, vectors):
             connection.execute(f"INSERT INTO kdb_search ({columns}, embedding) VALUES (?, ?, ?, ?, ?)", row)

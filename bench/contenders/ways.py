@@ -17,7 +17,6 @@ from kdb_fast.settings import DEFAULT_MODEL
 from kdb_fast.stores import open_store
 from kdb_fast.stores.base import FlushSlot, RunSpec, Store
 from kdb_fast.stores.postgresql import pgcopy
-from kdb_fast.tables import schema
 
 from .. import data, database
 from ..source import ENTITY
@@ -108,7 +107,7 @@ def build(conninfo: str, rows: Rows, *, index: str, workers: int) -> float:
         connection.execute("SET maintenance_work_mem = '512MB'")
         connection.execute(f"SET max_parallel_maintenance_workers = {int(workers)}".encode())
         started = time.perf_counter()
-        connection.execute(database.TARGET.statement(schema.POSTGRESQL_SEARCH_INDEXES[index]))
+        database.create_index(connection, index)
         return time.perf_counter() - started
 
 
@@ -187,10 +186,10 @@ WAYS: dict[str, Callable[[str, Rows], float]] = {
     "merge empty": lambda c, r: merge(c, r, conflicting=False, indexed=False),
     "merge conflicting": lambda c, r: merge(c, r, conflicting=True, indexed=False),
     "merge live": lambda c, r: merge(c, r, conflicting=False, indexed=True),
-    "hnsw 0": lambda c, r: build(c, r, index=schema.VECTOR_INDEX, workers=0),
-    "hnsw 1": lambda c, r: build(c, r, index=schema.VECTOR_INDEX, workers=1),
-    "hnsw 2": lambda c, r: build(c, r, index=schema.VECTOR_INDEX, workers=2),
-    "gin": lambda c, r: build(c, r, index=schema.FTS_INDEX, workers=max(0, usable_cpus() - 1)),
+    "hnsw 0": lambda c, r: build(c, r, index=database.TARGET.index.vector_index, workers=0),
+    "hnsw 1": lambda c, r: build(c, r, index=database.TARGET.index.vector_index, workers=1),
+    "hnsw 2": lambda c, r: build(c, r, index=database.TARGET.index.vector_index, workers=2),
+    "gin": lambda c, r: build(c, r, index=database.TARGET.index.text_index, workers=max(0, usable_cpus() - 1)),
     "ours": lambda c, r: ours(c, r, indexed=False),
     "ours ready": lambda c, r: ours(c, r, indexed=True),
     "sqlite": lambda c, r: ours(c, r, indexed=True),

@@ -50,7 +50,7 @@ def run(connection: Connection, slab: SlabHandle, address: DatabaseAddress, spec
     try:
         fault("writer.start")
         attached = slab.attach()
-        store = open_store(address, "writer", column=spec.column, patient=True)
+        store = open_store(address, "writer", target=spec.target, patient=True)
         store.on_wait = sender.say
         fault("writer.ready")
         sender.send(Ready(time.monotonic() - started))

@@ -33,7 +33,7 @@ class Heartbeat:
         store: Store | None = None
         while not self._ended.wait(HEARTBEAT_SECONDS):
             try:
-                store = store or open_store(self._address, "heartbeat", column=self._run.column)
+                store = store or open_store(self._address, "heartbeat", target=self._run.target)
                 store.heartbeat(self._run.number, self.phase)
             except Exception:  # whatever is wrong with the database, the writer will say
                 store = None

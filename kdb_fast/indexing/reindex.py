@@ -16,9 +16,9 @@ from ..resources import collecting_rarely, peak_rss_bytes
 from ..settings import ReindexOptions
 from ..sources.base import Input, Source
 from ..stores import open_store
-from ..stores.base import RunSpec, Store
+from ..stores.base import RunSpec, Store, TargetTable
 from ..stores.past_runs import forget_older, forget_older_of_input
-from ..tables.column_target import ColumnTarget
+from ..tables.kdb_search import KDB_SEARCH
 from .engine_factory import EngineFactory
 from .heartbeat import Heartbeat
 from .pipeline import Pipeline, StopRequested
@@ -34,7 +34,7 @@ def reindex(
     options: ReindexOptions,
     progress: Progress | None = None,
     embedding: Embedding | None = None,
-    column: ColumnTarget | None = None,
+    target: TargetTable = KDB_SEARCH,
 ) -> Receipt:
     """Embed every record of a source that is new or has changed, and store it.
 
@@ -44,7 +44,7 @@ def reindex(
         options: What was asked for.
         progress: Shows a person what happens meanwhile.
         embedding: What gives the vectors, in place of what the options name; it stays the caller's to close.
-        column: Where the vectors go, if not into the search table.
+        target: What is brought up to date.
 
     Returns:
         What the run has done.
@@ -57,7 +57,7 @@ def reindex(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stopping_by_signal())
         progress.step("opening the database")
-        store = open_store(address, "parent", column=column)
+        store = open_store(address, "parent", target=target)
         stack.callback(store.close)
 
         def wait_note(text: str) -> None:
@@ -82,7 +82,7 @@ def reindex(
             model=embedding.name,
             dimensions=embedding.dimensions,
             wait=options.wait,
-        )._replace(column=column)
+        )._replace(target=target)
         store.on_wait = progress.note
         return _Run(address, store, source, embedding, run, options, progress, stop, started, notes).go()
 

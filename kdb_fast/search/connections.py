@@ -19,6 +19,7 @@ from ..db.pg_connection import connect_postgresql
 from ..db.retrying import ErrorKind
 from ..errors import DatabaseError, SchemaError, UsageError
 from ..stores.base import Store
+from ..tables.kdb_search import KDB_SEARCH
 from .reading_connections import ReadingConnections, check_usable, close_quietly
 
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ class Connections:
             same = bool(path) and os.path.samefile(path, self._address.conninfo)
         else:
             # With a shared cache several connections see one database in memory.
-            exists = "SELECT 1 FROM sqlite_master WHERE name = 'kdb_search'"
+            exists = f"SELECT 1 FROM sqlite_master WHERE name = '{KDB_SEARCH.name}'"  # noqa: S608
             same = not path and connection.execute(exists).fetchone() is not None
         if same:
             return
@@ -249,7 +250,7 @@ def main_file(connection: sqlite3.Connection) -> str:
 
 
 def _check_there(connection: sqlite3.Connection, address: DatabaseAddress) -> None:
-    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'kdb_search'").fetchone() is None:
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (KDB_SEARCH.name,)).fetchone() is None:
         raise SchemaError(
             f"There is no search index in {address.display}, and the file cannot be written.",
             remedy="Is it the right file? If so, make the file and its directory writable.",
@@ -258,15 +259,15 @@ def _check_there(connection: sqlite3.Connection, address: DatabaseAddress) -> No
 
 def _check_dimensions(connection: sqlite3.Connection, dimensions: int) -> None:
     """SQLite declares no length: what is stored tells. While a run replaces the vectors there are both."""
-    stored = "SELECT dimensions FROM kdb_search WHERE embedding IS NOT NULL AND dimensions {} LIMIT 1"
+    stored = f"SELECT dimensions FROM {KDB_SEARCH.name} WHERE embedding IS NOT NULL AND dimensions {{}} LIMIT 1"  # noqa: S608
     first = connection.execute(stored.format("IS NOT NULL")).fetchone()
     if first in (None, (dimensions,)):
         return
     if connection.execute(stored.format("= ?"), (dimensions,)).fetchone() is None:
         raise SchemaError(
-            f"kdb_search holds vectors of {first[0]} dimensions; the model gives {dimensions}.",
-            remedy="Choose the model that the index was made with, or make it anew: kdb-fast reindex --model …, or "
-            "UPDATE kdb_search SET embedding = NULL; and index every record again.",
+            f"{KDB_SEARCH.name} holds vectors of {first[0]} dimensions; the model gives {dimensions}.",
+            remedy="Choose the model that the index was made with, or make it anew: kdb-fast reindex --model …, or "  # noqa: S608
+            f"UPDATE {KDB_SEARCH.name} SET embedding = NULL; and index every record again.",
         )
 
 

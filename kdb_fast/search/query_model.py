@@ -12,6 +12,7 @@ from ..origins import Maker, Origin, QueryVector, same_name
 from ..records import storable_key
 from ..settings import DEFAULT_MODEL
 from ..stores.past_runs import IndexModel
+from ..tables.kdb_search import KDB_SEARCH
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,8 +103,8 @@ def query_vectors(
             return ""
         if origin.model is None:
             return (
-                "nothing tells which. Index them again, or name it: "
-                "UPDATE kdb_search SET model = '…' WHERE model IS NULL."
+                "nothing tells which. Index them again, or name it: "  # noqa: S608
+                f"UPDATE {KDB_SEARCH.name} SET model = '…' WHERE model IS NULL."
             )
         if origin in failed:
             return str(failed[origin])

@@ -15,7 +15,7 @@ from ..catalog.records import EARLIEST, LATEST, LIVES, counted, has_text, owned
 from ..stores.base import EntityStatus
 from ..tables import seal
 from ..tables.reading import rows_of
-from ..tables.target import REJECTS, RUNS, TABLE, Params, Rows, Target, columns_of, find_target
+from ..tables.target import REJECTS, RUNS, Params, Rows, Target, columns_of, find_target
 
 
 def statuses(connection: Any, dialect: str, fingerprint: str | None, *, vectors: bool = True) -> list[EntityStatus]:
@@ -41,12 +41,12 @@ def statuses(connection: Any, dialect: str, fingerprint: str | None, *, vectors:
     target = find_target(rows, dialect)
     if dialect == "sqlite":
         seal.register(connection)
-    present = columns_of(rows, target, (TABLE, RUNS, REJECTS))
+    present = columns_of(rows, target, (target.index.name, RUNS, REJECTS))
     any_precision = fingerprint is not None
     if fingerprint is None and RUNS in present:
         newest = rows(f"SELECT fingerprint FROM {target.table(RUNS)} ORDER BY run DESC LIMIT 1", {})  # noqa: S608
         fingerprint = newest[0][0] if newest else None
-    index = _index_counts(rows, target, present.get(TABLE), fingerprint, vectors, any_precision)
+    index = _index_counts(rows, target, present.get(target.index.name), fingerprint, vectors, any_precision)
     rejected: dict[str, int] = {}
     if REJECTS in present:
         rejected = dict(rows(f"SELECT entity_name, count(*) FROM {target.table(REJECTS)} GROUP BY entity_name", {}))  # noqa: S608
@@ -87,7 +87,7 @@ def _index_counts(
     for entity, indexed, stale_rows, moment, *_ in rows(
         f"SELECT entity_name, count({'embedding' if vectors else '*'}), "  # noqa: S608
         f"sum(CASE WHEN embedding IS NOT NULL AND {stale} THEN 1 ELSE 0 END), {last} "
-        f"FROM {target.table(TABLE)} GROUP BY entity_name",
+        f"FROM {target.table(target.index.name)} GROUP BY entity_name",
         params.values,
     ):
         counts[entity] = (int(indexed), int(stale_rows), _aware(moment))
@@ -115,11 +115,11 @@ def _pending(rows: Rows, target: Target, present: Mapping[str, frozenset[str]], 
             continue
         conditions = [f"{LIVES} AND ({text}){owned(place, params)}{counted(place, target)}"]
         join = ""
-        if TABLE in present:
+        if target.index.name in present:
             key = f"s.entity_name = {params(entity.name)} AND s.record_id = r.id"
-            join = f"LEFT JOIN {target.table(TABLE)} s ON {key}"
+            join = f"LEFT JOIN {target.table(target.index.name)} s ON {key}"
             missing = "s.embedding" if vectors else "s.id"
-            conditions.append(f"({missing} IS NULL OR {_newer(present[TABLE], target)})")
+            conditions.append(f"({missing} IS NULL OR {_newer(present[target.index.name], target)})")
         if REJECTS in present and vectors:
             conditions.append(
                 f"NOT EXISTS (SELECT 1 FROM {target.table(REJECTS)} x "  # noqa: S608
@@ -133,7 +133,7 @@ def _pending(rows: Rows, target: Target, present: Mapping[str, frozenset[str]], 
 def _ours(target: Target, columns: frozenset[str], alias: str = "") -> str:
     """The condition that nobody has written a row of the index since kdb-fast did."""
     condition = seal.ours(target.dialect, columns, alias)
-    return target.statement(condition).decode() if target.dialect == "postgresql" else condition
+    return target.text(condition)
 
 
 def _newer(columns: frozenset[str], target: Target) -> str:

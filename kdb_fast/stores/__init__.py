@@ -4,31 +4,32 @@ from __future__ import annotations
 
 from ..db.address import DatabaseAddress
 from ..tables.column_target import ColumnTarget
-from .base import Store
+from ..tables.kdb_search import KDB_SEARCH
+from .base import Store, TargetTable
 
 
 def open_store(
-    address: DatabaseAddress, role: str, *, column: ColumnTarget | None = None, patient: bool = False
+    address: DatabaseAddress, role: str, *, target: TargetTable = KDB_SEARCH, patient: bool = False
 ) -> Store:
     """A store for this address with a connection of its own.
 
     Args:
         role: What the connection is for (``parent``, ``writer``); shown in the server's list of sessions.
-        column: Where the vectors go, if not into the search table.
+        target: What is written.
         patient: Wait for a PostgreSQL server that is away: it was there a moment ago.
 
     Raises:
         DatabaseError: The database cannot be reached.
     """
-    if column is not None:
-        return _open_column(address, role, column, patient)
+    if isinstance(target, ColumnTarget):
+        return _open_column(address, role, target, patient)
     if address.dialect == "sqlite":
         from .sqlite.store import SQLiteStore
 
-        return SQLiteStore.open(address)
+        return SQLiteStore.open(address, index=target)
     from .postgresql.store import PostgreSQLStore
 
-    return PostgreSQLStore(address, role, patient=patient)
+    return PostgreSQLStore(address, role, patient=patient, index=target)
 
 
 def _open_column(address: DatabaseAddress, role: str, column: ColumnTarget, patient: bool) -> Store:

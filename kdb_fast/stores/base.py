@@ -1,6 +1,6 @@
 """What a store must do. PostgreSQL and SQLite implement it; each process opens its own.
 
-The state of a record lives in its row of ``kdb_search``, in four columns that KameleonDB ignores:
+The state of a record lives in its row of the search table, in four columns that KameleonDB ignores:
 
 ``kdb_fast_fingerprint``  fingerprint of the model that made the vector
 ``kdb_fast_run``          number of the run that wrote the row
@@ -26,7 +26,8 @@ from ..ipc.row_block import NO_VALUE
 from ..records import Key, Reject
 from ..tables.column_target import ColumnTarget
 from ..tables.index_policy import IndexOutcome
-from ..tables.kdb_search import KEY
+from ..tables.index_table import IndexTable
+from ..tables.kdb_search import KDB_SEARCH
 from ..tables.key import KeyColumn
 from ..tables.target import LiveRows, Target
 
@@ -54,15 +55,18 @@ def version_of_text(content_hash: bytes | None) -> int:
     return number if number != NO_VALUE else 0
 
 
+TargetTable = IndexTable | ColumnTarget
+"""Where the vectors of a run go: rows of an index, or a column of the user's table."""
+
+
 class RunSpec(NamedTuple):
-    """What identifies a run in every row it writes."""
+    """What identifies a run in every row it writes, and what it writes to."""
 
     number: int
     fingerprint: str
     model: str
     dimensions: int
-    column: ColumnTarget | None = None
-    """Where its vectors go, if not into the search table."""
+    target: TargetTable = KDB_SEARCH
 
 
 class FlushSlot(NamedTuple):
@@ -134,7 +138,7 @@ class Store(ABC):
     @property
     def key(self) -> tuple[KeyColumn, ...]:
         """The columns of a record's key."""
-        return KEY
+        return self.target.index.key
 
     @property
     def target(self) -> Target:

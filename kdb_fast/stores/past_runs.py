@@ -11,7 +11,7 @@ from ..db.reading import read
 from ..errors import SchemaError
 from ..origins import Origin
 from ..tables.reading import no_index, rows_of
-from ..tables.target import RUNS, TABLE, columns_of, find_target
+from ..tables.target import RUNS, columns_of, find_target
 from . import open_store
 
 RECENT_RUNS = 50
@@ -39,11 +39,11 @@ def index_model(connection: Any, dialect: str) -> IndexModel | None:
     """
     rows = rows_of(connection, dialect)
     target = find_target(rows, dialect)
-    present = columns_of(rows, target, (TABLE, RUNS))
-    if TABLE not in present:
+    present = columns_of(rows, target, (target.index.name, RUNS))
+    if target.index.name not in present:
         raise no_index(rows, target)
-    fingerprint = "kdb_fast_fingerprint" if "kdb_fast_fingerprint" in present[TABLE] else "NULL"
-    index, runs = target.table(TABLE), target.table(RUNS)
+    fingerprint = "kdb_fast_fingerprint" if "kdb_fast_fingerprint" in present[target.index.name] else "NULL"
+    index, runs = target.table(target.index.name), target.table(RUNS)
     found = rows(f"SELECT model, dimensions, {fingerprint} FROM {index} WHERE embedding IS NOT NULL LIMIT 1", {})  # noqa: S608
     if found and RUNS in present:
         newest = f"SELECT model, dimensions, fingerprint FROM {runs} WHERE last_flush > 0 ORDER BY run DESC LIMIT 1"  # noqa: S608

@@ -19,7 +19,7 @@ class KeyColumn:
 
     Attributes:
         name: Of the column.
-        type: Of the column, as PostgreSQL writes it.
+        type: Of the column, as PostgreSQL writes it; a value of ``text`` or ``varchar`` is compared as it travels.
         noun: What messages call its values.
         max_chars: Longest value; None where there is no such limit.
         reasons: Why a record is rejected whose value is empty, and whose value is too long.
@@ -36,6 +36,11 @@ class KeyColumn:
     equals: str = "="
     collation: str = ""
     typed: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        """Whether a text is a value of the column as it is."""
+        return self.type.partition("(")[0] in ("text", "varchar")
 
 
 Unfit = Callable[[Record], tuple[str, str] | None]
@@ -82,12 +87,13 @@ def _why_unfit(key: Sequence[object], content: object, columns: Sequence[KeyColu
         parts.append((column, part))
     for column, part in parts:
         empty, too_long = column.reasons
-        if empty == too_long and not 0 < len(part) <= (column.max_chars or sys.maxsize):  # a name, such as an entity's
-            return empty, f"the {column.noun} name has {len(part)} characters, expected 1 to {column.max_chars}"
+        if part and (column.max_chars is None or len(part) <= column.max_chars):
+            continue
+        if empty == too_long:
+            return empty, f"the {column.noun} has {len(part)} characters, expected 1 to {column.max_chars}"
         if not part:
             return empty, f"the {column.noun} is empty"
-        if column.max_chars is not None and len(part) > column.max_chars:
-            return too_long, f"the {column.noun} has {len(part)} characters, the index holds {column.max_chars}"
+        return too_long, f"the {column.noun} has {len(part)} characters, the index holds {column.max_chars}"
     if is_blank(content):
         return "empty_text", "the text is empty or only white space"
     for value in (content, *(part for _, part in parts)):

@@ -16,7 +16,7 @@ COLUMN = "kdb_fast_seal"
 
 SQLITE_FUNCTION = "kdb_fast_seal_of"
 
-VALUES = ("kdb_fast_fingerprint", "model", "dimensions", "content", "embedding")
+VALUES = ("kdb_fast_fingerprint", "{model}", "{dimensions}", "{content}", "{embedding}")
 
 
 def expression(dialect: str, fingerprint: str, model: str, dimensions: str, content: str, embedding: str) -> str:
@@ -45,7 +45,7 @@ def ours(dialect: str, columns: Collection[str], alias: str = "") -> str:
         columns: Those of the search table: without triggers there is no column for a seal.
         alias: What the row is called, with a dot.
     """
-    since = f"{alias}kdb_fast_at = {alias}updated_at"
+    since = f"{alias}kdb_fast_at = {alias}{{updated_at}}"
     return f"({since} OR {alias}{COLUMN} = {of_row(dialect, alias)})" if COLUMN in columns else since
 
 

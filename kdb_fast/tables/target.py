@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import SchemaError
 from ..records import storable_key
+from .index_table import IndexTable
+from .kdb_search import KDB_SEARCH
 
 Rows = Callable[[str, Mapping[str, Any]], list[tuple[Any, ...]]]
 """Run a statement with named parameters and return all its rows as tuples."""
@@ -39,7 +41,6 @@ class Params:
         return ", ".join(self(value) for value in values)
 
 
-TABLE = "kdb_search"
 RUNS = "kdb_fast_runs"
 REJECTS = "kdb_fast_rejects"
 STATE = "kdb_fast_state"
@@ -61,22 +62,24 @@ FROM unnest(CASE WHEN %(schema)s::text IS NULL THEN current_schemas(false)::text
   WITH ORDINALITY AS path(name, place)
 JOIN pg_catalog.pg_namespace home ON home.nspname = path.name AND home.oid <> pg_my_temp_schema()
 LEFT JOIN pg_catalog.pg_class r ON r.relnamespace = home.oid AND r.relname = '{RECORDS}'
-LEFT JOIN pg_catalog.pg_class s ON s.relnamespace = home.oid AND s.relname = '{TABLE}'
+LEFT JOIN pg_catalog.pg_class s ON s.relnamespace = home.oid AND s.relname = %(index)s
 ORDER BY r.oid IS NULL, CASE WHEN r.oid IS NULL THEN s.oid IS NULL END, path.place LIMIT 1
 """  # noqa: S608 - constants
 
 
 @dataclass(frozen=True)
 class Target:
-    """The schema of KameleonDB's tables and of the index, as one connection sees it.
+    """What a run brings up to date, and where its tables are, as one connection sees them.
 
     Attributes:
-        schema: Its name in PostgreSQL; None in SQLite.
+        schema: Of KameleonDB's tables and of our own in PostgreSQL; None in SQLite.
         pgvector: Name of the schema in which the extension pgvector is; None where it is not installed, or SQLite.
+        index: The table of the index.
     """
 
     schema: str | None = None
     pgvector: str | None = None
+    index: IndexTable = KDB_SEARCH
 
     @property
     def dialect(self) -> Dialect:
@@ -88,15 +91,17 @@ class Target:
         Raises:
             SchemaError: No table can have this name.
         """
-        return identifier(name, self.dialect) if self.schema is None else f"{self._prefix}{identifier(name)}"
+        schema = self._schema_of(name)
+        return identifier(name, "sqlite") if schema is None else f"{identifier(schema)}.{identifier(name)}"
 
     def regclass(self, name: str) -> str:
         """The table as the value of a parameter that ``to_regclass()`` reads."""
-        return f"{_quoted(self.schema)}.{_quoted(name)}" if self.schema is not None else name
+        schema = self._schema_of(name)
+        return name if schema is None else f"{_quoted(schema)}.{_quoted(name)}"
 
     def shown(self, name: str | None = None) -> str:
         """The table, or without a name the schema, for a message; such that it can be copied into a statement."""
-        names = [part for part in (self.schema, name) if part is not None]
+        names = [part for part in (self._schema_of(name), name) if part is not None]
         if self.schema is not None:
             names = [part if _PLAIN.fullmatch(part) else _quoted(part) for part in names]
         return storable_key(".".join(names), 300)
@@ -105,22 +110,69 @@ class Target:
         """A statement with its names filled in.
 
         Args:
-            template: ``{kdb_search}`` and the like stand for tables, ``{vector}`` for pgvector's type, ``{pgvector}``
-                for what to write before its functions, operators and operator classes.
+            template: ``{index}`` stands for the search table, ``{kdb_fast_runs}`` and the like for our own;
+                ``{content}`` and the like for columns of the index, ``{key}`` for those of its key, ``{group}`` and
+                ``{member}`` for the first and the last of them, ``{same_key}`` for the condition that a row ``t`` of
+                it and a row ``s`` have the same key; ``{vector}`` for pgvector's type, ``{pgvector}`` for what to
+                write before its functions, operators and operator classes.
             parts: Other parts of the template by name.
         """
-        return template.format(**self._names, **parts).encode()
+        return template.format(**{**self._names, **parts}).encode()
 
-    @functools.cached_property
-    def _prefix(self) -> str:
-        return "" if self.schema is None else f"{identifier(self.schema)}."
+    def text(self, template: str, **parts: str) -> str:
+        """:meth:`statement` as text, for SQLite."""
+        return self.statement(template, **parts).decode()
+
+    @property
+    def index_shown(self) -> str:
+        """The search table, for a message."""
+        return self.shown(self.index.name)
+
+    @property
+    def index_regclass(self) -> str:
+        """The search table as the value of a parameter that ``to_regclass()`` reads."""
+        return self.regclass(self.index.name)
+
+    @property
+    def index_schema(self) -> str:
+        """In PostgreSQL the schema of the index."""
+        return str(self.index.schema or self.schema)
+
+    def _schema_of(self, name: str | None) -> str | None:
+        index = self.index
+        if self.schema is not None and name in (index.name, index.vector_index, index.text_index):
+            return self.index_schema
+        return self.schema
 
     @functools.cached_property
     def _names(self) -> dict[str, str]:
-        tables = (TABLE, *OWN, VECTORS)
+        index, tables = self.index, (*OWN, VECTORS)
+        key = [identifier(column.name, self.dialect) for column in index.key]
+        # A key travels as text, and its column's own type compares it.
+        staged = [column.type if column.is_text else "text" for column in index.key]
+        cast = [
+            f"s.{name}" if self.schema is None or column.is_text else f"s.{name}::{column.type}"
+            for name, column in zip(key, index.key, strict=True)
+        ]
         pgvector = "" if self.pgvector is None else f"{identifier(self.pgvector)}."
         return {
             **{name: self.table(name) for name in tables},
+            "index": self.table(index.name),
+            "full_text": self.table(index.full_text),
+            "id": identifier(index.id, self.dialect),
+            "content": identifier(index.text, self.dialect),
+            "embedding": identifier(index.vector, self.dialect),
+            "model": identifier(index.model, self.dialect),
+            "dimensions": identifier(index.dimensions, self.dialect),
+            "created_at": identifier(index.created_at, self.dialect),
+            "updated_at": identifier(index.updated_at, self.dialect),
+            "group": key[0],
+            "member": key[-1],
+            "key": ", ".join(key),
+            "staged_key": ", ".join(f"{name} {kind}" for name, kind in zip(key, staged, strict=True)),
+            "cast_key": ", ".join(cast),
+            "same_key": " AND ".join(f"t.{name} = {value}" for name, value in zip(key, cast, strict=True)),
+            "key_arrays": ", ".join(["%s::text[]"] * len(key)),
             "staging": STAGING,
             "pgvector": pgvector,
             "vector": f"{pgvector}vector",
@@ -133,20 +185,21 @@ database has it now; None where it has no such entity. Raises
 :class:`~kdb_fast.tables.hidden_rows.HiddenRowsError` where a record that is not seen may be there all the same."""
 
 
-def find_target(rows: Rows, dialect: str, schema: str | None = None) -> Target:
+def find_target(rows: Rows, dialect: str, schema: str | None = None, index: IndexTable = KDB_SEARCH) -> Target:
     """The schema in which ``kdb_records`` is found by the session's search path; without it that in which
-    ``kdb_search`` is found; else the one in which a new table would be made. Temporary tables do not count.
+    the index is found; else the one in which a new table would be made. Temporary tables do not count.
 
     Args:
         rows: Runs a statement on the connection.
         schema: The schema, where it is known already.
+        index: The table of the index.
 
     Raises:
         SchemaError: No schema of the search path exists and may be used.
     """
     if dialect == "sqlite":
-        return Target()
-    found = rows(_FIND, {"schema": schema})
+        return Target(index=index)
+    found = rows(_FIND, {"schema": schema, "index": index.name})
     if not found:
         raise SchemaError(
             "No schema of the session's search_path exists and may be used by this role."
@@ -154,7 +207,7 @@ def find_target(rows: Rows, dialect: str, schema: str | None = None) -> Target:
             else f"The schema {storable_key(schema)} does not exist any more.",
             remedy="Create the schema, let its owner GRANT USAGE on it, or set another search_path.",
         )
-    return Target(*found[0])
+    return Target(found[0][0], found[0][1], index)
 
 
 def other_indexes(rows: Rows, target: Target) -> list[str]:
@@ -166,9 +219,9 @@ def other_indexes(rows: Rows, target: Target) -> list[str]:
         "JOIN pg_catalog.pg_namespace n ON n.nspname = path.name AND n.oid <> pg_my_temp_schema() "
         "JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = %(table)s "
         "WHERE n.nspname <> %(schema)s ORDER BY place",
-        {"table": TABLE, "schema": target.schema},
+        {"table": target.index.name, "schema": target.schema},
     )
-    return [Target(schema).shown(TABLE) for (schema,) in found]
+    return [replace(target, schema=schema).shown(target.index.name) for (schema,) in found]
 
 
 def rows_on(connection: Any, dialect: str) -> Rows:

@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
             address,
             TableSource(address, target, page_rows=16),
             ReindexOptions(workers=int(workers)),
-            column=target,
+            target=target,
         )
     except KdbFastError as error:
         print(error)

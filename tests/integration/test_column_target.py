@@ -71,7 +71,7 @@ Open = Callable[[ColumnTarget], Writer]
 @contextlib.contextmanager
 def begun(address: DatabaseAddress, target: ColumnTarget) -> Iterator[Writer]:
     """A store in a run."""
-    with contextlib.closing(open_store(address, "test", column=target)) as store:
+    with contextlib.closing(open_store(address, "test", target=target)) as store:
         store.prepare(DIMENSIONS)
         yield Writer(store, store.begin_run(fingerprint="f", model="m", dimensions=DIMENSIONS, wait=0))
 
@@ -477,7 +477,7 @@ def reindexed(articles: Articles, target: ColumnTarget | None = None, **options:
     """One run; the parts of its receipt that are not 0."""
     target = target or articles.target()
     source = TableSource(articles.address, target, page_rows=16, **options)
-    receipt = reindex(articles.address, source, ReindexOptions(), column=target)
+    receipt = reindex(articles.address, source, ReindexOptions(), target=target)
     assert receipt.index == ("kept: the indexes of shop.articles are its owner's" if articles.postgresql else "none")
     return numbers(receipt)
 
@@ -536,7 +536,7 @@ def test_refused_row_is_rejected_and_taken_once_it_fits(articles: Articles, orac
     else:
         articles.add_trigger("SELECT RAISE(ABORT, 'not seven')", "BEFORE UPDATE", "WHEN NEW.id = 7")
     assert reindexed(articles) == {"stored": 11, "rejected": 1}
-    with contextlib.closing(open_store(articles.address, "test", column=articles.target())) as store:
+    with contextlib.closing(open_store(articles.address, "test", target=articles.target())) as store:
         assert [reject["reason"] for reject in store.rejects()] == ["database_refused"]
     assert reindexed(articles) == {"unchanged": 11, "rejected": 1}
     articles.drop_trigger()

@@ -34,7 +34,7 @@ from kdb_fast.search.retrieval import check_query, search
 from kdb_fast.search.scope import resolve_scope
 from kdb_fast.search.status import statuses
 from kdb_fast.stores.base import EntityStatus
-from kdb_fast.tables import schema
+from kdb_fast.tables import kdb_search
 from kdb_fast.tables.migrations import MIGRATIONS
 from kdb_fast.tables.target import Target
 
@@ -80,14 +80,15 @@ class Database:
 
     def create_index(self, *, own: bool = True) -> None:
         if self.postgresql:
-            self.run(TARGET.statement(schema.POSTGRESQL_SEARCH, dimensions=str(DIMENSIONS)).decode())
-            for statement in schema.POSTGRESQL_SEARCH_INDEXES.values():
-                self.run(TARGET.statement(statement).decode())
+            self.run(TARGET.statement(kdb_search.POSTGRESQL_SEARCH, dimensions=str(DIMENSIONS)).decode())
+            for name in (TARGET.index.text_index, TARGET.index.vector_index):
+                using = kdb_search.postgresql_indexes(TARGET.index)[name]
+                self.run(TARGET.text(f"CREATE INDEX {name} ON {{index}} {using}"))
         else:
-            self.run(schema.SQLITE_SEARCH)
-            self.run(schema.SQLITE_FTS)
+            self.run(Target().text(kdb_search.SQLITE_SEARCH))
+            self.run(Target().text(kdb_search.SQLITE_FTS))
         if own:
-            columns = schema.POSTGRESQL_COLUMNS if self.postgresql else schema.SQLITE_COLUMNS
+            columns = kdb_search.POSTGRESQL_COLUMNS if self.postgresql else kdb_search.SQLITE_COLUMNS
             for name, kind in columns.items():
                 self.run(f"ALTER TABLE kdb_search ADD COLUMN {name} {kind}")
             target = TARGET if self.postgresql else Target()

@@ -99,7 +99,7 @@ def test_a_row_with_the_same_text_leaves_the_full_text_table_alone(index: SQLite
     run = begin(index.store)
     write(index.store, run, numbered(20))
     statements: list[str] = []
-    connection_of(index).set_trace_callback(statements.append)
+    connection_of(index).set_trace_callback(lambda s: statements.append(s.replace(chr(34), "")))
     assert write(index.store, run, numbered(20)).rows == 20
     connection_of(index).set_trace_callback(None)
     assert any(s.startswith("UPDATE kdb_search SET") for s in statements)

@@ -19,7 +19,8 @@ from kdb_fast.errors import SchemaError
 from kdb_fast.search.commands import run_search, run_status
 from kdb_fast.search.engine import SearchEngine
 from kdb_fast.stores import open_store
-from kdb_fast.tables import schema
+from kdb_fast.tables import kdb_search
+from kdb_fast.tables.target import Target
 
 DIMENSIONS = 8
 
@@ -202,18 +203,18 @@ def test_a_table_into_which_rows_fit_is_taken_as_it_is(index: DatabaseAddress, c
 )
 @pytest.mark.parametrize("kind", ["sqlite"])
 def test_a_table_of_sqlite_into_which_no_row_fits(index: DatabaseAddress, column: str, message: str) -> None:
-    execute(index, schema.SQLITE_SEARCH.replace("updated_at TEXT,", f"updated_at TEXT, {column},"))
+    execute(index, Target().text(kdb_search.SQLITE_SEARCH).replace("updated_at TEXT,", f"updated_at TEXT, {column},"))
     assert message in refused(index).message
 
 
 @pytest.mark.parametrize("kind", ["sqlite"])
 def test_a_generated_column_of_sqlite(index: DatabaseAddress) -> None:
     generated = "model TEXT GENERATED ALWAYS AS ('m') VIRTUAL"
-    execute(index, schema.SQLITE_SEARCH.replace("model VARCHAR(100)", generated))
+    execute(index, Target().text(kdb_search.SQLITE_SEARCH).replace("model VARCHAR(100)", generated))
     assert 'cannot INSERT into generated column "model"' in refused(index).message
     execute(index, "DROP TABLE kdb_search")
     size = "size INTEGER NOT NULL GENERATED ALWAYS AS (length(content)) VIRTUAL"
-    execute(index, schema.SQLITE_SEARCH.replace("updated_at TEXT,", f"updated_at TEXT, {size},"))
+    execute(index, Target().text(kdb_search.SQLITE_SEARCH).replace("updated_at TEXT,", f"updated_at TEXT, {size},"))
     prepare(index)
 
 

@@ -16,7 +16,7 @@ from kdb_fast.search import query_model
 from kdb_fast.search.query_model import embed_query, query_vectors
 from kdb_fast.settings import DEFAULT_MODEL
 from kdb_fast.stores.past_runs import IndexModel, index_model
-from kdb_fast.tables import schema
+from kdb_fast.tables import kdb_search
 from kdb_fast.tables.migrations import MIGRATIONS
 from kdb_fast.tables.target import Target
 
@@ -149,14 +149,14 @@ def test_newest_run_that_wrote_tells_the_model_else_a_row() -> None:
     connection = sqlite3.connect(":memory:", isolation_level=None)
     with pytest.raises(SchemaError, match="There is no search index"):
         index_model(connection, "sqlite")
-    connection.execute(schema.SQLITE_SEARCH)
+    connection.execute(Target().text(kdb_search.SQLITE_SEARCH))
     assert index_model(connection, "sqlite") is None
     row = "INSERT INTO kdb_search (id, entity_name, record_id, content, embedding, model, dimensions) VALUES "
     connection.execute(row + "('1', 'E', '1', 'text', NULL, NULL, NULL)")
     assert index_model(connection, "sqlite") is None
     connection.execute(row + "('2', 'E', '2', 'text', '[1]', 'of a row', 1)")
     assert index_model(connection, "sqlite") == IndexModel("of a row", 1, None)
-    for name, kind in schema.SQLITE_COLUMNS.items():
+    for name, kind in kdb_search.SQLITE_COLUMNS.items():
         connection.execute(f"ALTER TABLE kdb_search ADD COLUMN {name} {kind}")
     for migration in MIGRATIONS:
         for statement in migration.sqlite:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...tables.index_table import IndexTable
+from ...tables.kdb_search import KDB_SEARCH
 from .base import SearchReader
 
 
-def open_reader(connection: Any, dialect: str, *, once: bool = False) -> SearchReader:
+def open_reader(connection: Any, dialect: str, index: IndexTable = KDB_SEARCH, *, once: bool = False) -> SearchReader:
     """The reader of rankings for this dialect, on an open connection.
 
     Args:
+        index: What is read.
         once: It is for one search: SQLite's vectors are not kept in memory for another.
     """
     if dialect == "sqlite":
         from .sqlite import SqliteReader
 
-        return SqliteReader(connection, once=once)
+        return SqliteReader(connection, index, once=once)
     from .postgresql import PostgresqlReader
 
-    return PostgresqlReader(connection)
+    return PostgresqlReader(connection, index)

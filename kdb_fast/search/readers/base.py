@@ -14,9 +14,10 @@ from ...catalog.definitions import Entity, Field, Place, load_entities
 from ...catalog.records import LIVES, counted, owned
 from ...origins import BY_NAME, NAME_CHARS, Maker, Origin, base_of, same_name
 from ...records import Key
-from ...tables.kdb_search import entity_and_id
+from ...tables.index_table import IndexTable
+from ...tables.kdb_search import KDB_SEARCH, entity_and_id
 from ...tables.reading import no_index, rows_of
-from ...tables.target import TABLE, Dialect, Params, Rows, Target, columns_of, find_target
+from ...tables.target import Dialect, Params, Rows, Target, columns_of, find_target
 from ..query import Query, Term
 from ..scope import Scope
 
@@ -61,14 +62,14 @@ def count_origins(rows: Rows, target: Target) -> Origins:
         SchemaError: There is no index.
         DatabaseError: The database cannot answer.
     """
-    columns = columns_of(rows, target, (TABLE,)).get(TABLE)
+    columns = columns_of(rows, target, (target.index.name,)).get(target.index.name)
     if columns is None:
         raise no_index(rows, target)
     tracked = {"kdb_fast_fingerprint", "kdb_fast_at"} <= columns
     ours = "CASE WHEN kdb_fast_at = updated_at THEN kdb_fast_fingerprint END" if tracked else "NULL"
     found: Counter[tuple[str, Origin]] = Counter()
     for entity, *origin, count in rows(
-        f"SELECT entity_name, {ours}, model, dimensions, count(*) FROM {target.table(TABLE)} "  # noqa: S608
+        f"SELECT entity_name, {ours}, model, dimensions, count(*) FROM {target.table(target.index.name)} "  # noqa: S608
         "WHERE embedding IS NOT NULL GROUP BY 1, 2, 3, 4",
         {},
     ):
@@ -86,8 +87,8 @@ class SearchReader(ABC):
     dialect: ClassVar[Dialect]
     join: ClassVar[str] = "JOIN"
 
-    def __init__(self, connection: Any) -> None:
-        self._connection = connection
+    def __init__(self, connection: Any, index: IndexTable = KDB_SEARCH) -> None:
+        self._connection, self._table = connection, index
         self._rows = rows_of(connection, self.dialect)
         self._counted = Origins({}, False)
         self._counted_at: object = None
@@ -96,12 +97,12 @@ class SearchReader(ABC):
     @functools.cached_property
     def target(self) -> Target:
         """The schema that this connection's search path gives, asked for once."""
-        return find_target(self._rows, self.dialect)
+        return find_target(self._rows, self.dialect, index=self._table)
 
     @property
     def _index(self) -> str:
         """The search table, for a statement."""
-        return self.target.table(TABLE)
+        return self.target.table(self.target.index.name)
 
     def definitions(self) -> list[Entity]:
         """The entities of KameleonDB in this database."""

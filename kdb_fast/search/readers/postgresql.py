@@ -19,6 +19,8 @@ from ...db import pg_settings
 from ...db.pg_characters import Characters
 from ...errors import UsageError
 from ...records import Key
+from ...tables.index_table import IndexTable
+from ...tables.kdb_search import KDB_SEARCH
 from ...tables.reading import postgresql_errors
 from ...tables.target import Dialect, Params, identifier
 from ..query import Query, Term
@@ -50,8 +52,8 @@ class PostgresqlReader(SearchReader):
     dialect: ClassVar[Dialect] = "postgresql"
     _iterative: bool | None = None
 
-    def __init__(self, connection: Any) -> None:
-        super().__init__(connection)
+    def __init__(self, connection: Any, index: IndexTable = KDB_SEARCH) -> None:
+        super().__init__(connection, index)
         self._characters = Characters.of(connection)
 
     def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:

@@ -18,13 +18,14 @@ import numpy.typing as npt
 from ...catalog.definitions import Entity, Field, Place
 from ...catalog.records import json_member, owned
 from ...records import Key
-from ...tables.target import TABLE, Dialect, Params, identifier
+from ...tables.index_table import IndexTable
+from ...tables.kdb_search import KDB_SEARCH
+from ...tables.target import Dialect, Params, identifier
 from ..query import Query, Term
 from ..scope import Scope
 from .base import Hit, SearchReader, in_order
 from .sqlite_vectors import ExactVectorSearch
 
-FTS = "kdb_search_fts"
 CANDIDATES_PER_ROW = 2
 """Best vectors looked up for each row wanted: few records of the index are deleted ones."""
 
@@ -174,9 +175,10 @@ class SqliteReader(SearchReader):
     # read all records of an entity than look a few up.
     join: ClassVar[str] = "CROSS JOIN"
 
-    def __init__(self, connection: sqlite3.Connection, *, once: bool = False) -> None:
-        super().__init__(connection)
-        self._vectors = ExactVectorSearch(connection, once=once)
+    def __init__(self, connection: sqlite3.Connection, index: IndexTable = KDB_SEARCH, *, once: bool = False) -> None:
+        super().__init__(connection, index)
+        self._full_text = self.target.table(index.full_text)
+        self._vectors = ExactVectorSearch(connection, self.target, once=once)
 
     def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
         unit = (vector / np.linalg.norm(vector.astype(np.float64))).astype(np.float32)
@@ -200,7 +202,7 @@ class SqliteReader(SearchReader):
         params = Params(self.dialect)
         statement = (
             f"SELECT s.rowid, s.entity_name, s.record_id FROM json_each({params(json.dumps(list(best)))}) k "  # noqa: S608
-            f"CROSS JOIN {TABLE} s ON s.rowid = k.value "
+            f"CROSS JOIN {self._index} s ON s.rowid = k.value "
             f"WHERE {self._named(scope, params)} AND {self._living(scope, params)} "
             f"AND {self._fit(scope, params)}"
         )
@@ -223,7 +225,7 @@ class SqliteReader(SearchReader):
             return "true"
         match = params(f"{{content}} : ({_any_of(words)})")
         # By key: the rows of the full-text table need not have the numbers of those they belong to.
-        matching = f"SELECT entity_name, record_id FROM {FTS} WHERE {FTS} MATCH {match}"  # noqa: S608
+        matching = f"SELECT entity_name, record_id FROM {self._full_text} WHERE {self._full_text} MATCH {match}"  # noqa: S608
         return f"(s.entity_name, s.record_id) NOT IN ({matching})"
 
     def _matching_text(self, match: str, query: Query, scope: Scope, limit: int) -> list[Hit]:
@@ -234,8 +236,8 @@ class SqliteReader(SearchReader):
         match = f"({match})" + "".join(f" NOT {_fts_string(term)}" for term in _excludable(query.excluded))
         # Ordered by `rank` alone, FTS5 sorts first and the records are looked up only until the limit is reached.
         statement = (
-            f"SELECT s.entity_name, s.record_id, s.rank FROM {FTS} s "  # noqa: S608
-            f"WHERE {FTS} MATCH {params(f'{{content}} : ({match})')} "
+            f"SELECT s.entity_name, s.record_id, s.rank FROM {self._full_text} s "  # noqa: S608
+            f"WHERE {self._full_text} MATCH {params(f'{{content}} : ({match})')} "
             f"AND {self._named(scope, params)} AND {self._living(scope, params)} ORDER BY s.rank LIMIT {params(limit)}"
         )
         found = self._rows(statement, params.values)
@@ -243,7 +245,7 @@ class SqliteReader(SearchReader):
 
     def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
         found = self._rows(
-            f"SELECT s.entity_name, s.record_id, s.content FROM json_each(:keys) k CROSS JOIN {TABLE} s "  # noqa: S608
+            f"SELECT s.entity_name, s.record_id, s.content FROM json_each(:keys) k CROSS JOIN {self._index} s "  # noqa: S608
             "ON s.entity_name = json_extract(k.value, '$[0]') AND s.record_id = json_extract(k.value, '$[1]')",
             {"keys": json.dumps(keys)},
         )

@@ -37,7 +37,7 @@ import numpy.typing as npt
 
 from ...errors import DatabaseError, UsageError
 from ...tables.reading import rows_of, sqlite_cursor
-from ...tables.target import TABLE, VECTORS, Target, columns_of
+from ...tables.target import VECTORS, Target, columns_of
 from ..scope import Scope
 
 CACHE_BYTES = 1 << 30
@@ -91,8 +91,9 @@ class ExactVectorSearch:
     tell two writes within one second apart, so rows that carry the newest such second are always read again.
     """
 
-    def __init__(self, connection: sqlite3.Connection, *, once: bool = False) -> None:
+    def __init__(self, connection: sqlite3.Connection, target: Target, *, once: bool = False) -> None:
         self._connection, self._once = connection, once
+        self._target, self._index = target, target.table(target.index.name)
         self._rows = rows_of(connection, "sqlite")
         self._seen: tuple[Any, ...] | None = None
         self._block: Block | None = None
@@ -164,7 +165,7 @@ class ExactVectorSearch:
             distance = f"vec_distance_cosine(coalesce({copy}, CAST(s.embedding AS TEXT)), :unit)"
             try:
                 found = self._rows(
-                    f"SELECT s.rowid FROM {TABLE} s {join} WHERE s.embedding IS NOT NULL "  # noqa: S608
+                    f"SELECT s.rowid FROM {self._index} s {join} WHERE s.embedding IS NOT NULL "  # noqa: S608
                     f"AND s.entity_name {members} (SELECT value FROM json_each(:names)) {chosen} "
                     f"ORDER BY {distance} NULLS LAST LIMIT :rows",
                     values,
@@ -186,7 +187,7 @@ class ExactVectorSearch:
                 self._connection.execute("COMMIT")
 
     def _matrix_bytes(self, dimensions: int) -> int:
-        return int(self._rows(f"SELECT count(*) FROM {TABLE}", {})[0][0]) * dimensions * 4  # noqa: S608
+        return int(self._rows(f"SELECT count(*) FROM {self._index}", {})[0][0]) * dimensions * 4  # noqa: S608
 
     def _blocks(self, dimensions: int, rowids: npt.NDArray[np.int64] | None) -> Iterator[Block]:
         """The current vectors, at least those of ``rowids`` (None: all): in one block from memory, or block by block
@@ -223,7 +224,7 @@ class ExactVectorSearch:
         if old is None or old.matrix.shape[1] != dimensions:
             return self._load(rows, dimensions)
         found = self._rows(
-            f"SELECT rowid, id, coalesce(updated_at, created_at) FROM {TABLE} "  # noqa: S608
+            f"SELECT rowid, id, coalesce(updated_at, created_at) FROM {self._index} "  # noqa: S608
             "WHERE embedding IS NOT NULL ORDER BY rowid",
             {},
         )
@@ -259,7 +260,7 @@ class ExactVectorSearch:
 
     def _start_reading(self) -> None:
         self._names, self._other_lengths = {}, set()
-        self._copies = VECTORS in columns_of(self._rows, Target(), [VECTORS])
+        self._copies = VECTORS in columns_of(self._rows, self._target, [VECTORS])
 
     def _read(
         self, dimensions: int, rowids: list[int] | None, *, versions: bool = True
@@ -274,7 +275,7 @@ class ExactVectorSearch:
         version = ", s.id, coalesce(s.updated_at, s.created_at)" if versions else ""
         statement = (
             f"SELECT s.rowid, s.entity_name, {copy}, "  # noqa: S608
-            f"CASE WHEN {copy} IS NULL THEN s.embedding END{version} FROM {TABLE} s {join} "
+            f"CASE WHEN {copy} IS NULL THEN s.embedding END{version} FROM {self._index} s {join} "
             f"WHERE s.embedding IS NOT NULL {chosen} ORDER BY s.rowid"
         )
         with sqlite_cursor(self._connection) as cursor:

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import SchemaError
 from ...records import storable_key
-from ...tables import migrations, schema, seal
+from ...tables import migrations, seal
 from ...tables.hidden_rows import check_unfiltered
-from ...tables.target import MIGRATIONS, OWN, REJECTS, RUNS, STATE, TABLE, Target, identifier, rows_on
+from ...tables.index_table import IndexTable
+from ...tables.target import MIGRATIONS, OWN, REJECTS, RUNS, STATE, Target, identifier, rows_on
 from .session import PgSession
 
 if TYPE_CHECKING:
     import psycopg
-
-NEEDED_COLUMNS = ("id", "entity_name", "record_id", "content", "embedding", "model", "dimensions", "created_at",
-                  "updated_at")  # fmt: skip
 
 TEXT = ("S", "text")
 """Any type of strings (``pg_type.typcategory``), and what KameleonDB has, for messages."""
 
 TIME = ("timestamp", "timestamptz")
 
-WRITTEN_COLUMNS: dict[str, tuple[str, ...]] = {
-    "id": TEXT, "entity_name": TEXT, "record_id": TEXT, "content": TEXT, "embedding": (), "model": TEXT,
-    "dimensions": ("int4",), "updated_at": TIME, "kdb_fast_fingerprint": TEXT, "kdb_fast_run": ("int8",),
-    "kdb_fast_at": TIME[1:], "kdb_fast_source_at": TIME[1:], seal.COLUMN: ("bytea",),
-}  # fmt: skip
-"""Columns that a run writes, with the types (or their category) that its binary COPY fits; the last one is KameleonDB's
-or our own."""
+
+def written_columns(index: IndexTable) -> dict[str, tuple[str, ...]]:
+    """Columns that a run writes, with the types (or their category) that its binary COPY fits; the last one is
+    KameleonDB's or our own."""
+    key = {column.name: TEXT for column in index.key}
+    return {
+        index.id: TEXT, **key, index.text: TEXT, index.vector: (), index.model: TEXT, index.dimensions: ("int4",),
+        index.updated_at: TIME, "kdb_fast_fingerprint": TEXT, "kdb_fast_run": ("int8",), "kdb_fast_at": TIME[1:],
+        "kdb_fast_source_at": TIME[1:], seal.COLUMN: ("bytea",),
+    }  # fmt: skip
+
 
 RELATIONS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence",
              "c": "a composite type", "i": "an index", "I": "a partitioned index"}  # fmt: skip
@@ -81,7 +84,8 @@ def column_names(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, table:
 
 def check_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, dimensions: int) -> None:
     """As :func:`check`, within a transaction."""
-    shown, oid = target.shown(TABLE), target.regclass(TABLE)
+    index = target.index
+    shown, oid, key = target.shown(index.name), target.regclass(index.name), [column.name for column in index.key]
     columns = {
         row[0]: Column(*row[1:])
         for row in cursor.execute(
@@ -94,73 +98,73 @@ def check_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, dimensi
             (oid,),
         )
     }
-    missing = [name for name in NEEDED_COLUMNS if name not in columns]
+    missing = [name for name in index.columns if name not in columns]
     if missing:
         raise SchemaError(
             f"The table {shown} has no column {', '.join(missing)}; expected KameleonDB's search table.",
             remedy="Is it another program's table? Use another schema or database for this index.",
         )
-    kind, found = columns["embedding"].declared, columns["embedding"].modifier
+    kind, found = columns[index.vector].declared, columns[index.vector].modifier
     if kind != "vector":
         raise SchemaError(
-            f"{shown}.embedding is of type {kind}; expected vector({dimensions}).",
-            remedy=f"Move the table away (ALTER TABLE {shown} RENAME TO {TABLE}_old;); it is created anew.",
+            f"{shown}.{index.vector} is of type {kind}; expected vector({dimensions}).",
+            remedy=f"Move the table away (ALTER TABLE {shown} RENAME TO {index.name}_old;); it is created anew.",
         )
     _check_columns(cursor, target, columns)
     if found == -1:
         row = cursor.execute(
             target.statement(
-                "SELECT {pgvector}vector_dims(embedding) FROM (SELECT embedding FROM {kdb_search} "
-                "WHERE embedding IS NOT NULL LIMIT 1000) s WHERE {pgvector}vector_dims(embedding) <> %s LIMIT 1"
+                "SELECT {pgvector}vector_dims({embedding}) FROM (SELECT {embedding} FROM {index} "
+                "WHERE {embedding} IS NOT NULL LIMIT 1000) s WHERE {pgvector}vector_dims({embedding}) <> %s LIMIT 1"
             ),
             (dimensions,),
         ).fetchone()
         found = int(row[0]) if row else dimensions
     if found != dimensions:
         raise SchemaError(
-            f"{shown}.embedding holds vectors of {found} dimensions; the model gives {dimensions}.",
+            f"{shown}.{index.vector} holds vectors of {found} dimensions; the model gives {dimensions}.",
             remedy=f"Choose a --model with {found} dimensions, or change the column and lose the old vectors: "
-            f"DROP INDEX IF EXISTS {target.shown(schema.VECTOR_INDEX)}; ALTER TABLE {shown} ALTER COLUMN embedding "
+            f"DROP INDEX IF EXISTS {target.shown(index.vector_index)}; ALTER TABLE {shown} ALTER COLUMN {index.vector} "
             f"TYPE vector({dimensions}) USING NULL;",
         )
     row = cursor.execute(
         "SELECT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = to_regclass(%s) AND i.indisunique "
-        "AND i.indisvalid AND i.indpred IS NULL AND i.indnkeyatts = 2 AND ARRAY(SELECT a.attname::text "
-        "FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[]) ORDER BY 1) "
-        "= ARRAY['entity_name', 'record_id'])",
-        (oid,),
+        "AND i.indisvalid AND i.indpred IS NULL AND i.indnkeyatts = %s AND ARRAY(SELECT a.attname::text "
+        "FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[]) ORDER BY 1) = %s)",
+        (oid, len(key), sorted(key)),
     ).fetchone()
     if not (row and row[0]):
+        names = ", ".join(key)
         foreign = cursor.execute(
             "SELECT string_agg(relid::text, ', ') FROM pg_partition_tree(%s) t JOIN pg_class c ON c.oid = t.relid "
             "WHERE c.relkind = 'f'",
             (oid,),
         ).fetchone()
         raise SchemaError(
-            f"{shown} has no unique constraint on (entity_name, record_id); without it records could be doubled.",
-            remedy=f"Run: ALTER TABLE {shown} ADD UNIQUE (entity_name, record_id);"
+            f"{shown} has no unique constraint on ({names}); without it records could be doubled.",
+            remedy=f"Run: ALTER TABLE {shown} ADD UNIQUE ({names});"
             if not (foreign and foreign[0])
             else f"A partition that is a foreign table ({foreign[0]}) can have none: detach it, then run: "
-            f"ALTER TABLE {shown} ADD UNIQUE (entity_name, record_id);",
+            f"ALTER TABLE {shown} ADD UNIQUE ({names});",
         )
 
 
 def _check_columns(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, columns: dict[str, Column]) -> None:
     """Raise SchemaError where no row could be written: that is known before anything is embedded."""
-    shown = target.shown(TABLE)
+    shown, written = target.index_shown, written_columns(target.index)
     for name, column in columns.items():
-        if name in WRITTEN_COLUMNS and column.generated:
+        if name in written and column.generated:
             raise SchemaError(
                 f"{shown}.{name} is a generated column, and kdb-fast writes it.",
                 remedy=f"Run: ALTER TABLE {shown} ALTER COLUMN {name} DROP EXPRESSION;",
             )
-        wanted = WRITTEN_COLUMNS.get(name, ())
+        wanted = written.get(name, ())
         if wanted and column.type not in wanted and column.category not in wanted:
             raise SchemaError(
                 f"{shown}.{name} is of type {column.type}; expected {wanted[-1]}.",
                 remedy=f"Run: ALTER TABLE {shown} ALTER COLUMN {name} TYPE …; or use another schema for this index.",
             )
-    unfilled = [name for name, column in columns.items() if name not in WRITTEN_COLUMNS and column.needs_value]
+    unfilled = [name for name, column in columns.items() if name not in written and column.needs_value]
     if unfilled:
         names = storable_key(", ".join(unfilled), 300)
         changes = storable_key(", ".join(f"ALTER COLUMN {identifier(name)} SET DEFAULT …" for name in unfilled), 500)
@@ -189,14 +193,14 @@ def _unmet_check(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> str
         "LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum "
         "WHERE c.conrelid = to_regclass(%s) AND c.contype = 'c' GROUP BY c.oid, c.conname, c.conbin, c.conrelid "
         "HAVING NOT bool_or(a.attname = ANY (%s) OR a.attgenerated <> '' OR a.attidentity <> '')",
-        (target.regclass(TABLE), list(WRITTEN_COLUMNS)),
+        (target.index_regclass, list(written_columns(target.index))),
     ).fetchall()
     for name, expression, columns, defaults in constraints:
         given = ", ".join(f"{value} AS {column}" for column, value in zip(columns, defaults, strict=True))
         try:
             with cursor.connection.transaction():
                 # What the server itself gives as the text of the constraint and of the defaults.
-                statement = f"SELECT {expression} FROM (SELECT {given}) {TABLE}"  # noqa: S608
+                statement = f"SELECT {expression} FROM (SELECT {given}) {identifier(target.index.name)}"  # noqa: S608
                 if cursor.execute(statement.encode()).fetchone() == (False,):
                     return str(name)
         except psycopg.Error:
@@ -204,7 +208,7 @@ def _unmet_check(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> str
     return None
 
 
-def check_rights(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, tables: tuple[str, ...] = (TABLE,)) -> None:
+def check_rights(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, tables: Sequence[str]) -> None:
     """Raise SchemaError if a table is missing, or this role lacks a right that a run needs; names it.
 
     Args:
@@ -249,21 +253,21 @@ def check_open(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> None:
     A run looks up what is stored, and who holds the index. A row that it does not see it would embed again and then
     collide with; a run that it does not see it would run beside.
     """
-    tables = (TABLE, RUNS, REJECTS, STATE)
+    tables = (target.index.name, RUNS, REJECTS, STATE)
     check_unfiltered(rows_on(cursor, target.dialect), target, tables, "a run must see every row")
     rules = [
         row[0]
         for row in cursor.execute(
             "SELECT rulename::text FROM pg_rewrite WHERE ev_class = to_regclass(%s) AND ev_type IN ('2', '3') "
             "AND ev_enabled <> 'D' ORDER BY 1",
-            (target.regclass(TABLE),),
+            (target.index_regclass,),
         )
     ]
     if rules:
         raise SchemaError(
-            f"{target.shown(TABLE)} has rules for INSERT or UPDATE ({', '.join(map(storable_key, rules))}); PostgreSQL "
+            f"{target.index_shown} has rules for INSERT or UPDATE ({', '.join(map(storable_key, rules))}); PostgreSQL "
             "allows no INSERT … ON CONFLICT there, and COPY does not heed them.",
-            remedy=f"Make them triggers, or drop them: DROP RULE … ON {target.shown(TABLE)};",
+            remedy=f"Make them triggers, or drop them: DROP RULE … ON {target.index_shown};",
         )
 
 

@@ -10,9 +10,8 @@ from ...db.pg_errors import kind_of, refusal
 from ...db.retrying import ErrorKind
 from ...records import Key
 from ...tables import seal
-from ...tables.kdb_search import KEY
 from ...tables.key import text_arrays
-from ...tables.target import Target
+from ...tables.target import Target, identifier
 from ..base import FlushSlot, RunSpec
 from . import pgcopy
 
@@ -27,64 +26,65 @@ UNSENT_BYTES = 128 * 1024
 server is left without rows now and then: a first load with a free encoder reaches 0.85 of the speed of the loading
 example with this and 0.81 with that (15 loads of 100,000 rows each, in turn)."""
 
-STAGING_COLUMNS = 10
-TABLE_COLUMNS = 12
+STAGING_COLUMNS = 8
+TABLE_COLUMNS = 10
+"""Without those of the key."""
 
 COPY_TABLE = (
-    "COPY {kdb_search} (id, entity_name, record_id, content, embedding, model, dimensions, updated_at, "
+    "COPY {index} ({id}, {key}, {content}, {embedding}, {model}, {dimensions}, {updated_at}, "
     "kdb_fast_fingerprint, kdb_fast_run, kdb_fast_at, kdb_fast_source_at) FROM STDIN (FORMAT BINARY)"
 )
 CREATE_STAGING = (
-    "CREATE TEMP TABLE {staging} (slot int4, row int4, row_exists bool, row_version timestamptz, id varchar(36), "
-    "entity_name varchar(255), record_id varchar(36), content text, embedding {vector}, source_at timestamptz) "
-    "ON COMMIT DROP"
+    "CREATE TEMP TABLE {staging} (slot int4, row int4, row_exists bool, row_version timestamptz, {id} varchar(36), "
+    "{staged_key}, {content} text, {embedding} {vector}, source_at timestamptz) ON COMMIT DROP"
 )
 COPY_STAGING = "COPY {staging} FROM STDIN (FORMAT BINARY)"
-MERGE_KNOWN = """
-UPDATE {kdb_search} t SET <content>embedding = s.embedding, model = %(model)s::text,
-  dimensions = %(dimensions)s::int4, updated_at = now(), kdb_fast_fingerprint = %(fingerprint)s::text,
+MERGE_EXISTING = """
+UPDATE {index} t SET <content>{embedding} = s.{embedding}, {model} = %(model)s::text,
+  {dimensions} = %(dimensions)s::int4, {updated_at} = now(), kdb_fast_fingerprint = %(fingerprint)s::text,
   kdb_fast_run = %(run)s, kdb_fast_at = now(), kdb_fast_source_at = s.source_at<set seal>
 FROM {staging} s
-WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id AND t.content <compared> s.content
-  AND ((s.row_exists AND t.updated_at IS NOT DISTINCT FROM s.row_version)
+WHERE {same_key} AND t.{content} <compared> s.{content}
+  AND ((s.row_exists AND t.{updated_at} IS NOT DISTINCT FROM s.row_version)
        OR (t.kdb_fast_run = %(run)s AND <ours>))
 """
-MERGE_SAME_TEXT = MERGE_KNOWN.replace("<content>", "").replace("<compared>", "=")
+MERGE_SAME_TEXT = MERGE_EXISTING.replace("<content>", "").replace("<compared>", "=")
 """Rows that only get another vector. Left out of the statement, the text costs no new ``tsv``: the server takes 20 µs a
 row of 33 tokens instead of 38 to 54."""
-MERGE_NEW_TEXT = MERGE_KNOWN.replace("<content>", "content = s.content, ").replace("<compared>", "<>")
-MERGE_MISSING = """
-INSERT INTO {kdb_search} (id, entity_name, record_id, content, embedding, model, dimensions, updated_at,
+MERGE_NEW_TEXT = MERGE_EXISTING.replace("<content>", "{content} = s.{content}, ").replace("<compared>", "<>")
+INSERT_STAGED = """
+INSERT INTO {index} ({id}, {key}, {content}, {embedding}, {model}, {dimensions}, {updated_at},
   kdb_fast_fingerprint, kdb_fast_run, kdb_fast_at, kdb_fast_source_at<seal column>)
-SELECT s.id, s.entity_name, s.record_id, s.content, s.embedding, %(model)s::text, %(dimensions)s::int4, now(),
+SELECT s.{id}, {cast_key}, s.{content}, s.{embedding}, %(model)s::text, %(dimensions)s::int4, now(),
   %(fingerprint)s::text, %(run)s, now(), s.source_at<seal>
 FROM {staging} s
-WHERE NOT EXISTS (SELECT FROM {kdb_search} t WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id)
-ON CONFLICT (entity_name, record_id) DO NOTHING
 """
-MERGE_FORCED = """
-INSERT INTO {kdb_search} (id, entity_name, record_id, content, embedding, model, dimensions, updated_at,
-  kdb_fast_fingerprint, kdb_fast_run, kdb_fast_at, kdb_fast_source_at<seal column>)
-SELECT s.id, s.entity_name, s.record_id, s.content, s.embedding, %(model)s::text, %(dimensions)s::int4, now(),
-  %(fingerprint)s::text, %(run)s, now(), s.source_at<seal>
-FROM {staging} s ORDER BY s.entity_name, s.record_id
-ON CONFLICT (entity_name, record_id) DO UPDATE SET content = EXCLUDED.content, embedding = EXCLUDED.embedding,
-  model = EXCLUDED.model, dimensions = EXCLUDED.dimensions, updated_at = EXCLUDED.updated_at,
+MERGE_MISSING = f"""{INSERT_STAGED}
+WHERE NOT EXISTS (SELECT FROM {{index}} t WHERE {{same_key}})
+ON CONFLICT ({{key}}) DO NOTHING
+"""
+MERGE_FORCED = f"""{INSERT_STAGED}
+ORDER BY {{cast_key}}
+ON CONFLICT ({{key}}) DO UPDATE SET {{content}} = EXCLUDED.{{content}}, {{embedding}} = EXCLUDED.{{embedding}},
+  {{model}} = EXCLUDED.{{model}}, {{dimensions}} = EXCLUDED.{{dimensions}}, {{updated_at}} = EXCLUDED.{{updated_at}},
   kdb_fast_fingerprint = EXCLUDED.kdb_fast_fingerprint, kdb_fast_run = EXCLUDED.kdb_fast_run,
   kdb_fast_at = EXCLUDED.kdb_fast_at, kdb_fast_source_at = EXCLUDED.kdb_fast_source_at<new seal>
 """
 UNWRITTEN_ROWS = """
-SELECT s.slot, s.row, EXISTS (SELECT FROM {kdb_search} t WHERE t.entity_name = s.entity_name
-                              AND t.record_id = s.record_id)
+SELECT s.slot, s.row, EXISTS (SELECT FROM {index} t WHERE {same_key})
 FROM {staging} s
-WHERE NOT EXISTS (SELECT FROM {kdb_search} t WHERE t.entity_name = s.entity_name AND t.record_id = s.record_id
-                  AND t.kdb_fast_run = %(run)s AND t.kdb_fast_at = now())
+WHERE NOT EXISTS (SELECT FROM {index} t WHERE {same_key} AND t.kdb_fast_run = %(run)s AND t.kdb_fast_at = now())
 ORDER BY s.slot, s.row
 """
-DROPPED = ("database_refused", "a trigger or rule of kdb_search dropped the row without an error")
+
+
+def dropped(target: Target) -> tuple[str, str]:
+    """Reason and detail of a row that the server took and did not store."""
+    return "database_refused", f"a trigger or rule of {target.index.name} dropped the row without an error"
+
 
 SEAL_OF_STAGED = seal.expression(
-    "postgresql", "%(fingerprint)s::text", "%(model)s::text", "%(dimensions)s::int4", "s.content", "s.embedding"
+    "postgresql", "%(fingerprint)s::text", "%(model)s::text", "%(dimensions)s::int4", "s.{content}", "s.{embedding}"
 )
 
 
@@ -141,7 +141,7 @@ class FlushWriter:
             sealed: The table has a column for seals, which COPY cannot compute: all rows are merged.
         """
         self.cursor, self.run, self.now = cursor, run, now
-        self._statement = target.statement
+        self._home, self._statement = target, target.statement
         self._force, self._vectors, self._pieces, self._sealed = force, vectors, pieces, sealed
         self.met_conflict = False
         self.rows = self.bytes = 0
@@ -213,7 +213,7 @@ class FlushWriter:
             if is_there:
                 self.superseded.append((slot, row))
             else:
-                self.rejected.append((slot, row, *DROPPED))
+                self.rejected.append((slot, row, *dropped(self._home)))
 
     def _stage(self, groups: list[Group]) -> int:
         self.cursor.execute(self._create_staging())
@@ -231,7 +231,7 @@ class FlushWriter:
         return self._statement(CREATE_STAGING)
 
     def _staged_keys(self) -> str:
-        return "entity_name, record_id"
+        return ", ".join(identifier(column.name) for column in self._home.index.key)
 
     def _unwritten(self, parameters: dict[str, Any]) -> list[tuple[Any, ...]]:
         """Slot and row of what was staged and not written, and whether that is because another program has."""
@@ -312,7 +312,7 @@ class FlushWriter:
         flush_slot, rows = group
         slot = flush_slot.slot
         return pgcopy.pack_rows(
-            TABLE_COLUMNS,
+            TABLE_COLUMNS + len(self._home.index.key),
             [
                 pgcopy.id_fields(len(rows)),
                 *self._keys_and_texts(flush_slot, rows),
@@ -329,7 +329,7 @@ class FlushWriter:
         number = pgcopy.int_field(slot.number, 4)
         flags = (b"\0\0\0\1\0", b"\0\0\0\1\1")
         return pgcopy.pack_rows(
-            STAGING_COLUMNS,
+            STAGING_COLUMNS + len(self._home.index.key),
             [
                 [number + pgcopy.int_field(i, 4) + flags[int(slot.exists[i])] for i in rows],
                 pgcopy.version_fields(slot.row_version[rows]),
@@ -372,9 +372,6 @@ def _parts(groups: list[Group], pieces: int) -> list[list[Group]]:
 
 def delete_keys(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, keys: Sequence[Key]) -> int:
     """Delete these rows, STATEMENT_ROWS at a time; returns how many there were."""
-    statement = target.statement(
-        "DELETE FROM {kdb_search} t USING unnest(%s::text[], %s::text[]) AS k(entity, id) "
-        "WHERE t.entity_name = k.entity AND t.record_id = k.id"
-    )
+    statement = target.statement("DELETE FROM {index} t USING unnest({key_arrays}) AS s({key}) WHERE {same_key}")
     parts = (keys[start : start + STATEMENT_ROWS] for start in range(0, len(keys), STATEMENT_ROWS))
-    return sum(cursor.execute(statement, text_arrays(part, len(KEY))).rowcount for part in parts)
+    return sum(cursor.execute(statement, text_arrays(part, len(target.index.key))).rowcount for part in parts)

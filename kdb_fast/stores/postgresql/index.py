@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from ...faults import fault
 from ...tables.index_policy import IndexAction, IndexOutcome
-from ...tables.target import TABLE
 from .index_build import IndexBuilder, wanted
 from .index_catalog import obstacle, qualified
 from .index_tree import IndexTree, forget, remember
@@ -32,7 +31,7 @@ def defer(session: PgSession) -> IndexOutcome:
     try:
         return _drop(session)
     except psycopg.errors.LockNotAvailable:
-        return _kept(f"another session is using {session.target.shown(TABLE)}, so the index could not be dropped")
+        return _kept(f"another session is using {session.target.index_shown}, so the index could not be dropped")
 
 
 def _kept(why: str) -> IndexOutcome:
@@ -103,5 +102,5 @@ def _finish(session: PgSession, builder: IndexBuilder) -> IndexOutcome:
         forget(cursor, target)
     with session.transaction() as cursor:
         cursor.execute("SET LOCAL statement_timeout = 0")
-        cursor.execute(target.statement("ANALYZE {kdb_search}"))
+        cursor.execute(target.statement("ANALYZE {index}"))
     return outcome

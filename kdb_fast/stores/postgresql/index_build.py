@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ...db.pg_connection import name_session
 from ...faults import fault
 from ...resources import available_memory, usable_cpus
-from ...tables import schema
 from ...tables.index_policy import IndexAction, IndexOutcome
-from ...tables.target import TABLE, Target
+from ...tables.kdb_search import POSTGRESQL_TEXT_INDEX, POSTGRESQL_VECTOR_INDEX
+from ...tables.target import Target
 from .check import vector_version
 from .index_catalog import Name, SearchIndex, create, free_name, owner_of_name, qualified
 from .index_tree import IndexTree
@@ -41,13 +41,14 @@ def wanted(tree: IndexTree, target: Target) -> list[SearchIndex]:
 def _standard(tree: IndexTree, target: Target, vector: bool) -> list[SearchIndex]:
     """Indexes as KameleonDB makes them: one of the whole table, or where some partitions have their own, one of each
     that has none."""
-    name = schema.VECTOR_INDEX if vector else schema.FTS_INDEX
-    using = schema.POSTGRESQL_SEARCH_USING[name].format(pgvector=f"{tree.pgvector}.")
-    home = str(target.schema)
+    name = target.index.vector_index if vector else target.index.text_index
+    using = POSTGRESQL_VECTOR_INDEX if vector else POSTGRESQL_TEXT_INDEX
+    using = using.format(pgvector=f"{tree.pgvector}.")
+    home, table = target.index_schema, target.index.name
     bare = tree.uncovered(vector)
-    whole = (home, TABLE)
+    whole = (home, table)
     if len(bare) == sum(relation.leaf and relation.inside for relation in tree.relations.values()):
-        return [SearchIndex(home, TABLE, name, using, vector, partitioned=not tree.relations[whole].leaf)]
+        return [SearchIndex(home, table, name, using, vector, partitioned=not tree.relations[whole].leaf)]
     return [_part(place, using, vector) for place in bare]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ...tables.target import TABLE, Target, identifier
+from ...tables.target import Target, identifier
 
 if TYPE_CHECKING:
     import psycopg
@@ -78,13 +78,13 @@ class SearchIndex:
         return SearchIndex(**{**values, "parent": None if parent is None else (parent[0], parent[1])})
 
     @staticmethod
-    def from_definition(schema: str, pgvector: str, name: str, definition: str) -> SearchIndex:
+    def from_definition(place: Name, pgvector: str, name: str, definition: str) -> SearchIndex:
         """An index of the search table by the statement that the server gave for it, without schemas of operator
         classes: ``pgvector`` is that of pgvector's."""
         on, _, using = definition.partition(" USING ")
         using = re.sub(r"(?<![.\w])(?=(?:vector|halfvec|sparsevec|bit)_\w+_ops\b)", f"{pgvector}.", using)
         vector = using.startswith(("hnsw", "ivfflat"))
-        return SearchIndex(schema, TABLE, name, f"USING {using}", vector, partitioned=" ON ONLY " in on)
+        return SearchIndex(*place, name, f"USING {using}", vector, partitioned=" ON ONLY " in on)
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def read_indexes(cursor: Cursor, target: Target, others: Iterable[Name] = ()) ->
 def _names(target: Target, others: Iterable[Name]) -> dict[str, Any]:
     others = list(others)
     return {
-        "root": target.regclass(TABLE),
+        "root": target.index_regclass,
         "schemas": [schema for schema, _ in others],
         "tables": [table for _, table in others],
     }

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...tables.target import TABLE, Target
+from ...tables.target import Target
 from .index_catalog import Name, Relation, SearchIndex, read_indexes, read_relations
 
 if TYPE_CHECKING:
@@ -39,11 +39,11 @@ class IndexTree:
         dropped = _remembered(cursor, target)
         others = {index.place for index in dropped}
         row = cursor.execute(
-            "SELECT coalesce(bool_or(attname = 'embedding' AND atttypmod BETWEEN 1 AND 2000), false), "
-            "coalesce(bool_or(attname = 'tsv'), false), (SELECT quote_ident(n.nspname) FROM pg_extension e "
+            "SELECT coalesce(bool_or(attname = %s AND atttypmod BETWEEN 1 AND 2000), false), "
+            "coalesce(bool_or(attname = %s), false), (SELECT quote_ident(n.nspname) FROM pg_extension e "
             "JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector') FROM pg_attribute "
             "WHERE attrelid = to_regclass(%s) AND NOT attisdropped",
-            (target.regclass(TABLE),),
+            (target.index.vector, target.index.tsvector, target.index_regclass),
         ).fetchone()
         assert row is not None
         return cls(read_relations(cursor, target, others), read_indexes(cursor, target, others), dropped, *row)
@@ -155,10 +155,11 @@ def _remembered(cursor: Cursor, target: Target) -> list[SearchIndex]:
     row = cursor.execute(target.statement("SELECT value FROM {kdb_fast_state} WHERE key = %s"), (STATE_KEY,)).fetchone()
     remembered = json.loads(row[0]) if row else []
     if isinstance(remembered, dict):
+        place = target.index_schema, target.index.name
         # By a version that kept the definition alone, by name; its run was killed before the indexes were built again.
         quoted = cursor.execute("SELECT quote_ident(%s)", (target.pgvector,)).fetchone()
         pgvector = str(quoted and quoted[0])
-        return [SearchIndex.from_definition(str(target.schema), pgvector, *index) for index in remembered.items()]
+        return [SearchIndex.from_definition(place, pgvector, *index) for index in remembered.items()]
     return [SearchIndex.from_json(values) for values in remembered]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...records import storable_key
-from ...tables.target import OWN, TABLE, Target
+from ...tables.target import OWN, Target
 
 if TYPE_CHECKING:
     import psycopg
@@ -50,7 +50,7 @@ def find_blocker(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> Blo
 
     None where it has ended meanwhile. A role that may not see other roles' sessions is told the process only.
     """
-    names = (TABLE, *OWN)
+    names = (target.index.name, *OWN)
     row = cursor.execute(
         _BLOCKER.encode(),
         {

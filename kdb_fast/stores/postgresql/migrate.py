@@ -32,7 +32,7 @@ def _check_notebook(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> 
     check_kind(cursor, target, MIGRATIONS)
     row = cursor.execute("SELECT has_table_privilege(%s, 'SELECT')", (target.regclass(MIGRATIONS),)).fetchone()
     if row == (False,):
-        check_rights(cursor, target)
+        check_rights(cursor, target, (target.index.name,))
     check_unfiltered(rows_on(cursor, target.dialect), target, (MIGRATIONS,), "a run must see every row")
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import SchemaError
 from ...faults import fault
-from ...tables import schema, seal
+from ...tables import kdb_search, seal
 from ...tables.hidden_rows import check_whole
 from ...tables.reading import rows_of
-from ...tables.target import TABLE, LiveRows, Params, Target, identifier, other_indexes, rows_on
+from ...tables.target import LiveRows, Params, Target, identifier, other_indexes, rows_on
 from ..runs import Holder, wait_for_lock
 from . import locks, migrate
 from . import runs as pg_runs
@@ -30,7 +30,7 @@ Make = Callable[["psycopg.Cursor[tuple[Any, ...]]", Target], tuple[str, ...]]
 """Checks the table of the vectors and makes what is missing for it; returns what the user should know."""
 
 
-def prepare(session: PgSession, make: Make, wait: float = 0.0, tables: tuple[str, ...] = (TABLE,)) -> tuple[str, ...]:
+def prepare(session: PgSession, make: Make, wait: float, tables: tuple[str, ...]) -> tuple[str, ...]:
     """See :meth:`kdb_fast.stores.base.Store.prepare`.
 
     Args:
@@ -72,7 +72,7 @@ def _prepare(session: PgSession, make: Make, tables: tuple[str, ...]) -> tuple[s
         raise SchemaError(
             f"The role {session.connection().info.user!r} may not prepare the index: {error.diag.message_primary}.",
             remedy=f"Run once as the owner of the schema, or let the owner run: GRANT CREATE ON SCHEMA "
-            f"{session.target.shown()} TO …; ALTER TABLE {session.target.shown(TABLE)} OWNER TO …;",
+            f"{session.target.shown()} TO …; ALTER TABLE {session.target.index_shown} OWNER TO …;",
         ) from None
     except psycopg.errors.ReadOnlySqlTransaction:
         raise _read_only() from None
@@ -108,7 +108,7 @@ def _others(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> tuple[st
     if not found:
         return ()
     return (
-        f"The index was made in {target.shown(TABLE)}, the schema of the records. Another one on the search_path, "
+        f"The index was made in {target.index_shown}, the schema of the records. Another one on the search_path, "
         f"{', '.join(found)}, is left as it is, whoever made it: see whether rows of this schema's records are in it.",
     )
 
@@ -154,14 +154,14 @@ def _extension(cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
 def search_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, dimensions: int) -> tuple[str, ...]:
     """Check the search table or make it, and add our columns; what the user should know."""
     notes: tuple[str, ...] = ()
-    if exists(cursor, target, TABLE):
-        check_kind(cursor, target, TABLE)
+    if exists(cursor, target, target.index.name):
+        check_kind(cursor, target, target.index.name)
         check_table(cursor, target, dimensions)
     else:
-        name = target.regclass(TABLE)
+        name = target.index_regclass
         if cursor.execute("SELECT to_regtype(%s) IS NOT NULL", (name,)).fetchone() == (True,):
             raise SchemaError(
-                f"{target.shown(TABLE)} is a data type; expected a table, whose rows are of such a type.",
+                f"{target.index_shown} is a data type; expected a table, whose rows are of such a type.",
                 remedy="Rename it, or use another schema or database for this index.",
             )
         notes = _others(cursor, target)
@@ -170,26 +170,26 @@ def search_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, dimens
                 f"The model gives {dimensions} dimensions; a pgvector HNSW index holds at most 2000.",
                 remedy="Choose a model with at most 2000 dimensions, or ask an API for fewer: --dimensions N.",
             )
-        cursor.execute(target.statement(schema.POSTGRESQL_SEARCH, dimensions=str(int(dimensions))))
-        home = str(target.schema)
-        for name, using in {**schema.POSTGRESQL_PLAIN_INDEXES, **schema.POSTGRESQL_SEARCH_USING}.items():
+        cursor.execute(target.statement(kdb_search.POSTGRESQL_SEARCH, dimensions=str(int(dimensions))))
+        for name, using in kdb_search.postgresql_indexes(target.index).items():
             # An earlier table that was renamed keeps its indexes, and so their names.
-            on = f"CREATE INDEX {identifier(free_name(cursor, home, name))} ON {{kdb_search}} "
-            cursor.execute(target.statement(on + using))
-    have = column_names(cursor, target, TABLE)
-    wanted = [f"ADD COLUMN {name} {kind}" for name, kind in schema.POSTGRESQL_COLUMNS.items() if name not in have]
+            free = identifier(free_name(cursor, target.index_schema, name))
+            cursor.execute(target.statement("CREATE INDEX {name} ON {index} " + using, name=free))
+    have = column_names(cursor, target, target.index.name)
+    wanted = [f"ADD COLUMN {name} {kind}" for name, kind in kdb_search.POSTGRESQL_COLUMNS.items() if name not in have]
     if wanted:
         # Nullable columns without a default: no row is rewritten, the lock is held for milliseconds.
-        cursor.execute(target.statement("ALTER TABLE {kdb_search} " + ", ".join(wanted)))
+        cursor.execute(target.statement("ALTER TABLE {index} " + ", ".join(wanted)))
     if seal.COLUMN not in have and find_causes(cursor, target) and _owns_table(cursor, target):
-        cursor.execute(target.statement(f"ALTER TABLE {{kdb_search}} ADD COLUMN {seal.COLUMN} bytea"))
+        cursor.execute(target.statement(f"ALTER TABLE {{index}} ADD COLUMN {seal.COLUMN} bytea"))
     return notes
 
 
 def _owns_table(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> bool:
     """Whether this role may drop and create indexes of the search table."""
     row = cursor.execute(
-        "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass(%s)", (target.regclass(TABLE),)
+        "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass(%s)",
+        (target.index_regclass,),
     ).fetchone()
     return bool(row and row[0])
 
@@ -211,14 +211,14 @@ def prune(session: PgSession, entity: str, live_rows: LiveRows) -> int:
 
 def _prune_once(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, entity: str, live_rows: LiveRows) -> int:
     rows, params = rows_on(cursor, target.dialect), Params(target.dialect)
-    check_whole(rows, target, (TABLE,))
+    check_whole(rows, target, (target.index.name,))
     live = live_rows(rows, target, entity, params)
     if live is None:
         return 0
     statement = target.statement(
         # By their keys: in another partition another row has the same ctid.
-        "DELETE FROM {kdb_search} WHERE entity_name = {entity} AND record_id = ANY (ARRAY(SELECT s.record_id "
-        "FROM {kdb_search} s WHERE s.entity_name = {entity} AND NOT {live} LIMIT {batch}))",
+        "DELETE FROM {index} WHERE {group} = {entity} AND {member} = ANY (ARRAY(SELECT s.{member} "
+        "FROM {index} s WHERE s.{group} = {entity} AND NOT {live} LIMIT {batch}))",
         entity=params(entity),
         live=live,
         batch=params(PRUNE_BATCH),

@@ -33,8 +33,8 @@ def forget_stored(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, run: 
     """
     cursor.execute(
         target.statement(
-            "DELETE FROM {kdb_fast_rejects} r USING {kdb_search} t WHERE t.entity_name = r.entity_name "
-            "AND t.record_id = r.record_id AND t.kdb_fast_run = %s AND r.run <> %s"
+            "DELETE FROM {kdb_fast_rejects} r USING {index} t WHERE t.{group} = r.entity_name "
+            "AND t.{member} = r.record_id AND t.kdb_fast_run = %s AND r.run <> %s"
         ),
         (run, run),
     )

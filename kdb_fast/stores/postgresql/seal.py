@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...records import storable_key
 from ...tables import seal
-from ...tables.target import TABLE, Target
+from ...tables.target import Target
 from .session import PgSession
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ SELECT 'trigger ' || t.tgname FROM pg_catalog.pg_trigger t WHERE NOT t.tgisinter
 UNION SELECT 'rule ' || rulename FROM pg_catalog.pg_rewrite
   WHERE ev_class = to_regclass(%(table)s) AND ev_type IN ('2', '3')
 UNION SELECT 'type ' || format_type(atttypid, atttypmod) FROM pg_catalog.pg_attribute
-  WHERE attrelid = to_regclass(%(table)s) AND attname = 'updated_at'
+  WHERE attrelid = to_regclass(%(table)s) AND attname = %(updated_at)s
   AND (atttypid <> 'pg_catalog.timestamptz'::regtype OR atttypmod NOT IN (-1, 6))
 """  # noqa: S608 - constants
 """What may keep ``updated_at`` from being stored as it is written."""
@@ -37,13 +37,15 @@ UNION SELECT 'type ' || format_type(atttypid, atttypmod) FROM pg_catalog.pg_attr
 def column(session: PgSession) -> tuple[str, ...]:
     """The column for seals, where the search table has it."""
     statement = f"SELECT {HAS_SEAL}"
-    row = session.connection().execute(statement.encode(), (session.target.regclass(TABLE),)).fetchone()
+    row = session.connection().execute(statement.encode(), (session.target.index_regclass,)).fetchone()
     return (seal.COLUMN,) if row and row[0] else ()
 
 
 def find_causes(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> list[str]:
     """What may keep ``updated_at`` from being stored as it is written, as messages name it."""
-    rows = cursor.execute(CAUSES.encode(), {"table": target.regclass(TABLE)}).fetchall()
+    rows = cursor.execute(
+        CAUSES.encode(), {"table": target.index_regclass, "updated_at": target.index.updated_at}
+    ).fetchall()
     return [storable_key(row[0]) for row in rows]
 
 
@@ -61,14 +63,14 @@ def altered(session: PgSession, run: int, columns: tuple[str, ...]) -> list[str]
         held = f"{seal.COLUMN} IS NOT DISTINCT FROM {seal.of_row('postgresql')}" if sealed else "true"
         times, others = cursor.execute(
             target.statement(
-                "SELECT count(*) FILTER (WHERE held AND kdb_fast_at IS DISTINCT FROM updated_at), "
-                "count(*) FILTER (WHERE NOT held) FROM (SELECT kdb_fast_at, updated_at, <held> AS held "
-                "FROM {kdb_search} WHERE kdb_fast_run = %s) t".replace("<held>", held)
+                "SELECT count(*) FILTER (WHERE held AND kdb_fast_at IS DISTINCT FROM {updated_at}), "
+                "count(*) FILTER (WHERE NOT held) FROM (SELECT kdb_fast_at, {updated_at}, <held> AS held "
+                "FROM {index} WHERE kdb_fast_run = %s) t".replace("<held>", held)
             ),
             (run,),
         ).fetchall()[0]
     remedy = "To spare that, let a trigger leave a time alone that the writer sets: WHEN (NEW.updated_at IS NOT "
     remedy += "DISTINCT FROM OLD.updated_at), on INSERT WHEN (NEW.updated_at IS NULL)."
     if not sealed:
-        remedy = f"Let the owner run: ALTER TABLE {target.shown(TABLE)} ADD COLUMN {seal.COLUMN} bytea;"
-    return seal.warnings(target.shown(TABLE), causes, times, others, sealed=sealed, remedy=remedy)
+        remedy = f"Let the owner run: ALTER TABLE {target.index_shown} ADD COLUMN {seal.COLUMN} bytea;"
+    return seal.warnings(target.index_shown, causes, times, others, sealed=sealed, remedy=remedy)

@@ -17,6 +17,8 @@ from ...db.pg_errors import READ_ONLY, explain, kind_of, sqlstate
 from ...db.pg_settings import ENCODING
 from ...db.retrying import Backoff, ErrorKind, retry
 from ...records import Key, storable_key
+from ...tables.index_table import IndexTable
+from ...tables.kdb_search import KDB_SEARCH
 from ...tables.reading import rows_of
 from ...tables.target import Target, find_target
 
@@ -55,6 +57,7 @@ class PgSession:
         patient: bool = False,
         borrowed: psycopg.Connection[tuple[Any, ...]] | None = None,
         limits: str = LIMITS,
+        index: IndexTable = KDB_SEARCH,
     ) -> None:
         """
         Args:
@@ -65,9 +68,10 @@ class PgSession:
             borrowed: A connection of the caller's to use instead of an own one, within the caller's transaction if
                 there is one.
             limits: Statements that bound the waits of each transaction.
+            index: What is written.
         """
         self.address = address
-        self._borrowed = borrowed
+        self._borrowed, self._index = borrowed, index
         self._role = role
         self._retry_seconds = retry_seconds
         self._connection: psycopg.Connection[tuple[Any, ...]] | None = None
@@ -88,7 +92,9 @@ class PgSession:
 
     def find_target(self) -> Target:
         """Where the tables are, asked for anew; kept as ``target``, since what is written belongs into one index."""
-        self.target = find_target(rows_of(self.connection(), "postgresql"), "postgresql", self.address.schema)
+        self.target = find_target(
+            rows_of(self.connection(), "postgresql"), "postgresql", self.address.schema, self._index
+        )
         return self.target
 
     def connection(self) -> psycopg.Connection[tuple[Any, ...]]:

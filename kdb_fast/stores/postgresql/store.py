@@ -2,7 +2,7 @@
 
 A flush takes one of two ways for each row:
 
-* *fresh*, no row had that key when the parent looked: binary COPY straight into ``kdb_search``;
+* *fresh*, no row had that key when the parent looked: binary COPY straight into the search table;
 * *existing*, or a fresh one that met a unique violation: binary COPY into a temporary table, then an UPDATE
   join that leaves rows alone which another program has changed since, then an INSERT of what is missing.
 
@@ -24,9 +24,10 @@ from ...faults import fault
 from ...records import Key, Reject
 from ...tables import seal
 from ...tables.index_policy import IndexOutcome
-from ...tables.kdb_search import KEY
+from ...tables.index_table import IndexTable
+from ...tables.kdb_search import KDB_SEARCH
 from ...tables.key import text_arrays
-from ...tables.target import OWN, TABLE, LiveRows, Target
+from ...tables.target import OWN, LiveRows, Target
 from ..base import FlushResult, FlushSlot, RunSpec, Store, Stored
 from ..rejects import refused
 from . import check as pg_check
@@ -36,7 +37,7 @@ from . import prepare as pg_prepare
 from . import rejects as pg_rejects
 from . import runs as pg_runs
 from . import seal as pg_seal
-from .flush import DROPPED, FlushWriter, delete_keys
+from .flush import FlushWriter, delete_keys, dropped
 from .pgcopy import row_version
 from .session import LIMITS, PgSession
 
@@ -64,10 +65,17 @@ class PostgreSQLStore(Store):
         patient: bool = False,
         borrowed: psycopg.Connection[tuple[Any, ...]] | None = None,
         limits: str = LIMITS,
+        index: IndexTable = KDB_SEARCH,
     ) -> None:
         """As :class:`~kdb_fast.stores.postgresql.session.PgSession`, whose session this store works in."""
         self.session = PgSession(
-            address, role, retry_seconds=retry_seconds, patient=patient, borrowed=borrowed, limits=limits
+            address,
+            role,
+            retry_seconds=retry_seconds,
+            patient=patient,
+            borrowed=borrowed,
+            limits=limits,
+            index=index,
         )
         self.encoding = self.session.encoding
         self._has_rejects = True
@@ -106,25 +114,28 @@ class PostgreSQLStore(Store):
         def make(cursor: Cursor, target: Target) -> tuple[str, ...]:
             return pg_prepare.search_table(cursor, target, dimensions)
 
-        return pg_prepare.prepare(self.session, make, wait)
+        return pg_prepare.prepare(self.session, make, wait, (self.target.index.name,))
 
     def is_prepared(self) -> bool:
         """Whether all tables of the index are in its schema, and up to date."""
 
         def work() -> bool:
             with self.session.transaction() as cursor:
-                there = all(pg_check.exists(cursor, self.target, name) for name in (TABLE, *OWN))
+                there = all(pg_check.exists(cursor, self.target, name) for name in (self.target.index.name, *OWN))
                 return there and pg_migrate.find_next(cursor, self.target) is None
 
         return self.session.retrying("looking for the tables", work)
 
     def column_dimensions(self) -> int | None:
+        index = self.target.index
+
         def work() -> int | None:
             statement = (
                 "SELECT a.atttypmod FROM pg_attribute a WHERE a.attrelid = to_regclass(%s) "
-                "AND a.attname = 'embedding' AND a.atttypmod > 0"
+                "AND a.attname = %s AND a.atttypmod > 0"
             )
-            row = self.session.connection().execute(statement, (self.target.regclass(TABLE),)).fetchone()
+            parameters = (self.target.regclass(index.name), index.vector)
+            row = self.session.connection().execute(statement, parameters).fetchone()
             return int(row[0]) if row else None
 
         return self.session.retrying("reading the table's definition", work)
@@ -164,9 +175,7 @@ class PostgreSQLStore(Store):
             return 0
 
         def work() -> int:
-            statement = self.target.statement(
-                "SELECT count(*) FROM {kdb_search} WHERE %s::text IS NULL OR entity_name = %s"
-            )
+            statement = self.target.statement("SELECT count(*) FROM {index} WHERE %s::text IS NULL OR {group} = %s")
             with self.session.transaction() as cursor:
                 row = cursor.execute(statement, (entity, entity)).fetchone()
             return int(row[0]) if row else 0
@@ -180,19 +189,19 @@ class PostgreSQLStore(Store):
             keys = self.session.holdable(keys)
 
         def work() -> dict[Key, Stored]:
-            ours = seal.ours(self.dialect, self._seal_column())
+            ours = seal.ours(self.dialect, self._seal_column(), "t.")
             rows = self.session.connection().execute(
                 # Key by key (OFFSET keeps it so): on a table without statistics the server would rather read all rows
                 # of the entity for a thousand keys. By its place, since the column decides which text is its equal.
                 self.target.statement(
-                    "SELECT k.place, t.* FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY k(entity, id, place), "
-                    "LATERAL (SELECT sha256(convert_to(content, 'UTF8')), "
-                    "CASE WHEN embedding IS NOT NULL AND <ours> THEN kdb_fast_fingerprint END, "
-                    "timestamptz_send(updated_at) "
-                    "FROM {kdb_search} WHERE entity_name = k.entity AND record_id = k.id "
-                    "OFFSET 0) t".replace("<ours>", ours)
+                    "SELECT s.place, r.* FROM unnest({key_arrays}) WITH ORDINALITY s({key}, place), "
+                    "LATERAL (SELECT sha256(convert_to(t.{content}, 'UTF8')), "
+                    "CASE WHEN t.{embedding} IS NOT NULL AND <ours> THEN t.kdb_fast_fingerprint END, "
+                    "timestamptz_send(t.{updated_at}) FROM {index} t WHERE {same_key} OFFSET 0) r".replace(
+                        "<ours>", ours
+                    )
                 ),
-                text_arrays(keys, len(KEY)),
+                text_arrays(keys, len(self.target.index.key)),
             )
             return {keys[r[0] - 1]: Stored(r[1], r[2], row_version(r[3])) for r in rows}
 
@@ -294,7 +303,7 @@ class PostgreSQLStore(Store):
 
         with self.session.connection().cursor() as cursor:
             statement = f"SELECT (extract(epoch FROM now()) * 1000000)::bigint, {pg_seal.HAS_SEAL}"  # noqa: S608
-            row = cursor.execute(statement.encode(), (self.target.regclass(TABLE),)).fetchone()
+            row = cursor.execute(statement.encode(), (self.target.index_regclass,)).fetchone()
             assert row is not None
             writer = FlushWriter(
                 cursor, self.target, run, row[0], merge_all=True, force=True, vectors=vectors, sealed=row[1]
@@ -311,7 +320,7 @@ class PostgreSQLStore(Store):
                     f"A record was refused ({reason}): {detail}.", remedy="Nothing of the batch was stored."
                 ) from None
             if writer.superseded or writer.rejected:
-                reason, detail = DROPPED
+                reason, detail = dropped(self.target)
                 raise RecordError(
                     f"A record was refused ({reason}): {detail}.", remedy="Nothing of the batch was stored."
                 )

@@ -20,6 +20,7 @@ from ...db.sqlite_errors import RowIgnoredError, kind_of, reason_of
 from ...ipc.row_block import NO_VALUE, RowBlock
 from ...records import Key, decode_key
 from ...tables import seal
+from ...tables.target import Target
 from ..base import FlushSlot, RunSpec
 from ..new_ids import ID_CHARS, new_ids
 from .full_text import FullText, FullTextRow
@@ -30,18 +31,19 @@ CHUNK_ROWS = 1_000
 """Rows prepared at a time: JSON text and copies take 10 KB a row for 384 dimensions."""
 
 INSERT = (
-    "INSERT INTO kdb_search (rowid, id, entity_name, record_id, created_at, content, embedding, kdb_fast_source_at, "
-    "updated_at, kdb_fast_at, model, dimensions, kdb_fast_fingerprint, kdb_fast_run) "
-    "VALUES (?1, ?2, ?3, ?4, ?8, ?5, ?6, ?7, ?8, ?8, ?9, ?10, ?11, ?12)"
+    "INSERT INTO {index} (rowid, {id}, {created_at}, {content}, {embedding}, kdb_fast_source_at, {updated_at}, "
+    "kdb_fast_at, {model}, {dimensions}, kdb_fast_fingerprint, kdb_fast_run<seal column>, {key}) "
+    "VALUES (?1, ?2, ?6, ?3, ?4, ?5, ?6, ?6, ?7, ?8, ?9, ?10<seal>, {key_values})"
 )
 UPDATE = (
-    "UPDATE kdb_search SET content = ?5, embedding = ?6, kdb_fast_source_at = ?7, updated_at = ?8, kdb_fast_at = ?8, "
-    "model = ?9, dimensions = ?10, kdb_fast_fingerprint = ?11, kdb_fast_run = ?12 WHERE rowid = ?1"
+    "UPDATE {index} SET {content} = ?3, {embedding} = ?4, kdb_fast_source_at = ?5, {updated_at} = ?6, "
+    "kdb_fast_at = ?6, {model} = ?7, {dimensions} = ?8, kdb_fast_fingerprint = ?9, kdb_fast_run = ?10<set seal> "
+    "WHERE rowid = ?1"
 )
+FIXED_VALUES = 10
 
-SEAL = seal.expression("sqlite", "?11", "?9", "?10", "?5", "?6")
-SEALED_INSERT = INSERT.replace("kdb_fast_run) ", f"kdb_fast_run, {seal.COLUMN}) ").replace("?12)", f"?12, {SEAL})")
-SEALED_UPDATE = UPDATE.replace(" WHERE", f", {seal.COLUMN} = {SEAL} WHERE")
+SEAL = seal.expression("sqlite", "?9", "?7", "?8", "?3", "?4")
+SEAL_PARTS = {"seal column": f", {seal.COLUMN}", "seal": f", {SEAL}", "set seal": f", {seal.COLUMN} = {SEAL}"}
 
 WHOLE_SECONDS = len("2026-01-31 23:59:59")
 """Characters of a time without a fraction: two writes within a second look alike."""
@@ -124,6 +126,7 @@ class FlushWriter(RowWriter):
     def __init__(
         self,
         connection: sqlite3.Connection,
+        target: Target,
         full_text: FullText,
         run: RunSpec,
         *,
@@ -131,7 +134,7 @@ class FlushWriter(RowWriter):
         vectors: bool = True,
         sealed: bool = False,
     ) -> None:
-        self._sealed = sealed
+        self._sealed, self._target = sealed, target
         self._connection, self._full_text, self._run = connection, full_text, run
         self._force, self._vectors = force, vectors
         self._at = now()
@@ -140,7 +143,7 @@ class FlushWriter(RowWriter):
         self.superseded: list[tuple[int, int]] = []
         self.rejected: list[tuple[int, int, str, str]] = []
         self._texts: dict[int, _Text] = {}
-        (last,) = connection.execute("SELECT max(rowid) FROM kdb_search").fetchone()
+        (last,) = connection.execute(target.text("SELECT max(rowid) FROM {index}")).fetchone()
         # Free in both tables, so that a record has the same rowid in both.
         self._next_rowid = max(last or 0, full_text.last_rowid()) + 1
 
@@ -186,8 +189,10 @@ class FlushWriter(RowWriter):
         A time in whole seconds does not say that no other program writes the row within that second: searches then read
         KameleonDB's JSON text.
         """
-        changed = "SELECT rowid, updated_at FROM kdb_search WHERE updated_at <> ? AND length(updated_at) > ? "
-        changed += "AND rowid IN (…)"
+        changed = self._target.text(
+            "SELECT rowid, {updated_at} FROM {index} WHERE {updated_at} <> ? AND length({updated_at}) > ? "
+            "AND rowid IN (…)"
+        )
         times = list(select_in(self._connection, changed, list(self._texts), self._at, WHOLE_SECONDS))
         self._connection.executemany(
             "UPDATE kdb_fast_vectors SET at = ? WHERE search_rowid = ?", [(time, rowid) for rowid, time in times]
@@ -221,10 +226,10 @@ class FlushWriter(RowWriter):
     def _existing(self, keys: Sequence[Key]) -> dict[Key, tuple[Any, ...]]:
         """For each key in the table: rowid, id, updated_at, whether nobody has written the row since kdb-fast did,
         kdb_fast_run, content as bytes."""
-        ours = seal.ours("sqlite", (seal.COLUMN,) if self._sealed else (), "s.")
-        columns = f"s.rowid, s.id, CAST(s.updated_at AS BLOB), {ours}, s.kdb_fast_run, "
-        columns += "CAST(coalesce(s.content, '') AS BLOB)"
-        return {key: tuple(row) for key, *row in select_keys(self._connection, columns, keys)}
+        ours = seal.ours("sqlite", (seal.COLUMN,) if self._sealed else (), "t.")
+        columns = f"t.rowid, t.{{id}}, CAST(t.{{updated_at}} AS BLOB), {ours}, t.kdb_fast_run, "
+        columns += "CAST(coalesce(t.{content}, '') AS BLOB)"
+        return {key: tuple(row) for key, *row in select_keys(self._connection, self._target, columns, keys)}
 
     def _store_or_halve(self, slot: RowBlock, raw: Sequence[RawRow], rows: Sequence[_Row]) -> None:
         """Store all rows or, where the database refuses one, halve until the refused ones stand alone."""
@@ -256,6 +261,14 @@ class FlushWriter(RowWriter):
             else:
                 self._texts[row.rowid] = _Text(text, before.exists, before.same and row.same_text)
 
+    def _statements(self) -> tuple[str, str]:
+        """Those that insert and update rows."""
+        insert, update = INSERT, UPDATE
+        for name, text in SEAL_PARTS.items():
+            insert, update = (s.replace(f"<{name}>", text if self._sealed else "") for s in (insert, update))
+        values = ", ".join(f"?{FIXED_VALUES + 1 + number}" for number in range(len(self._target.index.key)))
+        return self._target.text(insert, key_values=values), self._target.text(update)
+
     def _store(self, slot: RowBlock, rows: Sequence[_Row]) -> int:
         """Write rows with their vectors; returns the bytes of the vectors as written."""
         run = self._run
@@ -271,9 +284,12 @@ class FlushWriter(RowWriter):
         existing: list[tuple[Any, ...]] = []
         for row, text in zip(rows, texts, strict=True):
             _, rowid, search_id, key, content, source_at, exists, _ = row
-            (existing if exists else new).append((rowid, search_id, *key, content, text, source_at, *fixed))
-        statements = (SEALED_INSERT, SEALED_UPDATE) if self._sealed else (INSERT, UPDATE)
-        for statement, parameters in zip(statements, (new, existing), strict=True):
+            values = (rowid, search_id, content, text, source_at, *fixed)
+            if exists:
+                existing.append(values)
+            else:
+                new.append((*values, *key))
+        for statement, parameters in zip(self._statements(), (new, existing), strict=True):
             if parameters and self._connection.executemany(statement, parameters).rowcount != len(parameters):
                 raise RowIgnoredError("a trigger of the table left the row out")
         if self._vectors:

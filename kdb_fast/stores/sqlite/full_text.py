@@ -1,9 +1,9 @@
 """SQLite: keep the full-text table in step with the search table.
 
-``kdb_search_fts`` has a row of its own for each row of ``kdb_search``, but no index on any key: to find
+The full-text table has a row of its own for each row of the search table, but no index on any key: to find
 the row of one record, SQLite reads the whole table. So a row is found in one of two ways:
 
-1. it has the same rowid as its row in ``kdb_search``: true for all rows that kdb-fast writes, and for those
+1. it has the same rowid as its row in the search table: true for all rows that kdb-fast writes, and for those
    of KameleonDB that were never changed;
 2. by a temporary map from key to rowid, made by reading the table once, when the first record needs it.
 
@@ -19,21 +19,24 @@ from collections.abc import Iterator, Sequence
 from ...db.sqlite import select_in
 from ...db.sqlite_session import transaction
 from ...records import Key
+from ...tables.target import Target
 
 FullTextRow = tuple[int, str, Key, str]
 """(rowid, id, key, content)."""
 
 
 class FullText:
-    """The rows of ``kdb_search_fts``, by record.
+    """The rows of the full-text table, by record.
 
     Args:
         connection: The connection of the store.
+        target: Whose full-text table it is.
         shared: Others write through the same connection too, so that SQLite cannot tell us of their changes.
     """
 
-    def __init__(self, connection: sqlite3.Connection, *, shared: bool) -> None:
-        self._connection = connection
+    def __init__(self, connection: sqlite3.Connection, target: Target, *, shared: bool) -> None:
+        self._connection, self._text = connection, target.text
+        self._unknown = ",".join("?" * len(target.index.key))
         self._shared = shared
         self._version: int | None = None
         self._mapped = False
@@ -52,14 +55,16 @@ class FullText:
 
     def last_rowid(self) -> int:
         """The greatest rowid, or 0 for an empty table."""
-        row = self._connection.execute("SELECT rowid FROM kdb_search_fts ORDER BY rowid DESC LIMIT 1").fetchone()
+        row = self._connection.execute(
+            self._text("SELECT rowid FROM {full_text} ORDER BY rowid DESC LIMIT 1")
+        ).fetchone()
         return int(row[0]) if row else 0
 
     def locate(self, records: Sequence[tuple[Key, int]]) -> tuple[dict[Key, int], set[int]]:
         """Find the full-text rows of records.
 
         Args:
-            records: (key, rowid in ``kdb_search``) of each.
+            records: (key, rowid in the search table) of each.
 
         Returns:
             The rowid in the full-text table of each key that has a row there, and those of the given rowids
@@ -81,19 +86,22 @@ class FullText:
     def add(self, rows: Sequence[FullTextRow]) -> None:
         """Insert rows; their rowids must be free."""
         self._connection.executemany(
-            "INSERT INTO kdb_search_fts (rowid, id, entity_name, record_id, content) VALUES (?, ?, ?, ?, ?)",
+            self._text(
+                "INSERT INTO {full_text} (rowid, {id}, {key}, {content}) VALUES (?, ?, {values}, ?)",
+                values=self._unknown,
+            ),
             [(rowid, search_id, *key, content) for rowid, search_id, key, content in rows],
         )
         if self._mapped:
             self._connection.executemany(
-                "INSERT INTO temp.kdb_fast_fts_keys VALUES (?, ?, ?)",
+                self._text("INSERT INTO temp.kdb_fast_fts_keys VALUES (?, {values})", values=self._unknown),
                 [(rowid, *key) for rowid, _, key, _ in rows],
             )
 
     def change(self, rows: Sequence[tuple[int, str, str]]) -> None:
         """Give rows another text: (rowid, id, content)."""
         self._connection.executemany(
-            "UPDATE kdb_search_fts SET id = ?2, content = ?3 WHERE rowid = ?1",
+            self._text("UPDATE {full_text} SET {id} = ?2, {content} = ?3 WHERE rowid = ?1"),
             rows,
         )
 
@@ -102,33 +110,34 @@ class FullText:
         if not rowids:
             return
         parameters = [(rowid,) for rowid in rowids]
-        self._connection.executemany("DELETE FROM kdb_search_fts WHERE rowid = ?", parameters)
+        self._connection.executemany(self._text("DELETE FROM {full_text} WHERE rowid = ?"), parameters)
         if self._mapped:
             self._connection.executemany("DELETE FROM temp.kdb_fast_fts_keys WHERE fts_rowid = ?", parameters)
 
     def orphans(self, entity: str, among: Sequence[int] | None = None) -> list[int]:
-        """Rowids of an entity's full-text rows without a row in ``kdb_search``, of all or among the given."""
-        query = (
-            "SELECT f.rowid FROM kdb_search_fts f WHERE f.entity_name = ? AND NOT EXISTS (SELECT 1 FROM kdb_search s "
-            "WHERE s.entity_name = f.entity_name AND s.record_id = f.record_id)"
+        """Rowids of an entity's full-text rows without a row in the search table, of all or among the given."""
+        query = self._text(
+            "SELECT s.rowid FROM {full_text} s WHERE s.{group} = ? "
+            "AND NOT EXISTS (SELECT 1 FROM {index} t WHERE {same_key})"
         )
         if among is None:
             return [rowid for (rowid,) in self._connection.execute(query, (entity,))]
-        rows = select_in(self._connection, query + " AND f.rowid IN (…)", among, entity)
+        rows = select_in(self._connection, query + " AND s.rowid IN (…)", among, entity)
         return [rowid for (rowid,) in rows]
 
     def _read(self, rowids: Sequence[int]) -> dict[int, Key]:
         rows = select_in(
-            self._connection, "SELECT rowid, entity_name, record_id FROM kdb_search_fts WHERE rowid IN (…)", rowids
+            self._connection, self._text("SELECT rowid, {key} FROM {full_text} WHERE rowid IN (…)"), rowids
         )
         return {rowid: tuple(key) for rowid, *key in rows}
 
     def _look_up(self, keys: Sequence[Key]) -> dict[Key, int]:
         candidates: dict[int, Key] = {}
+        statement = self._text(
+            "SELECT fts_rowid FROM temp.kdb_fast_fts_keys WHERE ({key}) = ({values})", values=self._unknown
+        )
         for key in keys:
-            rows = self._connection.execute(
-                "SELECT fts_rowid FROM temp.kdb_fast_fts_keys WHERE entity_name = ? AND record_id = ?", key
-            )
+            rows = self._connection.execute(statement, key)
             candidates.update((rowid, key) for (rowid,) in rows)
         there = self._read(list(candidates))
         return {key: rowid for rowid, key in candidates.items() if there.get(rowid) == key}
@@ -144,7 +153,7 @@ class FullText:
     def _build_map(self) -> None:
         execute = self._connection.execute
         execute("DROP TABLE IF EXISTS temp.kdb_fast_fts_keys")
-        execute("CREATE TEMP TABLE kdb_fast_fts_keys (fts_rowid INTEGER PRIMARY KEY, entity_name TEXT, record_id TEXT)")
-        execute("INSERT INTO temp.kdb_fast_fts_keys SELECT rowid, entity_name, record_id FROM kdb_search_fts")
-        execute("CREATE INDEX temp.kdb_fast_fts_by_key ON kdb_fast_fts_keys (record_id, entity_name)")
+        execute(self._text("CREATE TEMP TABLE kdb_fast_fts_keys (fts_rowid INTEGER PRIMARY KEY, {key})"))
+        execute(self._text("INSERT INTO temp.kdb_fast_fts_keys SELECT rowid, {key} FROM {full_text}"))
+        execute(self._text("CREATE INDEX temp.kdb_fast_fts_by_key ON kdb_fast_fts_keys ({member}, {group})"))
         self._mapped, self._version = True, self._data_version()

@@ -8,27 +8,29 @@ from typing import Any
 
 from ...db.sqlite import batches
 from ...records import Key
-from ...tables.kdb_search import KEY
+from ...tables.target import Target
 
 PARAMETERS = 999
 """Of one statement: SQLite before 3.32 takes no more."""
 
 
 def select_keys(
-    connection: sqlite3.Connection, columns: str, keys: Sequence[Key]
+    connection: sqlite3.Connection, target: Target, columns: str, keys: Sequence[Key]
 ) -> Iterator[tuple[Key, *tuple[Any, ...]]]:
     """For each of these keys that a row has: the key, and values of the row.
 
     Args:
-        columns: The values, of a row ``s``.
+        columns: The values, of a row ``t``: a template of :meth:`~kdb_fast.tables.target.Target.statement`.
     """
-    names = [column.name for column in KEY]
+    width = 1 + len(target.index.key)
     # The column compares, with its own type and collation; so a row is told by the place of its key.
-    equal = " AND ".join(f"s.{name} = k.column{number}" for number, name in enumerate(names, 2))
-    places = "(" + ",".join("?" * (1 + len(names))) + ")"
-    for batch in batches(keys, PARAMETERS // (1 + len(names))):
-        values = ",".join([places] * len(batch))
-        statement = f"SELECT k.column1, {columns} FROM (VALUES {values}) k CROSS JOIN kdb_search s ON {equal}"  # noqa: S608
+    statement = target.text(
+        f"WITH s (place, {{key}}) AS (VALUES <values>) SELECT s.place, {columns} "  # noqa: S608 - names
+        "FROM s CROSS JOIN {index} t ON {same_key}"
+    )
+    row = "(" + ",".join("?" * width) + ")"
+    for batch in batches(keys, PARAMETERS // width):
         parameters = [value for place, key in enumerate(batch) for value in (place, *key)]
-        for place, *row in connection.execute(statement, parameters):
-            yield batch[place], *row
+        values = ",".join([row] * len(batch))
+        for place, *found in connection.execute(statement.replace("<values>", values), parameters):
+            yield batch[place], *found

@@ -12,20 +12,16 @@ from ...db.sqlite_session import transaction
 from ...errors import SchemaError
 from ...faults import fault
 from ...records import storable_key
-from ...tables import schema, seal
+from ...tables import kdb_search, seal
+from ...tables.target import Target
 from ..runs import Holder, wait_for_lock
 from . import migrate
 from . import runs as sqlite_runs
 from .check import check_kind, columns
 
-NEEDED_COLUMNS = (
-    "id", "entity_name", "record_id", "content", "embedding", "model", "dimensions", "created_at", "updated_at",
-)  # fmt: skip
-FTS_COLUMNS = ("id", "entity_name", "record_id", "content")
-
 PROBE = (
-    "EXPLAIN INSERT INTO kdb_search (rowid, id, entity_name, record_id, created_at, content, embedding, updated_at, "
-    "model, dimensions) VALUES (1, '', '', '', '', '', '', '', '', 1) ON CONFLICT (entity_name, record_id) DO NOTHING"
+    "EXPLAIN INSERT INTO {index} (rowid, {id}, {created_at}, {content}, {embedding}, {updated_at}, {model}, "
+    "{dimensions}, {key}) VALUES (1, '', '', '', '', '', '', 1, {empty_key}) ON CONFLICT ({key}) DO NOTHING"
 )
 """Compiles only if the table has row ids, a unique constraint on the key, and no generated column where we write; runs
 nothing."""
@@ -45,10 +41,10 @@ def prepare(
     wait_for_lock(lambda: _prepare(connection, make), wait, on_wait)
 
 
-def search_table(connection: sqlite3.Connection) -> None:
+def search_table(connection: sqlite3.Connection, target: Target) -> None:
     """Check the search tables or make them, and add our columns, within a transaction."""
-    _search_table(connection)
-    _full_text(connection)
+    _search_table(connection, target)
+    _full_text(connection, target)
 
 
 def _prepare(connection: sqlite3.Connection, make: Callable[[], None]) -> Holder | None:
@@ -90,97 +86,108 @@ def _encoding(connection: sqlite3.Connection) -> None:
         )
 
 
-def _search_table(connection: sqlite3.Connection) -> None:
-    if check_kind(connection, "kdb_search"):
-        _check_search_table(connection)
+def _search_table(connection: sqlite3.Connection, target: Target) -> None:
+    if check_kind(connection, target.index.name):
+        _check_search_table(connection, target)
     else:
-        connection.execute(schema.SQLITE_SEARCH)
-    _plain_indexes(connection)
-    have = columns(connection, "kdb_search")
-    wanted = dict(schema.SQLITE_COLUMNS)
-    if _triggers(connection):
+        connection.execute(target.text(kdb_search.SQLITE_SEARCH))
+    _plain_indexes(connection, target)
+    have = columns(connection, target.index.name)
+    wanted = dict(kdb_search.SQLITE_COLUMNS)
+    if _triggers(connection, target):
         wanted[seal.COLUMN] = "BLOB"
     for name, data_type in wanted.items():
         if name not in have:
-            connection.execute(f"ALTER TABLE kdb_search ADD COLUMN {name} {data_type}")
+            connection.execute(target.text(f"ALTER TABLE {{index}} ADD COLUMN {name} {data_type}"))
 
 
-def _triggers(connection: sqlite3.Connection) -> list[str]:
-    statement = "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = 'kdb_search' COLLATE NOCASE"
-    return [storable_key(row[0]) for row in connection.execute(statement)]
+def _triggers(connection: sqlite3.Connection, target: Target) -> list[str]:
+    statement = "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ? COLLATE NOCASE"
+    return [storable_key(row[0]) for row in connection.execute(statement, (target.index.name,))]
 
 
-def altered(connection: sqlite3.Connection, run: int) -> list[str]:
+def altered(connection: sqlite3.Connection, target: Target, run: int) -> list[str]:
     """See :meth:`kdb_fast.stores.base.Store.altered`; the table has a column for seals."""
-    causes = [f"trigger {name}" for name in _triggers(connection)]
+    causes = [f"trigger {name}" for name in _triggers(connection, target)]
     if not causes:
         return []
     times, others = connection.execute(
-        "SELECT coalesce(sum(held AND kdb_fast_at IS NOT updated_at), 0), coalesce(sum(NOT held), 0) FROM "
-        "(SELECT kdb_fast_at, updated_at, <held> AS held FROM kdb_search WHERE kdb_fast_run = ?)".replace(
-            "<held>", f"{seal.COLUMN} IS {seal.of_row('sqlite')}"
+        target.text(
+            "SELECT coalesce(sum(held AND kdb_fast_at IS NOT {updated_at}), 0), coalesce(sum(NOT held), 0) FROM "
+            "(SELECT kdb_fast_at, {updated_at}, <held> AS held FROM {index} WHERE kdb_fast_run = ?)".replace(
+                "<held>", f"{seal.COLUMN} IS {seal.of_row('sqlite')}"
+            )
         ),
         (run,),
     ).fetchone()
     remedy = "To spare that, let the trigger leave a time alone that the writer sets: WHEN NEW.updated_at IS "
     remedy += "OLD.updated_at, on INSERT WHEN NEW.updated_at IS NULL."
-    return seal.warnings("kdb_search", causes, times, others, sealed=True, remedy=remedy)
+    return seal.warnings(target.index_shown, causes, times, others, sealed=True, remedy=remedy)
 
 
-def _plain_indexes(connection: sqlite3.Connection) -> None:
+def _plain_indexes(connection: sqlite3.Connection, target: Target) -> None:
     """Make those that are missing. An earlier table that was renamed keeps its indexes, and so their names."""
     tables = dict(connection.execute("SELECT lower(name), lower(tbl_name) FROM sqlite_master"))
-    for name, column in schema.SQLITE_PLAIN_INDEXES.items():
+    table = target.index.name.lower()
+    for pattern, column in kdb_search.PLAIN_INDEXES.items():
+        name = pattern.format(target.index.name)
         candidates = itertools.chain([name], (f"{name}{number}" for number in itertools.count(1)))
-        free = next(c for c in candidates if tables.get(c, "kdb_search") == "kdb_search")
-        connection.execute(f"CREATE INDEX IF NOT EXISTS {free} ON kdb_search ({column})")
+        free = next(c for c in candidates if tables.get(c.lower(), table) == table)
+        connection.execute(
+            target.text(
+                "CREATE INDEX IF NOT EXISTS {name} ON {index} ({column})", name=target.table(free), column=column
+            )
+        )
 
 
-def _check_search_table(connection: sqlite3.Connection) -> None:
-    have = columns(connection, "kdb_search")
-    missing = [name for name in NEEDED_COLUMNS if name not in have]
+def _check_search_table(connection: sqlite3.Connection, target: Target) -> None:
+    shown, key = target.index_shown, ", ".join(column.name for column in target.index.key)
+    have = columns(connection, target.index.name)
+    missing = [name for name in target.index.columns if name not in have]
     if missing:
         raise SchemaError(
-            f"The table kdb_search has no column {', '.join(missing)}; expected KameleonDB's search table.",
-            remedy="Is kdb_search another program's table? Use another file for this index.",
+            f"The table {shown} has no column {', '.join(missing)}; expected KameleonDB's search table.",
+            remedy=f"Is {shown} another program's table? Use another file for this index.",
         )
     unfilled = [
         name
         for name, (not_null, has_default) in have.items()
-        if not_null and not has_default and name not in NEEDED_COLUMNS
+        if not_null and not has_default and name not in target.index.columns
     ]
     if unfilled:
         raise SchemaError(
-            f"The table kdb_search needs a value in {', '.join(unfilled)}, which kdb-fast does not write: no row could "
+            f"The table {shown} needs a value in {', '.join(unfilled)}, which kdb-fast does not write: no row could "
             "be stored.",
             remedy="Give these columns a default, or allow NULL in them.",
         )
     try:
-        connection.execute(PROBE)
+        connection.execute(target.text(PROBE, empty_key=", ".join(["''"] * len(target.index.key))))
     except sqlite3.OperationalError as error:
         if "generated column" in str(error):
             raise SchemaError(
-                f"A column of kdb_search that kdb-fast writes is generated: {error}.",
+                f"A column of {shown} that kdb-fast writes is generated: {error}.",
                 remedy="Make the table anew with an ordinary column, or use another file for this index.",
             ) from None
         raise SchemaError(
-            f"kdb_search must have row ids and a unique constraint on (entity_name, record_id): {error}.",
-            remedy="Run: CREATE UNIQUE INDEX ux_kdb_search_key ON kdb_search (entity_name, record_id);",
+            f"{shown} must have row ids and a unique constraint on ({key}): {error}.",
+            remedy=f"Run: CREATE UNIQUE INDEX ux_{shown}_key ON {shown} ({key});",
         ) from None
 
 
-def _full_text(connection: sqlite3.Connection) -> None:
-    row = connection.execute("SELECT sql FROM sqlite_master WHERE name = ?", ("kdb_search_fts",)).fetchone()
+def _full_text(connection: sqlite3.Connection, target: Target) -> None:
+    row = connection.execute("SELECT sql FROM sqlite_master WHERE name = ?", (target.index.full_text,)).fetchone()
     try:
         if row is None:
-            connection.execute(schema.SQLITE_FTS)
+            connection.execute(target.text(kdb_search.SQLITE_FTS))
             # The rows of a table that was made without full-text search are not read again: fill it now.
             connection.execute(
-                "INSERT INTO kdb_search_fts (rowid, id, entity_name, record_id, content) "
-                "SELECT rowid, id, entity_name, record_id, content FROM kdb_search"
+                target.text(
+                    "INSERT INTO {full_text} (rowid, {id}, {key}, {content}) "
+                    "SELECT rowid, {id}, {key}, {content} FROM {index}"
+                )
             )
         else:
-            connection.execute("SELECT rowid FROM kdb_search_fts LIMIT 1").fetchone()
+            connection.execute(target.text("SELECT rowid FROM {full_text} LIMIT 1")).fetchone()
     except sqlite3.OperationalError as error:
         if "no such module" not in str(error):
             raise
@@ -188,11 +195,14 @@ def _full_text(connection: sqlite3.Connection) -> None:
             f"This Python's SQLite ({sqlite3.sqlite_version}) has no full-text search (FTS5).",
             remedy="Use a Python whose SQLite is built with FTS5; those of python.org and all Linux systems are.",
         ) from None
-    have = columns(connection, "kdb_search_fts")
-    missing = [name for name in FTS_COLUMNS if name not in have]
-    if missing or not table_exists(connection, "kdb_search_fts_content"):
+    index = target.index
+    expected = (index.id, *(column.name for column in index.key), index.text)
+    have = columns(connection, index.full_text)
+    missing = [name for name in expected if name not in have]
+    if missing or not table_exists(connection, f"{index.full_text}_content"):
         raise SchemaError(
-            "kdb_search_fts is not KameleonDB's full-text table: expected FTS5 with its own content and the columns "
-            f"{', '.join(FTS_COLUMNS)}; found {', '.join(have)}.",
-            remedy="If it can be built anew from kdb_search: DROP TABLE kdb_search_fts;",
+            f"{index.full_text} is not KameleonDB's full-text table: expected FTS5 with its own content and the "
+            "columns "
+            f"{', '.join(expected)}; found {', '.join(have)}.",
+            remedy=f"If it can be built anew from {index.name}: DROP TABLE {index.full_text};",
         )

@@ -1,6 +1,6 @@
 """SQLite with FTS5: look up what is stored, write a flush in one transaction.
 
-Vectors are written twice: as JSON text into ``kdb_search``, where KameleonDB reads them, and as float32
+Vectors are written twice: as JSON text into the search table, where KameleonDB reads them, and as float32
 into ``kdb_fast_vectors``, where search reads them 100 times as fast.
 """
 
@@ -20,7 +20,9 @@ from ...faults import fault
 from ...records import Key, Reject, shown_key
 from ...tables import seal
 from ...tables.index_policy import IndexAction, IndexOutcome
-from ...tables.target import LiveRows
+from ...tables.index_table import IndexTable
+from ...tables.kdb_search import KDB_SEARCH
+from ...tables.target import LiveRows, Target
 from ..base import FlushResult, FlushSlot, RunSpec, Store, Stored
 from ..rejects import refused
 from . import prepare as sqlite_prepare
@@ -57,22 +59,22 @@ class SQLiteStore(Store):
 
     dialect = "sqlite"
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: sqlite3.Connection, index: IndexTable = KDB_SEARCH) -> None:
+        self._connection, self._target = connection, Target(index=index)
         self._owned = False
-        self._full_text = FullText(connection, shared=True)
+        self._full_text = FullText(connection, self._target, shared=True)
         self._columns: tuple[str, ...] | None = None
         self.on_wait: Callable[[str], None] = lambda what: None
 
     @classmethod
-    def open(cls, address: DatabaseAddress, *, must_exist: bool = True) -> SQLiteStore:
+    def open(cls, address: DatabaseAddress, *, must_exist: bool = True, index: IndexTable = KDB_SEARCH) -> SQLiteStore:
         """A store with its own connection, which :meth:`close` closes.
 
         Raises:
             DatabaseError: The file does not exist, is no database, or cannot be opened.
         """
-        store = cls(connect_sqlite(address, must_exist=must_exist))
-        store._full_text = FullText(store._connection, shared=False)
+        store = cls(connect_sqlite(address, must_exist=must_exist), index)
+        store._full_text = FullText(store._connection, store._target, shared=False)
         store._own()
         return store
 
@@ -91,22 +93,29 @@ class SQLiteStore(Store):
         """See :meth:`Store.prepare`. SQLite's columns are not bound to a dimension: older vectors are just stale."""
         with translated("preparing the tables"):
             sqlite_prepare.prepare(
-                self._connection, lambda: sqlite_prepare.search_table(self._connection), wait, self.on_wait
+                self._connection,
+                lambda: sqlite_prepare.search_table(self._connection, self._target),
+                wait,
+                self.on_wait,
             )
         self._columns = None
         return ()
+
+    @property
+    def target(self) -> Target:
+        return self._target
 
     def _seal_column(self) -> tuple[str, ...]:
         """The column for seals where the table has it; asked for once."""
         if self._columns is None:
             seal.register(self._connection)
-            has = seal.COLUMN in columns(self._connection, "kdb_search")
+            has = seal.COLUMN in columns(self._connection, self._target.index.name)
             self._columns = (seal.COLUMN,) if has else ()
         return self._columns
 
     def altered(self, run: int) -> list[str]:
         with translated("looking at what was stored"):
-            return sqlite_prepare.altered(self._connection, run) if self._seal_column() else []
+            return sqlite_prepare.altered(self._connection, self._target, run) if self._seal_column() else []
 
     def begin_run(self, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
         with translated("taking the lock"):
@@ -140,16 +149,16 @@ class SQLiteStore(Store):
             with translated("refreshing statistics"):
                 # A sample of 1,000 rows of each index: milliseconds, whatever the size of the table.
                 self._connection.execute("PRAGMA analysis_limit = 1000")
-                self._connection.execute("ANALYZE kdb_search")
+                self._connection.execute(self._target.text("ANALYZE {index}"))
         return IndexOutcome(IndexAction.NONE, "exact search on SQLite, no vector index")
 
     def count(self, entity: str | None = None) -> int:
         with translated("counting rows"):
             if entity is None:
-                row = self._connection.execute("SELECT count(*) FROM kdb_search").fetchone()
+                row = self._connection.execute(self._target.text("SELECT count(*) FROM {index}")).fetchone()
             else:
                 row = self._connection.execute(
-                    "SELECT count(*) FROM kdb_search WHERE entity_name = ?", (entity,)
+                    self._target.text("SELECT count(*) FROM {index} WHERE {group} = ?"), (entity,)
                 ).fetchone()
             return int(row[0])
 
@@ -158,11 +167,11 @@ class SQLiteStore(Store):
     def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
         result: dict[Key, Stored] = {}
         with translated("looking up what is stored"):
-            ours = seal.ours("sqlite", self._seal_column(), "s.")
+            ours = seal.ours("sqlite", self._seal_column(), "t.")
             # Bytes, as they are hashed: text that is not valid UTF-8 must not end the run.
-            columns = "CAST(coalesce(s.content, '') AS BLOB), CAST(s.updated_at AS BLOB), "
-            columns += f"CASE WHEN s.embedding IS NOT NULL AND {ours} THEN s.kdb_fast_fingerprint END"
-            for key, content, updated_at, fingerprint in select_keys(self._connection, columns, keys):
+            columns = "CAST(coalesce(t.{content}, '') AS BLOB), CAST(t.{updated_at} AS BLOB), "
+            columns += f"CASE WHEN t.{{embedding}} IS NOT NULL AND {ours} THEN t.kdb_fast_fingerprint END"
+            for key, content, updated_at, fingerprint in select_keys(self._connection, self._target, columns, keys):
                 result[key] = Stored(hashlib.sha256(content).digest(), fingerprint, row_version(updated_at, content))
         return result
 
@@ -214,7 +223,9 @@ class SQLiteStore(Store):
     def _writer(self, run: RunSpec, *, force: bool = False, vectors: bool = True) -> RowWriter:
         """What takes the rows of one flush into the tables."""
         sealed = bool(self._seal_column())
-        return FlushWriter(self._connection, self._full_text, run, force=force, vectors=vectors, sealed=sealed)
+        return FlushWriter(
+            self._connection, self._target, self._full_text, run, force=force, vectors=vectors, sealed=sealed
+        )
 
     def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
         with translated("writing"):
@@ -232,11 +243,11 @@ class SQLiteStore(Store):
             sqlite_rejects.forget_stored(self._connection, run.number, writer.stored)
 
     def _delete(self, keys: Sequence[Key]) -> int:
-        return sqlite_prune.delete_records(self._connection, self._full_text, keys)
+        return sqlite_prune.delete_records(self._connection, self._target, self._full_text, keys)
 
     def prune(self, entity: str, live_rows: LiveRows) -> int:
         with translated("removing deleted records"):
-            return sqlite_prune.prune(self._connection, self._full_text, entity, live_rows)
+            return sqlite_prune.prune(self._connection, self._target, self._full_text, entity, live_rows)
 
     # -- rejects, and the end --------------------------------------------------------------------------
 
