@@ -43,8 +43,9 @@ def index_model(connection: Any, dialect: str) -> IndexModel | None:
     if target.index.name not in present:
         raise no_index(rows, target)
     fingerprint = "kdb_fast_fingerprint" if "kdb_fast_fingerprint" in present[target.index.name] else "NULL"
-    index, runs = target.table(target.index.name), target.table(RUNS)
-    found = rows(f"SELECT model, dimensions, {fingerprint} FROM {index} WHERE embedding IS NOT NULL LIMIT 1", {})  # noqa: S608
+    runs = target.table(RUNS)
+    first = "SELECT {model}, {dimensions}, {fingerprint} FROM {index} WHERE {embedding} IS NOT NULL LIMIT 1"
+    found = rows(target.text(first, fingerprint=fingerprint), {})
     if found and RUNS in present:
         newest = f"SELECT model, dimensions, fingerprint FROM {runs} WHERE last_flush > 0 ORDER BY run DESC LIMIT 1"  # noqa: S608
         found = rows(newest, {}) or found

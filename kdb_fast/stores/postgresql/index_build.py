@@ -49,12 +49,12 @@ def _standard(tree: IndexTree, target: Target, vector: bool) -> list[SearchIndex
     whole = (home, table)
     if len(bare) == sum(relation.leaf and relation.inside for relation in tree.relations.values()):
         return [SearchIndex(home, table, name, using, vector, partitioned=not tree.relations[whole].leaf)]
-    return [_part(place, using, vector) for place in bare]
+    return [_part(target, place, using, vector) for place in bare]
 
 
-def _part(place: Name, using: str, vector: bool, like: SearchIndex | None = None) -> SearchIndex:
+def _part(target: Target, place: Name, using: str, vector: bool, like: SearchIndex | None = None) -> SearchIndex:
     """An index of one partition, with the name that the server would give it."""
-    name = f"{place[1]}_{'embedding' if vector else 'tsv'}_idx"
+    name = f"{place[1]}_{target.index.vector if vector else target.index.tsvector}_idx"
     return SearchIndex(*place, name, using, vector, tablespace=like.tablespace if like else None)
 
 
@@ -84,7 +84,7 @@ class IndexBuilder:
             try:
                 with self._session.transaction() as cursor, _notices(self._session, self._warnings):
                     _name_session(cursor)
-                    _settings(cursor, index.place, serial=serial)
+                    _settings(cursor, index.place, self._target.index.vector, serial=serial)
                     if again:
                         cursor.execute(f"REINDEX INDEX {qualified(index.key)}".encode())
                         name = index.name
@@ -152,7 +152,8 @@ class IndexBuilder:
                 for place in tree.children(whole.place):
                     if place not in have and _free_equal(tree, place, whole) is None:
                         leaf = tree.relations[place].leaf
-                        parts.append(replace(_part(place, whole.using, vector, whole), partitioned=not leaf))
+                        part = _part(self._target, place, whole.using, vector, whole)
+                        parts.append(replace(part, partitioned=not leaf))
         if not parts and tree.uncovered(vector):
             parts = _standard(tree, self._target, vector)
         return parts
@@ -213,7 +214,7 @@ def _name_session(cursor: Cursor) -> None:
     name_session(cursor.connection, row[0])
 
 
-def _settings(cursor: Cursor, table: Name, *, serial: bool = False) -> None:
+def _settings(cursor: Cursor, table: Name, vector: str, *, serial: bool = False) -> None:
     """Memory and parallel workers of an index build, for this transaction.
 
     A build that fits ``maintenance_work_mem`` is several times as fast as one that does not; a parallel
@@ -222,9 +223,9 @@ def _settings(cursor: Cursor, table: Name, *, serial: bool = False) -> None:
     """
     row = cursor.execute(
         "SELECT greatest(a.atttypmod, 1), pg_size_bytes(current_setting('maintenance_work_mem')) "
-        "FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'embedding' "
+        "FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = %s "
         "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
-        table,
+        (vector, *table),
     ).fetchone()
     assert row is not None
     counted = cursor.execute(f"SELECT count(*) FROM {qualified(table)}".encode()).fetchone()  # noqa: S608 - quoted
