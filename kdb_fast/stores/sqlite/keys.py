@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,15 +24,19 @@ def select_keys(
     Args:
         columns: The values, of a row ``t``: a template of :meth:`~kdb_fast.tables.target.Target.statement`.
     """
-    width = 1 + len(target.index.key)
+    parts = len(target.index.key)
     # The column compares, with its own type and collation; so a row is told by the place of its key.
     statement = target.text(
         f"WITH s (place, {{key}}) AS (VALUES <values>) SELECT s.place, {columns} "  # noqa: S608 - names
         "FROM s CROSS JOIN {index} t ON {same_key}"
     )
-    row = "(" + ",".join("?" * width) + ")"
-    for batch in batches(keys, PARAMETERS // width):
-        parameters = [value for place, key in enumerate(batch) for value in (place, *key)]
-        values = ",".join([row] * len(batch))
-        for place, *found in connection.execute(statement.replace("<values>", values), parameters):
+    for batch in batches(keys, PARAMETERS // parts):
+        query = statement.replace("<values>", _values(len(batch), parts))
+        for place, *found in connection.execute(query, list(itertools.chain.from_iterable(batch))):
             yield batch[place], *found
+
+
+@functools.lru_cache(maxsize=4)
+def _values(rows: int, parts: int) -> str:
+    """A place and parameters for the parts of each key."""
+    return ",".join(f"({place}{',?' * parts})" for place in range(rows))
