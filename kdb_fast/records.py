@@ -71,8 +71,7 @@ def encode_key(key: Key) -> bytes:
 def decode_key(raw: bytes) -> Key:
     """The key that :func:`encode_key` was given."""
     if raw.startswith(NOT_TEXT):
-        parts = json.loads(raw[1:])
-        return tuple(bytes.fromhex(part["hex"]) if isinstance(part, dict) else part for part in parts)
+        return key_of_json(raw[1:])
     return tuple(raw.decode().split("\0"))
 
 
@@ -80,6 +79,11 @@ def key_json(key: Key) -> str:
     """A key as text that keeps types apart, of ASCII only: ``["Note","a"]``, ``[42,"en"]``, ``[{"hex":"00ff"}]``."""
     parts = [{"hex": part.hex()} if isinstance(part, bytes) else part for part in key]
     return json.dumps(parts, separators=(",", ":"))
+
+
+def key_of_json(text: str | bytes) -> Key:
+    """The key that :func:`key_json` was given."""
+    return tuple(bytes.fromhex(part["hex"]) if isinstance(part, dict) else part for part in json.loads(text))
 
 
 def shown_key(key: Key) -> str:

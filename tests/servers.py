@@ -158,6 +158,12 @@ def engine_processes() -> list[psutil.Process]:
     return found
 
 
+def kept_rejects(address: DatabaseAddress) -> list[tuple[str, str, str, int]]:
+    """Entity, record id, reason and position of all rejects, in their order in the input."""
+    rows = execute(address, "SELECT key, reason, position FROM kdb_fast_rejects ORDER BY position, key")
+    return [(*json.loads(key), reason, position) for key, reason, position in rows]
+
+
 class IndexRow(NamedTuple):
     """A row of ``kdb_search``. ``vector`` is None for NULL."""
 

@@ -73,7 +73,9 @@ def reindex(
         progress.step("loading the model")
         began = time.monotonic()
         if embedding is None:
-            embedding = find_embedding(options, progress, Records(address, source, lambda: stop.count > 0))
+            embedding = find_embedding(
+                options, progress, Records(address, source, lambda: stop.count > 0, store.target.name)
+            )
             stack.callback(embedding.close)
         embedding = replace(embedding, seconds=time.monotonic() - began)
         notes = store.prepare(embedding.dimensions, options.wait)
@@ -180,9 +182,9 @@ class _Run:
         if source.complete:
             # What this run has read and not rejected is no longer rejected: changed, gone, or without text.
             whole = [entity for entity in source.entities if entity not in self.pipeline.not_pruned]
-            forget_older(self.address, whole, self.run.number)
+            forget_older(self.address, whole, self.run.number, self.run.target)
         elif source.input and options.limit is None:
-            forget_older_of_input(self.address, source.entities[0], source.input, self.run.number)
+            forget_older_of_input(self.address, source.entities[0], source.input, self.run.number, self.run.target)
 
     def _receipt(self, state: str) -> Receipt:
         pipeline, run, engine, plan = self.pipeline, self.run, self.engines.engine, self.engines.plan

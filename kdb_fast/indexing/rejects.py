@@ -35,14 +35,13 @@ def list_rejects(address: DatabaseAddress, entity: str | None = None) -> Rows:
     Raises:
         DatabaseError: The database cannot be reached.
     """
-    name = None if entity is None else storable_key(entity)
     if address.dialect == "sqlite":
         from ..stores.sqlite.store import SQLiteStore
 
-        rows = read(address, lambda file: list(SQLiteStore(file).rejects(name)) if _is_there(file, address) else [])
+        rows = read(address, lambda file: list(SQLiteStore(file).rejects(entity)) if _is_there(file, address) else [])
     else:
         with _opened(address) as store:
-            rows = list(store.rejects(name)) if store is not None else []
+            rows = list(store.rejects(entity)) if store is not None else []
     for row in rows:
         row["line"] = row.pop("position")
         row.pop("content_hash")
@@ -52,13 +51,7 @@ def list_rejects(address: DatabaseAddress, entity: str | None = None) -> Rows:
 def clear_rejects(address: DatabaseAddress, entity: str | None = None) -> int:
     """Forget the rejected records of an entity or all; returns how many. The records themselves stay as they are."""
     with _opened(address) as store:
-        if store is None:
-            return 0
-        if entity is None:
-            return store.clear_rejects()
-        rows = list(store.rejects(storable_key(entity)))
-        store.clear_rejects({(row["entity"], row["record_id"]) for row in rows})
-        return len(rows)
+        return store.clear_rejects(entity=entity) if store is not None else 0
 
 
 def retry_rejects(

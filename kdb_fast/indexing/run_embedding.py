@@ -16,6 +16,7 @@ from ..receipt import Fidelity
 from ..settings import DEFAULT_MODEL, ReindexOptions
 from ..sources.base import Source
 from ..stores.past_runs import index_model_of, recent_fingerprints
+from ..tables.kdb_search import KDB_SEARCH
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class Records(NamedTuple):
     address: DatabaseAddress
     source: Source
     should_stop: Callable[[], bool]
+    target: str = KDB_SEARCH.name
+    """Name of the target that they go to."""
 
 
 def find_embedding(options: ReindexOptions, progress: Progress, records: Records | None = None) -> Embedding:
@@ -131,7 +134,7 @@ def _choose_precision(options: ReindexOptions, spec: EncoderSpec, progress: Prog
     selector = PrecisionSelector(
         spec,
         index=" ".join(filter(None, (records.address.display, records.address.schema))),
-        history=recent_fingerprints(records.address),
+        history=recent_fingerprints(records.address, records.target),
         sample=records.source.sample,
         report=progress.note,
         should_stop=records.should_stop,

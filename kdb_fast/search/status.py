@@ -6,16 +6,21 @@ empty, so the status of a fresh database, or of one that only KameleonDB has wri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections import defaultdict
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from ..catalog.definitions import Entity, load_entities
 from ..catalog.records import EARLIEST, LATEST, LIVES, counted, has_text, owned
+from ..db.pg_characters import Characters
 from ..stores.base import EntityStatus
+from ..stores.past_runs import newest_runs, rejected_keys
 from ..tables import seal
+from ..tables.kdb_search import entity_and_id
 from ..tables.reading import rows_of
-from ..tables.target import REJECTS, RUNS, Params, Rows, Target, columns_of, find_target
+from ..tables.target import Params, Rows, Target, columns_of, find_target
 
 
 def statuses(connection: Any, dialect: str, fingerprint: str | None, *, vectors: bool = True) -> list[EntityStatus]:
@@ -41,21 +46,24 @@ def statuses(connection: Any, dialect: str, fingerprint: str | None, *, vectors:
     target = find_target(rows, dialect)
     if dialect == "sqlite":
         seal.register(connection)
-    present = columns_of(rows, target, (target.index.name, RUNS, REJECTS))
+    present = columns_of(rows, target, [target.index.name])
     any_precision = fingerprint is not None
-    if fingerprint is None and RUNS in present:
-        newest = rows(f"SELECT fingerprint FROM {target.table(RUNS)} ORDER BY run DESC LIMIT 1", {})  # noqa: S608
+    if fingerprint is None:
+        newest = newest_runs(rows, target, "fingerprint", 1)
         fingerprint = newest[0][0] if newest else None
     index = _index_counts(rows, target, present.get(target.index.name), fingerprint, vectors, any_precision)
-    rejected: dict[str, int] = {}
-    if REJECTS in present:
-        rejected = dict(rows(f"SELECT entity_name, count(*) FROM {target.table(REJECTS)} GROUP BY entity_name", {}))  # noqa: S608
+    rejected: defaultdict[str, list[str]] = defaultdict(list)
+    for entity_name, record_id in map(entity_and_id, rejected_keys(rows, target)):
+        rejected[entity_name].append(record_id)
     defined = {entity.name: entity for entity in load_entities(rows, target) if entity.active}
     result = []
     for name in sorted(defined.keys() | index.keys()):
         indexed, stale, last_updated = index.get(name, (0, 0, None))
-        pending = _pending(rows, target, present, defined[name], vectors) if name in defined else None
-        result.append(EntityStatus(name, indexed, pending, stale, rejected.get(name, 0), last_updated))
+        pending = None
+        if name in defined:
+            left_out = _of_records(connection, target, rejected[name]) if vectors else []
+            pending = _pending(rows, target, present.get(target.index.name), defined[name], left_out, vectors)
+        result.append(EntityStatus(name, indexed, pending, stale, len(rejected[name]), last_updated))
     return result
 
 
@@ -106,7 +114,36 @@ def _aware(moment: object) -> datetime | None:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def _pending(rows: Rows, target: Target, present: Mapping[str, frozenset[str]], entity: Entity, vectors: bool) -> int:
+def _of_records(connection: Any, target: Target, record_ids: Sequence[str]) -> list[str]:
+    """Those of the ids of rejects that a record can have, each once: others end a statement of PostgreSQL."""
+    known = {record_id for record_id in record_ids if record_id and "\0" not in record_id and _is_text(record_id)}
+    characters = Characters.of(connection) if target.dialect == "postgresql" and known else None
+    missing = characters.missing(connection, known) if characters is not None else frozenset()
+    return sorted(record_id for record_id in known if missing.isdisjoint(record_id))
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _pending(
+    rows: Rows,
+    target: Target,
+    columns: frozenset[str] | None,
+    entity: Entity,
+    rejected: Sequence[str],
+    vectors: bool,
+) -> int:
+    """Live records with text that the index does not have as they are.
+
+    Args:
+        columns: Those of the search table; None where there is none.
+        rejected: Ids of records that are not counted.
+    """
     total = 0
     for place in entity.places:
         params = Params(target.dialect)
@@ -115,16 +152,16 @@ def _pending(rows: Rows, target: Target, present: Mapping[str, frozenset[str]], 
             continue
         conditions = [f"{LIVES} AND ({text}){owned(place, params)}{counted(place, target)}"]
         join = ""
-        if target.index.name in present:
+        if columns is not None:
             key = f"s.entity_name = {params(entity.name)} AND s.record_id = r.id"
             join = f"LEFT JOIN {target.table(target.index.name)} s ON {key}"
             missing = "s.embedding" if vectors else "s.id"
-            conditions.append(f"({missing} IS NULL OR {_newer(present[target.index.name], target)})")
-        if REJECTS in present and vectors:
-            conditions.append(
-                f"NOT EXISTS (SELECT 1 FROM {target.table(REJECTS)} x "  # noqa: S608
-                f"WHERE x.entity_name = {params(entity.name)} AND x.record_id = r.id)"
-            )
+            conditions.append(f"({missing} IS NULL OR {_newer(columns, target)})")
+        if rejected:
+            if target.dialect == "postgresql":
+                conditions.append(f"r.id NOT IN (SELECT unnest({params(rejected)}::text[]))")
+            else:
+                conditions.append(f"r.id NOT IN (SELECT value FROM json_each({params(json.dumps(rejected))}))")  # noqa: S608
         statement = f"SELECT count(*) FROM {target.table(place.table)} r {join} WHERE {' AND '.join(conditions)}"  # noqa: S608
         total += int(rows(statement, params.values)[0][0])
     return total

@@ -270,5 +270,5 @@ class Store(ABC):
         """Delete rejects of an entity by runs before ``run`` whose receipt names this input; how many."""
 
     @abstractmethod
-    def clear_rejects(self, keys: Iterable[Key] | None = None) -> int:
-        """Delete rejects, all or those of the given keys; returns how many."""
+    def clear_rejects(self, keys: Iterable[Key] | None = None, entity: str | None = None) -> int:
+        """Delete rejects, all or those of the given keys or of an entity; returns how many."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Container
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -10,9 +12,12 @@ from ..db.address import DatabaseAddress
 from ..db.reading import read
 from ..errors import SchemaError
 from ..origins import Origin
+from ..records import Key, key_of_json
+from ..tables.kdb_search import KDB_SEARCH
 from ..tables.reading import no_index, rows_of
-from ..tables.target import RUNS, columns_of, find_target
+from ..tables.target import REJECTS, RUNS, Params, Rows, Target, columns_of, find_target
 from . import open_store
+from .base import TargetTable
 
 RECENT_RUNS = 50
 """Runs of which :func:`recent_fingerprints` reads the fingerprint."""
@@ -47,8 +52,15 @@ def index_model(connection: Any, dialect: str) -> IndexModel | None:
     first = "SELECT {model}, {dimensions}, {fingerprint} FROM {index} WHERE {embedding} IS NOT NULL LIMIT 1"
     found = rows(target.text(first, fingerprint=fingerprint), {})
     if found and RUNS in present:
-        newest = f"SELECT model, dimensions, fingerprint FROM {runs} WHERE last_flush > 0 ORDER BY run DESC LIMIT 1"  # noqa: S608
-        found = rows(newest, {}) or found
+        params = Params(target.dialect)
+        found = (
+            rows(
+                f"SELECT model, dimensions, fingerprint FROM {runs} WHERE last_flush > 0 "  # noqa: S608
+                f"AND {of_target(target, present[RUNS], params)} ORDER BY run DESC LIMIT 1",
+                params.values,
+            )
+            or found
+        )
     return IndexModel(*found[0]) if found else None
 
 
@@ -84,43 +96,78 @@ def last_run(connection: Any, dialect: str) -> LastRun | None:
     """The newest run; None if there was none."""
     rows = rows_of(connection, dialect)
     target = find_target(rows, dialect)
-    if not columns_of(rows, target, [RUNS]):
-        return None
-    names = ", ".join(LastRun._fields)
-    newest = rows(f"SELECT {names} FROM {target.table(RUNS)} ORDER BY run DESC LIMIT 1", {})  # noqa: S608
+    newest = newest_runs(rows, target, ", ".join(LastRun._fields), 1)
     return LastRun(*newest[0]) if newest else None
 
 
-def recent_fingerprints(address: DatabaseAddress) -> list[str]:
-    """Fingerprints of the last RECENT_RUNS runs on an index, the newest first, each once; [] without an index."""
+def newest_runs(rows: Rows, target: Target, columns: str, limit: int) -> list[tuple[Any, ...]]:
+    """These columns of the target's newest runs, the newest first; [] where there is no table of runs."""
+    present = columns_of(rows, target, [RUNS])
+    if RUNS not in present:
+        return []
+    params = Params(target.dialect)
+    return rows(
+        f"SELECT {columns} FROM {target.table(RUNS)} WHERE {of_target(target, present[RUNS], params)} "  # noqa: S608
+        f"ORDER BY run DESC LIMIT {limit}",
+        params.values,
+    )
+
+
+def of_target(target: Target, columns: Container[str], params: Params) -> str:
+    """The condition that a row of one of our own tables is the target's.
+
+    Args:
+        columns: Those of the table: in one that is not migrated yet all rows are ``kdb_search``'s.
+    """
+    return f"target = {params(target.name)}" if "target" in columns else "true"
+
+
+def rejected_keys(rows: Rows, target: Target) -> list[Key]:
+    """Keys of all rejects of the target, once for each reject; [] where there is no table of rejects."""
+    columns = columns_of(rows, target, [REJECTS]).get(REJECTS, frozenset())
+    if not columns:
+        return []
+    names = "key" if "key" in columns else "entity_name, record_id"
+    params = Params(target.dialect)
+    which = of_target(target, columns, params)
+    found = rows(f"SELECT {names} FROM {target.table(REJECTS)} WHERE {which}", params.values)  # noqa: S608
+    return [key_of_json(row[0]) if len(row) == 1 else row for row in found]
+
+
+def recent_fingerprints(address: DatabaseAddress, name: str = KDB_SEARCH.name) -> list[str]:
+    """Fingerprints of the last RECENT_RUNS runs on a target, the newest first, each once; [] without an index.
+
+    Args:
+        name: The target's.
+    """
 
     def work(connection: Any) -> list[str]:
         rows = rows_of(connection, address.dialect)
-        target = find_target(rows, address.dialect, address.schema)
-        if not columns_of(rows, target, [RUNS]):
-            return []
-        query = f"SELECT fingerprint FROM {target.table(RUNS)} ORDER BY run DESC LIMIT {RECENT_RUNS}"  # noqa: S608
-        return list(dict.fromkeys(row[0] for row in rows(query, {})))
+        target = replace(find_target(rows, address.dialect, address.schema), kept_as=name)
+        return list(dict.fromkeys(row[0] for row in newest_runs(rows, target, "fingerprint", RECENT_RUNS)))
 
     return read(address, work)
 
 
-def forget_older(address: DatabaseAddress, entities: list[str], run: int) -> int:
+def forget_older(address: DatabaseAddress, entities: list[str], run: int, target: TargetTable = KDB_SEARCH) -> int:
     """Forget rejected records of entities that a run has read completely without rejecting them.
 
     They were stored or unchanged, are gone, or have no text any more: what the run rejected has its number.
 
     Args:
         run: Number of the run, which must have read every live record of these entities.
+        target: What the run has written.
 
     Returns:
         How many were forgotten. Lines of files that became no record are never among them.
     """
-    with contextlib.closing(open_store(address, "rejects", patient=True)) as store:
+    with contextlib.closing(open_store(address, "rejects", target=target, patient=True)) as store:
         return store.forget_older_rejects(entities, run)
 
 
-def forget_older_of_input(address: DatabaseAddress, entity: str, name: str, run: int) -> int:
+def forget_older_of_input(
+    address: DatabaseAddress, entity: str, name: str, run: int, target: TargetTable = KDB_SEARCH
+) -> int:
     """Forget what earlier runs rejected of an input of this name, now that ``run`` has read it to its end.
 
     Lines that became no record have no key by which they could be found again.
@@ -128,5 +175,5 @@ def forget_older_of_input(address: DatabaseAddress, entity: str, name: str, run:
     Returns:
         How many were forgotten.
     """
-    with contextlib.closing(open_store(address, "rejects", patient=True)) as store:
+    with contextlib.closing(open_store(address, "rejects", target=target, patient=True)) as store:
         return store.forget_rejects_of_input(entity, name, run)

@@ -1,7 +1,7 @@
 """Rejected records: what both databases have in common.
 
-A record that cannot be stored is kept by key, hash of its text and position in its input, with the reason; key and
-detail in a form that every table can hold (:func:`~kdb_fast.records.storable_key`).
+A record that cannot be stored is kept by target, key, hash of its text and position in its input, with the reason; the
+detail in a form that every table can hold (:func:`~kdb_fast.records.storable_key`), the key as JSON of ASCII only.
 """
 
 from __future__ import annotations
@@ -12,58 +12,91 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..receipt import Receipt
-from ..records import Key, Reject, decode_key, key_json
+from ..records import Key, Reject, decode_key, key_json, key_of_json
 from .base import FlushSlot
 
 DETAIL_CHARS = 500
 """Of a reject's detail as it is kept."""
 
+PART_CHARS = 1000
+"""Of a text within a key as it is kept; the hash is that of the whole key."""
+
 INTO_TABLE = (
-    "INTO {kdb_fast_rejects} (entity_name, record_id, content_hash, reason, detail, position, run) "
-    "VALUES (%s, %s, %s, %s, %s, %s, %s)"
+    "INTO {kdb_fast_rejects} (target, key, key_hash, content_hash, position, reason, detail, run) "
+    "VALUES (%s, %s, %s, %s, %s, %s, %s, %s)"
 )
 """What :func:`row_of` gives."""
 
 READ = (
-    "SELECT entity_name, record_id, reason, detail, position, run, rejected_at, content_hash FROM {kdb_fast_rejects} "
+    "SELECT <key>, reason, detail, position, run, rejected_at, content_hash FROM {kdb_fast_rejects} WHERE <which> "
+    "ORDER BY run DESC, position, <key>"
 )
-NEWEST_FIRST = "ORDER BY run DESC, position, entity_name, record_id"
+KEY = "key"
+NAMES_OF_KEY = "entity_name, record_id"
+"""The key in a table that is not migrated yet, which has no column of that name, and none for the target."""
 
 NAMES = ("entity", "record_id", "reason", "detail", "position", "run", "rejected_at", "content_hash")
-"""What the columns of ``READ`` are called outside the database."""
+"""What a reject is made of outside the database."""
+
+CLEAR = "DELETE FROM {kdb_fast_rejects} WHERE <which>"
+
+OTHERS = "FROM {kdb_fast_rejects} WHERE target = %s AND run <> %s"
+"""Rejects of other runs than one."""
 
 RECEIPTS = (
     "SELECT n.run, n.receipt FROM {kdb_fast_runs} n WHERE n.run < %s AND n.run IN "
-    "(SELECT r.run FROM {kdb_fast_rejects} r WHERE r.entity_name = %s)"
+    "(SELECT run FROM {kdb_fast_rejects} WHERE target = %s AND <group>)"
 )
-"""Run and receipt of the runs before one that have rejected records of an entity."""
+"""Run and receipt of the runs before one that have rejected records of a group."""
 
 
-def row_of(reject: Reject, run: int, storable: Callable[..., str]) -> tuple[object, ...]:
+def row_of(reject: Reject, run: int, target: str, storable: Callable[..., str]) -> tuple[object, ...]:
     """A row of the table.
 
     Args:
+        target: The target's name.
         storable: :func:`~kdb_fast.records.storable_key`, or one that also knows what the database can hold.
     """
     return (
-        *key_columns(reject.key, storable),
+        target,
+        kept_key(reject.key),
+        key_hash(reject.key),
         reject.content_hash,
+        reject.position,
         reject.reason,
         storable(reject.detail, DETAIL_CHARS),
-        reject.position,
         run,
     )
 
 
-def key_columns(key: Key, storable: Callable[..., str]) -> tuple[str, str]:
-    """What the two columns of a key hold: entity and record id, or of a key of another kind all of it in the second."""
-    entity, record_id = key if len(key) == 2 else ("", key_json(key))
-    return storable(entity), storable(record_id)
+def kept_key(key: Key) -> str:
+    """A key as the table keeps it: JSON, without the end of very long texts."""
+    return key_json(tuple(f"{p[:PART_CHARS]}…" if isinstance(p, str) and len(p) > PART_CHARS else p for p in key))
 
 
-def as_dictionary(row: Sequence[Any]) -> dict[str, Any]:
-    """A row of ``READ`` by name, the hash in hexadecimal digits."""
-    return dict(zip(NAMES, (*row[:-1], bytes(row[-1]).hex()), strict=True))
+def key_hash(key: Key) -> bytes:
+    """By which the table tells keys apart."""
+    return hashlib.sha256(key_json(key).encode()).digest()
+
+
+def group_prefixes(group: str, storable: Callable[..., str]) -> list[str]:
+    """What kept keys of an entity begin with; earlier versions kept its name as ``storable`` gives it."""
+    return sorted({kept_key((name,))[:-1] + "," for name in (group, storable(group))})
+
+
+def as_dictionary(row: Sequence[Any], storable: Callable[..., str]) -> dict[str, Any]:
+    """A row of ``READ`` by name, the hash in hexadecimal digits.
+
+    Args:
+        row: Its key as JSON, or in the two columns of tables that are not migrated yet. One that is not of two parts
+            is a record id, as JSON.
+        storable: As for :func:`row_of`.
+    """
+    names = len(NAMES) - 2
+    key = key_of_json(row[0]) if len(row) == 1 + names else row[:2]
+    entity, record_id = key if len(key) == 2 else ("", row[0])
+    *rest, digest = row[-names:]
+    return dict(zip(NAMES, (storable(entity), storable(record_id), *rest, bytes(digest).hex()), strict=True))
 
 
 def refused(slots: Sequence[FlushSlot], rows: Iterable[tuple[int, int, str, str]]) -> list[Reject]:

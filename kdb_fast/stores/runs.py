@@ -30,8 +30,8 @@ PHASE_CHARS = 64
 """Of a run's phase as it is kept."""
 
 AFTER_A_CRASH = (
-    "SELECT EXISTS (SELECT 1 FROM {kdb_fast_runs} WHERE state = 'abandoned' AND run < %(run)s "
-    "AND run > coalesce((SELECT max(run) FROM {kdb_fast_runs} WHERE state = 'done'), 0))"
+    "SELECT EXISTS (SELECT 1 FROM {kdb_fast_runs} WHERE target = %(target)s AND state = 'abandoned' AND run < %(run)s "
+    "AND run > coalesce((SELECT max(run) FROM {kdb_fast_runs} WHERE target = %(target)s AND state = 'done'), 0))"
 )
 
 LOOKED_AT = frozenset({"run", "state", "host", "pid", "started_at", "heartbeat_at", "process_started"})

@@ -64,6 +64,12 @@ class ColumnTarget:
     cascades: bool = False
 
     @property
+    def identity(self) -> str:
+        """Under which runs and rejects are kept: the column itself, so that no other name leads to it beside."""
+        name = f"{self.shown}.{self.vector.name}"
+        return name if self.schema is not None else name.lower()  # SQLite compares names without case
+
+    @property
     def shown(self) -> str:
         """The table, for a message."""
         return Target(self.schema).shown(self.table) if self.schema is not None else Target().shown(self.table)

@@ -75,11 +75,18 @@ class Target:
         schema: Of KameleonDB's tables and of our own in PostgreSQL; None in SQLite.
         pgvector: Name of the schema in which the extension pgvector is; None where it is not installed, or SQLite.
         index: The table of the index.
+        kept_as: The name under which its runs, rejects and state are kept, beside those of others; '' for the table's.
     """
 
     schema: str | None = None
     pgvector: str | None = None
     index: IndexTable = KDB_SEARCH
+    kept_as: str = ""
+
+    @property
+    def name(self) -> str:
+        """Under which its runs, rejects and state are kept."""
+        return self.kept_as or self.index.name
 
     @property
     def dialect(self) -> Dialect:

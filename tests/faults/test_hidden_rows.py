@@ -89,7 +89,8 @@ def test_what_row_level_security_hides_is_not_removed(notes: Kameleon, postgres:
     table, seen = HIDING[where]
     hide(notes, table, seen)
     notes.execute(
-        "INSERT INTO kdb_fast_rejects SELECT 'Note', record_id, '', 'test', 'test', 0, 1, now() FROM kdb_search"
+        "INSERT INTO kdb_fast_rejects (key, key_hash, content_hash, reason, detail, run) "
+        "SELECT json_build_array('Note', record_id), sha256(record_id::bytea), '', 'test', 'test', 1 FROM kdb_search"
     )
     rejects = notes.execute("SELECT count(*) FROM kdb_fast_rejects")
     before = index_keys(notes)

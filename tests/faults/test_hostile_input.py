@@ -22,7 +22,7 @@ import pytest
 from kameleon import Answer, Kameleon, close_kameleon, open_kameleon
 from onnx import TensorProto, helper
 from poison_worker import StubEncoder
-from servers import ListSource, Server, execute, index_rows, records_of
+from servers import ListSource, Server, execute, index_rows, kept_rejects, records_of
 
 from kdb_fast.db.address import DatabaseAddress, parse_address
 from kdb_fast.embedding.encoder import Encoder, EncoderSpec
@@ -597,7 +597,7 @@ def test_a_text_without_a_direction_or_with_nan_is_rejected_alone(
     options = ReindexOptions(max_rejects=ALL_REJECTS, model_path=path)
     receipt = reindex(database.address, ListSource(records_of(texts)), options)
     assert (receipt.stored, receipt.rejected) == (3, 5)
-    rejects = dict(execute(database.address, "SELECT record_id, reason FROM kdb_fast_rejects"))
+    rejects = dict(row[1:3] for row in kept_rejects(database.address))
     assert rejects == {
         "r1": "not_finite", "r3": "not_finite", "r4": "zero_vector", "r5": "zero_vector", "r6": "not_finite",
     }  # fmt: skip
@@ -726,7 +726,7 @@ def test_rejected_lines_are_listed_until_their_input_was_read_without_them(datab
             file.write_bytes(content)
         source = ("reindex", "--from", str(file or "-"), "--entity", "N", "--max-rejects", "9", *options)
         assert database.kdb_fast(*source, stdin=content).code in (0, 3)
-        return sorted(execute(database.address, "SELECT position, record_id, reason FROM kdb_fast_rejects"))
+        return sorted((position, *row) for *row, position in (row[1:] for row in kept_rejects(database.address)))
 
     first = [(2, "", "invalid_json"), (3, "", "missing_id"), (4, "2", "wrong_type")]
     assert read(one, FAULTY) == first

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,27 @@ import poison_worker
 import psycopg
 import pytest
 from search_engines import sqlalchemy_url
-from servers import execute, index_rows
+from servers import execute, index_rows, kept_rejects
 
 from kdb_fast import cli, faults
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.embedding.models.lookup import Model
-from kdb_fast.engine import base as engine
+from kdb_fast.engine import inline
 from kdb_fast.errors import LockedError, SchemaError
 from kdb_fast.indexing import run_embedding
 from kdb_fast.indexing.rejects import list_rejects
+from kdb_fast.records import Reject
 from kdb_fast.search.commands import run_status
 from kdb_fast.stores import open_store
-from kdb_fast.stores.postgresql import locks
+from kdb_fast.stores.base import RunSpec
+from kdb_fast.stores.postgresql import index_tree, locks
 from kdb_fast.stores.postgresql import session as pg_session
+from kdb_fast.stores.postgresql.index_catalog import SearchIndex
+from kdb_fast.stores.postgresql.store import PostgreSQLStore
 from kdb_fast.stores.runs import this_process
 from kdb_fast.tables import migrations
 from kdb_fast.tables.migrations import MIGRATIONS
+from kdb_fast.tables.target import Target
 
 DATA = Path(__file__).parents[1] / "data"
 DIMENSIONS = 8
@@ -55,11 +61,10 @@ REASONS = ["id_too_long", "id_too_long", "id_too_long", "invalid_json", "nul_byt
 def stubs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stub for the model, in the runs of this process."""
     monkeypatch.setattr(run_embedding, "resolve", lambda *args, **options: MODEL)
-    monkeypatch.setattr(engine, "Encoder", poison_worker.StubEncoder)
+    monkeypatch.setattr(inline, "Encoder", poison_worker.StubEncoder)
 
 
-@pytest.fixture
-def old(index: DatabaseAddress) -> DatabaseAddress:
+def load(index: DatabaseAddress) -> DatabaseAddress:
     """An index that was made before our tables had versions.
 
     Its runs: 1 is done, 2 was abandoned, 3 is done (since then there is a trigger, and a column for seals), 4 was
@@ -72,6 +77,11 @@ def old(index: DatabaseAddress) -> DatabaseAddress:
         with contextlib.closing(sqlite3.connect(index.conninfo)) as connection:
             connection.executescript(script)
     return index
+
+
+@pytest.fixture
+def old(index: DatabaseAddress) -> DatabaseAddress:
+    return load(index)
 
 
 Job = Callable[..., tuple[int, dict[str, Any], str]]
@@ -136,8 +146,9 @@ def test_an_index_from_before_is_carried_along(old: DatabaseAddress, run: Job) -
     assert all(after[key].run == before[key].run for key in after)
     assert versions(old) == ALL
     assert states(old) == ["done", "abandoned", "done", "abandoned", "done"]
-    assert sorted(row["reason"] for row in list_rejects(old)) == REASONS
-    assert {row["run"] for row in list_rejects(old)} == {5}
+    assert sorted(row["reason"] for row in list_rejects(old) if row["run"] == 5) == REASONS
+    # Their keys were cut or escaped: nothing says that they are those of run 5.
+    assert [row["record_id"][:4] for row in list_rejects(old) if row["run"] == 4] == ["yyyy", "café"]
     if old.dialect == "postgresql":
         assert receipt["index"].startswith("built ix_kdb_search_fts, ix_kdb_search_vector")
         assert execute(old, "SELECT * FROM kdb_fast_state") == []
@@ -214,6 +225,76 @@ def test_one_of_our_tables_that_is_gone_is_named(old: DatabaseAddress, run: Job)
     assert len(list_rejects(old)) == 5
 
 
+# -- per target --------------------------------------------------------------------------------------------
+
+
+def test_rejects_with_long_keys_are_two(index: DatabaseAddress) -> None:
+    execute(index, "CREATE TABLE other (a integer)")
+    keys = [("Note", "x" * 250 + str(number)) for number in range(2)]
+    with contextlib.closing(open_store(index, "test")) as store:
+        store.prepare(DIMENSIONS)
+        run = store.begin_run(fingerprint="f", model="m", dimensions=DIMENSIONS, wait=0)
+        store.flush(run, 1, [], [Reject(key, "id_too_long", "too long", b"same") for key in keys], [])
+        assert len(list(store.rejects())) == 2
+        assert store.clear_rejects([keys[0]]) == 1
+        # What is kept of a key has an end, and the whole key tells it from others.
+        longest = [("Note", "x" * 5_000 + str(number)) for number in range(2)]
+        store.flush(run, 2, [], [Reject(key, "id_too_long", "too long", b"same") for key in longest], [])
+        assert len(list(store.rejects("Note"))) == 3
+        assert store.clear_rejects(longest) == 2
+    assert [len(row[1]) for row in kept_rejects(index)] == [251]
+
+
+def test_runs_rejects_and_state_of_two_targets_are_apart(index: DatabaseAddress) -> None:
+    def begin(store: Any) -> RunSpec:
+        spec: RunSpec = store.begin_run(fingerprint="f", model="m", dimensions=DIMENSIONS, wait=0)
+        return spec
+
+    execute(index, "CREATE TABLE a_table (a integer)")
+    with contextlib.ExitStack() as stack:
+        one, other = (stack.enter_context(contextlib.closing(open_store(index, "test"))) for _ in range(2))
+        one.prepare(DIMENSIONS)
+        _rename_target(other, "articles")
+        first, second = begin(one), begin(other)
+        with pytest.raises(LockedError):
+            begin(other)
+        for store, run in ((one, first), (other, second)):
+            store.flush(run, 1, [], [Reject(("Note", str(run.number)), "bad", "bad")], [])
+            assert [row["record_id"] for row in store.rejects("Note")] == [str(run.number)]
+        # The database itself lets no target have two.
+        again = "INSERT INTO kdb_fast_runs (target, state, fingerprint, model, dimensions, host, pid, process_started) "
+        with pytest.raises((sqlite3.IntegrityError, psycopg.errors.UniqueViolation)):
+            execute(index, again + "VALUES ('articles', 'running', 'f', 'm', 1, 'h', 1, 1)")
+        execute(index, "UPDATE kdb_fast_runs SET state = 'abandoned' WHERE run = %s", second.number)
+        one.end_run(first.number, "stopped", {})
+        assert not one.after_a_crash(begin(one).number)
+        assert other.after_a_crash(begin(other).number)
+        assert one.forget_older_rejects(["Note"], 99) == 1
+        assert other.clear_rejects(entity="Note") == 1
+
+
+def _rename_target(store: Any, name: str) -> None:
+    if isinstance(store, PostgreSQLStore):
+        store.session.rename_target(name)
+    else:
+        store._target = replace(store.target, kept_as=name)
+
+
+def test_dropped_indexes_of_two_targets_are_apart(database: DatabaseAddress) -> None:
+    execute(database, "CREATE EXTENSION vector")
+    prepare(database)
+    with psycopg.connect(database.conninfo) as connection, connection.cursor() as cursor:
+        target = Target("public", "public")
+        index = SearchIndex("public", "kdb_search", "mine", "USING gin (tsv)", False, False, True)
+        index_tree.remember(cursor, target, [index])
+        other = replace(target, kept_as="articles")
+        assert index_tree.IndexTree.read(cursor, other).dropped == []
+        index_tree.remember(cursor, other, [])
+        assert [i.name for i in index_tree.IndexTree.read(cursor, target).dropped] == ["mine"]
+        index_tree.forget(cursor, target)
+        assert cursor.execute("SELECT key FROM kdb_fast_state").fetchall() == [("dropped_indexes/articles",)]
+
+
 # -- who is in the way -------------------------------------------------------------------------------------
 
 
@@ -263,6 +344,18 @@ def test_who_holds_the_lock_is_named(database: DatabaseAddress) -> None:
         assert "holds the lock for changes of kdb-fast's tables" in caught.value.message
         execute(database, caught.value.remedy.partition("end it: ")[2])
         prepare(database)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_who_holds_a_table_is_named(database: DatabaseAddress) -> None:
+    old = load(database)
+    with contextlib.closing(psycopg.connect(old.conninfo)) as other:
+        other.execute("LOCK kdb_fast_rejects IN ACCESS SHARE MODE")
+        with pytest.raises(SchemaError, match=rf"process {other.info.backend_pid} .*holds public\.kdb_fast_rejects"):
+            prepare(old)
+        assert versions(old) == [1]
+    prepare(old)
+    assert versions(old) == ALL
 
 
 def test_the_points_of_faults_are_those(old: DatabaseAddress, monkeypatch: pytest.MonkeyPatch) -> None:

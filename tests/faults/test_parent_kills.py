@@ -20,7 +20,7 @@ import psycopg
 import pytest
 from commands import Command, FileJob, MakeJob
 from oracle import is_alive
-from servers import eventually, execute, index_rows
+from servers import eventually, execute, index_rows, kept_rejects
 
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.indexing.signals import stopping_by_signal
@@ -125,7 +125,7 @@ def test_text_that_killed_a_small_run_is_found_by_the_next(index: DatabaseAddres
     again = job.start()
     assert again.wait() == REJECTS, again.err
     assert (again.receipt["stored"], again.receipt["rejected"]) == (2, 1)
-    assert execute(index, "SELECT record_id, reason FROM kdb_fast_rejects") == [("2", "worker_died")]
+    assert [row[1:3] for row in kept_rejects(index)] == [("2", "worker_died")]
     third = job.start()
     assert third.wait() == REJECTS, third.err
     assert (third.receipt["unchanged"], third.receipt["rejected"]) == (2, 1)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from kameleon import Kameleon, close_kameleon, open_kameleon
-from servers import Oracle, Server, index_rows
+from servers import Oracle, Server, index_rows, kept_rejects
 
 from kdb_fast import cli, faults
 from kdb_fast.db.address import DatabaseAddress
@@ -322,8 +322,9 @@ def test_unfit_records_are_rejected_with_their_lines_and_the_others_inserted(not
     assert (answer.json["inserted"], answer.json["rejected"], answer.json["read"]) == (2, 8, 10)
     assert answer.json["rejects"][0]["detail"] == "'txt' is no field of the entity; did you mean 'text'?"
     assert note_texts(notes) == ["text: good 1", "text: good 2"]
-    rows = notes.execute("SELECT entity_name, record_id, reason, position FROM kdb_fast_rejects ORDER BY position")
-    assert rows == [("Note", "", reject["reason"], reject["line"]) for reject in answer.json["rejects"]]
+    assert kept_rejects(notes.address) == [
+        ("Note", "", reject["reason"], reject["line"]) for reject in answer.json["rejects"]
+    ]
 
 
 def test_the_first_ten_rejects_are_printed_and_a_hundred_given_as_json(note: Kameleon) -> None:

@@ -233,10 +233,10 @@ def test_definitions_that_an_earlier_version_remembered_are_built(database: Data
     (definition,) = [row[2] for row in snapshot(database) if row[1] == "mine"]
     execute(database, "DROP INDEX mine")
     remembered = json.dumps({"mine": definition})
-    execute(database, "INSERT INTO kdb_fast_state VALUES ('dropped_indexes', %s)", remembered)
+    execute(database, "INSERT INTO kdb_fast_state VALUES ('dropped_indexes/kdb_search', %s)", remembered)
     assert pg_index.finish(store.session, no_beat).text == "built ix_kdb_search_fts, mine"
     assert definition in [row[2] for row in snapshot(database)]
-    assert execute(database, "SELECT count(*) FROM kdb_fast_state WHERE key = 'dropped_indexes'") == [(0,)]
+    assert execute(database, "SELECT count(*) FROM kdb_fast_state WHERE key LIKE 'dropped_indexes%%'") == [(0,)]
 
 
 def test_a_partition_that_comes_during_the_load_gets_its_index(database: DatabaseAddress, make: Make) -> None:

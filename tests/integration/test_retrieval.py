@@ -23,6 +23,7 @@ from kdb_fast.db.address import DatabaseAddress, opened, parse_address
 from kdb_fast.db.pg_connection import connect_postgresql
 from kdb_fast.errors import SchemaError, UsageError
 from kdb_fast.origins import Maker, Origin, QueryVector
+from kdb_fast.records import key_json
 from kdb_fast.search.query import meaning, parse_query
 from kdb_fast.search.readers import postgresql as search_postgresql
 from kdb_fast.search.readers import sqlite_vectors
@@ -34,6 +35,8 @@ from kdb_fast.search.retrieval import check_query, search
 from kdb_fast.search.scope import resolve_scope
 from kdb_fast.search.status import statuses
 from kdb_fast.stores.base import EntityStatus
+from kdb_fast.stores.postgresql import migrate as pg_migrate
+from kdb_fast.stores.sqlite import migrate as sqlite_migrate
 from kdb_fast.tables import kdb_search
 from kdb_fast.tables.migrations import MIGRATIONS
 from kdb_fast.tables.target import Target
@@ -91,10 +94,12 @@ class Database:
             columns = kdb_search.POSTGRESQL_COLUMNS if self.postgresql else kdb_search.SQLITE_COLUMNS
             for name, kind in columns.items():
                 self.run(f"ALTER TABLE kdb_search ADD COLUMN {name} {kind}")
-            target = TARGET if self.postgresql else Target()
             for migration in MIGRATIONS:
-                for statement in migration.statements(target.dialect):
-                    self.run(target.statement(statement).decode())
+                if self.postgresql:
+                    with self.connection.cursor() as cursor:
+                        pg_migrate.apply(cursor, TARGET, migration)
+                else:
+                    sqlite_migrate.apply(self.connection, migration)
 
     def create_kameleon(self) -> None:
         for statement in KAMELEON:
@@ -967,9 +972,9 @@ class TestStatus:
             db.index_ours(entity, f"{entity} rewritten", "t", unit(0), updated_at=LATER)
             db.index(entity, f"{entity} no vector", "t", None)
             db.run(
-                "INSERT INTO kdb_fast_rejects (entity_name, record_id, content_hash, reason, detail, run) "
+                "INSERT INTO kdb_fast_rejects (key, key_hash, content_hash, reason, detail, run) "
                 "VALUES (?, ?, ?, 'empty_text', '', 1)",
-                entity, f"{entity} rejected", b"x",
+                key_json((entity, f"{entity} rejected")), entity.encode(), b"x",
             )  # fmt: skip
         db.record("Moved", "Moved late", {"title": "t"}, shared=True)
         db.record("Numbers", "n", {"size": 1})

@@ -16,6 +16,7 @@ from kdb_fast.search import query_model
 from kdb_fast.search.query_model import embed_query, query_vectors
 from kdb_fast.settings import DEFAULT_MODEL
 from kdb_fast.stores.past_runs import IndexModel, index_model
+from kdb_fast.stores.sqlite import migrate
 from kdb_fast.tables import kdb_search
 from kdb_fast.tables.migrations import MIGRATIONS
 from kdb_fast.tables.target import Target
@@ -159,8 +160,7 @@ def test_newest_run_that_wrote_tells_the_model_else_a_row() -> None:
     for name, kind in kdb_search.SQLITE_COLUMNS.items():
         connection.execute(f"ALTER TABLE kdb_search ADD COLUMN {name} {kind}")
     for migration in MIGRATIONS:
-        for statement in migration.sqlite:
-            connection.execute(Target().statement(statement).decode())
+        migrate.apply(connection, migration)
     connection.execute("UPDATE kdb_search SET kdb_fast_fingerprint = 'f'")
     assert index_model(connection, "sqlite") == IndexModel("of a row", 1, "f")
     columns = "state, fingerprint, model, dimensions, host, pid, process_started, last_flush"

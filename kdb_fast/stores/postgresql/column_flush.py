@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...db.pg_errors import kind_of
 from ...db.retrying import ErrorKind
-from ...records import Key, decode_key
+from ...records import Key
 from ...tables.column_target import ColumnTarget
 from ...tables.key import text_arrays
 from ..base import FlushSlot, RunSpec
@@ -120,16 +120,6 @@ class ColumnWriter(FlushWriter):
             ],
             len(rows),
         )
-
-    def stored(self) -> list[Key]:
-        """Keys of the rows that were written."""
-        unwritten = {*self.superseded, *((slot, row) for slot, row, _, _ in self.rejected)}
-        return [
-            decode_key(flush_slot.slot.raw_rows()[i][0])
-            for flush_slot, rows in self._existing + self._fresh
-            for i in rows
-            if (flush_slot.slot.number, i) not in unwritten
-        ]
 
 
 def _keys_and_hashes(flush_slot: FlushSlot, rows: list[int]) -> list[bytes]:

@@ -16,7 +16,6 @@ from ...tables.key import KeyColumn, text_arrays
 from ...tables.target import LiveRows, Target
 from ..base import FlushSlot, RunSpec, Stored, version_of_text
 from . import prepare as pg_prepare
-from . import rejects as pg_rejects
 from .column_find import prepare_column
 from .column_flush import ColumnWriter, clear_keys
 from .flush import FlushWriter
@@ -73,6 +72,7 @@ class PostgreSQLColumnStore(PostgreSQLStore):
     ) -> None:
         super().__init__(address, role, retry_seconds=retry_seconds, patient=patient, limits=limits)
         self.column = column
+        self.session.rename_target(column.identity)
 
     @property
     def key(self) -> tuple[KeyColumn, ...]:
@@ -176,10 +176,6 @@ class PostgreSQLColumnStore(PostgreSQLStore):
 
     def _delete(self, cursor: Cursor, keys: Sequence[Key]) -> int:
         return clear_keys(cursor, self.column, keys)
-
-    def _forget_stored(self, cursor: Cursor, run: RunSpec, writer: FlushWriter) -> bool:
-        assert isinstance(writer, ColumnWriter)
-        return pg_rejects.forget_keys(cursor, self.session, run.number, writer.stored())
 
     def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
         """The library makes rows, and those of this table are its owner's to make."""

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
     Cursor = psycopg.Cursor[tuple[Any, ...]]
 
-STATE_KEY = "dropped_indexes"
+
+def _state_key(target: Target) -> str:
+    """Under which dropped indexes are remembered."""
+    return f"dropped_indexes/{target.name}"
 
 
 @dataclass
@@ -152,7 +155,9 @@ class IndexTree:
 
 
 def _remembered(cursor: Cursor, target: Target) -> list[SearchIndex]:
-    row = cursor.execute(target.statement("SELECT value FROM {kdb_fast_state} WHERE key = %s"), (STATE_KEY,)).fetchone()
+    row = cursor.execute(
+        target.statement("SELECT value FROM {kdb_fast_state} WHERE key = %s"), (_state_key(target),)
+    ).fetchone()
     remembered = json.loads(row[0]) if row else []
     if isinstance(remembered, dict):
         place = target.index_schema, target.index.name
@@ -169,10 +174,10 @@ def remember(cursor: Cursor, target: Target, indexes: Iterable[SearchIndex]) -> 
         target.statement(
             "INSERT INTO {kdb_fast_state} VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = EXCLUDED.value"
         ),
-        (STATE_KEY, json.dumps([index.as_json() for index in indexes])),
+        (_state_key(target), json.dumps([index.as_json() for index in indexes])),
     )
 
 
 def forget(cursor: Cursor, target: Target) -> None:
     """All that was dropped is there again."""
-    cursor.execute(target.statement("DELETE FROM {kdb_fast_state} WHERE key = %s"), (STATE_KEY,))
+    cursor.execute(target.statement("DELETE FROM {kdb_fast_state} WHERE key = %s"), (_state_key(target),))

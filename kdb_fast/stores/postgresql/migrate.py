@@ -8,6 +8,7 @@ from ...faults import fault
 from ...tables import migrations
 from ...tables.hidden_rows import check_unfiltered
 from ...tables.migrations import Migration
+from ...tables.migrations.step import Rewrite
 from ...tables.target import MIGRATIONS, Target, rows_on
 from .check import check_kind, check_rights, column_names, exists
 
@@ -42,14 +43,18 @@ def apply(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, migration: Mi
     Raises:
         SchemaError: A table that it would make belongs to another program.
     """
-    for statement in (migrations.NOTEBOOK["postgresql"], *migration.postgresql):
-        made = migrations.created(statement)
+    for step in (migrations.NOTEBOOK["postgresql"], *migration.postgresql):
+        if isinstance(step, Rewrite):
+            changed = map(step.change, cursor.execute(target.statement(step.select)).fetchall())
+            cursor.executemany(target.statement(step.statement), list(changed))
+            continue
+        made = migrations.created(step)
         if made is not None and exists(cursor, target, made[0]):
             check_kind(cursor, target, made[0])
             have = column_names(cursor, target, made[0])
             if missing := [name for name in made[1] if name not in have]:
                 raise migrations.another_programs(target.shown(made[0]), missing)
             continue
-        cursor.execute(target.statement(statement))
+        cursor.execute(target.statement(step))
     cursor.execute(target.statement(migrations.NOTE), migrations.note(migration))
     fault("store.migrate")

@@ -2,105 +2,132 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...records import Key, Reject
-from ...tables.target import Target
+from ...records import Key, Reject, encode_key, key_of_json
+from ...tables.target import REJECTS, Target
 from .. import rejects as shared
+from ..base import FlushSlot
+from .check import column_names
 from .session import PgSession
 
 if TYPE_CHECKING:
     import psycopg
 
+    Cursor = psycopg.Cursor[tuple[Any, ...]]
+
 WRITE = (
-    f"INSERT {shared.INTO_TABLE} ON CONFLICT (entity_name, record_id, content_hash, position) "
+    f"INSERT {shared.INTO_TABLE} ON CONFLICT (target, key_hash, content_hash, position) "
     "DO UPDATE SET reason = EXCLUDED.reason, detail = EXCLUDED.detail, run = EXCLUDED.run, rejected_at = now()"
 )
+GROUPS = "EXISTS (SELECT FROM unnest(%s::text[]) p WHERE starts_with(key, p))"
+"""Whether a key is one of these entities, by what it begins with."""
+RECORDS_OF_GROUPS = GROUPS.replace("(key, p)", """(key, p) AND key <> p || '""]'""")
+"""The same, without lines that became no record."""
+DELETE = "DELETE FROM {kdb_fast_rejects} WHERE target = %s"
 
 
-def write(cursor: psycopg.Cursor[tuple[Any, ...]], session: PgSession, run: int, rejects: Sequence[Reject]) -> None:
+def write(cursor: Cursor, session: PgSession, run: int, rejects: Sequence[Reject]) -> None:
     """Keep rejected records, within a flush's transaction."""
-    rows = [shared.row_of(reject, run, session.storable) for reject in rejects]
+    rows = [shared.row_of(reject, run, session.target.name, session.storable) for reject in rejects]
     cursor.executemany(session.target.statement(WRITE), rows)
 
 
-def forget_stored(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, run: int) -> bool:
+def of_other_runs(cursor: Cursor, target: Target, run: int) -> dict[bytes, bytes]:
+    """Rejects of other runs than this one: key as a block of rows has it → its hash."""
+    found = {}
+    for key, digest in cursor.execute(target.statement(f"SELECT key, key_hash {shared.OTHERS}"), (target.name, run)):
+        with contextlib.suppress(UnicodeEncodeError):  # half a character, which no row can have
+            found[encode_key(key_of_json(key))] = digest
+    return found
+
+
+def forget_stored(
+    cursor: Cursor,
+    target: Target,
+    run: int,
+    rejects: dict[bytes, bytes],
+    slots: Sequence[FlushSlot],
+    unwritten: set[tuple[int, int]],
+) -> None:
     """A record that a run has stored is no longer rejected; what this run itself rejected stays.
 
-    Returns:
-        Whether any rejects are left.
+    Args:
+        rejects: Those of other runs.
+        unwritten: (slot, row) of the slots' rows that were not stored.
     """
-    cursor.execute(
-        target.statement(
-            "DELETE FROM {kdb_fast_rejects} r USING {index} t WHERE t.{group} = r.entity_name "
-            "AND t.{member} = r.record_id AND t.kdb_fast_run = %s AND r.run <> %s"
-        ),
-        (run, run),
-    )
-    row = cursor.execute(target.statement("SELECT EXISTS (SELECT FROM {kdb_fast_rejects})")).fetchone()
-    return bool(row and row[0])
-
-
-def forget_keys(cursor: psycopg.Cursor[tuple[Any, ...]], session: PgSession, run: int, stored: Iterable[Key]) -> bool:
-    """As :func:`forget_stored`, where the keys are known: of few rejects and many rows those that are both."""
-    target = session.target
-    rejected = target.statement("SELECT entity_name, record_id FROM {kdb_fast_rejects} WHERE run <> %s")
-    before = set(cursor.execute(rejected, (run,)).fetchall())
-    gone = before.intersection(shared.key_columns(key, session.storable) for key in stored) if before else ()
-    forget = target.statement("DELETE FROM {kdb_fast_rejects} WHERE entity_name = %s AND record_id = %s AND run <> %s")
-    cursor.executemany(forget, [(*key, run) for key in gone])
-    row = cursor.execute(target.statement("SELECT EXISTS (SELECT FROM {kdb_fast_rejects})")).fetchone()
-    return bool(row and row[0])
+    stored = [
+        digest
+        for block, skip, _ in slots
+        for row, (key, _) in enumerate(block.raw_rows())
+        if (digest := rejects.get(key)) is not None and row not in skip and (block.number, row) not in unwritten
+    ]
+    if stored:
+        cursor.execute(target.statement(f"{DELETE} AND key_hash = ANY(%s) AND run <> %s"), (target.name, stored, run))
 
 
 def read(session: PgSession, entity: str | None) -> list[dict[str, Any]]:
     """See :meth:`kdb_fast.stores.base.Store.rejects`."""
-    where = "" if entity is None else "WHERE entity_name = %s "
-    values = () if entity is None else (session.storable(entity),)
 
     def work() -> list[dict[str, Any]]:
-        statement = session.target.statement(shared.READ + where + shared.NEWEST_FIRST)
-        return [shared.as_dictionary(row) for row in session.connection().execute(statement, values)]
+        with session.transaction() as cursor:
+            key, which, values = _which(cursor, session, entity)
+            statement = session.target.statement(shared.READ.replace("<key>", key).replace("<which>", which))
+            rows = cursor.execute(statement, values).fetchall()
+        return [shared.as_dictionary(row, session.storable) for row in rows]
 
     return session.retrying("reading the rejects", work)
 
 
+def _which(cursor: Cursor, session: PgSession, entity: str | None) -> tuple[str, str, tuple[object, ...]]:
+    """Columns of the key, and condition and parameters of the target's rejects of an entity or all."""
+    target = session.target
+    if "key" not in column_names(cursor, target, REJECTS):
+        which = ("true", ()) if entity is None else ("entity_name = %s", (session.storable(entity),))
+        return shared.NAMES_OF_KEY, *which
+    if entity is None:
+        return shared.KEY, "target = %s", (target.name,)
+    prefixes = shared.group_prefixes(entity, session.storable)
+    return shared.KEY, f"target = %s AND {GROUPS}", (target.name, prefixes)
+
+
 def forget_older(session: PgSession, entities: Sequence[str], run: int) -> int:
     """See :meth:`kdb_fast.stores.base.Store.forget_older_rejects`."""
-    names = [session.storable(entity) for entity in entities]
-    statement = session.target.statement(
-        "DELETE FROM {kdb_fast_rejects} WHERE entity_name = ANY(%s) AND run < %s AND record_id <> ''"
-    )
+    prefixes = [prefix for entity in entities for prefix in shared.group_prefixes(entity, session.storable)]
+    statement = session.target.statement(f"{DELETE} AND run < %s AND {RECORDS_OF_GROUPS}")
+    values = (session.target.name, run, prefixes)
     return session.retrying(
-        "forgetting older rejects", lambda: session.connection().execute(statement, (names, run)).rowcount
+        "forgetting older rejects", lambda: session.connection().execute(statement, values).rowcount
     )
 
 
 def forget_of_input(session: PgSession, entity: str, name: str, run: int) -> int:
     """See :meth:`kdb_fast.stores.base.Store.forget_rejects_of_input`."""
-    entity = session.storable(entity)
-    receipts = session.target.statement(shared.RECEIPTS)
-    forget = session.target.statement("DELETE FROM {kdb_fast_rejects} WHERE entity_name = %s AND run = ANY(%s)")
+    target, prefixes = session.target, shared.group_prefixes(entity, session.storable)
+    receipts = target.statement(shared.RECEIPTS.replace("<group>", GROUPS))
+    forget = target.statement(f"{DELETE} AND {GROUPS} AND run = ANY(%s)")
 
     def work() -> int:
-        runs = shared.runs_of_input(session.connection().execute(receipts, (run, entity)).fetchall(), name)
-        return session.connection().execute(forget, (entity, runs)).rowcount if runs else 0
+        found = session.connection().execute(receipts, (run, target.name, prefixes)).fetchall()
+        runs = shared.runs_of_input(found, name)
+        return session.connection().execute(forget, (target.name, prefixes, runs)).rowcount if runs else 0
 
     return session.retrying("forgetting older rejects", work)
 
 
-def clear(session: PgSession, keys: Iterable[Key] | None) -> int:
+def clear(session: PgSession, keys: Iterable[Key] | None, entity: str | None) -> int:
     """See :meth:`kdb_fast.stores.base.Store.clear_rejects`."""
-    wanted = None if keys is None else [shared.key_columns(key, session.storable) for key in keys]
+    target = session.target
+    hashes = None if keys is None else [shared.key_hash(key) for key in keys]
 
     def work() -> int:
         with session.transaction() as cursor:
-            if wanted is None:
-                return cursor.execute(session.target.statement("DELETE FROM {kdb_fast_rejects}")).rowcount
-            statement = session.target.statement(
-                "DELETE FROM {kdb_fast_rejects} WHERE entity_name = %s AND record_id = %s"
-            )
-            return sum(cursor.execute(statement, key).rowcount for key in wanted)
+            if hashes is not None:
+                of_keys = target.statement(f"{DELETE} AND key_hash = ANY(%s)")
+                return cursor.execute(of_keys, (target.name, hashes)).rowcount
+            _, which, values = _which(cursor, session, entity)
+            return cursor.execute(target.statement(shared.CLEAR.replace("<which>", which)), values).rowcount
 
     return session.retrying("clearing the rejects", work)

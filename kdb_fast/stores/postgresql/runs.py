@@ -57,8 +57,10 @@ def _try_begin(session: PgSession, fingerprint: str, model: str, dimensions: int
         running = cursor.execute(
             target.statement(
                 "SELECT run, host, pid, started_at, extract(epoch FROM clock_timestamp() - heartbeat_at)::float8, "
-                "process_started, heartbeat_at, last_result FROM {kdb_fast_runs} WHERE state = 'running'"
-            )
+                "process_started, heartbeat_at, last_result FROM {kdb_fast_runs} "
+                "WHERE target = %s AND state = 'running'"
+            ),
+            (target.name,),
         ).fetchall()
         for run, host, pid, since, age, started, heartbeat_at, result in running:
             assert isinstance(since, datetime)
@@ -70,10 +72,10 @@ def _try_begin(session: PgSession, fingerprint: str, model: str, dimensions: int
                 return Holder(run, host, pid, since, float(age))
         row = cursor.execute(
             target.statement(
-                "INSERT INTO {kdb_fast_runs} (state, fingerprint, model, dimensions, host, pid, process_started, "
-                "last_result) VALUES ('running', %s, %s, %s, %s, %s, %s, %s) RETURNING run"
+                "INSERT INTO {kdb_fast_runs} (target, state, fingerprint, model, dimensions, host, pid, "
+                "process_started, last_result) VALUES (%s, 'running', %s, %s, %s, %s, %s, %s, %s) RETURNING run"
             ),
-            (fingerprint, model, dimensions, *this_process(), token),
+            (target.name, fingerprint, model, dimensions, *this_process(), token),
         ).fetchone()
         assert row is not None
         return RunSpec(int(row[0]), fingerprint, model, dimensions)
@@ -137,7 +139,8 @@ def _abandon(
 
 def after_a_crash(session: PgSession, run: int) -> bool:
     """See :meth:`kdb_fast.stores.base.Store.after_a_crash`."""
-    row = session.connection().execute(session.target.statement(AFTER_A_CRASH), {"run": run}).fetchone()
+    values = {"run": run, "target": session.target.name}
+    row = session.connection().execute(session.target.statement(AFTER_A_CRASH), values).fetchone()
     return bool(row and row[0])
 
 

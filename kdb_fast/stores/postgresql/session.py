@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...db import pg_settings
@@ -79,6 +80,7 @@ class PgSession:
         self._backend = 0
         self._characters: Characters | None = None
         self.encoding = ENCODING
+        self._kept_as = ""
         self.on_wait: Callable[[str], None] = lambda what: None
         connection = self.retrying("connecting", self.connection, seconds=None if patient else 0.0)
         try:
@@ -92,10 +94,14 @@ class PgSession:
 
     def find_target(self) -> Target:
         """Where the tables are, asked for anew; kept as ``target``, since what is written belongs into one index."""
-        self.target = find_target(
-            rows_of(self.connection(), "postgresql"), "postgresql", self.address.schema, self._index
-        )
+        found = find_target(rows_of(self.connection(), "postgresql"), "postgresql", self.address.schema, self._index)
+        self.target = replace(found, kept_as=self._kept_as)
         return self.target
+
+    def rename_target(self, name: str) -> None:
+        """Let runs, rejects and state be those of another target than the search table."""
+        self._kept_as = name
+        self.target = replace(self.target, kept_as=name)
 
     def connection(self) -> psycopg.Connection[tuple[Any, ...]]:
         """The connection, opened again if it was lost."""

@@ -78,7 +78,8 @@ class PostgreSQLStore(Store):
             index=index,
         )
         self.encoding = self.session.encoding
-        self._has_rejects = True
+        self._rejects: tuple[int, dict[bytes, bytes]] | None = None
+        """A run, and the rejects of others."""
         self._merge_all = False
         self._pieces = 1
         self._columns: tuple[str, ...] | None = None
@@ -266,13 +267,14 @@ class PostgreSQLStore(Store):
             all_rejects = [*rejects, *refused(slots, writer.rejected)]
             if all_rejects:
                 pg_rejects.write(cursor, self.session, run.number, all_rejects)
-            has_rejects = self._has_rejects or bool(all_rejects)
-            if has_rejects:
-                has_rejects = self._forget_stored(cursor, run, writer)
+            if self._rejects is None or self._rejects[0] != run.number:
+                self._rejects = run.number, pg_rejects.of_other_runs(cursor, target, run.number)
+            if others := self._rejects[1]:
+                unwritten = {*writer.superseded, *(refusal[:2] for refusal in writer.rejected)}
+                pg_rejects.forget_stored(cursor, target, run.number, others, slots, unwritten)
             result = FlushResult(writer.rows, writer.bytes, deleted, tuple(writer.superseded), tuple(writer.rejected))
             pg_runs.record_flush(cursor, target, run.number, number, result)
             fault("store.before_commit")
-        self._has_rejects = has_rejects
         fault("store.after_commit")
         return result
 
@@ -288,10 +290,6 @@ class PostgreSQLStore(Store):
     def _delete(self, cursor: Cursor, keys: Sequence[Key]) -> int:
         """Rows whose records have no text any more leave the index; how many there were."""
         return delete_keys(cursor, self.target, keys)
-
-    def _forget_stored(self, cursor: Cursor, run: RunSpec, writer: FlushWriter) -> bool:
-        """What the run has stored is no longer rejected; whether any rejects are left."""
-        return pg_rejects.forget_stored(cursor, self.target, run.number)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -342,8 +340,8 @@ class PostgreSQLStore(Store):
     def forget_rejects_of_input(self, entity: str, name: str, run: int) -> int:
         return pg_rejects.forget_of_input(self.session, entity, name, run)
 
-    def clear_rejects(self, keys: Iterable[Key] | None = None) -> int:
-        return pg_rejects.clear(self.session, keys)
+    def clear_rejects(self, keys: Iterable[Key] | None = None, entity: str | None = None) -> int:
+        return pg_rejects.clear(self.session, keys, entity)
 
     def close(self) -> None:
         self.session.close()

@@ -16,7 +16,7 @@ from ...records import Key, storable_key
 from ...tables.column_target import ColumnTarget, altered_rows
 from ...tables.index_policy import IndexAction, IndexOutcome
 from ...tables.key import KeyColumn
-from ...tables.target import LiveRows
+from ...tables.target import LiveRows, Target
 from ..base import FlushSlot, RunSpec, Stored, version_of_text
 from . import prepare as sqlite_prepare
 from .column_find import prepare_column
@@ -38,6 +38,7 @@ class SQLiteColumnStore(SQLiteStore):
     def __init__(self, connection: sqlite3.Connection, column: ColumnTarget) -> None:
         super().__init__(connection)
         self.column = column
+        self._target = Target(kept_as=column.identity)
 
     @classmethod
     def open_column(cls, address: DatabaseAddress, column: ColumnTarget) -> SQLiteColumnStore:

@@ -7,6 +7,7 @@ import sqlite3
 from ...faults import fault
 from ...tables import migrations
 from ...tables.migrations import Migration
+from ...tables.migrations.step import Rewrite
 from ...tables.target import MIGRATIONS, OWN, VECTORS, Target
 from .check import check_kind, columns
 
@@ -31,14 +32,18 @@ def apply(connection: sqlite3.Connection, migration: Migration) -> None:
     Raises:
         SchemaError: A table that it would make belongs to another program.
     """
-    for statement in (migrations.NOTEBOOK["sqlite"], *migration.sqlite):
-        made = migrations.created(statement)
+    for step in (migrations.NOTEBOOK["sqlite"], *migration.sqlite):
+        if isinstance(step, Rewrite):
+            changed = map(step.change, connection.execute(_statement(step.select)).fetchall())
+            connection.executemany(_statement(step.statement), changed)
+            continue
+        made = migrations.created(step)
         if made is not None and check_kind(connection, made[0]):
             have = columns(connection, made[0])
             if missing := [name for name in made[1] if name not in have]:
                 raise migrations.another_programs(made[0], missing)
             continue
-        connection.execute(_statement(statement))
+        connection.execute(_statement(step))
     connection.execute(_statement(migrations.NOTE), migrations.note(migration))
     fault("store.migrate")
 

@@ -37,6 +37,7 @@ RUNNING = (
 
 def begin(
     connection: sqlite3.Connection,
+    target: Target,
     *,
     fingerprint: str,
     model: str,
@@ -48,17 +49,18 @@ def begin(
 
     def attempt() -> RunSpec | Holder:
         with transaction(connection):
-            holder = _holder(connection)
+            holder = _holder(connection, target)
             if holder is not None:
                 return holder
-            return RunSpec(_start(connection, fingerprint, model, dimensions), fingerprint, model, dimensions)
+            return RunSpec(_start(connection, target, fingerprint, model, dimensions), fingerprint, model, dimensions)
 
     return wait_for_lock(attempt, wait, on_wait)
 
 
-def _holder(connection: sqlite3.Connection) -> Holder | None:
+def _holder(connection: sqlite3.Connection, target: Target) -> Holder | None:
     """The living run that holds the lock; dead ones are marked as abandoned."""
-    for run, host, pid, process_started, started_at, age in connection.execute(RUNNING).fetchall():
+    running = connection.execute(f"{RUNNING} AND target = ?", (target.name,)).fetchall()
+    for run, host, pid, process_started, started_at, age in running:
         if gives_signs(host, pid, age) and not process_is_gone(host, pid, process_started):
             return Holder(run, host, pid, moment(started_at), float(age))
         connection.execute("UPDATE kdb_fast_runs SET state = 'abandoned', ended_at = ? WHERE run = ?", (now(), run))
@@ -75,20 +77,20 @@ def living(connection: sqlite3.Connection) -> Holder | None:
     return None
 
 
-def _start(connection: sqlite3.Connection, fingerprint: str, model: str, dimensions: int) -> int:
+def _start(connection: sqlite3.Connection, target: Target, fingerprint: str, model: str, dimensions: int) -> int:
     number = connection.execute(
-        "INSERT INTO kdb_fast_runs (state, fingerprint, model, dimensions, host, pid, process_started) "
-        "VALUES ('running', ?, ?, ?, ?, ?, ?)",
-        (fingerprint, model, dimensions, *this_process()),
+        "INSERT INTO kdb_fast_runs (target, state, fingerprint, model, dimensions, host, pid, process_started) "
+        "VALUES (?, 'running', ?, ?, ?, ?, ?, ?)",
+        (target.name, fingerprint, model, dimensions, *this_process()),
     ).lastrowid
     assert number is not None
     return number
 
 
-def after_a_crash(connection: sqlite3.Connection, run: int) -> bool:
+def after_a_crash(connection: sqlite3.Connection, target: Target, run: int) -> bool:
     """See :meth:`kdb_fast.stores.base.Store.after_a_crash`."""
-    statement = Target().statement(AFTER_A_CRASH).decode().replace("%(run)s", ":run")
-    row = connection.execute(statement, {"run": run}).fetchone()
+    statement = target.statement(AFTER_A_CRASH).decode().replace("%(run)s", ":run").replace("%(target)s", ":target")
+    row = connection.execute(statement, {"run": run, "target": target.name}).fetchone()
     return bool(row[0])
 
 

@@ -66,6 +66,10 @@ class SQLiteStore(Store):
         self._columns: tuple[str, ...] | None = None
         self.on_wait: Callable[[str], None] = lambda what: None
 
+    @property
+    def target(self) -> Target:
+        return self._target
+
     @classmethod
     def open(cls, address: DatabaseAddress, *, must_exist: bool = True, index: IndexTable = KDB_SEARCH) -> SQLiteStore:
         """A store with its own connection, which :meth:`close` closes.
@@ -101,10 +105,6 @@ class SQLiteStore(Store):
         self._columns = None
         return ()
 
-    @property
-    def target(self) -> Target:
-        return self._target
-
     def _seal_column(self) -> tuple[str, ...]:
         """The column for seals where the table has it; asked for once."""
         if self._columns is None:
@@ -121,6 +121,7 @@ class SQLiteStore(Store):
         with translated("taking the lock"):
             return sqlite_runs.begin(
                 self._connection,
+                self.target,
                 fingerprint=fingerprint,
                 model=model,
                 dimensions=dimensions,
@@ -130,7 +131,7 @@ class SQLiteStore(Store):
 
     def after_a_crash(self, run: int) -> bool:
         with translated("looking at earlier runs"):
-            return sqlite_runs.after_a_crash(self._connection, run)
+            return sqlite_runs.after_a_crash(self._connection, self.target, run)
 
     def heartbeat(self, run: int, phase: str) -> None:
         with translated("giving a sign of life"):
@@ -207,9 +208,9 @@ class SQLiteStore(Store):
             writer.finish()
             fault("store.after_copy")
             deleted = self._delete(deletes)
-            sqlite_rejects.forget_stored(self._connection, run.number, writer.stored)
+            sqlite_rejects.forget_stored(self._connection, self.target, run.number, writer.stored)
             all_rejects = [*rejects, *refused(slots, writer.rejected)]
-            sqlite_rejects.write(self._connection, run.number, all_rejects)
+            sqlite_rejects.write(self._connection, self.target, run.number, all_rejects)
             result = FlushResult(writer.rows, writer.bytes, deleted, tuple(writer.superseded), tuple(writer.rejected))
             sqlite_runs.record_flush(self._connection, run.number, number, result)
             fault("store.before_commit")
@@ -240,7 +241,7 @@ class SQLiteStore(Store):
                 )
             writer.finish()
             self._delete(deletes)
-            sqlite_rejects.forget_stored(self._connection, run.number, writer.stored)
+            sqlite_rejects.forget_stored(self._connection, self.target, run.number, writer.stored)
 
     def _delete(self, keys: Sequence[Key]) -> int:
         return sqlite_prune.delete_records(self._connection, self._target, self._full_text, keys)
@@ -253,19 +254,19 @@ class SQLiteStore(Store):
 
     def rejects(self, entity: str | None = None) -> Iterable[dict[str, Any]]:
         with translated("reading the rejects"):
-            return sqlite_rejects.read(self._connection, entity)
+            return sqlite_rejects.read(self._connection, self.target, entity)
 
     def forget_older_rejects(self, entities: Sequence[str], run: int) -> int:
         with translated("forgetting older rejects"):
-            return sqlite_rejects.forget_older(self._connection, entities, run)
+            return sqlite_rejects.forget_older(self._connection, self.target, entities, run)
 
     def forget_rejects_of_input(self, entity: str, name: str, run: int) -> int:
         with translated("forgetting older rejects"):
-            return sqlite_rejects.forget_of_input(self._connection, entity, name, run)
+            return sqlite_rejects.forget_of_input(self._connection, self.target, entity, name, run)
 
-    def clear_rejects(self, keys: Iterable[Key] | None = None) -> int:
+    def clear_rejects(self, keys: Iterable[Key] | None = None, entity: str | None = None) -> int:
         with translated("clearing the rejects"):
-            return sqlite_rejects.clear(self._connection, keys)
+            return sqlite_rejects.clear(self._connection, self.target, keys, entity)
 
     def close(self) -> None:
         if self._owned:

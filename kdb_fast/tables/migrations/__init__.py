@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from ... import __version__
 from ...errors import SchemaError
-from ..target import Dialect
-from . import m0001_first_tables
+from . import m0001_first_tables, m0002_per_target
+from .step import Step
 
 
 class Migration(NamedTuple):
@@ -23,21 +23,20 @@ class Migration(NamedTuple):
     Attributes:
         number: Its place, from 1.
         name: What it is about.
-        postgresql: Its statements.
-        sqlite: Its statements.
+        postgresql: Its steps.
+        sqlite: Its steps.
     """
 
     number: int
     name: str
-    postgresql: tuple[str, ...]
-    sqlite: tuple[str, ...]
-
-    def statements(self, dialect: Dialect) -> tuple[str, ...]:
-        """Its statements for this database."""
-        return self.sqlite if dialect == "sqlite" else self.postgresql
+    postgresql: tuple[Step, ...]
+    sqlite: tuple[Step, ...]
 
 
-MIGRATIONS = (Migration(1, "first tables", m0001_first_tables.POSTGRESQL, m0001_first_tables.SQLITE),)
+MIGRATIONS = (
+    Migration(1, "first tables", m0001_first_tables.POSTGRESQL, m0001_first_tables.SQLITE),
+    Migration(2, "per target", m0002_per_target.POSTGRESQL, m0002_per_target.SQLITE),
+)
 
 NOTEBOOK = {
     "postgresql": """
