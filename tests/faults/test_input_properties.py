@@ -77,12 +77,13 @@ TEXTS = st.text(min_size=1, max_size=20).filter(
 GOOD = st.fixed_dictionaries({"id": IDS, "text": TEXTS}, optional={"more": TEXTS, "n": st.integers()}).map(
     lambda record: json.dumps(record).encode()
 )
+# A record whose text is empty is not among them: it takes its key out of the index.
 BAD = st.sampled_from(
     [
         b"{", b"}", b"[1]", b"null", b'"text"', b"17", b'{"id": 1', b'{"id": 1} {"id": 2}', b"{'id': 1}", b"[" * 3000,
         b'{"id": 1, "id": 2}', b'{"id": 1, "text": NaN}', b'{"id": 1, "x": 1e999}', b'{"id": ' + b"9" * 5000 + b"}",
         b'{"id": "\xff"}', b"\xc3", b"\x00", b"\x1b[31m", b'{"id": 1, "text": "\\u0000"}',
-        b'{"id": 1, "text": "\\ud800"}', b'{"id": 1, "text": ""}', b'{"id": 1}',
+        b'{"id": 1, "text": "\\ud800"}', b'{"id": 1}',
         b'{"text": "no id"}', b'{"id": null, "text": "t"}', b'{"id": [1], "text": "t"}', b'{"id": 1.5, "text": "t"}',
         b'{"id": true, "text": "t"}', b'{"id": "", "text": "t"}', b'{"id": "' + b"x" * 37 + b'", "text": "t"}',
         b'{"id": "\\u0000", "text": "t"}',
