@@ -18,6 +18,8 @@ from ..sources import SourceSpec
 from ..stores import open_store
 from ..stores.base import Store
 from ..stores.past_runs import last_run
+from ..tables.index_table import IndexTable
+from ..tables.kdb_search import KDB_SEARCH
 from ..tables.reading import rows_of
 from ..tables.target import REJECTS, columns_of, find_target, rows_on
 from .progress import Progress
@@ -26,11 +28,15 @@ from .reindex import reindex
 Rows = list[dict[str, Any]]
 
 
-def list_rejects(address: DatabaseAddress, entity: str | None = None) -> Rows:
+def list_rejects(address: DatabaseAddress, entity: str | None = None, index: IndexTable = KDB_SEARCH) -> Rows:
     """The rejected records, those of the newest run first; [] where there has been no run.
 
     Each has ``entity``, ``record_id`` ('' for a line of an input that became no record), ``reason``, ``detail``,
     ``line`` (0 for a record of the database), ``run`` and ``rejected_at`` (an aware datetime).
+
+    Args:
+        entity: Only those of this entity.
+        index: Only those of runs on this index.
 
     Raises:
         DatabaseError: The database cannot be reached.
@@ -38,9 +44,12 @@ def list_rejects(address: DatabaseAddress, entity: str | None = None) -> Rows:
     if address.dialect == "sqlite":
         from ..stores.sqlite.store import SQLiteStore
 
-        rows = read(address, lambda file: list(SQLiteStore(file).rejects(entity)) if _is_there(file, address) else [])
+        def work(file: Any) -> Rows:
+            return list(SQLiteStore(file, index).rejects(entity)) if _is_there(file, address, index) else []
+
+        rows = read(address, work)
     else:
-        with _opened(address) as store:
+        with _opened(address, index) as store:
             rows = list(store.rejects(entity)) if store is not None else []
     for row in rows:
         row["line"] = row.pop("position")
@@ -98,18 +107,19 @@ def retry_rejects(
 
 
 @contextlib.contextmanager
-def _opened(address: DatabaseAddress) -> Iterator[Store | None]:
+def _opened(address: DatabaseAddress, index: IndexTable = KDB_SEARCH) -> Iterator[Store | None]:
     """The store, or None where no run has made its tables."""
-    if not read(address, lambda connection: _is_there(connection, address)):
+    if not read(address, lambda connection: _is_there(connection, address, index)):
         yield None
         return
-    with contextlib.closing(open_store(address, "rejects")) as store:
+    with contextlib.closing(open_store(address, "rejects", target=index)) as store:
         yield store
 
 
-def _is_there(connection: Any, address: DatabaseAddress) -> bool:
+def _is_there(connection: Any, address: DatabaseAddress, index: IndexTable) -> bool:
     rows = rows_of(connection, address.dialect)
-    return bool(columns_of(rows, find_target(rows, address.dialect), [REJECTS]))
+    target = find_target(rows, address.dialect, address.schema, index)
+    return bool(columns_of(rows, target, [REJECTS]))
 
 
 def _known_entities(address: DatabaseAddress) -> dict[str, str]:

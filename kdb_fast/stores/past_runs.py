@@ -117,7 +117,7 @@ def of_target(target: Target, columns: Container[str], params: Params) -> str:
     """The condition that a row of one of our own tables is the target's.
 
     Args:
-        columns: Those of the table: in one that is not migrated yet all rows are ``kdb_search``'s.
+        columns: Those of the table: in one that is not migrated yet all rows are those of KameleonDB's index.
     """
     return f"target = {params(target.name)}" if "target" in columns else "true"
 

@@ -910,7 +910,7 @@ class TestWithoutSqliteVec:
         sqlite.create_index()
         for axis in range(4):
             sqlite.index("E", str(axis), "words", unit(axis))
-        (path,) = [row[2] for row in sqlite.run("PRAGMA database_list")]
+        (path,) = [row[2] for row in sqlite.run("PRAGMA database_list") if row[1] == "main"]
         connection = sqlite3.connect(path, isolation_level=None, factory=Refusing)
         assert not sqlite_vectors.load_sqlite_vec(connection)
         reader = SqliteReader(connection)
