@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import SchemaError
@@ -146,6 +147,27 @@ def unreadable_text(target: ColumnTarget, why: str) -> SchemaError:
         f"The text of {target.shown} cannot be read by {storable_key(target.text)}: {why}.",
         remedy="Give a column of the table, or an SQL expression over its columns.",
     )
+
+
+STATE_COLUMNS = ("fingerprint", "text_hash", "vector_hash", "run", "at", "source_at")
+"""Of the table of the state, beside those of the key."""
+
+
+def check_state(target: ColumnTarget, found: Mapping[str, str], table: str) -> None:
+    """Raise SchemaError where the table of the state was made for another key.
+
+    Args:
+        found: Its columns with their types.
+        table: Its name as a statement writes it.
+    """
+    wanted = {f"key_{number}": key.type for number, key in enumerate(target.key, 1)}
+    have = {name: kind for name, kind in found.items() if name not in STATE_COLUMNS}
+    if have != wanted or not found.keys() >= set(STATE_COLUMNS):
+        raise SchemaError(
+            f"The table {target.home.shown(target.state)} was made for a key of the types "
+            f"{', '.join(have.values()) or '—'}; that of {target.shown} is of {', '.join(wanted.values())}.",
+            remedy=f"Run: DROP TABLE {table}; then all of {target.shown} is embedded again.",
+        )
 
 
 def column_text(name: str, dialect: str) -> str:

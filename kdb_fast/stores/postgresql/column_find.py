@@ -12,7 +12,7 @@ from ...db.pg_errors import kind_of
 from ...db.retrying import ErrorKind
 from ...errors import SchemaError
 from ...records import storable_key
-from ...tables.column_target import ColumnTarget, VectorColumn, unreadable_text
+from ...tables.column_target import ColumnTarget, VectorColumn, check_state, unreadable_text
 from ...tables.hidden_rows import check_unfiltered
 from ...tables.key import KeyColumn
 from ...tables.target import Target, identifier, rows_on
@@ -69,7 +69,6 @@ REFER_TO_TABLE = "ALTER TABLE {state} ADD FOREIGN KEY ({state_keys}) REFERENCES 
 
 READ_TEXT = "SELECT {text} FROM {table} t LIMIT 0"
 
-STATE_COLUMNS = ("fingerprint", "text_hash", "vector_hash", "run", "at", "source_at")
 
 STATE_TYPES = """
 SELECT a.attname::text, format_type(a.atttypid, -1) FROM pg_attribute a
@@ -202,11 +201,4 @@ def prepare_column(cursor: Cursor, target: ColumnTarget, dimensions: int) -> Non
         if target.cascades:
             cursor.execute(target.statement(REFER_TO_TABLE, state_keys=state_keys, keys=target.each_key("{column}")))
         return
-    wanted = {f"key_{number}": key.type for number, key in enumerate(target.key, 1)}
-    have = {name: kind for name, kind in found.items() if name not in STATE_COLUMNS}
-    if have != wanted or not set(STATE_COLUMNS) <= set(found):
-        raise SchemaError(
-            f"The table {target.home.shown(target.state)} was made for a key of the types "
-            f"{', '.join(have.values()) or '—'}; that of {shown} is of {', '.join(wanted.values())}.",
-            remedy=f"Run: DROP TABLE {target.home.shown(target.state)}; then all of {shown} is embedded again.",
-        )
+    check_state(target, found, target.home.shown(target.state))

@@ -14,7 +14,7 @@ from ...db.sqlite import quoted
 from ...db.sqlite_errors import kind_of
 from ...errors import SchemaError
 from ...records import storable_key
-from ...tables.column_target import ColumnTarget, VectorColumn, unreadable_text
+from ...tables.column_target import ColumnTarget, VectorColumn, check_state, unreadable_text
 from ...tables.key import KeyColumn
 from ...tables.target import Target
 from .check import GENERATED
@@ -26,8 +26,6 @@ CREATE_STATE = (
 """The keys are declared as those of the table, so that two of them are equal here exactly where they are there."""
 
 REFERS = ", FOREIGN KEY ({state_keys}) REFERENCES {table} ({columns}) ON DELETE CASCADE"
-
-STATE_COLUMNS = ("fingerprint", "text_hash", "vector_hash", "run", "at", "source_at")
 
 
 class _Column(NamedTuple):
@@ -168,7 +166,6 @@ def prepare_column(connection: sqlite3.Connection, target: ColumnTarget) -> None
             raise
         raise unreadable_text(target, str(error)) from None
     found = {column.name: column.type for column in _columns(connection, target.state)}
-    wanted = {f"key_{number}": key.type for number, key in enumerate(target.key, 1)}
     if not found:
         state_keys = target.each_key("key_{number}")
         keys = ", ".join(
@@ -180,10 +177,4 @@ def prepare_column(connection: sqlite3.Connection, target: ColumnTarget) -> None
             refers = target.statement(REFERS, state_keys=state_keys, columns=target.each_key("{column}")).decode()
         connection.execute(target.statement(CREATE_STATE, keys=keys, state_keys=state_keys, refers=refers).decode())
         return
-    have = {name: kind for name, kind in found.items() if name not in STATE_COLUMNS}
-    if have != wanted or not set(STATE_COLUMNS) <= set(found):
-        raise SchemaError(
-            f"The table {target.home.shown(target.state)} was made for a key of the types "
-            f"{', '.join(have.values()) or '—'}; that of {target.shown} is of {', '.join(wanted.values())}.",
-            remedy=f"Run: DROP TABLE {quoted(target.state)}; then all of {target.shown} is embedded again.",
-        )
+    check_state(target, found, quoted(target.state))

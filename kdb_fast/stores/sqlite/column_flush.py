@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ...db.retrying import ErrorKind
 from ...db.sqlite import KEYS_PER_QUERY, batches, now
-from ...db.sqlite_errors import kind_of, reason_of
 from ...records import MAX_CONTENT_BYTES, Key, decode_key
 from ...tables.column_target import ColumnTarget
 from ..base import FlushSlot, RunSpec
-from .flush import RowWriter, chunks, source_times
+from .flush import RowWriter, chunks, reject_not_finite, source_times
+from .halving import written_in_parts
 from .json_vectors import json_vectors
 
 # The text is an expression of the user's over bare names of columns: ours beside them have names that no table has.
@@ -124,10 +123,8 @@ class ColumnWriter(RowWriter):
         slot = flush_slot.slot
         raw = slot.raw_rows()
         sources = source_times(slot)
-        infinite = set(np.flatnonzero(~np.isfinite(slot.vectors[: slot.rows]).all(axis=1)).tolist())
-        for i in sorted(infinite - flush_slot.skip):
-            self.rejected.append((slot.number, i, "not_finite", "the vector has NaN or infinity"))
-        for numbers in chunks(raw, flush_slot.skip | infinite):
+        unfit = reject_not_finite(flush_slot, slot.vectors[: slot.rows], self.rejected)
+        for numbers in chunks(raw, flush_slot.skip | unfit):
             keys = [decode_key(raw[i][0]) for i in numbers]
             found = find_rows(self._connection, self._target, keys)
             rows: list[_Row] = []
@@ -145,27 +142,18 @@ class ColumnWriter(RowWriter):
         """All is written already."""
 
     def _store_or_halve(self, slot: int, vectors: npt.NDArray[np.float32], rows: Sequence[_Row]) -> None:
-        """Store all rows or, where the database refuses one, halve until the refused ones stand alone."""
-        execute = self._connection.execute
-        execute("SAVEPOINT kdb_fast_rows")
-        try:
-            dropped = self._store(vectors, rows)
-        except sqlite3.Error as error:
-            if kind_of(error) is not ErrorKind.DATA or not self._connection.in_transaction:
-                raise
-            execute("ROLLBACK TO kdb_fast_rows")
-            execute("RELEASE kdb_fast_rows")
-            if len(rows) == 1:
-                self.rejected.append((slot, rows[0].number, reason_of(error), str(error)))
-                return
-            middle = len(rows) // 2
-            self._store_or_halve(slot, vectors, rows[:middle])
-            self._store_or_halve(slot, vectors, rows[middle:])
-            return
-        execute("RELEASE kdb_fast_rows")
-        self.rejected += [(slot, number, *DROPPED) for number in sorted(dropped)]
-        self.stored += [row.key for row in rows if row.number not in dropped]
-        self.rows += len(rows) - len(dropped)
+        """Store all rows that the database takes, and note those that it refuses."""
+
+        def store(part: Sequence[_Row]) -> set[int]:
+            return self._store(vectors, part)
+
+        def refuse(row: _Row, reason: str, detail: str) -> None:
+            self.rejected.append((slot, row.number, reason, detail))
+
+        for part, dropped in written_in_parts(self._connection, rows, store, refuse):
+            self.rejected += [(slot, number, *DROPPED) for number in sorted(dropped)]
+            self.stored += [row.key for row in part if row.number not in dropped]
+            self.rows += len(part) - len(dropped)
 
     def _store(self, vectors: npt.NDArray[np.float32], rows: Sequence[_Row]) -> set[int]:
         """Write rows; returns the numbers of those that a trigger has kept from being written."""

@@ -13,10 +13,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from ...db.retrying import ErrorKind
 from ...db.sqlite import now, select_in, timestamp
-from ...db.sqlite_errors import RowIgnoredError, kind_of, reason_of
+from ...db.sqlite_errors import RowIgnoredError
 from ...ipc.row_block import NO_VALUE, RowBlock
 from ...records import Key, decode_key
 from ...tables import seal
@@ -24,6 +24,7 @@ from ...tables.target import Target
 from ..base import FlushSlot, RunSpec
 from ..new_ids import ID_CHARS, new_ids
 from .full_text import FullText, FullTextRow
+from .halving import written_in_parts
 from .json_vectors import json_vectors
 from .keys import select_keys
 
@@ -153,10 +154,7 @@ class FlushWriter(RowWriter):
         slot = flush_slot.slot
         raw = slot.raw_rows()
         vectors = slot.vectors[: slot.rows if self._vectors else 0]
-        infinite = set(np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist())
-        for i in sorted(infinite - flush_slot.skip):
-            self.rejected.append((slot.number, i, "not_finite", "the vector has NaN or infinity"))
-        for numbers in chunks(raw, flush_slot.skip | infinite):
+        for numbers in chunks(raw, flush_slot.skip | reject_not_finite(flush_slot, vectors, self.rejected)):
             rows = self._plan(slot, raw, numbers)
             if rows:
                 self._store_or_halve(slot, raw, rows)
@@ -232,34 +230,25 @@ class FlushWriter(RowWriter):
         return {key: tuple(row) for key, *row in select_keys(self._connection, self._target, columns, keys)}
 
     def _store_or_halve(self, slot: RowBlock, raw: Sequence[RawRow], rows: Sequence[_Row]) -> None:
-        """Store all rows or, where the database refuses one, halve until the refused ones stand alone."""
-        execute = self._connection.execute
-        execute("SAVEPOINT kdb_fast_rows")
-        try:
-            size = self._store(slot, rows)
-        except sqlite3.Error as error:
-            if kind_of(error) is not ErrorKind.DATA or not self._connection.in_transaction:
-                raise
-            execute("ROLLBACK TO kdb_fast_rows")
-            execute("RELEASE kdb_fast_rows")
-            if len(rows) == 1:
-                self.rejected.append((slot.number, rows[0].number, reason_of(error), str(error)))
-                return
-            middle = len(rows) // 2
-            self._store_or_halve(slot, raw, rows[:middle])
-            self._store_or_halve(slot, raw, rows[middle:])
-            return
-        execute("RELEASE kdb_fast_rows")
-        self.rows += len(rows)
-        self.bytes += size + sum(len(raw[row.number][1]) for row in rows)
-        for row in rows:
-            self.stored.append(row.key)
-            before = self._texts.get(row.rowid)
-            text = (row.rowid, row.search_id, row.key, row.content)
-            if before is None:
-                self._texts[row.rowid] = _Text(text, row.exists, row.same_text)
-            else:
-                self._texts[row.rowid] = _Text(text, before.exists, before.same and row.same_text)
+        """Store all rows that the database takes, and note those that it refuses."""
+
+        def store(part: Sequence[_Row]) -> int:
+            return self._store(slot, part)
+
+        def refuse(row: _Row, reason: str, detail: str) -> None:
+            self.rejected.append((slot.number, row.number, reason, detail))
+
+        for part, size in written_in_parts(self._connection, rows, store, refuse):
+            self.rows += len(part)
+            self.bytes += size + sum(len(raw[row.number][1]) for row in part)
+            for row in part:
+                self.stored.append(row.key)
+                before = self._texts.get(row.rowid)
+                text = (row.rowid, row.search_id, row.key, row.content)
+                if before is None:
+                    self._texts[row.rowid] = _Text(text, row.exists, row.same_text)
+                else:
+                    self._texts[row.rowid] = _Text(text, before.exists, before.same and row.same_text)
 
     def _statements(self) -> tuple[str, str]:
         """Those that insert and update rows."""
@@ -302,6 +291,16 @@ class FlushWriter(RowWriter):
                 "DELETE FROM kdb_fast_vectors WHERE search_rowid = ?", [(row.rowid,) for row in rows if row.exists]
             )
         return len(floats) + sum(len(text or "") for text in texts)
+
+
+def reject_not_finite(
+    flush_slot: FlushSlot, vectors: npt.NDArray[np.float32], rejected: list[tuple[int, int, str, str]]
+) -> Set[int]:
+    """The rows whose vector has NaN or infinity; those that were to be written are added to ``rejected``."""
+    found = set(np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist())
+    number = flush_slot.slot.number
+    rejected += [(number, i, "not_finite", "the vector has NaN or infinity") for i in sorted(found - flush_slot.skip)]
+    return found
 
 
 def chunks(raw: Sequence[RawRow], skip: Set[int]) -> Iterator[list[int]]:
