@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import psycopg
 import pytest
 import sqlalchemy
+from articles import Articles
 from kameleon import Answer
 from search_engines import Words, sqlalchemy_url
 from servers import Server, connect_as, database_name, execute, index_rows
@@ -24,9 +25,12 @@ from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.db.pg_characters import Characters
 from kdb_fast.db.pg_connection import connect_postgresql
 from kdb_fast.errors import RecordError, RefusedError
-from kdb_fast.records import Reject, content_hash
+from kdb_fast.ipc.row_block import NO_VALUE
+from kdb_fast.ipc.slab import Row, Slab, SlabShape
+from kdb_fast.records import Record, Reject, content_hash
 from kdb_fast.search.engine import SearchEngine
 from kdb_fast.stores import open_store
+from kdb_fast.stores.base import FlushSlot
 
 LATIN1 = "Zürich café"
 BEYOND = {"LATIN1": "日€\u2019ő😀", "WIN1252": "日ő😀", "EUC_JP": "ก😀€", "KOI8R": "日ü"}
@@ -336,3 +340,26 @@ def test_index_rows_of_a_latin1_database_have_vectors(make: Make) -> None:
     assert all(row.vector is not None for row in rows.values())
     receipt = database.reindex({str(i): f"{LATIN1} {i}{'.' if i == 3 else ''}" for i in range(250)})
     assert (receipt["stored"], receipt["unchanged"]) == (1, 249)
+
+
+def test_vectors_of_a_table_of_another_encoding_are_known_again(make: Make) -> None:
+    articles = Articles(make("LATIN1").address)
+    articles.add(LATIN1, "plain", "Ñandú")
+    for stored in (3, 0):
+        target = articles.target()
+        with closing(open_store(articles.address, "test", target=target)) as store:
+            store.prepare(8)
+            run = store.begin_run(fingerprint="f", model="m", dimensions=8, wait=0)
+            keys = [articles.key(n) for n in range(3)]
+            assert [row.content_hash for row in store.lookup(keys).values()] == [
+                content_hash(text) for text in (LATIN1, "plain", "Ñandú")
+            ]
+            slot = Slab.local(SlabShape(1, 3, 8)).slots[0]
+            texts = zip(keys, (LATIN1, "plain", "Ñandú"), strict=True)
+            rows = [Row(Record(k, t)) for k, t in texts if store.lookup([k])[k].fingerprint != "f"]
+            assert len(rows) == stored
+            if rows:
+                slot.put(1, rows, [NO_VALUE] * len(rows))
+                slot.vectors[:] = 0.5
+                assert store.flush(run, 1, [FlushSlot(slot, frozenset())], [], []).rows == 3
+            store.end_run(run.number, "done", {})
