@@ -20,8 +20,14 @@ BY_WORKERS = 6000
 ALONE = 2000
 """For the encoder alone."""
 
+AGAINST = 3000
+"""For the pairs with another version: so long that the start counts 5 %, so short that 15 pairs can be measured."""
+
 LEAST_SHARE = 0.97
 """Share of the number of workers that as many must reach: 1.94 for two."""
+
+MOST_RUNS = 5
+"""Of everything but those pairs: the factors are far from their limits."""
 
 FEW, MANY = 30_000, 300_000
 
@@ -44,17 +50,20 @@ def run(options: Options) -> Result:
                       {**tickets.params(), **database, "workers": n}, ours=True)
             for n in worker_counts(usable_cpus())
         ]  # fmt: skip
-        both = alternate([*by_workers, *other(by_workers[-1], options)], s.runs, s.reset)
-        workers = {c.label: both[c.label] for c in by_workers}
+        half = s.dataset("tickets", options.size(AGAINST, 220)).params()
+        all_cores = Contender("all workers", "reindex", {**by_workers[-1].params, **half}, ours=True)
+        pairs = alternate([all_cores, *other(all_cores, options)], s.runs, s.reset) if options.against else {}
+        runs = min(s.runs, MOST_RUNS)
+        workers = alternate(by_workers, runs, s.reset)
         a_few = {**tickets.params(), "records": options.size(ALONE, 220)}
         encoders = alternate(
             [Contender(f"encoder alone, {n}", "encode", {**a_few, "workers": n}, ours=True)
              for n in worker_counts(usable_cpus())],
-            s.runs,
+            runs,
         )  # fmt: skip
         sizes = alternate(
             [Contender(f"{d.records:,} records", "reindex", {**d.params(), **free}, ours=True) for d in (few, many)],
-            s.runs,
+            runs,
             s.reset,
         )
     first, first_alone = next(iter(workers.values())), next(iter(encoders.values()))
@@ -99,8 +108,13 @@ def run(options: Options) -> Result:
             for label, o in workers.items()
             if o is not first
         ]
-        + no_worse(both),
-        raw={"workers": raw(both.values()), "encoders": raw(encoders.values()), "sizes": raw(sizes.values())},
+        + no_worse(pairs),
+        raw={
+            "pairs": raw(pairs.values()),
+            "workers": raw(workers.values()),
+            "encoders": raw(encoders.values()),
+            "sizes": raw(sizes.values()),
+        },
     )  # fmt: skip
 
 

@@ -1,0 +1,97 @@
+"""A target as its owner has described it: what is read, where the vectors go, which model makes them.
+
+It is kept under its name in ``kdb_fast_targets``, so that the second command is short. Names are kept, not numbers of
+the catalogue, so that it survives a dump; and never a password.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from ..errors import SchemaError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Definition:
+    """What was asked for, with the names as the catalogue has them.
+
+    Attributes:
+        name: Under which it is kept.
+        schema: Of the table that is read; None on SQLite and for a query.
+        table: The table, view or the like that is read; '' for a query or files.
+        query: A SELECT that gives the rows; '' for a table or files.
+        filter: SQL condition that the rows of the table meet; '' for all.
+        key: Names of the columns by which a row is told from others.
+        text: Columns, or SQL expressions over the columns, that are embedded; () where ``template`` says it.
+        template: Text with names of columns in braces; '' for the texts with a blank line between.
+        vector: Name of the column of the vectors: one of ``table``'s, or of ``into``'s.
+        form: How SQLite keeps a vector: ``blob``, ``json`` or ``vec0``; '' in PostgreSQL.
+        into_schema: Of the table of vectors beside the table; None on SQLite and without one.
+        into: The table of vectors beside the table; '' where the vectors go into a column of ``table``.
+        chunk: Tokens of a piece that a long text is cut into; 0 for whole texts.
+        overlap: Tokens that two neighbouring pieces share.
+        document_prefix: Written before each text when it is embedded.
+        query_prefix: Written before each query when it is embedded.
+        keyword: PostgreSQL: the text search configuration; SQLite: the tokenizer of FTS5; '' without keyword search.
+        model: Its name.
+        provider: ``fastembed`` or ``openai``.
+        base_url: Address of the provider, without any secret; '' for its own.
+        dimensions: Length of the vectors.
+        precision: Of the model; see :class:`~kdb_fast.settings.ReindexOptions`.
+        index: What is done with the indexes of the vectors: '' (the rule), ``keep``, ``defer``, ``concurrently`` or
+            ``none``.
+        source: Address of the database that is read, without any secret; '' for the one that is written.
+        created: What kdb-fast has made, so that it may remove it again: of ``column``, ``table``, ``view``.
+    """
+
+    name: str
+    schema: str | None = None
+    table: str = ""
+    query: str = ""
+    filter: str = ""
+    key: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    template: str = ""
+    vector: str = "embedding"
+    form: str = ""
+    into_schema: str | None = None
+    into: str = ""
+    chunk: int = 0
+    overlap: int = 0
+    document_prefix: str = ""
+    query_prefix: str = ""
+    keyword: str = ""
+    model: str = ""
+    provider: str = "fastembed"
+    base_url: str = ""
+    dimensions: int = 0
+    precision: str = "fp32"
+    index: str = ""
+    source: str = ""
+    created: tuple[str, ...] = ()
+
+    def as_json(self) -> str:
+        """As ``kdb_fast_targets`` keeps it."""
+        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What :meth:`as_json` gave.
+
+        Raises:
+            SchemaError: It is none, or of a newer version.
+        """
+        try:
+            values: dict[str, Any] = json.loads(text)
+            known = {field.name for field in fields(cls)}
+            if unknown := sorted(values.keys() - known):
+                raise SchemaError(
+                    f"The target {values.get('name')!r} was described by a newer kdb-fast, with {', '.join(unknown)}.",
+                    remedy="Use that version.",
+                )
+            parts: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+            return cls(**parts)
+        except (ValueError, TypeError) as error:
+            raise SchemaError(f"A row of kdb_fast_targets cannot be read: {error}.") from None
