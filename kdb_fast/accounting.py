@@ -21,11 +21,15 @@ class Fate(Enum):
 
 @dataclass
 class Counts:
-    """Where every record went, so far. ``read`` is always :attr:`accounted` once a run has ended."""
+    """Where every record went, so far. ``read`` is always :attr:`accounted` once a run has ended.
+
+    ``foreign`` are among the unchanged: their rows hold vectors of another program, which are left alone.
+    """
 
     read: int = 0
     stored: int = 0
     unchanged: int = 0
+    foreign: int = 0
     reused: int = 0
     superseded: int = 0
     rejected: int = 0

@@ -63,6 +63,7 @@ class Receipt:
         state: ``done``, ``stopped`` or ``failed``.
         input: Name of what was read, '' for an input that cannot be read again.
         read: Records read; the sum of the next five once the run is done.
+        foreign: Of the unchanged those whose rows hold a vector of another program, which was left alone.
         empty: Records without text.
         deleted: Rows of the index that no record has any more.
         truncated: Records that are longer than the model reads.
@@ -83,6 +84,7 @@ class Receipt:
     reused: int = 0
     superseded: int = 0
     rejected: int = 0
+    foreign: int = 0
     empty: int = 0
     deleted: int = 0
     truncated: int = 0

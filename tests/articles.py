@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from kdb_fast.stores.postgresql import column_find as pg_find
 from kdb_fast.stores.postgresql.session import PgSession
 from kdb_fast.stores.sqlite import column_find as sqlite_find
 from kdb_fast.tables.column_target import ColumnTarget, column_text
+from kdb_fast.tables.known_rows import KnownRows, register
 
 COLUMNS = {
     "postgresql": "id bigint, lang text, body text, embedding vector, PRIMARY KEY (id, lang)",
@@ -114,9 +116,11 @@ class Articles:
         """Keys that we know a vector of, and the run that has written each."""
         return execute(self.address, "SELECT key_1, key_2, run FROM kdb_fast_articles_state ORDER BY 1, 2")
 
-    def check(self, vector: Callable[[str], Vector]) -> None:
-        """Every row with a text has its vector, and no other row has one."""
+    def check(self, vector: Callable[[str], Vector], foreign: Mapping[Any, str] = MappingProxyType({})) -> None:
+        """Every row with a text has its vector, and no other row has one. ``foreign``: those that have the vector of
+        another text, which another program has given them."""
         for number, (text, found) in self.rows().items():
+            text = foreign.get(number, text)
             if text is None or is_blank(text):
                 assert found is None, number
             else:
@@ -129,9 +133,11 @@ def _floats(value: str | bytes) -> Vector:
 
 
 class TableSource(Source):
-    """Reads the table in pages by key. ``between`` is called with the page's number after each page was read."""
+    """Reads the table in pages by key. ``between`` is called with the page's number after each page was read.
+    ``address`` may be another database than the target's: then nothing is known of its rows."""
 
     unique_keys = True
+    reads_again = True
 
     def __init__(
         self,
@@ -147,6 +153,10 @@ class TableSource(Source):
         )
         self._target, self._page_rows, self._between = target, page_rows, between
         self._empty: list[Key] = []
+        self._known = KnownRows("", "false")
+        self._unchanged = 0
+        self.again: list[Key] = []
+        """Keys that were read again."""
 
     @property
     def entities(self) -> tuple[str, ...]:
@@ -162,20 +172,52 @@ class TableSource(Source):
     def pages(self) -> Iterator[list[Record | Reject]]:
         target, last, number = self._target, (), 0
         placeholder = "%s::{type}" if self._postgresql else "?"
-        keys = target.each_key("t.{column}::text" if self._postgresql else "t.{column}")
-        select = f"SELECT {keys}, CAST(({target.text}) AS text) FROM {{table}} t"
         columns = target.each_key("t.{column}")
         while True:
             where = f" WHERE ({columns}) > ({target.each_key(placeholder)})" if last else ""
-            rows = self._execute(f"{select}{where} ORDER BY {columns} LIMIT {self._page_rows}", last).fetchall()
+            rows = self._read(f"{where} ORDER BY {columns} LIMIT {self._page_rows}", last)
             if not rows:
                 return
-            records = [Record(tuple(key), text) for *key, text in rows if text is not None and not is_blank(text)]
-            self._empty += [tuple(key) for *key, text in rows if text is None or is_blank(text)]
-            last = rows[-1][:-1]
-            yield list(records)
+            last = rows[-1][:-2]
+            yield self._records(rows)
             self._between(number)
             number += 1
+
+    def read_again(self, keys: Sequence[Key]) -> list[Record | Reject]:
+        placeholder = "%s::{type}" if self._postgresql else "?"
+        where = f" WHERE {self._target.same_key('t.{column}', placeholder)}"
+        self.again += keys
+        found = self._records([row for key in keys for row in self._read(where, key)])
+        self._between(-len(self.again))
+        return found
+
+    def _read(self, where: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Key, text, and whether the row is known to be unchanged."""
+        target, known = self._target, self._known
+        keys = target.each_key("t.{column}::text" if self._postgresql else "t.{column}")
+        text = target.text.replace("%", "%%") if self._postgresql else target.text
+        statement = f"SELECT {keys}, CAST(({text}) AS text), <unchanged> FROM {{table}} t <join>{where}"
+        ready = target.statement(statement).decode().replace("<unchanged>", known.unchanged)
+        ready = ready.replace("<join>", known.join)
+        rows: list[tuple[Any, ...]] = self._connection.execute(
+            ready.encode() if self._postgresql else ready, values
+        ).fetchall()
+        return rows
+
+    def _records(self, rows: list[tuple[Any, ...]]) -> list[Record | Reject]:
+        self._unchanged += sum(bool(row[-1]) for row in rows)
+        changed = [(tuple(key), text) for *key, text, unchanged in rows if not unchanged]
+        self._empty += [key for key, text in changed if text is None or is_blank(text)]
+        return [Record(key, text) for key, text in changed if text is not None and not is_blank(text)]
+
+    def skip_unchanged(self, known: KnownRows) -> None:
+        self._known = known
+        if not self._postgresql:
+            register(self._connection)
+
+    def take_unchanged(self) -> int:
+        taken, self._unchanged = self._unchanged, 0
+        return taken
 
     def take_empty(self) -> list[Key]:
         taken, self._empty = self._empty, []

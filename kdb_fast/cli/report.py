@@ -41,6 +41,7 @@ def print_receipt(receipt: Receipt, database: str) -> None:
     rows = [("records", ", ".join(ends))]
     also = (
         (receipt.deleted, "removed from the index"),
+        (receipt.foreign, "with a vector of another program, left alone (--replace overwrites)"),
         (receipt.empty, "without text, not indexed"),
         (receipt.truncated, "longer than the model reads"),
     )

@@ -49,6 +49,9 @@ at least, so that a writer which does not read, because it is stopped, never blo
 LEFT_OUT_ROWS = 4_000
 """Rows of a flush that were rejected or outdated since they were embedded, about: their numbers are in the message."""
 
+PENDING_KEYS = 100_000
+"""Records that are kept to be read again because another program wrote or locked their rows: about 20 MB."""
+
 REJECT_KEY_CHARS = 256
 """Characters or bytes of each part of a reject's key that are passed on."""
 
@@ -114,6 +117,9 @@ class FlushPlanner:
 
     def __init__(self, counts: Counts, ledger: KeyLedger) -> None:
         self.size: FlushSize | None = None
+        self.reads_again = False
+        """Whether records of which another program has written the row, or holds it locked, are to be read again."""
+        self._pending: list[Key] = []
         self._counts, self._ledger = counts, ledger
         self._filled: deque[SlotLease] = deque()
         self._filled_bytes = 0
@@ -184,6 +190,11 @@ class FlushPlanner:
         """The row of this key is what its newest record wants: it stays."""
         self._deletes.pop(key, None)
 
+    def take_pending(self) -> list[Key]:
+        """The keys of records that are to be read again."""
+        taken, self._pending = self._pending, []
+        return taken
+
     def is_due(self, *, tight: bool, now: bool) -> bool:
         """Whether the next flush should go.
 
@@ -252,6 +263,10 @@ class FlushPlanner:
                     if key in self._kept:
                         self._deletes[key] = None
                 elif (lease.slot, i) in superseded:
+                    if self.reads_again and len(self._pending) < PENDING_KEYS:
+                        self._pending.append(key)
+                        counts.read -= 1  # until it is read again
+                        continue
                     fate = Fate.SUPERSEDED
                 self._ledger.settle([key], fate)
         self.size.note(sum(lease.size for lease in leases), answer.seconds)

@@ -62,6 +62,7 @@ class Intake:
         self._fingerprint, self._read_chars, self._force = fingerprint, read_chars, force
         self._sequence = 0
         self._goal = FIRST_WINDOW_ROWS
+        self._again = False
 
     @property
     def waiting(self) -> int:
@@ -119,6 +120,16 @@ class Intake:
                 self._take(fit[first : first + TAKEN_ROWS], stored)
                 yield
 
+    def pass_over(self, unchanged: int) -> None:
+        """Count records that the source knows to be unchanged, without having read their texts."""
+        self._sequence += unchanged
+        self._counts.read += unchanged
+        self._counts.unchanged += unchanged
+
+    def begin_again(self) -> None:
+        """From here on records are taken in again whose rows other programs write: each is looked up."""
+        self._again = True
+
     def take_out(self, keys: list[Key]) -> None:
         """Records that have no text any more leave the index; what was read of them before is outdated."""
         for key in keys:
@@ -128,11 +139,13 @@ class Intake:
 
     def _look_up(self, fit: list[Fit]) -> dict[Key, Stored]:
         """What the index holds for the records' keys."""
+        if not fit:
+            return {}
         if self.rows_at_start is None:
             self.rows_at_start = self._store.count()
         # Where the index was empty nothing needs looking up; a row that appears meanwhile meets the
         # unique constraint at the flush, which then decides row by row.
-        if fit and (self.rows_at_start or not self._ledger.unique_keys):
+        if self.rows_at_start or not self._ledger.unique_keys or self._again:
             return self._store.lookup([record.key for record, _, _ in fit])
         return {}
 
@@ -144,11 +157,13 @@ class Intake:
             found = stored.get(key)
             if (
                 found is not None
-                and found.content_hash == digest
-                and found.fingerprint == self._fingerprint
-                and not self._force
+                and (
+                    (found.content_hash == digest and found.fingerprint == self._fingerprint and not self._force)
+                    or found.foreign
+                )
                 and key not in being_written
             ):
+                self._counts.foreign += found.foreign
                 if may_leave:
                     self._flushes.keep(key)
                 ledger.unchanged(key, sequence)

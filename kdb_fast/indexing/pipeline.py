@@ -11,7 +11,8 @@
 Every record ends as exactly one of stored, unchanged, reused, superseded or rejected (:mod:`..accounting`). This module
 is the loop. What it decides with stands beside it: :mod:`.intake` (unchanged?) with :mod:`.screening` (unfit?),
 :mod:`.text_reuse` (known text?), :mod:`.key_ledger` (outdated?), :mod:`.leases` (slots), :mod:`.flushing` (what is
-written when) and :mod:`..tables.index_policy` (is the index dropped for it?).
+written when), :mod:`.filling` (embedded rows on their way there) and :mod:`..tables.index_policy` (is the index dropped
+for it?).
 """
 
 from __future__ import annotations
@@ -27,19 +28,25 @@ from ..engine.sharding import SHARD_ROWS, WINDOW_ROWS
 from ..errors import RejectLimitError
 from ..faults import fault
 from ..ipc.messages import Finish, Finished, Flushed, IndexPrepared, PrepareIndex
-from ..ipc.row_block import ROW_REASONS
-from ..ipc.slab import Row
 from ..records import Key, Record, Reject
 from ..settings import RejectLimit
+from ..sources.base import PAGE_ROWS
 from ..stores.base import Store
 from ..tables.index_policy import IndexRecord, decide
 from ..tables.target import LiveRows
+from .filling import Filling
 from .flushing import MESSAGE_BYTES, FlushPlanner, first_of
 from .intake import Intake
 from .key_ledger import KeyLedger
 from .leases import Numbered, SlotPool
 from .screening import Screen
 from .text_reuse import TextReuse
+
+PASSES = 3
+"""How often a record is taken whose row another program writes or holds locked meanwhile; then it is superseded."""
+
+PAUSE_SECONDS = 0.5
+"""Before such a record is read again: a transaction that holds its row may end."""
 
 DRAIN_SECONDS = 6.0
 """A run that is being stopped waits so long for its last flushes: a container is killed ten seconds after SIGTERM.
@@ -101,6 +108,7 @@ class Pipeline:
         self._ledger = KeyLedger(self.counts, unique_keys=unique_keys)
         self._reuse = TextReuse(dimensions)
         self.flushes = FlushPlanner(self.counts, self._ledger)
+        self._filling = Filling(self.counts, self._ledger, self._reuse, self.flushes)
         self._intake = Intake(
             store,
             screen or Screen(),
@@ -119,38 +127,36 @@ class Pipeline:
 
     # -- the pass --------------------------------------------------------------------------------------
 
-    def run(self, pages: Iterable[list[Record | Reject]], emptied: Callable[[], list[Key]] = lambda: []) -> None:
+    def run(
+        self,
+        pages: Iterable[list[Record | Reject]],
+        emptied: Callable[[], list[Key]] = lambda: [],
+        unchanged: Callable[[], int] = lambda: 0,
+        again: Callable[[list[Key]], list[Record | Reject]] | None = None,
+    ) -> None:
         """Read all pages and write everything that must be written.
 
         Args:
             pages: The records.
             emptied: Asked after each page for the keys of records read with it that have no text.
+            unchanged: Asked after each page how many records were passed over with it.
+            again: Gives the records of these keys as they are now; None where they cannot be read again.
 
         Raises:
             StopRequested: A signal asked for the end; what was embedded is committed.
             RejectLimitError: Too many records were rejected; what was embedded is committed.
             KdbFastError: The engine or the database failed for good.
         """
+        self.flushes.reads_again = again is not None
         try:
             for page in pages:
                 fault("source.page")
-                for _ in self._intake.take_in(page):
-                    self._on_progress(self.counts)
-                    self._pump(0)
-                self._intake.take_out(emptied())
-                if self._intake.is_full:
-                    self._cut()
-                    self._intake.widen()
-                self._check_limits()
-                if self.flushes.has_many_notices:
-                    self._ensure_engine(0, True)
-                while self._backlog():
-                    self._pump(1.0)
-            self._cut(last=True)
+                self._intake.pass_over(unchanged())
+                self._take(page, emptied())
             self._all_read = True
-            self._check_limits()
-            while self._unfinished():
-                self._pump(1.0, last=True)
+            self._write_all()
+            if again is not None:
+                self._take_again(again, emptied)
         except StopRequested:
             self.drain(DRAIN_SECONDS)
             raise
@@ -159,6 +165,48 @@ class Pipeline:
             self._ensure_engine(0, False)
             self.drain()
             raise
+
+    def _take(self, page: list[Record | Reject], emptied: list[Key]) -> None:
+        """Take in a page, and the keys of records without text that were read with it."""
+        for _ in self._intake.take_in(page):
+            self._on_progress(self.counts)
+            self._pump(0)
+        self._intake.take_out(emptied)
+        if self._intake.is_full:
+            self._cut()
+            self._intake.widen()
+        self._check_limits()
+        if self.flushes.has_many_notices:
+            self._ensure_engine(0, True)
+        while self._backlog():
+            self._pump(1.0)
+
+    def _write_all(self) -> None:
+        """Write all that was taken in."""
+        self._cut(last=True)
+        self._check_limits()
+        while self._unfinished():
+            self._pump(1.0, last=True)
+
+    def _take_again(
+        self, again: Callable[[list[Key]], list[Record | Reject]], emptied: Callable[[], list[Key]]
+    ) -> None:
+        """Take the records again of which another program has written the row, or held it locked."""
+        self._intake.begin_again()
+        for number in range(2, PASSES + 1):
+            pending = self.flushes.take_pending()
+            if not pending:
+                return
+            self.flushes.reads_again = number < PASSES
+            time.sleep(PAUSE_SECONDS)
+            for start in range(0, len(pending), PAGE_ROWS):
+                keys = pending[start : start + PAGE_ROWS]
+                page, empty = again(keys), emptied()
+                gone = len(keys) - len(page) - len(empty)
+                self.counts.read += gone
+                self.counts.superseded += gone
+                self._take(page, empty)
+            self._write_all()
 
     def drain(self, seconds: float = math.inf) -> None:
         """Write what is embedded, within ``seconds``; forget what is not."""
@@ -204,11 +252,6 @@ class Pipeline:
         return done
 
     # -- work for the engine ---------------------------------------------------------------------------
-
-    def _reject_row(self, row: Row, digest: bytes, code: int) -> None:
-        """Its text cannot be embedded."""
-        self.flushes.reject(Reject(row.record.key, *ROW_REASONS[code], digest, row.record.position))
-        self._ledger.settle([row.record.key], Fate.REJECTED)
 
     def _check_limits(self) -> None:
         if not self._stopping:
@@ -273,13 +316,8 @@ class Pipeline:
         self._check_limits()
 
     def _give_work(self, engine: Engine, slots: SlotPool, last: bool) -> None:
-        shape = engine.slab.shape
         while self._reuse.ready and slots.free and (last or len(self._reuse.ready) >= SHARD_ROWS):
-            lease = slots.lease(self._reuse.take(shape.rows, shape.blob_bytes), Fate.REUSED)
-            vectors = engine.slab.slots[lease.slot].vectors
-            for i, digest in enumerate(lease.hashes):
-                vectors[i] = self._reuse.vector(digest)
-            self.flushes.filled(lease)
+            self._filling.reuse(slots)
         while self._shards and slots.free and engine.pool.wants_work():
             fault("pipeline.dispatch")
             lease = slots.lease(self._shards.popleft(), Fate.STORED)
@@ -314,7 +352,7 @@ class Pipeline:
 
     def _happened(self, event: Event, slots: SlotPool) -> None:
         if isinstance(event, SlotFilled):
-            self._slot_filled(event, slots)
+            self._filling.embedded(event, slots)
         elif isinstance(event, Flushed):
             fault("pipeline.flushed")
             for lease in self.flushes.flushed(event):
@@ -326,27 +364,3 @@ class Pipeline:
         else:
             self.warnings.append(event.text)
             self._on_note(event.text)
-
-    def _slot_filled(self, event: SlotFilled, slots: SlotPool) -> None:
-        fault("pipeline.embedded")
-        lease = slots.of(event.slot, event.lease)
-        lease.crcs = event.crcs
-        self.flushes.filled(lease)
-        self.counts.embedded(event.tokens, event.padded_tokens, event.truncated, event.seconds)
-        slot = slots.slab.slots[event.slot]
-        ledger, codes = self._ledger, slot.code[: len(lease.rows)]
-        waited = self._reuse.filled(lease.hashes, slot.vectors[: len(lease.rows)], codes)
-        for i in codes.nonzero()[0].tolist():
-            lease.skip.add(i)
-            self._reject_row(lease.rows[i], lease.hashes[i], int(codes[i]))
-        if ledger.has_repeated:
-            for i, (key, sequence) in enumerate(zip(lease.keys, lease.sequences, strict=True)):
-                if i not in lease.skip:
-                    ledger.has_vector(key, sequence)
-        for numbered, code in waited:
-            for row, sequence, digest in numbered:
-                if code:
-                    # What the model cannot embed for one it cannot embed for its equals.
-                    self._reject_row(row, digest, code)
-                else:
-                    ledger.has_vector(row.record.key, sequence)

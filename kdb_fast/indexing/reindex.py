@@ -147,6 +147,9 @@ class _Run:
 
     def _work(self) -> None:
         options, source = self.options, self.source
+        for effect in self.store.forecast(self.run):
+            self.notes += (effect,)
+            self.progress.note(effect)
         estimate = source.estimate()
         if options.limit is not None:
             estimate = min(options.limit, estimate) if estimate is not None else options.limit
@@ -171,7 +174,14 @@ class _Run:
             should_stop=lambda: self.stop.count > 0,
             on_phase=self.heartbeat.note,
         )
-        self.pipeline.run(source.pages(), source.take_empty)
+        if not options.force and (known := self.store.known_rows(self.run.fingerprint)) is not None:
+            source.skip_unchanged(known)
+        self.pipeline.run(
+            source.pages(),
+            source.take_empty,
+            source.take_unchanged,
+            source.read_again if source.reads_again else None,
+        )
         self.pipeline.counts.empty = source.empty
         self.progress.step("finishing the index")
         self.pipeline.finish(source.entities if source.complete else (), live_rows=source.live_rows)
@@ -203,6 +213,7 @@ class _Run:
             reused=counts.reused,
             superseded=counts.superseded,
             rejected=counts.rejected,
+            foreign=counts.foreign,
             empty=self.source.empty,
             deleted=counts.deleted,
             truncated=counts.truncated,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol, Self
 
 from ..db.address import DatabaseAddress
 from ..records import Key, Record, Reject
+from ..tables.known_rows import KnownRows
 from ..tables.target import LiveRows
 
 PAGE_ROWS = 1000
@@ -35,12 +36,14 @@ class Source(ABC):
         live_rows: Which rows of the index have a live record, if the source lists every live record of its entities:
             the other rows may then be removed (:meth:`kdb_fast.stores.base.Store.prune`).
         unique_keys: No key occurs twice.
+        reads_again: :meth:`read_again` works.
         input: Name of what is read, if reading it again gives the same records or corrected ones; '' if it does not.
         empty: Records read so far that have no text at all; KameleonDB does not index these.
     """
 
     live_rows: LiveRows | None = None
     unique_keys = False
+    reads_again = False
     empty = 0
     input = ""
 
@@ -83,6 +86,23 @@ class Source(ABC):
         They are not in any page; an index row they may still have is to be removed. Call it after each page.
         """
         return []
+
+    def skip_unchanged(self, known: KnownRows) -> None:  # noqa: B027 - not every source can
+        """From here on, only count the rows that need nothing (:meth:`take_unchanged`) instead of giving them as
+        records. Called before :meth:`pages`, where what is written lies in the database that is read. A source that
+        cannot tell gives them all."""
+
+    def take_unchanged(self) -> int:
+        """How many rows that need nothing were read since the last call; they are in no page. Call it after each page,
+        which may be empty."""
+        return 0
+
+    def read_again(self, keys: Sequence[Key]) -> list[Record | Reject]:
+        """The records of these keys as they are now, for those that have changed since they were read.
+
+        One that has no text any more comes by :meth:`take_empty` instead; one that is gone does not come.
+        """
+        raise NotImplementedError
 
     def warnings(self) -> list[str]:
         """What the user should know after all was read, such as a file that changed meanwhile."""

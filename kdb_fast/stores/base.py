@@ -29,6 +29,7 @@ from ..tables.index_policy import IndexOutcome
 from ..tables.index_table import IndexTable
 from ..tables.kdb_search import KDB_SEARCH
 from ..tables.key import KeyColumn
+from ..tables.known_rows import KnownRows
 from ..tables.target import LiveRows, Target
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ class Stored(NamedTuple):
     """The index's row for a key, as the parent saw it.
 
     ``row_version`` is its version (an opaque int64); ``content_hash`` is SHA-256 of the stored content;
-    ``fingerprint`` is None unless kdb-fast wrote the row and nobody has changed it since.
+    ``fingerprint`` is None unless kdb-fast wrote the row and nobody has changed it since. ``foreign``: it holds a
+    vector of another program, which is left alone.
     """
 
     content_hash: bytes
     fingerprint: str | None
     row_version: int
+    foreign: bool = False
 
 
 def version_of_text(content_hash: bytes | None) -> int:
@@ -95,11 +98,21 @@ class FlushResult(NamedTuple):
     meanwhile, ``rejected`` (slot, row, reason, detail) that the database refused.
     """
 
-    rows: int
-    bytes: int
-    deleted: int
-    superseded: tuple[tuple[int, int], ...]
-    rejected: tuple[tuple[int, int, str, str], ...]
+    rows: int = 0
+    bytes: int = 0
+    deleted: int = 0
+    superseded: tuple[tuple[int, int], ...] = ()
+    rejected: tuple[tuple[int, int, str, str], ...] = ()
+
+    def plus(self, other: FlushResult) -> FlushResult:
+        """What became of both parts of a flush."""
+        return FlushResult(
+            self.rows + other.rows,
+            self.bytes + other.bytes,
+            self.deleted + other.deleted,
+            self.superseded + other.superseded,
+            self.rejected + other.rejected,
+        )
 
     def as_json(self) -> str:
         """How the row of the run keeps it, for a flush whose outcome was not heard of."""
@@ -184,6 +197,15 @@ class Store(ABC):
     @abstractmethod
     def end_run(self, run: int, state: str, receipt: dict[str, Any]) -> None:
         """Release the lock and store the receipt; ``state`` is done, stopped or failed."""
+
+    def known_rows(self, fingerprint: str) -> KnownRows | None:
+        """How a query over the table that is written tells which of its rows a run with this fingerprint leaves as
+        they are; None where no query can."""
+        return None
+
+    def forecast(self, run: RunSpec) -> tuple[str, ...]:
+        """What a run will do to the table that its owner should know before anything is embedded."""
+        return ()
 
     def altered(self, run: int) -> list[str]:
         """Warnings about rows of a run that are not stored as they were written: a trigger changes them."""

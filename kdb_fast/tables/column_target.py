@@ -1,8 +1,16 @@
 """A vector column of the user's own table, as a target: rows are only updated, and in that column only.
 
 What is known of a row (which model made its vector, of which text) lies in a table of ours beside it,
-``kdb_fast_<name>_state``, by the table's own key. A vector is ours as long as that text and that vector are still those
-of the row; so an edit by another program, of the text or of the vector, never looks unchanged.
+``kdb_fast_<name>_state``, by the table's own key: hashes of the text and of the vector as the column holds it.
+
+* A vector is ours while it is the one that we noted, whatever its text is now. If the text is the noted one too, and
+  the fingerprint the run's, the row is unchanged; else its vector is made anew.
+* Any other vector is foreign: of a row that we know nothing of, or written over ours by another program. It may have
+  been paid for, so it is never overwritten or taken away, unless ``replace`` says so; and never taken for ours.
+
+The table of the state refers to nothing: a foreign key would add triggers to the user's table and keep TRUNCATE from
+it. What it has of rows that are gone is removed at the end of each run. Neither the table's name nor its number is
+noted there, so that it holds for a table that was renamed, rewritten or restored.
 """
 
 from __future__ import annotations
@@ -51,8 +59,8 @@ class ColumnTarget:
         key: The columns of a unique index, by which a row is found again.
         text: SQL expression of a row's text over the columns of the table; see :func:`column_text`.
         vector: The column that is written.
-        cascades: Our state refers to the table: a row that is deleted takes it along. That adds a trigger to the table
-            and keeps TRUNCATE from it; without, each run removes the state of rows that are gone.
+        replace: Vectors of other programs are overwritten.
+        vacuum: PostgreSQL: the versions of rows that are left behind are freed now and then during a run.
     """
 
     name: str
@@ -62,7 +70,8 @@ class ColumnTarget:
     key: tuple[KeyColumn, ...]
     text: str
     vector: VectorColumn
-    cascades: bool = False
+    replace: bool = False
+    vacuum: bool = False
 
     @property
     def identity(self) -> str:
@@ -195,6 +204,6 @@ def altered_rows(shown: str, count: int, by: str) -> str:
         by: Its triggers.
     """
     return (
-        f"{count:,} rows of {shown} do not hold the text and vector that were written ({by}, or another program): they "
-        "are embedded again by the next run."
+        f"{count:,} rows of {shown} do not hold the text and vector that were written ({by}, or another program): the "
+        "next run embeds those with another text again, and leaves another vector alone."
     )

@@ -59,9 +59,10 @@ def test_fault_at_any_point(index: DatabaseAddress, commands: Commands) -> None:
         if command.wait() != 0:
             eventually(lambda: not commands.processes())
             finished(commands, articles)
-        articles.check(poison_worker.vector_of)
+        articles.check(poison_worker.vector_of, foreign={45: "theirs"})
     again = finished(commands, articles)
     assert (again["unchanged"], again["read"], len(articles.state())) == (ROWS - 1,) * 3
+    assert again["foreign"] == 1
     eventually(lambda: not commands.processes())
     check_nothing_left(index)
 

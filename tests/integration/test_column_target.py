@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import psycopg
 import pytest
 from articles import Articles, TableSource
-from servers import Oracle, Server, engine_processes, eventually, execute, mixed_texts
+from column_writer import DIMENSIONS, Writer, begun, vector_of
+from servers import Oracle, Server, engine_processes, execute, mixed_texts
 
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.errors import LockedError, SchemaError
 from kdb_fast.indexing.reindex import reindex
-from kdb_fast.ipc.row_block import NO_VALUE
-from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.receipt import Receipt
-from kdb_fast.records import MAX_CONTENT_BYTES, Key, Record, content_hash, cut_content
+from kdb_fast.records import MAX_CONTENT_BYTES, Key, content_hash, cut_content
 from kdb_fast.settings import ReindexOptions
 from kdb_fast.stores import open_store
-from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec, Store
 from kdb_fast.tables.column_target import ColumnTarget
-
-DIMENSIONS = 8
-
-_numbers = itertools.count(10)
+from kdb_fast.tables.known_rows import KnownRows
 
 
 @pytest.fixture
@@ -38,42 +31,7 @@ def articles(index: DatabaseAddress) -> Articles:
     return Articles(index)
 
 
-class Writer(NamedTuple):
-    """A store in a run."""
-
-    store: Store
-    run: RunSpec
-
-    def flush(self, *rows: tuple[Key, str], deletes: Sequence[Key] = (), number: int | None = None) -> FlushResult:
-        shape = SlabShape(1, max(1, len(rows)), DIMENSIONS)
-        slot = Slab.local(shape).slots[0]
-        slot.put(1, [Row(Record(key, text)) for key, text in rows], [NO_VALUE] * len(rows))
-        for i, (_, text) in enumerate(rows):
-            slot.vectors[i] = vector_of(text)
-        number = next(_numbers) if number is None else number
-        return self.store.flush(self.run, number, [FlushSlot(slot, frozenset())] if rows else [], [], deletes)
-
-    def fingerprints(self, *keys: Key) -> list[str | None]:
-        found = self.store.lookup(keys)
-        return [found[key].fingerprint for key in keys]
-
-
-def vector_of(text: str) -> Any:
-    """A unit vector that depends on the text alone."""
-    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-    vector = np.random.default_rng(seed).standard_normal(DIMENSIONS).astype(np.float32)
-    return vector / np.linalg.norm(vector)
-
-
 Open = Callable[[ColumnTarget], Writer]
-
-
-@contextlib.contextmanager
-def begun(address: DatabaseAddress, target: ColumnTarget) -> Iterator[Writer]:
-    """A store in a run."""
-    with contextlib.closing(open_store(address, "test", target=target)) as store:
-        store.prepare(DIMENSIONS)
-        yield Writer(store, store.begin_run(fingerprint="f", model="m", dimensions=DIMENSIONS, wait=0))
 
 
 @pytest.fixture
@@ -112,6 +70,32 @@ def test_what_another_program_has_changed_is_not_ours(articles: Articles, begin:
     assert writer.fingerprints(*keys) == ["f", None, "f"]
 
 
+def test_vectors_of_another_program_are_left_alone(articles: Articles, begin: Open) -> None:
+    """One that was there, one over ours, and one that comes between look-up and flush; with or without ``replace``."""
+    texts = ["there", "over ours", "meanwhile", "ours"]
+    articles.add(*texts)
+    writer = begin(articles.target())
+    rows = [(articles.key(n), text) for n, text in enumerate(texts)]
+    articles.set_vector(0, vector_of("theirs"))
+    assert writer.flush(*rows[1:2], rows[3]).rows == 2
+    articles.set_vector(1, vector_of("theirs"))
+    articles.set(3, "another text")
+    found = writer.store.lookup([key for key, _ in rows])
+    assert [found[key].foreign for key, _ in rows] == [True, True, False, False]
+    articles.set_vector(2, vector_of("theirs"))
+    rows[3] = articles.key(3), "another text"
+    assert writer.flush(*rows).superseded == ((0, 0), (0, 1), (0, 2))
+    for number in range(3):
+        np.testing.assert_allclose(articles.vector(number), vector_of("theirs"), rtol=1e-5)
+    np.testing.assert_allclose(articles.vector(3), vector_of("another text"), rtol=1e-5)
+    writer.store.end_run(writer.run.number, "done", {})
+    writer = begin(articles.target(replace=True))
+    assert [stored.foreign for stored in writer.store.lookup([key for key, _ in rows]).values()] == [False] * 4
+    assert writer.flush(*rows).rows == 4
+    for number, (_, text) in enumerate(rows):
+        np.testing.assert_allclose(articles.vector(number), vector_of(text), rtol=1e-5)
+
+
 def test_row_that_changed_or_vanished_since_it_was_read_is_superseded(articles: Articles, begin: Open) -> None:
     articles.add("one", "two", "three")
     writer = begin(articles.target())
@@ -123,25 +107,20 @@ def test_row_that_changed_or_vanished_since_it_was_read_is_superseded(articles: 
     assert articles.state() == [(2, "en", writer.run.number)]
 
 
-def test_row_that_another_session_is_changing_is_waited_for(database: DatabaseAddress) -> None:
+def test_row_that_another_session_holds_is_not_waited_for(database: DatabaseAddress) -> None:
     execute(database, "CREATE EXTENSION vector")
     articles = Articles(database)
-    articles.add("one", "two")
-    with (
-        begun(database, articles.target()) as writer,
-        ThreadPoolExecutor(1) as thread,
-        psycopg.connect(database.conninfo) as other,
-    ):
+    articles.add("one", "two", "three")
+    with begun(database, articles.target()) as writer, psycopg.connect(database.conninfo) as other:
+        assert writer.flush((articles.key(2), "three")).rows == 1
         other.execute("UPDATE shop.articles SET body = 'another' WHERE id = 0")
-        flushed = thread.submit(writer.flush, (articles.key(0), "one"), (articles.key(1), "two"))
-        waiting = (
-            "SELECT pid FROM pg_stat_activity WHERE application_name = 'kdb-fast/test' AND wait_event_type = 'Lock'"
-        )
-        eventually(lambda: execute(database, waiting))
+        other.execute("UPDATE shop.articles SET body = NULL WHERE id = 2")
+        result = writer.flush((articles.key(0), "one"), (articles.key(1), "two"), deletes=[articles.key(2)])
+        assert (result.rows, result.superseded, result.rejected, result.deleted) == (1, ((0, 0),), (), 0)
         other.commit()
-        result = flushed.result(20)
-    assert (result.rows, result.superseded, result.rejected) == (1, ((0, 0),), ())
-    assert articles.rows()[0] == ("another", None)
+        assert articles.rows()[0] == ("another", None)
+        assert writer.flush((articles.key(0), "another"), deletes=[articles.key(2)])[:3:2] == (1, 1)
+        assert [number for number, _, _ in articles.state()] == [0, 1]
 
 
 def test_row_without_text_loses_our_vector_and_no_other(articles: Articles, begin: Open) -> None:
@@ -156,7 +135,8 @@ def test_row_without_text_loses_our_vector_and_no_other(articles: Articles, begi
     assert articles.rows()[0][1] is None
     np.testing.assert_allclose(articles.vector(1), vector_of("theirs"), rtol=1e-5)
     np.testing.assert_allclose(articles.vector(2), vector_of("three"), rtol=1e-5)  # its text is there
-    assert articles.state() == []
+    # A vector that is ours, and of the text that the row has, stays known.
+    assert [number for number, _, _ in articles.state()] == [2]
 
 
 KEYS = (
@@ -346,13 +326,12 @@ def test_flush_is_written_once(articles: Articles, begin: Open) -> None:
     np.testing.assert_allclose(articles.vector(0), vector_of("theirs"), rtol=1e-5)
 
 
-@pytest.mark.parametrize("cascades", [False, True])
-def test_state_of_rows_that_are_gone_goes(articles: Articles, begin: Open, cascades: bool) -> None:
+def test_state_of_rows_that_are_gone_goes(articles: Articles, begin: Open) -> None:
     articles.add("one", "two")
-    writer = begin(articles.target(cascades=cascades))
+    writer = begin(articles.target())
     writer.flush((articles.key(0), "one"), (articles.key(1), "two"))
     articles.delete(0)
-    assert len(articles.state()) == (1 if cascades and articles.postgresql else 2)
+    assert len(articles.state()) == 2
     writer.store.finish_index(lambda what: None)
     assert [row[0] for row in articles.state()] == [1]
 
@@ -406,7 +385,8 @@ def test_text_that_cannot_be_read_is_refused(articles: Articles, text: str) -> N
 def test_names_of_any_length_have_a_state_of_their_own(articles: Articles) -> None:
     articles.add("one")
     for number, name in enumerate(("ü" * 60 + "1", "ü" * 60 + "2")):
-        with begun(articles.address, articles.target(name=name)) as writer:
+        # What one of them wrote is another program's for the other.
+        with begun(articles.address, articles.target(name=name, replace=number > 0)) as writer:
             assert writer.fingerprints(articles.key(0)) == [None]
             assert writer.flush((articles.key(0), "one")).rows == 1
             assert writer.fingerprints(articles.key(0)) == ["f"], number
@@ -471,6 +451,7 @@ def test_vectors_of_another_length_are_refused(database: DatabaseAddress) -> Non
 
 TEXTS = mixed_texts(40, longest=60)
 PARTS = ("stored", "unchanged", "reused", "superseded", "rejected")
+ALSO = ("foreign", "deleted", "empty")
 
 
 def reindexed(articles: Articles, target: ColumnTarget | None = None, **options: Any) -> dict[str, int]:
@@ -486,7 +467,7 @@ def numbers(receipt: Receipt) -> dict[str, int]:
     assert receipt.state == "done"
     assert receipt.read == sum(getattr(receipt, part) for part in PARTS)
     assert engine_processes() == []
-    return {part: getattr(receipt, part) for part in (*PARTS, "deleted", "empty") if getattr(receipt, part)}
+    return {part: getattr(receipt, part) for part in (*PARTS, *ALSO) if getattr(receipt, part)}
 
 
 @pytest.mark.usefixtures("loaded_once")
@@ -498,19 +479,21 @@ def test_a_column_is_brought_up_to_date(articles: Articles, oracle: Oracle) -> N
     articles.set(3, "another text")
     assert reindexed(articles) == {"stored": 1, "unchanged": 39, "empty": 2}
     articles.check(oracle.vector)
-    # Another program's vector is not taken for ours.
+    # Another program's vector is not taken for ours, and left alone.
     articles.set_vector(4, oracle.vector("theirs"))
     articles.delete(5)
     articles.set(6, None)
     articles.set(40, "has a text now")
-    assert reindexed(articles) == {"stored": 2, "unchanged": 37, "deleted": 1, "empty": 2}
+    assert reindexed(articles) == {"stored": 1, "unchanged": 38, "foreign": 1, "deleted": 1, "empty": 2}
+    np.testing.assert_allclose(articles.vector(4), oracle.vector("theirs"), rtol=1e-5)
+    assert reindexed(articles, articles.target(replace=True)) == {"stored": 1, "unchanged": 38, "empty": 2}
     articles.check(oracle.vector)
     assert sorted(key for key, _, _ in articles.state()) == [n for n in range(41) if n not in (5, 6)]
     assert reindexed(articles) == {"unchanged": 39, "empty": 2}
 
 
 @pytest.mark.usefixtures("loaded_once")
-def test_rows_that_change_during_a_run_are_taken_by_the_next(articles: Articles, oracle: Oracle) -> None:
+def test_rows_that_change_during_a_run_are_taken_again_by_it(articles: Articles, oracle: Oracle) -> None:
     articles.add(*TEXTS)
 
     def meanwhile(page: int) -> None:
@@ -518,14 +501,55 @@ def test_rows_that_change_during_a_run_are_taken_by_the_next(articles: Articles,
             articles.set(2, "changed meanwhile")
             articles.delete(3)
             articles.set_vector(4, oracle.vector("theirs"))
+            articles.set(5, None)
             articles.add("new", first=100)
 
-    # A vector that is written after the look-up and before the flush is overwritten: the row's text is what was read.
-    assert reindexed(articles, between=meanwhile) == {"stored": 39, "superseded": 2}
-    assert articles.rows()[2][1] is None
-    assert reindexed(articles) == {"stored": 1, "unchanged": 39}
+    # Of those that were read: gone is superseded, without a text is empty, with another program's vector is left alone.
+    counts = reindexed(articles, between=meanwhile)
+    assert counts == {"stored": 38, "unchanged": 1, "foreign": 1, "superseded": 1, "empty": 1}
+    np.testing.assert_allclose(articles.vector(4), oracle.vector("theirs"), rtol=1e-5)
+    assert reindexed(articles) == {"unchanged": 39, "foreign": 1, "empty": 1}
+    assert reindexed(articles, articles.target(replace=True)) == {"stored": 1, "unchanged": 38, "empty": 1}
     articles.check(oracle.vector)
-    assert len(articles.state()) == 40
+    assert len(articles.state()) == 39
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_a_row_that_changes_all_the_time_is_superseded_in_the_end(articles: Articles, oracle: Oracle) -> None:
+    """Three times it is taken; so a source that lags behind the table cannot keep a run going."""
+    articles.add(*TEXTS[:8])
+    changes = itertools.count(1)
+
+    def meanwhile(page: int) -> None:
+        articles.set(3, f"changed {next(changes)} times")
+
+    source = TableSource(articles.address, articles.target(), between=meanwhile)
+    counts = numbers(reindex(articles.address, source, ReindexOptions(), target=articles.target()))
+    assert counts == {"stored": 7, "superseded": 1}
+    assert source.again == [articles.key(3)] * 2
+    assert articles.rows()[3] == ("changed 3 times", None)
+    assert reindexed(articles) == {"stored": 1, "unchanged": 7}
+    articles.check(oracle.vector)
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_a_source_that_lags_behind_ends(database: DatabaseAddress, postgres: Server) -> None:
+    execute(database, "CREATE EXTENSION vector")
+    articles, replica = Articles(database), Articles(postgres.create_database())
+    for table in (articles, replica):
+        table.add(*TEXTS[:8])
+    articles.set(3, "newer than the replica's")
+    articles.set(4, None)
+
+    class Replica(TableSource):
+        def skip_unchanged(self, known: KnownRows) -> None:
+            """Nothing is known in this database."""
+
+    source = Replica(replica.address, articles.target())
+    counts = numbers(reindex(articles.address, source, ReindexOptions(), target=articles.target()))
+    assert counts == {"stored": 6, "superseded": 2}
+    assert [vector is None for _, vector in articles.rows().values()].count(True) == 2
+    postgres.drop_database(replica.address)
 
 
 @pytest.mark.usefixtures("loaded_once")

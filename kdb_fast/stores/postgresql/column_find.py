@@ -17,6 +17,7 @@ from ...tables.hidden_rows import check_unfiltered
 from ...tables.key import KeyColumn
 from ...tables.target import Target, identifier, rows_on
 from .check import RELATIONS
+from .column_effects import check_updates
 
 if TYPE_CHECKING:
     import psycopg
@@ -65,7 +66,6 @@ CONSTRAIN_STATE = """
 ALTER TABLE {state} ADD PRIMARY KEY ({state_keys}), ALTER fingerprint SET NOT NULL, ALTER text_hash SET NOT NULL,
   ALTER vector_hash SET NOT NULL, ALTER run SET NOT NULL, ALTER at SET NOT NULL
 """
-REFER_TO_TABLE = "ALTER TABLE {state} ADD FOREIGN KEY ({state_keys}) REFERENCES {table} ({keys}) ON DELETE CASCADE"
 
 READ_TEXT = "SELECT {text} FROM {table} t LIMIT 0"
 
@@ -85,7 +85,8 @@ def find_column(
     text: str,
     vector: str,
     key: Sequence[str] = (),
-    cascades: bool = False,
+    replace: bool = False,
+    vacuum: bool = False,
 ) -> ColumnTarget:
     """The vector column of a table, within a transaction.
 
@@ -96,23 +97,13 @@ def find_column(
         text: SQL expression of the text, see :func:`~kdb_fast.tables.column_target.column_text`.
         vector: Name of the column.
         key: Names of the columns by which a row is found; () for the primary key.
-        cascades: See :class:`~kdb_fast.tables.column_target.ColumnTarget`.
+        replace: Vectors of other programs are overwritten.
+        vacuum: Free the versions of rows that are left behind, during a run.
 
     Raises:
         SchemaError: There is no such table or column, or a run could not write it.
     """
-    import psycopg
-
-    try:
-        row = cursor.execute(TABLE.encode(), (table,)).fetchone()
-    except psycopg.Error:
-        raise SchemaError(
-            f"{storable_key(table)} is no name of a table.",
-            remedy='Write it as SQL does: articles, shop.articles or "My Docs"."Big Table".',
-        ) from None
-    if row is None:
-        raise SchemaError(f"There is no table {storable_key(table)}, or this role may not use its schema.")
-    schema, relation, kind = row
+    schema, relation, kind = _find(cursor, table)
     shown = Target(schema).shown(relation)
     if kind not in ("r", "p"):
         raise SchemaError(
@@ -126,7 +117,55 @@ def find_column(
     keys = _keys(cursor, regclass, shown, key)
     column = _vector(cursor, regclass, shown, vector)
     cursor.execute("SELECT set_config('search_path', %s, true)", (path,))
-    return ColumnTarget(name, home, schema, relation, keys, text, column, cascades)
+    return ColumnTarget(name, home, schema, relation, keys, text, column, replace, vacuum)
+
+
+def create_column(cursor: Cursor, home: Target, table: str, vector: str, dimensions: int, kind: str = "vector") -> None:
+    """Add a column for vectors to a table that has none of this name, within a transaction.
+
+    Args:
+        home: Where our own tables are.
+        table: An SQL identifier, as for :func:`find_column`.
+        vector: Name of the column.
+        dimensions: Of the model.
+        kind: ``vector`` or ``halfvec``.
+
+    Raises:
+        SchemaError: There is no such table, or the database refuses it.
+    """
+    import psycopg
+
+    schema, relation, _ = _find(cursor, table)
+    target = Target(schema)
+    type_name = home.statement("{pgvector}").decode() + f"{kind}({dimensions})"
+    statement = f"ALTER TABLE {target.table(relation)} ADD COLUMN {identifier(vector)} {type_name}"
+    try:
+        cursor.execute(statement.encode(), ())
+    except psycopg.Error as error:
+        if kind_of(error) is not ErrorKind.REFUSED:
+            raise
+        raise SchemaError(
+            f"The column {storable_key(vector)} cannot be added to {target.shown(relation)}: "
+            f"{error.diag.message_primary or error}.",
+            remedy=f"Let the table's owner run: {statement.replace('%%', '%')};",
+        ) from None
+
+
+def _find(cursor: Cursor, table: str) -> tuple[str, str, str]:
+    """Schema, name and kind of what an identifier belongs to."""
+    import psycopg
+
+    try:
+        row = cursor.execute(TABLE.encode(), (table,)).fetchone()
+    except psycopg.Error:
+        raise SchemaError(
+            f"{storable_key(table)} is no name of a table.",
+            remedy='Write it as SQL does: articles, shop.articles or "My Docs"."Big Table".',
+        ) from None
+    if row is None:
+        raise SchemaError(f"There is no table {storable_key(table)}, or this role may not use its schema.")
+    schema, relation, kind = row
+    return schema, relation, kind
 
 
 def _keys(cursor: Cursor, regclass: str, shown: str, wanted: Sequence[str]) -> tuple[KeyColumn, ...]:
@@ -190,6 +229,7 @@ def prepare_column(cursor: Cursor, target: ColumnTarget, dimensions: int) -> Non
         if kind_of(error) is not ErrorKind.REFUSED:
             raise
         raise unreadable_text(target, error.diag.message_primary or str(error)) from None
+    check_updates(cursor, target)
     state = target.home.regclass(target.state)
     cursor.execute("SELECT set_config('search_path', 'pg_catalog, pg_temp', true)")
     found: dict[str, str] = dict(cursor.execute(STATE_TYPES.encode(), (state,)).fetchall())
@@ -198,7 +238,5 @@ def prepare_column(cursor: Cursor, target: ColumnTarget, dimensions: int) -> Non
         state_keys = target.each_key("key_{number}")
         cursor.execute(target.statement(CREATE_STATE, keys=keys))
         cursor.execute(target.statement(CONSTRAIN_STATE, state_keys=state_keys))
-        if target.cascades:
-            cursor.execute(target.statement(REFER_TO_TABLE, state_keys=state_keys, keys=target.each_key("{column}")))
         return
     check_state(target, found, target.home.shown(target.state))

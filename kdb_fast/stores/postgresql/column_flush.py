@@ -6,6 +6,7 @@ Keys travel as text, are cast to the type of their column, and compared by the o
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,16 @@ CREATE_STAGING = (
     "kdb_fast_vector {plain_vector}, kdb_fast_source timestamptz) ON COMMIT DROP"
 )
 WRITE = """
-WITH written AS (
-  UPDATE {table} t SET {embedding} = s.kdb_fast_vector::{type} FROM {staging} s
-  WHERE {same_row} AND sha256({text}) = s.kdb_fast_text
-  RETURNING {row_keys}, s.kdb_fast_text AS text_hash, sha256({sender}(t.{embedding})) AS vector_hash,
+WITH locked AS MATERIALIZED (
+  SELECT {row_keys}, s.ctid AS staged, s.kdb_fast_slot::bigint << 32 | s.kdb_fast_row AS place
+  FROM {staging} s JOIN {table} t ON {same_row}
+  LEFT JOIN (SELECT {kept_keys}, vector_hash AS kdb_fast_kept_vector FROM {state}) st ON {same_state}
+  WHERE sha256({text}) = s.kdb_fast_text AND {mine}
+  ORDER BY {keys} FOR NO KEY UPDATE OF t SKIP LOCKED
+), written AS (
+  UPDATE {table} t SET {embedding} = s.kdb_fast_vector::{type} FROM locked l JOIN {staging} s ON s.ctid = l.staged
+  WHERE {same_locked}
+  RETURNING {locked_keys}, s.kdb_fast_text AS text_hash, sha256({sender}(t.{embedding})) AS vector_hash,
     s.kdb_fast_source AS source_at
 ), known AS (
   INSERT INTO {state} AS st ({state_keys}, fingerprint, text_hash, vector_hash, run, at, source_at)
@@ -40,29 +47,38 @@ WITH written AS (
     vector_hash = EXCLUDED.vector_hash, run = EXCLUDED.run, at = EXCLUDED.at, source_at = EXCLUDED.source_at
   RETURNING 1
 )
-SELECT count(*) FROM known
+SELECT n, CASE WHEN n < %(staged)s THEN (SELECT array_agg(place) FROM locked) END FROM (SELECT count(*) FROM known) k(n)
 """
-"""A row is written while its text is the one that was read; the vector is known as the database keeps it."""
+"""A row is written while its text is the one that was read, and its vector none of another program's. Rows are locked
+first, in the order of their keys, and none that is locked is waited for: so neither this nor an application that
+writes the same rows can come into a deadlock. The vector is known as the database keeps it. Gives how many rows were
+written, and where that is not all of them, which were locked."""
+
+MINE = "(t.{embedding} IS NULL OR sha256({sender}(t.{embedding})) = st.kdb_fast_kept_vector)"
 
 UNWRITTEN_ROWS = """
-SELECT s.kdb_fast_slot, s.kdb_fast_row,
-  NOT EXISTS (SELECT FROM {table} t WHERE {same_row} AND sha256({text}) = s.kdb_fast_text)
-FROM {staging} s
+SELECT s.kdb_fast_slot, s.kdb_fast_row FROM {staging} s
 WHERE NOT EXISTS (SELECT FROM {state} st WHERE {same_state} AND st.run = %(run)s AND st.at = now())
 ORDER BY 1, 2
 """
-"""Slot and row, and whether it is gone or has another text now: else something has kept the row from being written."""
 
 CLEAR = """
-WITH gone AS (
-  DELETE FROM {state} st USING unnest({arrays}) AS k({names}) WHERE {same_state}
-  RETURNING {gone_keys}, st.text_hash AS kdb_fast_text_hash, st.vector_hash AS kdb_fast_vector_hash
+WITH locked AS MATERIALIZED (
+  SELECT {row_keys}, st.kdb_fast_kept_vector AS kept, sha256({sender}(t.{embedding})) AS found
+  FROM unnest({arrays}) AS k({names}) JOIN {table} t ON {same_row}
+  JOIN (SELECT {kept_keys}, text_hash AS kdb_fast_kept_text, vector_hash AS kdb_fast_kept_vector FROM {state}) st
+    ON {same_state}
+  WHERE sha256({text}) IS DISTINCT FROM st.kdb_fast_kept_text
+  ORDER BY {keys} FOR NO KEY UPDATE OF t SKIP LOCKED
+), cleared AS (
+  UPDATE {table} t SET {embedding} = NULL FROM locked l WHERE {same_locked} AND l.found = l.kept RETURNING 1
+), forgotten AS (
+  DELETE FROM {state} st USING locked l WHERE {state_locked}
 )
-UPDATE {table} t SET {embedding} = NULL FROM gone
-WHERE {same_gone} AND sha256({sender}(t.{embedding})) = gone.kdb_fast_vector_hash
-  AND sha256({text}) IS DISTINCT FROM gone.kdb_fast_text_hash
+SELECT count(*) FROM cleared
 """
-"""A row that has no text any more loses the vector of the text it had, if that is ours."""
+"""A row that has no text any more loses the vector of the text it had, if that is ours. One that is locked is left to
+the next run."""
 
 
 class ColumnWriter(FlushWriter):
@@ -75,6 +91,9 @@ class ColumnWriter(FlushWriter):
         self._target = target
         self._statement = target.statement
         self._columns = 5 + len(target.key)
+        self._locked: set[int] = set()
+        self.locked_since: float | None = None
+        """Since when rows are locked, as ``time.monotonic()`` has it; None before."""
 
     def _create_staging(self) -> bytes:
         return self._target.statement(
@@ -90,21 +109,27 @@ class ColumnWriter(FlushWriter):
         target = self._target
         statement = target.statement(
             WRITE,
+            mine="true" if target.replace else target.statement(MINE).decode(),
             same_row=target.same_key("t.{column}", "s.kdb_fast_key_{number}::{type}"),
+            same_locked=target.same_key("t.{column}", "l.key_{number}"),
             row_keys=target.each_key("t.{column} AS key_{number}"),
+            locked_keys=target.each_key("l.key_{number}"),
             state_keys=target.each_key("key_{number}"),
+            **_kept(target),
         )
-        row = self.cursor.execute(statement, parameters).fetchone()
-        return int(row[0]) if row else 0
+        if self.locked_since is None:
+            self.locked_since = time.monotonic()
+        row = self.cursor.execute(statement, {**parameters, "staged": staged}).fetchone()
+        assert row is not None
+        self._locked = set(row[1] or ())
+        return int(row[0])
 
     def _unwritten(self, parameters: dict[str, Any]) -> list[tuple[Any, ...]]:
         target = self._target
-        statement = target.statement(
-            UNWRITTEN_ROWS,
-            same_row=target.same_key("t.{column}", "s.kdb_fast_key_{number}::{type}"),
-            same_state=target.same_key("st.key_{number}", "s.kdb_fast_key_{number}::{type}"),
-        )
-        return self.cursor.execute(statement, parameters).fetchall()
+        same_state = target.same_key("st.key_{number}", "s.kdb_fast_key_{number}::{type}")
+        rows = self.cursor.execute(target.statement(UNWRITTEN_ROWS, same_state=same_state), parameters).fetchall()
+        # What was locked and not written something has kept from it; all else is another program's doing.
+        return [(slot, row, slot << 32 | row not in self._locked) for slot, row in rows]
 
     def _staging_rows(self, group: Group) -> bytes:
         flush_slot, rows = group
@@ -132,6 +157,15 @@ def _keys_and_hashes(flush_slot: FlushSlot, rows: list[int]) -> list[bytes]:
     ]
 
 
+def _kept(target: ColumnTarget) -> dict[str, str]:
+    """Parts of a statement that looks at the state of a row ``t``; its columns get names that no table has."""
+    return {
+        "keys": target.each_key("t.{column}"),
+        "kept_keys": target.each_key("key_{number} AS kdb_fast_kept_{number}"),
+        "same_state": target.same_key("t.{column}", "st.kdb_fast_kept_{number}"),
+    }
+
+
 def clear_keys(cursor: psycopg.Cursor[tuple[Any, ...]], target: ColumnTarget, keys: Sequence[Key]) -> int:
     """Take the vectors of these rows away, as far as they are ours and of a text that the row has no more; returns how
     many rows there were. A key that is none of its column's type has no row."""
@@ -142,14 +176,17 @@ def clear_keys(cursor: psycopg.Cursor[tuple[Any, ...]], target: ColumnTarget, ke
     statement = target.statement(
         CLEAR,
         arrays=target.each_key("%s::text[]"),
-        names=target.each_key("key_{number}"),
-        same_state=target.same_key("st.key_{number}", "k.key_{number}::{type}"),
-        gone_keys=target.each_key("st.key_{number} AS kdb_fast_key_{number}"),
-        same_gone=target.same_key("t.{column}", "gone.kdb_fast_key_{number}"),
+        names=target.each_key("kdb_fast_key_{number}"),
+        row_keys=target.each_key("t.{column} AS key_{number}"),
+        same_row=target.same_key("t.{column}", "k.kdb_fast_key_{number}::{type}"),
+        same_locked=target.same_key("t.{column}", "l.key_{number}"),
+        state_locked=target.same_key("st.key_{number}", "l.key_{number}"),
+        **_kept(target),
     )
     try:
         with cursor.connection.transaction():
-            return cursor.execute(statement, text_arrays(keys, len(target.key))).rowcount
+            row = cursor.execute(statement, text_arrays(keys, len(target.key))).fetchone()
+            return int(row[0]) if row else 0
     except psycopg.Error as error:
         if kind_of(error) is not ErrorKind.DATA:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +10,16 @@ from ...db.address import DatabaseAddress
 from ...db.pg_errors import kind_of
 from ...db.retrying import ErrorKind
 from ...faults import fault
-from ...records import Key, storable_key
+from ...records import Key, Reject, storable_key
 from ...tables.column_target import ColumnTarget, altered_rows
 from ...tables.index_policy import IndexAction, IndexOutcome
 from ...tables.key import KeyColumn, text_arrays
+from ...tables.known_rows import KnownRows
 from ...tables.target import LiveRows, Target
-from ..base import FlushSlot, RunSpec, Stored, version_of_text
+from ..base import FlushResult, FlushSlot, RunSpec, Stored, version_of_text
+from ..flush_parts import FIRST_ROWS, PartSize, first_part
 from . import prepare as pg_prepare
+from .column_effects import SIZE, find_triggers, forecast
 from .column_find import prepare_column
 from .column_flush import ColumnWriter, clear_keys
 from .flush import FlushWriter
@@ -30,29 +34,37 @@ if TYPE_CHECKING:
 LOOK_UP = """
 SELECT f.* FROM unnest({arrays}) WITH ORDINALITY AS k({names}, i), LATERAL (
   SELECT k.i, x.text_hash,
-    CASE WHEN st.text_hash = x.text_hash AND st.vector_hash = x.vector_hash THEN st.fingerprint END
+    CASE WHEN st.text_hash = x.text_hash AND st.vector_hash = x.vector_hash THEN st.fingerprint END,
+    x.vector_hash IS NOT NULL AND x.vector_hash IS DISTINCT FROM st.vector_hash
   FROM (SELECT {row_keys}, sha256({text}) AS text_hash, sha256({sender}(t.{embedding})) AS vector_hash
         FROM {table} t WHERE {same_row} OFFSET 0) x
   LEFT JOIN {state} st ON {same_state} OFFSET 0) f
 """
-"""Key by key, and each hash made once (OFFSET keeps it so). What we wrote is ours while neither text nor vector has
-changed."""
+"""Key by key, and each hash made once (OFFSET keeps it so). The last value: a vector of another program."""
+
+KNOWN = (
+    "LEFT JOIN LATERAL (SELECT fingerprint AS kdb_fast_kept_model, text_hash AS kdb_fast_kept_text, "
+    "vector_hash AS kdb_fast_kept_vector FROM {state} kdb_fast_state WHERE {same_state} OFFSET 0) kdb_fast_kept ON true"
+)
+"""Key by key (OFFSET keeps it so): a page of the table must not be joined with all of the state."""
+UNCHANGED = (
+    "coalesce(kdb_fast_kept_model = '{fingerprint}' AND kdb_fast_kept_text = sha256({text}) "
+    "AND kdb_fast_kept_vector = sha256({sender}(t.{embedding})), false)"
+)
 
 FORGET_VANISHED = "DELETE FROM {state} st WHERE NOT EXISTS (SELECT FROM {table} t WHERE {same_row})"
-
-TRIGGERS = """
-SELECT DISTINCT 'trigger ' || tgname FROM pg_catalog.pg_trigger
-WHERE NOT tgisinternal AND tgenabled <> 'D' AND tgtype & 16 <> 0
-AND (tgrelid = to_regclass(%(table)s) OR tgrelid IN (SELECT relid FROM pg_partition_tree(to_regclass(%(table)s))))
-ORDER BY 1
-"""
-"""Those that fire at an UPDATE."""
 
 ALTERED = """
 SELECT count(*) FROM {state} st JOIN {table} t ON {same_row}
 WHERE st.run = %s AND (sha256({text}) IS DISTINCT FROM st.text_hash
   OR sha256({sender}(t.{embedding})) IS DISTINCT FROM st.vector_hash)
 """
+
+
+VACUUM_ROWS = 20_000
+VACUUM_SHARE = 5
+"""With ``vacuum``, the versions of rows that are left behind are freed when there are so many, and when they are a
+fifth of the table, which is what autovacuum waits for too. It reads the whole table."""
 
 
 class PostgreSQLColumnStore(PostgreSQLStore):
@@ -72,6 +84,12 @@ class PostgreSQLColumnStore(PostgreSQLStore):
     ) -> None:
         super().__init__(address, role, retry_seconds=retry_seconds, patient=patient, limits=limits)
         self.column = column
+        self.longest_lock = 0.0
+        """Seconds for which rows were held locked, at most."""
+        self._part = PartSize()
+        self._left_behind = 0
+        self._vacuum_rows = VACUUM_ROWS
+        self._last_writer: ColumnWriter | None = None
         self.session.rename_target(column.identity)
 
     @property
@@ -94,17 +112,24 @@ class PostgreSQLColumnStore(PostgreSQLStore):
     def column_dimensions(self) -> int | None:
         return self.column.vector.dimensions
 
+    def forecast(self, run: RunSpec) -> tuple[str, ...]:
+        def work() -> tuple[str, ...]:
+            with self.session.transaction() as cursor:
+                return tuple(forecast(cursor, self.column, run.fingerprint, run.dimensions))
+
+        return self.session.retrying("looking at the table", work)
+
     def altered(self, run: int) -> list[str]:
         column = self.column
 
         def work() -> list[str]:
             with self.session.transaction() as cursor:
-                triggers = cursor.execute(TRIGGERS.encode(), {"table": column.regclass}).fetchall()
+                triggers = find_triggers(cursor, column)
                 if not triggers:
                     return []
                 same_row = column.same_key("t.{column}", "st.key_{number}")
                 row = cursor.execute(column.statement(ALTERED, same_row=same_row), (run,)).fetchone()
-            by = ", ".join(storable_key(name) for (name,) in triggers[:5])
+            by = ", ".join(f"trigger {storable_key(trigger.name)}" for trigger in triggers[:5])
             if not row or not row[0]:
                 return []
             return [altered_rows(column.shown, row[0], by)]
@@ -136,10 +161,15 @@ class PostgreSQLColumnStore(PostgreSQLStore):
 
         def work() -> int:
             statement = self.column.statement("SELECT count(*) FROM {table} t WHERE t.{embedding} IS NOT NULL")
-            row = self.session.connection().execute(statement).fetchone()
+            row = self.session.connection().execute(statement, ()).fetchone()
             return int(row[0]) if row else 0
 
         return self.session.retrying("counting rows", work)
+
+    def known_rows(self, fingerprint: str) -> KnownRows:
+        column = self.column
+        join = column.statement(KNOWN, same_state=column.same_key("t.{column}", "kdb_fast_state.key_{number}"))
+        return KnownRows(join.decode(), column.statement(UNCHANGED, fingerprint=fingerprint).decode())
 
     # -- reading and writing ---------------------------------------------------------------------------
 
@@ -169,10 +199,69 @@ class PostgreSQLColumnStore(PostgreSQLStore):
             # A key that is none of its column's type: no row has it.
             middle = len(keys) // 2
             return {**self._look_up(keys[:middle]), **self._look_up(keys[middle:])} if middle else {}
-        return {keys[i - 1]: Stored(text or b"", fingerprint, version_of_text(text)) for i, text, fingerprint in rows}
+        return {
+            keys[i - 1]: Stored(text or b"", fingerprint, version_of_text(text), foreign and not column.replace)
+            for i, text, fingerprint, foreign in rows
+        }
+
+    def _flush_once(
+        self,
+        run: RunSpec,
+        number: int,
+        slots: Sequence[FlushSlot],
+        rejects: Sequence[Reject],
+        deletes: Sequence[Key],
+        careful: bool,
+    ) -> FlushResult:
+        """In parts, so that no row is locked for long."""
+        done, rest = FlushResult(), list(slots)
+        while True:
+            # A part in which rows are refused is halved again and again, within its transaction.
+            part, rest = first_part(rest, min(self._part.rows, FIRST_ROWS) if careful else self._part.rows)
+            if rest:
+                done = self._write(run, number, part, (), (), careful, earlier=done, last=False)
+            else:
+                done = self._write(run, number, part, rejects, deletes, careful, earlier=done)
+            self._note_time()
+            if not rest:
+                return done
+
+    def flush(
+        self,
+        run: RunSpec,
+        number: int,
+        slots: Sequence[FlushSlot],
+        rejects: Sequence[Reject],
+        deletes: Sequence[Key],
+    ) -> FlushResult:
+        result = super().flush(run, number, slots, rejects, deletes)
+        self._left_behind += result.rows
+        if self.column.vacuum and self._left_behind >= self._vacuum_rows:
+            self.session.retrying("vacuuming", self._vacuum)
+        return result
+
+    def _vacuum(self) -> None:
+        """Free the versions of rows that were left behind; nobody waits for it, nor does it for anybody."""
+        import psycopg
+
+        # A cursor of psycopg's own: ours would put the statement into a transaction, where VACUUM is refused.
+        statement = self.column.statement("VACUUM (SKIP_LOCKED, TRUNCATE FALSE) {table}")
+        psycopg.Cursor(self.session.connection()).execute(statement, ())
+        self._left_behind = 0
+        row = self.session.connection().execute(SIZE.encode(), {"table": self.column.regclass}).fetchone()
+        self._vacuum_rows = max(VACUUM_ROWS, (row[0] if row else 0) // VACUUM_SHARE)
+
+    def _note_time(self) -> None:
+        """Learn from the part that was just committed, how long its rows were locked."""
+        writer, self._last_writer = self._last_writer, None
+        if writer is not None and writer.locked_since is not None:
+            seconds = time.monotonic() - writer.locked_since
+            self.longest_lock = max(self.longest_lock, seconds)
+            self._part.note(writer.rows, seconds)
 
     def _writer(self, cursor: Cursor, run: RunSpec, now: int) -> FlushWriter:
-        return ColumnWriter(cursor, self.column, run, now, pieces=self._pieces)
+        self._last_writer = ColumnWriter(cursor, self.column, run, now, pieces=self._pieces)
+        return self._last_writer
 
     def _delete(self, cursor: Cursor, keys: Sequence[Key]) -> int:
         return clear_keys(cursor, self.column, keys)

@@ -247,6 +247,26 @@ class PostgreSQLStore(Store):
         deletes: Sequence[Key],
         careful: bool,
     ) -> FlushResult:
+        return self._write(run, number, slots, rejects, deletes, careful)
+
+    def _write(
+        self,
+        run: RunSpec,
+        number: int,
+        slots: Sequence[FlushSlot],
+        rejects: Sequence[Reject],
+        deletes: Sequence[Key],
+        careful: bool,
+        *,
+        earlier: FlushResult = FlushResult(),  # noqa: B008 - a constant
+        last: bool = True,
+    ) -> FlushResult:
+        """One transaction: a flush, or a part of it.
+
+        Args:
+            earlier: What became of the parts before this one.
+            last: With this one all of the flush is written.
+        """
         target = self.target
         fault("store.before_begin")
         with self.session.transaction() as cursor:
@@ -273,7 +293,9 @@ class PostgreSQLStore(Store):
                 unwritten = {*writer.superseded, *(refusal[:2] for refusal in writer.rejected)}
                 pg_rejects.forget_stored(cursor, target, run.number, others, slots, unwritten)
             result = FlushResult(writer.rows, writer.bytes, deleted, tuple(writer.superseded), tuple(writer.rejected))
-            pg_runs.record_flush(cursor, target, run.number, number, result)
+            result = earlier.plus(result)
+            if last:
+                pg_runs.record_flush(cursor, target, run.number, number, result)
             fault("store.before_commit")
         fault("store.after_commit")
         return result

@@ -21,11 +21,9 @@ from .check import GENERATED
 
 CREATE_STATE = (
     "CREATE TABLE {state} ({keys}, fingerprint TEXT NOT NULL, text_hash BLOB NOT NULL, vector_hash BLOB NOT NULL, "
-    "run INTEGER NOT NULL, at TEXT NOT NULL, source_at TEXT, PRIMARY KEY ({state_keys}){refers}) WITHOUT ROWID"
+    "run INTEGER NOT NULL, at TEXT NOT NULL, source_at TEXT, PRIMARY KEY ({state_keys})) WITHOUT ROWID"
 )
 """The keys are declared as those of the table, so that two of them are equal here exactly where they are there."""
-
-REFERS = ", FOREIGN KEY ({state_keys}) REFERENCES {table} ({columns}) ON DELETE CASCADE"
 
 
 class _Column(NamedTuple):
@@ -44,9 +42,9 @@ def find_column(
     *,
     text: str,
     vector: str,
-    form: str = "blob",
+    form: str = "",
     key: Sequence[str] = (),
-    cascades: bool = False,
+    replace: bool = False,
 ) -> ColumnTarget:
     """The vector column of a table.
 
@@ -55,10 +53,9 @@ def find_column(
         table: Its name as it is, in the main database.
         text: SQL expression of the text, see :func:`~kdb_fast.tables.column_target.column_text`.
         vector: Name of the column.
-        form: How a vector is written: ``blob`` or ``json``.
+        form: How a vector is written: ``blob`` or ``json``; '' for what is there, else what the column's type says.
         key: Names of the columns by which a row is found; () for the primary key.
-        cascades: See :class:`~kdb_fast.tables.column_target.ColumnTarget`; holds for connections with
-            ``PRAGMA foreign_keys = ON``.
+        replace: Vectors of other programs are overwritten.
 
     Raises:
         SchemaError: There is no such table or column, or a run could not write it.
@@ -90,7 +87,40 @@ def find_column(
             remedy="Make the table anew with a column that may be NULL.",
         )
     keys = _keys(connection, table, columns, key)
-    return ColumnTarget(name, Target(), None, table, keys, text, VectorColumn(found.name, form), cascades)
+    form = form or _form(connection, table, found)
+    return ColumnTarget(name, Target(), None, table, keys, text, VectorColumn(found.name, form), replace)
+
+
+def _form(connection: sqlite3.Connection, table: str, column: _Column) -> str:
+    """How the vectors of a column are written: as the first of them is."""
+    name = quoted(column.name)
+    first = connection.execute(
+        f"SELECT typeof({name}) FROM {quoted(table)} WHERE {name} IS NOT NULL LIMIT 1"  # noqa: S608 - quoted
+    ).fetchone()
+    kind = first[0] if first else column.type.lower()
+    return "json" if any(word in kind for word in ("text", "json", "char", "clob")) else "blob"
+
+
+def create_column(connection: sqlite3.Connection, table: str, vector: str, form: str = "blob") -> None:
+    """Add a column for vectors to a table that has none of this name, within a transaction.
+
+    Args:
+        table: Its name as it is.
+        vector: Name of the column.
+        form: ``blob`` or ``json``.
+
+    Raises:
+        SchemaError: The database refuses it.
+    """
+    kind = "TEXT" if form == "json" else "BLOB"
+    try:
+        connection.execute(f"ALTER TABLE {quoted(table)} ADD COLUMN {quoted(vector)} {kind}")
+    except sqlite3.OperationalError as error:
+        if kind_of(error) is not ErrorKind.REFUSED:
+            raise
+        raise SchemaError(
+            f"The column {storable_key(vector)} cannot be added to {storable_key(table)}: {error}."
+        ) from None
 
 
 def _columns(connection: sqlite3.Connection, table: str) -> list[_Column]:
@@ -172,9 +202,6 @@ def prepare_column(connection: sqlite3.Connection, target: ColumnTarget) -> None
             f"key_{number} {key.type}" + (f" COLLATE {quoted(key.collation)}" if key.collation else "") + " NOT NULL"
             for number, key in enumerate(target.key, 1)
         )
-        refers = ""
-        if target.cascades:
-            refers = target.statement(REFERS, state_keys=state_keys, columns=target.each_key("{column}")).decode()
-        connection.execute(target.statement(CREATE_STATE, keys=keys, state_keys=state_keys, refers=refers).decode())
+        connection.execute(target.statement(CREATE_STATE, keys=keys, state_keys=state_keys).decode())
         return
     check_state(target, found, quoted(target.state))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...db.sqlite import KEYS_PER_QUERY, batches, now
-from ...records import MAX_CONTENT_BYTES, Key, decode_key
+from ...records import Key, decode_key
 from ...tables.column_target import ColumnTarget
+from ...tables.known_rows import text_hash_of, value_hash_of
 from ..base import FlushSlot, RunSpec
 from .flush import RowWriter, chunks, reject_not_finite, source_times
 from .halving import written_in_parts
@@ -54,6 +56,11 @@ class Found(NamedTuple):
     fingerprint: str | None
     noted: tuple[bytes | None, bytes | None]
 
+    @property
+    def foreign(self) -> bool:
+        """Whether its vector is another program's."""
+        return self.vector_hash is not None and self.vector_hash != self.noted[1]
+
 
 def find_rows(connection: sqlite3.Connection, target: ColumnTarget, keys: Sequence[Key]) -> dict[Key, Found]:
     """The rows that have these keys; keys without a row are left out."""
@@ -70,26 +77,10 @@ def find_rows(connection: sqlite3.Connection, target: ColumnTarget, keys: Sequen
         )
         values = [value for i, key in enumerate(part) for value in (i, *key)]
         for i, text, vector, fingerprint, noted_text, noted_vector in connection.execute(statement.decode(), values):
-            hashes = _text_hash(text), _vector_hash(vector)
+            hashes = text_hash_of(text), value_hash_of(vector)
             ours = None not in hashes and hashes == (noted_text, noted_vector)
             result[part[i]] = Found(*hashes, fingerprint if ours else None, (noted_text, noted_vector))
     return result
-
-
-def _text_hash(text: bytes | None) -> bytes | None:
-    """Of the text as :func:`~kdb_fast.records.cut_content` leaves it."""
-    if text is None:
-        return None
-    if len(text) > MAX_CONTENT_BYTES:
-        text = text[:MAX_CONTENT_BYTES].decode("utf-8", "ignore").encode()
-    return hashlib.sha256(text).digest()
-
-
-def _vector_hash(value: bytes | str | None) -> bytes | None:
-    """Of a vector as it is stored."""
-    if value is None:
-        return None
-    return hashlib.sha256(value.encode() if isinstance(value, str) else value).digest()
 
 
 class _Row(NamedTuple):
@@ -108,6 +99,8 @@ class ColumnWriter(RowWriter):
     def __init__(self, connection: sqlite3.Connection, target: ColumnTarget, run: RunSpec) -> None:
         self._connection, self._target, self._run = connection, target, run
         self._at = now()
+        self.began = time.monotonic()
+        """When the file was locked, as ``time.monotonic()`` has it."""
         same_row = target.same_key("t.{column}", "?")
         self._write = target.statement(WRITE, same_row=same_row).decode()
         names = target.each_key("key_{number}")
@@ -118,7 +111,7 @@ class ColumnWriter(RowWriter):
         self.rejected: list[tuple[int, int, str, str]] = []
 
     def write(self, flush_slot: FlushSlot) -> None:
-        """Write the vectors of a slot whose rows still have the text that was read."""
+        """Write the vectors of those rows that still have the text that was read, and none of another program's."""
         flush_slot.verify()
         slot = flush_slot.slot
         raw = slot.raw_rows()
@@ -131,7 +124,7 @@ class ColumnWriter(RowWriter):
             for i, key in zip(numbers, keys, strict=True):
                 digest = hashlib.sha256(raw[i][1]).digest()
                 row = found.get(key)
-                if row is None or row.text_hash != digest:
+                if row is None or row.text_hash != digest or (row.foreign and not self._target.replace):
                     self.superseded.append((slot.number, i))
                 else:
                     rows.append(_Row(i, key, digest, row.vector_hash, sources[i]))
@@ -167,7 +160,7 @@ class ColumnWriter(RowWriter):
         notes: list[tuple[Any, ...]] = []
         for row, value in zip(rows, values, strict=True):
             stored = after[row.key].vector_hash if row.key in after else None
-            if stored is None or (stored == row.vector_before != _vector_hash(value)):
+            if stored is None or (stored == row.vector_before != value_hash_of(value)):
                 dropped.add(row.number)
             else:
                 run = self._run
@@ -185,12 +178,8 @@ def clear_keys(connection: sqlite3.Connection, target: ColumnTarget, keys: Seque
     transaction; returns how many rows there were."""
     write = target.statement(WRITE, same_row=target.same_key("t.{column}", "?")).decode()
     forget = target.statement(FORGET, same_state=target.same_key("st.key_{number}", "?")).decode()
-    found = find_rows(connection, target, keys)
-    cleared = [
-        key
-        for key, row in found.items()
-        if row.vector_hash is not None and row.vector_hash == row.noted[1] and row.text_hash != row.noted[0]
-    ]
+    others = {key: row for key, row in find_rows(connection, target, keys).items() if row.text_hash != row.noted[0]}
+    cleared = [key for key, row in others.items() if row.vector_hash is not None and not row.foreign]
     connection.executemany(write, [(None, *key) for key in cleared])
-    connection.executemany(forget, keys)
+    connection.executemany(forget, others)
     return len(cleared)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from ...db.address import DatabaseAddress
@@ -12,21 +14,34 @@ from ...db.sqlite_connection import connect_sqlite
 from ...db.sqlite_errors import translated
 from ...db.sqlite_session import transaction
 from ...faults import fault
-from ...records import Key, storable_key
+from ...records import Key, Reject, storable_key
 from ...tables.column_target import ColumnTarget, altered_rows
 from ...tables.index_policy import IndexAction, IndexOutcome
 from ...tables.key import KeyColumn
+from ...tables.known_rows import SQLITE_FUNCTION, KnownRows
 from ...tables.target import LiveRows, Target
-from ..base import FlushSlot, RunSpec, Stored, version_of_text
+from ..base import FlushResult, FlushSlot, RunSpec, Stored, version_of_text
+from ..flush_parts import PartSize, first_part
 from . import prepare as sqlite_prepare
 from .column_find import prepare_column
 from .column_flush import ColumnWriter, clear_keys, find_rows
 from .flush import RowWriter
 from .store import SQLiteStore
 
+KNOWN = (
+    "LEFT JOIN (SELECT {kept}, fingerprint AS kdb_fast_kept_model, text_hash AS kdb_fast_kept_text, "
+    "vector_hash AS kdb_fast_kept_vector FROM {state}) kdb_fast_kept ON {same_state}"
+)
+UNCHANGED = (
+    "(kdb_fast_kept_model IS '{fingerprint}' AND {is_known}({text}, kdb_fast_kept_text, CAST(t.{embedding} AS BLOB), "
+    "kdb_fast_kept_vector))"
+)
+
 FORGET_VANISHED = "DELETE FROM {state} AS st WHERE NOT EXISTS (SELECT 1 FROM {table} t WHERE {same_row})"
 
-LIVE_TRIGGERS = "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ? COLLATE NOCASE ORDER BY name"
+TRIGGERS = "SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ? COLLATE NOCASE ORDER BY name"
+ON_UPDATE = re.compile(r"\bUPDATE(?:\s+OF\s+(?P<columns>.+?))?\s+ON\b", re.IGNORECASE | re.DOTALL)
+"""The event of a trigger: the first of its words that can be meant."""
 
 ALTERED_ROWS = 1_000
 """Keys of a run that are compared at a time."""
@@ -39,6 +54,10 @@ class SQLiteColumnStore(SQLiteStore):
         super().__init__(connection)
         self.column = column
         self._target = Target(kept_as=column.identity)
+        self.longest_lock = 0.0
+        """Seconds for which the file was locked, at most."""
+        self._part = PartSize()
+        self._last_writer: ColumnWriter | None = None
 
     @classmethod
     def open_column(cls, address: DatabaseAddress, column: ColumnTarget) -> SQLiteColumnStore:
@@ -64,9 +83,33 @@ class SQLiteColumnStore(SQLiteStore):
             sqlite_prepare.prepare(self._connection, make, wait, self.on_wait)
         return ()
 
+    def forecast(self, run: RunSpec) -> tuple[str, ...]:
+        with translated("looking at the table"):
+            triggers = self._triggers()
+            if not triggers:
+                return ()
+            count = self.column.statement(
+                "SELECT (SELECT count(*) FROM {table}) - (SELECT count(*) FROM {state} WHERE fingerprint = ?)"
+            )
+            (pending,) = self._connection.execute(count.decode(), (run.fingerprint,)).fetchone()
+        if pending <= 0:
+            return ()
+        shown = ", ".join(triggers[:5])
+        return (f"Triggers of {self.column.shown} fire as vectors are written, up to {pending:,} times: {shown}.",)
+
+    def _triggers(self) -> list[str]:
+        """The triggers of the table that fire where the column is updated."""
+        found = []
+        for name, statement in self._connection.execute(TRIGGERS, (self.column.table,)):
+            event = ON_UPDATE.search(statement or "")
+            columns = (event["columns"] or "").lower() if event else ""
+            if event and (not columns or self.column.vector.name.lower() in columns):
+                found.append(storable_key(name))
+        return found
+
     def altered(self, run: int) -> list[str]:
         with translated("looking at what was stored"):
-            triggers = [storable_key(name) for (name,) in self._connection.execute(LIVE_TRIGGERS, (self.column.table,))]
+            triggers = self._triggers()
             if not triggers:
                 return []
             keys = self.column.each_key("key_{number}")
@@ -95,17 +138,60 @@ class SQLiteColumnStore(SQLiteStore):
             statement = self.column.statement("SELECT count(*) FROM {table} t WHERE t.{embedding} IS NOT NULL")
             return int(self._connection.execute(statement.decode()).fetchone()[0])
 
+    def known_rows(self, fingerprint: str) -> KnownRows:
+        column = self.column
+        same_state = column.same_key("kdb_fast_kept.kdb_fast_kept_{number}", "t.{column}")
+        kept = column.each_key("key_{number} AS kdb_fast_kept_{number}")
+        return KnownRows(
+            column.statement(KNOWN, kept=kept, same_state=same_state).decode(),
+            column.statement(UNCHANGED, fingerprint=fingerprint, is_known=SQLITE_FUNCTION).decode(),
+        )
+
     # -- reading and writing ---------------------------------------------------------------------------
 
     def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
         with translated("looking up what is stored"):
             return {
-                key: Stored(row.text_hash or b"", row.fingerprint, version_of_text(row.text_hash))
+                key: Stored(
+                    row.text_hash or b"",
+                    row.fingerprint,
+                    version_of_text(row.text_hash),
+                    row.foreign and not self.column.replace,
+                )
                 for key, row in find_rows(self._connection, self.column, keys).items()
             }
 
+    def flush(
+        self,
+        run: RunSpec,
+        number: int,
+        slots: Sequence[FlushSlot],
+        rejects: Sequence[Reject],
+        deletes: Sequence[Key],
+    ) -> FlushResult:
+        """In parts, so that the file is locked for no longer than a moment."""
+        done, rest = FlushResult(), list(slots)
+        while True:
+            part, rest = first_part(rest, self._part.rows)
+            if rest:
+                done = self._write(run, number, part, (), (), earlier=done, last=False)
+            else:
+                done = self._write(run, number, part, rejects, deletes, earlier=done)
+            self._note_time()
+            if not rest:
+                return done
+
+    def _note_time(self) -> None:
+        """Learn from the part that was just committed, how long the file was locked."""
+        writer, self._last_writer = self._last_writer, None
+        if writer is not None:
+            seconds = time.monotonic() - writer.began
+            self.longest_lock = max(self.longest_lock, seconds)
+            self._part.note(writer.rows, seconds)
+
     def _writer(self, run: RunSpec, *, force: bool = False, vectors: bool = True) -> RowWriter:
-        return ColumnWriter(self._connection, self.column, run)
+        self._last_writer = ColumnWriter(self._connection, self.column, run)
+        return self._last_writer
 
     def _delete(self, keys: Sequence[Key]) -> int:
         return clear_keys(self._connection, self.column, keys)

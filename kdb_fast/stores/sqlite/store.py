@@ -184,19 +184,26 @@ class SQLiteStore(Store):
         rejects: Sequence[Reject],
         deletes: Sequence[Key],
     ) -> FlushResult:
-        fault("store.before_begin")
-        result = self._flush(run, number, slots, rejects, deletes)
-        fault("store.after_commit")
-        return result
+        return self._write(run, number, slots, rejects, deletes)
 
-    def _flush(
+    def _write(
         self,
         run: RunSpec,
         number: int,
         slots: Sequence[FlushSlot],
         rejects: Sequence[Reject],
         deletes: Sequence[Key],
+        *,
+        earlier: FlushResult = FlushResult(),  # noqa: B008 - a constant
+        last: bool = True,
     ) -> FlushResult:
+        """One transaction: a flush, or a part of it.
+
+        Args:
+            earlier: What became of the parts before this one.
+            last: With this one all of the flush is written.
+        """
+        fault("store.before_begin")
         with self.transaction():
             before = sqlite_runs.fence(self._connection, run.number, number)
             if before is not None:
@@ -212,8 +219,11 @@ class SQLiteStore(Store):
             all_rejects = [*rejects, *refused(slots, writer.rejected)]
             sqlite_rejects.write(self._connection, self.target, run.number, all_rejects)
             result = FlushResult(writer.rows, writer.bytes, deleted, tuple(writer.superseded), tuple(writer.rejected))
-            sqlite_runs.record_flush(self._connection, run.number, number, result)
+            result = earlier.plus(result)
+            if last:
+                sqlite_runs.record_flush(self._connection, run.number, number, result)
             fault("store.before_commit")
+        fault("store.after_commit")
         return result
 
     @contextlib.contextmanager
