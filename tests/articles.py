@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -17,10 +18,15 @@ from kdb_fast.db.sqlite_connection import connect_sqlite
 from kdb_fast.records import Key, Record, Reject, is_blank
 from kdb_fast.sources.base import Source
 from kdb_fast.stores.postgresql import column_find as pg_find
+from kdb_fast.stores.postgresql import table_find as pg_table_find
 from kdb_fast.stores.postgresql.session import PgSession
 from kdb_fast.stores.sqlite import column_find as sqlite_find
+from kdb_fast.stores.sqlite import table_find as sqlite_table_find
 from kdb_fast.tables.column_target import ColumnTarget, column_text
 from kdb_fast.tables.known_rows import KnownRows, register
+from kdb_fast.tables.relation import Relation
+from kdb_fast.tables.table_target import TableTarget
+from kdb_fast.tables.target import LiveRows, Params, Rows, Target
 
 COLUMNS = {
     "postgresql": "id bigint, lang text, body text, embedding vector, PRIMARY KEY (id, lang)",
@@ -60,6 +66,27 @@ class Articles:
         session = PgSession(self.address, "test")
         with contextlib.closing(session), session.transaction() as cursor:
             return pg_find.find_column(cursor, session.target, name, self.name, **options)
+
+    def into(self, into: str = "article_vectors", kind: str = "table", **options: Any) -> TableTarget:
+        """A table of vectors beside it.
+
+        Args:
+            into: Its name as SQL writes it.
+            kind: What the table of articles is taken for.
+        """
+        read = self.target(key=options.pop("key", ()))
+        source = Relation(read.schema, read.table, kind, keys=(read.key,))
+        if not self.postgresql:
+            table = into.strip('"').replace('""', '"')
+            with contextlib.closing(connect_sqlite(self.address)) as connection:
+                return sqlite_table_find.find_table(
+                    connection, "articles", table, key=read.key, source=source, **options
+                )
+        session = PgSession(self.address, "test")
+        with contextlib.closing(session), session.transaction() as cursor:
+            return pg_table_find.find_table(
+                cursor, session.target, "articles", into, key=read.key, source=source, **options
+            )
 
     def key(self, number: int, *more: str) -> Key:
         """The key of a record."""
@@ -112,6 +139,12 @@ class Articles:
         assert vector is not None
         return vector
 
+    def vectors_beside(self, table: str, key: str = "id") -> dict[Any, Vector]:
+        """Those of a table of vectors, by a column of its key."""
+        column = "embedding::text" if self.postgresql else "embedding"
+        rows = execute(self.address, f"SELECT {key}, {column} FROM {table}")
+        return {number: _floats(value) for number, value in rows}
+
     def state(self) -> list[tuple[Any, ...]]:
         """Keys that we know a vector of, and the run that has written each."""
         return execute(self.address, "SELECT key_1, key_2, run FROM kdb_fast_articles_state ORDER BY 1, 2")
@@ -132,9 +165,31 @@ def _floats(value: str | bytes) -> Vector:
     return np.frombuffer(value, "<f4") if isinstance(value, bytes) else np.array(json.loads(value), np.float32)
 
 
+@dataclass(frozen=True)
+class Live:
+    """The rows of a table of vectors whose record is among those that are read (``kdb_fast.tables.target.LiveRows``).
+
+    Attributes:
+        target: The table that is read.
+        where: Condition of what is read of it, whose rows are ``t``.
+    """
+
+    target: ColumnTarget
+    where: str = "1 = 1"
+
+    def __call__(self, rows: Rows, target: Target, entity: str, params: Params) -> str:
+        same = self.target.same_key("t.{column}", "s.{column}")
+        return f"EXISTS (SELECT 1 FROM {self.target.quoted} t WHERE {self.where} AND {same})"
+
+
 class TableSource(Source):
-    """Reads the table in pages by key. ``between`` is called with the page's number after each page was read.
-    ``address`` may be another database than the target's: then nothing is known of its rows."""
+    """Reads the table in pages by key.
+
+    Args:
+        address: May be another database than the target's: then nothing is known of its rows.
+        between: Called with the page's number after each page was read.
+        complete: What is in no page has no record any more.
+    """
 
     unique_keys = True
     reads_again = True
@@ -146,7 +201,9 @@ class TableSource(Source):
         *,
         page_rows: int = 100,
         between: Callable[[int], None] = lambda page: None,
+        complete: bool = False,
     ) -> None:
+        self.live_rows: LiveRows | None = Live(target) if complete else None
         self._postgresql = address.dialect == "postgresql"
         self._connection: Any = (
             connect_postgresql(address, role="source") if self._postgresql else connect_sqlite(address)
@@ -160,7 +217,7 @@ class TableSource(Source):
 
     @property
     def entities(self) -> tuple[str, ...]:
-        return ()
+        return ("",) if self.complete else ()
 
     def estimate(self) -> int | None:
         return int(self._execute("SELECT count(*) FROM {table}", ()).fetchone()[0])

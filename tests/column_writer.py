@@ -1,4 +1,4 @@
-"""The store of a vector column within a run, for tests that flush by hand."""
+"""The store of a vector column or of a table of vectors within a run, for tests that flush by hand."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.records import Key, Record
 from kdb_fast.stores import open_store
-from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec, Store
-from kdb_fast.tables.column_target import ColumnTarget
+from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec, Store, TargetTable
 
 DIMENSIONS = 8
 
@@ -32,7 +31,8 @@ class Writer(NamedTuple):
     def flush(self, *rows: tuple[Key, str], deletes: Sequence[Key] = (), number: int | None = None) -> FlushResult:
         shape = SlabShape(1, max(1, len(rows)), DIMENSIONS)
         slot = Slab.local(shape).slots[0]
-        slot.put(1, [Row(Record(key, text)) for key, text in rows], [NO_VALUE] * len(rows))
+        found = self.store.lookup([key for key, _ in rows])
+        slot.put(1, [Row(Record(key, text), key in found) for key, text in rows], [NO_VALUE] * len(rows))
         for i, (_, text) in enumerate(rows):
             slot.vectors[i] = vector_of(text)
         number = next(_numbers) if number is None else number
@@ -40,7 +40,7 @@ class Writer(NamedTuple):
 
     def fingerprints(self, *keys: Key) -> list[str | None]:
         found = self.store.lookup(keys)
-        return [found[key].fingerprint for key in keys]
+        return [found[key].fingerprint if key in found else "none" for key in keys]
 
 
 def vector_of(text: str) -> Any:
@@ -51,7 +51,7 @@ def vector_of(text: str) -> Any:
 
 
 @contextlib.contextmanager
-def begun(address: DatabaseAddress, target: ColumnTarget) -> Iterator[Writer]:
+def begun(address: DatabaseAddress, target: TargetTable) -> Iterator[Writer]:
     """A store in a run."""
     with contextlib.closing(open_store(address, "test", target=target)) as store:
         store.prepare(DIMENSIONS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..db.address import DatabaseAddress
 from ..tables.column_target import ColumnTarget
 from ..tables.kdb_search import KDB_SEARCH
+from ..tables.table_target import TableTarget
 from .base import Store, TargetTable
 
 
@@ -23,6 +24,8 @@ def open_store(
     """
     if isinstance(target, ColumnTarget):
         return _open_column(address, role, target, patient)
+    if isinstance(target, TableTarget):
+        return _open_table(address, role, target, patient)
     if address.dialect == "sqlite":
         from .sqlite.store import SQLiteStore
 
@@ -40,3 +43,13 @@ def _open_column(address: DatabaseAddress, role: str, column: ColumnTarget, pati
     from .postgresql.column_store import PostgreSQLColumnStore
 
     return PostgreSQLColumnStore(address, role, column, patient=patient)
+
+
+def _open_table(address: DatabaseAddress, role: str, table: TableTarget, patient: bool) -> Store:
+    if address.dialect == "sqlite":
+        from .sqlite.table_store import SQLiteTableStore
+
+        return SQLiteTableStore.open_table(address, table)
+    from .postgresql.table_store import PostgreSQLTableStore
+
+    return PostgreSQLTableStore(address, role, table, patient=patient)

@@ -30,6 +30,7 @@ from ..tables.index_table import IndexTable
 from ..tables.kdb_search import KDB_SEARCH
 from ..tables.key import KeyColumn
 from ..tables.known_rows import KnownRows
+from ..tables.table_target import TableTarget
 from ..tables.target import LiveRows, Target
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def version_of_text(content_hash: bytes | None) -> int:
     return number if number != NO_VALUE else 0
 
 
-TargetTable = IndexTable | ColumnTarget
-"""Where the vectors of a run go: rows of an index, or a column of the user's table."""
+TargetTable = IndexTable | ColumnTarget | TableTarget
+"""Where the vectors of a run go: rows of an index, a column of the user's table, or a table of vectors beside it."""
 
 
 class RunSpec(NamedTuple):

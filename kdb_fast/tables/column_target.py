@@ -22,8 +22,8 @@ from dataclasses import dataclass
 
 from ..errors import SchemaError
 from ..records import MAX_CONTENT_BYTES, storable_key
-from .key import KeyColumn
-from .target import Target, identifier
+from .keyed_table import KeyedTable
+from .target import identifier
 
 MAX_NAME_BYTES = 63 - len("kdb_fast__state")
 HASH_DIGITS = 8
@@ -48,26 +48,16 @@ class VectorColumn:
 
 
 @dataclass(frozen=True)
-class ColumnTarget:
-    """Where the vectors of a table go.
+class ColumnTarget(KeyedTable):
+    """Where the vectors of a table go. Its state is kept under ``name``.
 
     Attributes:
-        name: Under which its state is kept.
-        home: Where our own tables are.
-        schema: Of the table; None on SQLite.
-        table: The table.
-        key: The columns of a unique index, by which a row is found again.
         text: SQL expression of a row's text over the columns of the table; see :func:`column_text`.
         vector: The column that is written.
         replace: Vectors of other programs are overwritten.
         vacuum: PostgreSQL: the versions of rows that are left behind are freed now and then during a run.
     """
 
-    name: str
-    home: Target
-    schema: str | None
-    table: str
-    key: tuple[KeyColumn, ...]
     text: str
     vector: VectorColumn
     replace: bool = False
@@ -80,74 +70,32 @@ class ColumnTarget:
         return name if self.schema is not None else name.lower()  # SQLite compares names without case
 
     @property
-    def shown(self) -> str:
-        """The table, for a message."""
-        return Target(self.schema).shown(self.table) if self.schema is not None else Target().shown(self.table)
-
-    @property
     def state(self) -> str:
-        """Name of the table of what is known; of a name that PostgreSQL would cut (at 63 bytes) the end is a hash."""
-        name = self.name
-        if len(name.encode()) > MAX_NAME_BYTES:
-            digest = hashlib.sha256(name.encode()).hexdigest()[:HASH_DIGITS]
-            name = name.encode()[: MAX_NAME_BYTES - HASH_DIGITS].decode(errors="ignore") + digest
-        return f"kdb_fast_{name}_state"
-
-    @property
-    def regclass(self) -> str:
-        """The table as the value of a parameter that ``to_regclass()`` reads."""
-        return Target(self.schema).regclass(self.table)
-
-    def column(self, name: str) -> str:
-        """A column for a statement."""
-        return identifier(name, self.home.dialect)
-
-    def same_key(self, left: str, right: str) -> str:
-        """The condition that two rows have the same key, by the table's own operators.
-
-        Args:
-            left: Template of a column of the key with its type, such as ``t.{column}`` or ``st.key_{number}``.
-            right: Template of what it is compared with, such as ``k.key_{number}::{type}``.
-        """
-        return " AND ".join(
-            " ".join(
-                (
-                    left.format(number=number, column=self.column(key.name), type=key.type),
-                    key.equals,
-                    right.format(number=number, column=self.column(key.name), type=key.type),
-                )
-            )
-            for number, key in enumerate(self.key, 1)
-        )
-
-    def each_key(self, template: str) -> str:
-        """The template for each column of the key (``{number}``, ``{column}``, ``{type}``), with commas between."""
-        return ", ".join(
-            template.format(number=number, column=self.column(key.name), type=key.type)
-            for number, key in enumerate(self.key, 1)
-        )
-
-    def statement(self, template: str, **parts: str) -> bytes:
-        """A statement with its names filled in; see :meth:`~.target.Target.statement`.
-
-        ``{table}`` is the table and ``{state}`` ours, ``{embedding}`` the column of the vectors, ``{type}`` its type,
-        ``{sender}`` the function that gives its bytes, ``{text}`` the bytes of the text.
-        """
-        return self.home.statement(template, **{**self._names, **parts})
+        """Name of the table of what is known."""
+        return state_table(self.name)
 
     @functools.cached_property
-    def _names(self) -> dict[str, str]:
-        dialect = self.home.dialect
-        schema = "" if self.schema is None else f"{identifier(self.schema, dialect)}."
-        text = _postgresql_bytes(self.text) if dialect == "postgresql" else f"CAST(({self.text}) AS BLOB)"
+    def parts(self) -> dict[str, str]:
+        """``{table}`` is the table and ``{state}`` ours, ``{embedding}`` the column of the vectors, ``{type}`` its
+        type, ``{sender}`` the function that gives its bytes, ``{text}`` the bytes of the text."""
+        postgresql = self.home.dialect == "postgresql"
         return {
-            "table": schema + identifier(self.table, dialect),
+            **super().parts,
             "state": self.home.table(self.state),
             "embedding": self.column(self.vector.name),
             "type": self.vector.type,
             "sender": self.vector.sender,
-            "text": text,
+            "text": _postgresql_bytes(self.text) if postgresql else f"CAST(({self.text}) AS BLOB)",
         }
+
+
+def state_table(name: str) -> str:
+    """Name of the table of what is known of a target; of a name that PostgreSQL would cut (at 63 bytes) the end is a
+    hash."""
+    if len(name.encode()) > MAX_NAME_BYTES:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:HASH_DIGITS]
+        name = name.encode()[: MAX_NAME_BYTES - HASH_DIGITS].decode(errors="ignore") + digest
+    return f"kdb_fast_{name}_state"
 
 
 def unreadable_text(target: ColumnTarget, why: str) -> SchemaError:

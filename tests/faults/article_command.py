@@ -1,4 +1,5 @@
-"""A run on the vector column of a table of articles, as a command: what ``stub_command.py`` starts for "articles".
+"""A run on a table of articles, into a column of it or a table beside it, as a command: what ``stub_command.py`` starts
+for "articles".
 
 The command line does not know such targets; all else is as it is there.
 """
@@ -19,15 +20,17 @@ def run(arguments: list[str]) -> int:
     """Prints the receipt; returns the exit code.
 
     Args:
-        arguments: The address of the database and the number of workers.
+        arguments: The address of the database, the number of workers, and the table of vectors where they are not to go
+            into a column.
     """
-    url, workers = arguments
+    url, workers, *into = arguments
     address = parse_address(url)
-    target = Articles(address, make=False).target()
+    articles = Articles(address, make=False)
+    target = articles.into(*into) if into else articles.target()
     try:
         receipt = reindex(
             address,
-            TableSource(address, target, page_rows=16),
+            TableSource(address, articles.target(), page_rows=16, complete=bool(into)),
             ReindexOptions(workers=int(workers)),
             target=target,
         )

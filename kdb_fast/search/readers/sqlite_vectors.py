@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ...db.sqlite_vec import why_no_sqlite_vec
 from ...errors import DatabaseError, UsageError
 from ...tables.reading import rows_of, sqlite_cursor
 from ...tables.target import VECTORS, Target, columns_of
@@ -309,22 +310,10 @@ class ExactVectorSearch:
 def load_sqlite_vec(connection: sqlite3.Connection) -> bool:
     """Make sqlite-vec's functions known to this connection; False where that cannot be done.
 
-    It needs the package, and a Python whose sqlite3 may load extensions, which many builds may not. A database in
-    memory is left alone: its connection is the caller's.
+    A database in memory is left alone: its connection is the caller's.
     """
-    try:
-        import sqlite_vec
-
-        if not any(row[1] == "main" and row[2] for row in connection.execute("PRAGMA database_list")):
-            return False
-        connection.enable_load_extension(True)
-        try:
-            sqlite_vec.load(connection)
-        finally:
-            connection.enable_load_extension(False)
-    except (ImportError, AttributeError, OSError, sqlite3.Error):
-        return False
-    return True
+    in_file = any(row[1] == "main" and row[2] for row in connection.execute("PRAGMA database_list"))
+    return in_file and not why_no_sqlite_vec(connection)
 
 
 def _products(matrix: npt.NDArray[np.float32], unit: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -115,8 +115,22 @@ class RowsDroppedError(Exception):
     """The server took fewer rows than it was given, without an error."""
 
 
+class NotInBinaryError(Exception):
+    """A key that has no binary form: the server is to read it."""
+
+
 class FlushWriter:
-    """Rows of one flush on their way into the tables, within the flush's transaction."""
+    """Rows of one flush on their way into the tables, within the flush's transaction.
+
+    Attributes:
+        met_conflict: Fresh rows could not be copied as they are.
+        rows: Rows written.
+        bytes: Of rows as they were sent.
+        superseded: (slot, row) that another program has changed meanwhile.
+        rejected: (slot, row, reason, detail) that the database refused.
+    """
+
+    copy_table = COPY_TABLE
 
     def __init__(
         self,
@@ -176,14 +190,19 @@ class FlushWriter:
             try:
                 with self.cursor.connection.transaction():
                     for part in _parts(fresh, self._pieces):
-                        wanted -= self._copy(COPY_TABLE, self._table_rows, part)
+                        wanted -= self._copy(self.copy_table, self._table_rows, part)
                     if wanted:
                         raise RowsDroppedError
                 self.rows += total
                 fresh = []
-            except (psycopg.errors.UniqueViolation, RowsDroppedError):
+            except (
+                psycopg.errors.UniqueViolation,
+                psycopg.errors.ForeignKeyViolation,
+                RowsDroppedError,
+                NotInBinaryError,
+            ):
                 # Somebody else indexed one of these since the parent looked: merge decides whose is newer.
-                # Or a trigger dropped rows: merge tells which.
+                # Or what it refers to was deleted, or a trigger dropped rows: merge tells which.
                 self.met_conflict = True
         if fresh or existing:
             self._merge([*fresh, *existing], careful)

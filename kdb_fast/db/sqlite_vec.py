@@ -1,0 +1,27 @@
+"""SQLite: the extension sqlite-vec, on a connection."""
+
+from __future__ import annotations
+
+import sqlite3
+
+
+def why_no_sqlite_vec(connection: sqlite3.Connection) -> str:
+    """Make sqlite-vec's functions and tables known to this connection; returns why that cannot be done, '' if it was.
+
+    It needs the package, and a Python whose sqlite3 may load extensions, which many builds may not.
+    """
+    try:
+        import sqlite_vec
+    except ImportError:
+        return "the package sqlite-vec is not installed"
+    if not hasattr(connection, "enable_load_extension"):
+        return "this Python's sqlite3 is built without loading of extensions"
+    try:
+        connection.enable_load_extension(True)
+        try:
+            sqlite_vec.load(connection)
+        finally:
+            connection.enable_load_extension(False)
+    except (AttributeError, OSError, sqlite3.Error) as error:
+        return f"sqlite-vec cannot be loaded ({error})"
+    return ""

@@ -1,0 +1,146 @@
+"""PostgreSQL: the foreign key of a table of vectors, by which a row goes with its record.
+
+Rows are loaded without one: to check each of them costs more than to write it. After the load the key is added NOT
+VALID, which locks both tables for an instant; rows whose record was deleted meanwhile go; then all are checked at once,
+which holds up no writer.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from ...db.pg_errors import kind_of, primary_message
+from ...db.retrying import ErrorKind
+from ...tables.table_target import TableTarget
+from .session import PgSession
+
+if TYPE_CHECKING:
+    import psycopg
+
+    Cursor = psycopg.Cursor[tuple[Any, ...]]
+
+PATIENCE_MS = 300
+"""How long other sessions' transactions are waited for: all who want to write the table wait behind us."""
+
+TRIES = 10
+"""How often the lock is tried for, PATIENCE_MS apart."""
+
+FOUND = """
+SELECT c.conname::text, c.convalidated FROM pg_constraint c
+WHERE c.conrelid = to_regclass(%(table)s) AND c.confrelid = to_regclass(%(source)s) AND c.contype = 'f'
+  AND c.confdeltype = 'c' AND c.conparentid = 0
+  AND ARRAY(SELECT a.attname::text FROM unnest(c.conkey) k JOIN pg_attribute a ON a.attrelid = c.conrelid
+    AND a.attnum = k ORDER BY 1) = %(key)s
+  AND ARRAY(SELECT a.attname::text FROM unnest(c.confkey) k JOIN pg_attribute a ON a.attrelid = c.confrelid
+    AND a.attnum = k ORDER BY 1) = %(key)s
+"""
+
+OBSTACLES = """
+SELECT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = s.oid AND i.indisunique AND i.indisvalid AND i.indimmediate
+    AND i.indpred IS NULL AND i.indexprs IS NULL AND ARRAY(SELECT a.attname::text FROM pg_attribute a
+      WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]) ORDER BY 1) = %(key)s),
+  (SELECT bool_and(has_column_privilege(s.oid, k, 'REFERENCES')) FROM unnest(%(key)s::text[]) k),
+  pg_has_role(t.relowner, 'USAGE'), t.relkind = 'p', s.relpersistence = 'u' AND t.relpersistence = 'p',
+  current_user::text
+FROM pg_class s, pg_class t WHERE s.oid = to_regclass(%(source)s) AND t.oid = to_regclass(%(table)s)
+"""
+
+ADD = "ALTER TABLE {table} ADD FOREIGN KEY ({columns}) REFERENCES {source} ({columns}) ON DELETE CASCADE NOT VALID"
+DELETE_ORPHANS = "DELETE FROM {table} t WHERE NOT {living}"
+VALIDATE = "ALTER TABLE {table} VALIDATE CONSTRAINT {name}"
+
+
+def _parameters(target: TableTarget) -> dict[str, Any]:
+    assert target.source is not None
+    return {
+        "table": target.regclass,
+        "source": target.source.regclass,
+        "key": sorted(key.name for key in target.key),
+    }
+
+
+def why_no_foreign_key(cursor: Cursor, target: TableTarget) -> str | None:
+    """Why the table cannot refer to the one that is read, as the end of a sentence; None where it can, or does."""
+    assert target.source is not None
+    parameters = _parameters(target)
+    if cursor.execute(FOUND.encode(), parameters).fetchone():
+        return None
+    source = target.source.shown
+    row = cursor.execute(OBSTACLES.encode(), parameters).fetchone()
+    if row is None:
+        return f"there is no table {source}"
+    unique, may_refer, owned, partitioned, unlogged, user = row
+    columns = ", ".join(key.name for key in target.key)
+    if not unique:
+        return f"{source} has no unique constraint on ({columns}) that can be referred to"
+    if not may_refer:
+        return (
+            f"the role {user!r} may not refer to {source} (let its owner run: GRANT REFERENCES ON {source} TO {user};)"
+        )
+    if not owned:
+        return f"it belongs to another role than {user!r}"
+    if partitioned:
+        return "it is partitioned"
+    if unlogged:
+        return f"{source} is unlogged"
+    return None
+
+
+def refer(session: PgSession, target: TableTarget) -> tuple[str, ...]:
+    """See that the table refers to the one that is read, and has no row without a record there.
+
+    Returns:
+        What a person should know, if that could not be.
+    """
+    if target.source is None:
+        return ()
+    return session.retrying("adding the foreign key", lambda: _refer(session, target))
+
+
+def _refer(session: PgSession, target: TableTarget) -> tuple[str, ...]:
+    import psycopg
+
+    try:
+        with session.transaction() as cursor:
+            if why_no_foreign_key(cursor, target) is not None:
+                return ()  # which was said before the run
+            found = cursor.execute(FOUND.encode(), _parameters(target)).fetchone()
+        if found is None:
+            if not _add(session, target):
+                return (
+                    f"{target.shown} has no foreign key yet, since other sessions were writing "
+                    f"{_parameters(target)['source']}: the next run adds it.",
+                )
+            with session.transaction() as cursor:
+                found = cursor.execute(FOUND.encode(), _parameters(target)).fetchone()
+        if found is None or found[1]:
+            return ()
+        with session.transaction() as cursor:
+            cursor.execute("SET LOCAL statement_timeout = 0; SET LOCAL row_security = off")
+            cursor.execute(target.statement(DELETE_ORPHANS, living=target.has_record("t.{column}")))
+        with session.transaction() as cursor:
+            cursor.execute("SET LOCAL statement_timeout = 0; SET LOCAL row_security = off")
+            cursor.execute(target.statement(VALIDATE, name=target.column(found[0])))
+    except psycopg.Error as error:
+        if kind_of(error) not in (ErrorKind.REFUSED, ErrorKind.DATA):
+            raise
+        return (f"The foreign key of {target.shown} is not in force for all its rows: {primary_message(error)}.",)
+    return ()
+
+
+def _add(session: PgSession, target: TableTarget) -> bool:
+    """Add the key for rows to come; False where the lock was not to be had."""
+    import psycopg
+
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(PATIENCE_MS / 1000)
+        try:
+            with session.transaction() as cursor:
+                cursor.execute(f"SET LOCAL lock_timeout = {PATIENCE_MS}")
+                cursor.execute(target.statement(ADD))
+            return True
+        except psycopg.errors.LockNotAvailable:
+            continue
+    return False

@@ -1,0 +1,186 @@
+"""PostgreSQL: rows of one flush → the table of vectors.
+
+Keys travel as text. Rows that are new are copied straight into the table where the types of the key have a binary form
+that is ours to make; the others are staged, and their keys read by the server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...db.pg_errors import kind_of
+from ...db.retrying import ErrorKind
+from ...records import Key
+from ...tables.key import text_arrays
+from ...tables.table_target import TableTarget
+from ..base import RunSpec
+from . import pgcopy
+from .flush import FlushWriter, Group
+from .key_fields import key_fields
+
+if TYPE_CHECKING:
+    import psycopg
+
+COPY_TABLE = "COPY {table} ({columns}, {written}) FROM STDIN (FORMAT BINARY)"
+CREATE_STAGING = (
+    "CREATE TEMP TABLE {staging} (slot int4, row int4, {keys}, <content>vector {vector}, hash bytea, seal bytea) "
+    "ON COMMIT DROP"
+)
+WRITE = """
+INSERT INTO {table} AS t ({columns}, {written})
+SELECT {typed_keys}, <content>s.vector, s.hash, s.seal, %(fingerprint)s::text, %(run)s, now(){tsvector}
+FROM {staging} s {living} ORDER BY {typed_keys}
+ON CONFLICT ({columns}) DO UPDATE SET {changes}
+"""
+UNWRITTEN_ROWS = """
+SELECT s.slot, s.row, {gone} FROM {staging} s
+WHERE NOT EXISTS (SELECT FROM {table} t WHERE {same_row} AND t.kdb_fast_run = %(run)s AND t.kdb_fast_at = now())
+ORDER BY 1, 2
+"""
+"""Slot and row, and whether the record is gone: else something has kept the row from being written."""
+
+DELETE = "DELETE FROM {table} t USING unnest({arrays}) AS k({names}) WHERE {same_row}"
+
+RACES = 3
+"""How often rows are written again without those whose record was deleted in that very moment."""
+
+STAGED_KEY = "s.key_{number}::{type}"
+
+
+class TableWriter(FlushWriter):
+    """Rows of one flush on their way into the table, within the flush's transaction."""
+
+    copy_table = COPY_TABLE
+
+    def __init__(
+        self,
+        cursor: psycopg.Cursor[tuple[Any, ...]],
+        target: TableTarget,
+        run: RunSpec,
+        now: int,
+        *,
+        merge_all: bool,
+        pieces: int = 1,
+    ) -> None:
+        fields = [key_fields(key.type) for key in target.key]
+        self._key_fields = [field for field in fields if field is not None]
+        # What the server makes of a text, COPY cannot say.
+        merge_all = merge_all or len(self._key_fields) < len(fields) or bool(target.keyword)
+        super().__init__(cursor, target.home, run, now, merge_all=merge_all, pieces=pieces)
+        self._target = target
+        self._statement = target.statement
+        self._constant = (
+            pgcopy.text_field(run.fingerprint) + pgcopy.int_field(run.number, 8) + pgcopy.timestamp_field(now)
+        )
+
+    @property
+    def _stages_text(self) -> bool:
+        return self._target.content or bool(self._target.keyword)
+
+    def _create_staging(self) -> bytes:
+        statement = CREATE_STAGING.replace("<content>", "content text, " if self._stages_text else "")
+        return self._statement(statement, keys=self._target.each_key("key_{number} text"))
+
+    def _staged_keys(self) -> str:
+        return self._target.each_key("key_{number}")
+
+    def _merge_staged(self, staged: int, parameters: dict[str, Any]) -> int:
+        import psycopg
+
+        target = self._target
+        statement = self._statement(
+            WRITE.replace("<content>", "s.content, " if target.content else ""),
+            tsvector=f", to_tsvector({_literal(target.keyword)}::regconfig, s.content)" if target.keyword else "",
+            typed_keys=target.each_key(STAGED_KEY),
+            living=f"WHERE {target.has_record(STAGED_KEY)}" if target.source else "",
+            changes=", ".join(f"{name} = EXCLUDED.{name}" for name in map(target.column, target.written)),
+        )
+        for _ in range(RACES if target.source else 0):
+            try:
+                with self.cursor.connection.transaction():
+                    return self.cursor.execute(statement, parameters).rowcount
+            except psycopg.errors.ForeignKeyViolation:
+                continue  # a record was deleted between the statement's look and its check of the key
+        return self.cursor.execute(statement, parameters).rowcount
+
+    def _unwritten(self, parameters: dict[str, Any]) -> list[tuple[Any, ...]]:
+        target = self._target
+        statement = self._statement(
+            UNWRITTEN_ROWS,
+            gone=f"NOT {target.has_record(STAGED_KEY)}" if target.source else "false",
+            same_row=target.same_key("t.{column}", STAGED_KEY),
+        )
+        return self.cursor.execute(statement, parameters).fetchall()
+
+    def _fields(self, group: Group, keys: Iterable[Sequence[bytes]], *, text: bool) -> list[Any]:
+        """The fields of each column up to what is the same in all rows.
+
+        Args:
+            keys: The fields of each column of the key.
+            text: Whether the text is among them.
+        """
+        flush_slot, rows = group
+        raw = flush_slot.slot.raw_rows()
+        texts = [raw[i][1] for i in rows]
+        flush_slot.verify()
+        vectors = pgcopy.vector_fields(flush_slot.slot.vectors[rows])
+        sha256 = hashlib.sha256
+        # The database keeps a vector as it is sent, after its length.
+        hashes = [
+            HASHED + sha256(text).digest() + HASHED + sha256(vector[4:]).digest()
+            for text, vector in zip(texts, vectors, strict=True)
+        ]
+        content = [pgcopy.text_fields(texts)] if text else []
+        return [*keys, *content, vectors, hashes]
+
+    def _table_rows(self, group: Group) -> bytes:
+        flush_slot, rows = group
+        raw = flush_slot.slot.raw_rows()
+        columns = zip(*[raw[i][0].split(b"\0") for i in rows], strict=True)
+        keys = [fields(values) for fields, values in zip(self._key_fields, columns, strict=True)]
+        count = len(self._target.key) + len(self._target.written)
+        return pgcopy.pack_rows(
+            count, [*self._fields(group, keys, text=self._target.content), self._constant], len(rows)
+        )
+
+    def _staging_rows(self, group: Group) -> bytes:
+        flush_slot, rows = group
+        raw = flush_slot.slot.raw_rows()
+        number = pgcopy.int_field(flush_slot.slot.number, 4)
+        places = [number + pgcopy.int_field(i, 4) for i in rows]
+        keys = [pgcopy.text_fields(values) for values in zip(*[raw[i][0].split(b"\0") for i in rows], strict=True)]
+        count = 5 + len(keys) + self._stages_text
+        return pgcopy.pack_rows(count, [places, *self._fields(group, keys, text=self._stages_text)], len(rows))
+
+
+HASHED = (32).to_bytes(4, "big")
+"""Length of a SHA-256, before it."""
+
+
+def _literal(text: str) -> str:
+    """A text for a statement with parameters."""
+    return "'" + text.replace("'", "''").replace("%", "%%") + "'"
+
+
+def delete_keys(cursor: psycopg.Cursor[tuple[Any, ...]], target: TableTarget, keys: Sequence[Key]) -> int:
+    """Delete the rows of these keys; returns how many there were. A key that is none of its type has no row."""
+    import psycopg
+
+    if not keys:
+        return 0
+    statement = target.statement(
+        DELETE,
+        arrays=target.each_key("%s::text[]"),
+        names=target.each_key("key_{number}"),
+        same_row=target.same_key("t.{column}", "k.key_{number}::{type}"),
+    )
+    try:
+        with cursor.connection.transaction():
+            return cursor.execute(statement, text_arrays(keys, len(target.key))).rowcount
+    except psycopg.Error as error:
+        if kind_of(error) is not ErrorKind.DATA:
+            raise
+    middle = len(keys) // 2
+    return delete_keys(cursor, target, keys[:middle]) + delete_keys(cursor, target, keys[middle:]) if middle else 0

@@ -1,0 +1,226 @@
+"""PostgreSQL: a table of vectors beside what is read, as a store; see :mod:`kdb_fast.tables.table_target`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ...db.address import DatabaseAddress
+from ...db.pg_errors import kind_of, primary_message
+from ...db.retrying import ErrorKind
+from ...faults import fault
+from ...records import Key
+from ...tables.hidden_rows import HiddenRowsError
+from ...tables.index_policy import IndexAction, IndexOutcome
+from ...tables.key import KeyColumn, text_arrays
+from ...tables.table_target import TableTarget
+from ...tables.target import LiveRows, Params, Target, rows_on
+from ..base import FlushSlot, RunSpec, Stored, version_of_text
+from . import prepare as pg_prepare
+from . import rejects as pg_rejects
+from .flush import FlushWriter
+from .foreign_key import refer
+from .prepare import PRUNE_BATCH
+from .session import LIMITS
+from .store import PostgreSQLStore
+from .table_find import prepare_table
+from .table_flush import TableWriter, delete_keys
+
+if TYPE_CHECKING:
+    import psycopg
+
+    Cursor = psycopg.Cursor[tuple[Any, ...]]
+
+LOOK_UP = """
+SELECT k.i, f.* FROM unnest({arrays}) WITH ORDINALITY AS k({names}, i), LATERAL (
+  SELECT t.kdb_fast_hash,
+    CASE WHEN t.kdb_fast_seal = sha256({pgvector}vector_send(t.{embedding})) THEN t.kdb_fast_fingerprint END
+  FROM {table} t WHERE {same_row} OFFSET 0) f
+"""
+"""Key by key (OFFSET keeps it so). A vector that another program has written is not ours, whatever stands beside it."""
+
+PRUNE = """
+DELETE FROM {table} t USING (SELECT {row_keys} FROM {table} s WHERE NOT {live} LIMIT {batch}) gone WHERE {same_row}
+"""
+
+ALTERED = """
+SELECT count(*) FROM {table} t WHERE t.kdb_fast_run = %s
+AND t.kdb_fast_seal IS DISTINCT FROM sha256({pgvector}vector_send(t.{embedding}))
+"""
+
+TRIGGERS = """
+SELECT string_agg(DISTINCT tgname::text, ', ') FROM pg_trigger
+WHERE tgrelid = to_regclass(%s) AND NOT tgisinternal AND tgenabled <> 'D' AND tgtype & 20 <> 0
+"""
+"""Those that fire at an INSERT or UPDATE."""
+
+
+class PostgreSQLTableStore(PostgreSQLStore):
+    """Writes the rows of one table of vectors."""
+
+    has_vector_index = False
+
+    def __init__(
+        self,
+        address: DatabaseAddress,
+        role: str,
+        table: TableTarget,
+        *,
+        retry_seconds: float | None = None,
+        patient: bool = False,
+        limits: str = LIMITS,
+    ) -> None:
+        super().__init__(address, role, retry_seconds=retry_seconds, patient=patient, limits=limits)
+        self.session.rename_target(table.identity)
+        # Where the extension is, this session knows: it may have been made since the table was found.
+        self.table = replace(table, home=self.session.target)
+
+    @property
+    def key(self) -> tuple[KeyColumn, ...]:
+        return self.table.key
+
+    # -- before and after a run ------------------------------------------------------------------------
+
+    def prepare(self, dimensions: int, wait: float = 0.0) -> tuple[str, ...]:
+        def make(cursor: Cursor, home: Target) -> tuple[str, ...]:
+            self.table = replace(self.table, home=home)
+            return prepare_table(cursor, self.table, dimensions)
+
+        return pg_prepare.prepare(self.session, make, wait, ())
+
+    def _check(self, dimensions: int) -> None:
+        with self.session.transaction() as cursor:
+            prepare_table(cursor, self.table, dimensions)
+
+    def column_dimensions(self) -> int | None:
+        statement = (
+            "SELECT nullif(atttypmod, -1) FROM pg_attribute "
+            "WHERE attrelid = to_regclass(%s) AND attname = %s AND NOT attisdropped"
+        )
+        parameters = (self.table.regclass, self.table.vector.name)
+
+        def work() -> int | None:
+            row = self.session.connection().execute(statement, parameters).fetchone()
+            return row[0] if row else None
+
+        return self.session.retrying("reading the table's definition", work)
+
+    def altered(self, run: int) -> list[str]:
+        table = self.table
+
+        def work() -> list[str]:
+            with self.session.transaction() as cursor:
+                (names,) = cursor.execute(TRIGGERS, (table.regclass,)).fetchone() or (None,)
+                if names is None:
+                    return []
+                (count,) = cursor.execute(table.statement(ALTERED), (run,)).fetchone() or (0,)
+            if not count:
+                return []
+            return [
+                f"{count:,} rows of {table.shown} do not hold the vector that was written (trigger {names}, or another "
+                "program): they are embedded again by the next run."
+            ]
+
+        return self.session.retrying("looking at what was stored", work)
+
+    def drop_index(self) -> IndexOutcome:
+        return IndexOutcome(IndexAction.NONE)
+
+    def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
+        beat("adding the foreign key")
+        return IndexOutcome(IndexAction.NONE, warnings=refer(self.session, self.table))
+
+    def count(self, entity: str | None = None) -> int:
+        def work() -> int:
+            statement = self.table.statement("SELECT count(*) FROM {table}")
+            row = self.session.connection().execute(statement).fetchone()
+            return int(row[0]) if row else 0
+
+        return self.session.retrying("counting rows", work)
+
+    # -- reading and writing ---------------------------------------------------------------------------
+
+    def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
+        wanted = self.session.holdable(keys)
+        return self.session.retrying("looking up what is stored", lambda: self._look_up(wanted))
+
+    def _look_up(self, keys: Sequence[Key]) -> dict[Key, Stored]:
+        import psycopg
+
+        if not keys:
+            return {}
+        table = self.table
+        statement = table.statement(
+            LOOK_UP,
+            arrays=table.each_key("%s::text[]"),
+            names=table.each_key("key_{number}"),
+            same_row=table.same_key("t.{column}", "k.key_{number}::{type}"),
+        )
+        try:
+            rows = self.session.connection().execute(statement, text_arrays(keys, len(table.key))).fetchall()
+        except psycopg.Error as error:
+            if kind_of(error) is not ErrorKind.DATA:
+                raise
+            # A key that is none of its column's type: no row has it.
+            middle = len(keys) // 2
+            return {**self._look_up(keys[:middle]), **self._look_up(keys[middle:])} if middle else {}
+        return {keys[i - 1]: Stored(text, fingerprint, version_of_text(text)) for i, text, fingerprint in rows}
+
+    def _writer(self, cursor: Cursor, run: RunSpec, now: int) -> FlushWriter:
+        return TableWriter(cursor, self.table, run, now, merge_all=self._merge_all, pieces=self._pieces)
+
+    def _delete(self, cursor: Cursor, keys: Sequence[Key]) -> int:
+        return delete_keys(cursor, self.table, keys)
+
+    def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
+        """The library writes the rows of KameleonDB's table only."""
+        raise NotImplementedError
+
+    def prune(self, entity: str, live_rows: LiveRows) -> int:
+        """Remove rows without a record; ``entity`` says nothing here."""
+        return self.session.retrying("removing deleted records", lambda: self._prune(entity, live_rows))
+
+    def _prune(self, entity: str, live_rows: LiveRows) -> int:
+        import psycopg
+
+        total = 0
+        while True:
+            fault("store.prune")
+            try:
+                with self.session.transaction() as cursor:
+                    deleted = self._prune_once(cursor, entity, live_rows)
+            except psycopg.Error as error:
+                if kind_of(error) not in (ErrorKind.REFUSED, ErrorKind.DATA):
+                    raise
+                raise HiddenRowsError(primary_message(error)) from None
+            total += deleted
+            if deleted < PRUNE_BATCH:
+                return total
+
+    def _prune_once(self, cursor: Cursor, entity: str, live_rows: LiveRows) -> int:
+        # What a policy hides must not look deleted: in this transaction hiding is an error.
+        cursor.execute("SET LOCAL row_security = off")
+        table, params = self.table, Params("postgresql")
+        live = live_rows(rows_on(cursor, "postgresql"), table.home, entity, params)
+        if live is None:
+            return 0
+        statement = table.statement(
+            PRUNE,
+            row_keys=table.each_key("s.{column}"),
+            live=live,
+            batch=params(PRUNE_BATCH),
+            same_row=table.same_key("t.{column}", "gone.{column}"),
+        )
+        return cursor.execute(statement, params.values).rowcount
+
+    # -- rejects ---------------------------------------------------------------------------------------
+
+    def forget_older_rejects(self, entities: Sequence[str], run: int) -> int:
+        """All of the table's, where it was read as a whole."""
+        statement = self.target.statement(f"{pg_rejects.DELETE} AND run < %s")
+
+        def work() -> int:
+            return self.session.connection().execute(statement, (self.target.name, run)).rowcount
+
+        return self.session.retrying("forgetting older rejects", work) if entities else 0

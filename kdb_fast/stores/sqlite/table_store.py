@@ -1,0 +1,160 @@
+"""SQLite: a table of vectors beside what is read, as a store; see :mod:`kdb_fast.tables.table_target`."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ...db.address import DatabaseAddress
+from ...db.retrying import ErrorKind
+from ...db.sqlite_connection import connect_sqlite
+from ...db.sqlite_errors import kind_of, translated
+from ...db.sqlite_session import transaction
+from ...faults import fault
+from ...records import Key, storable_key
+from ...tables.hidden_rows import HiddenRowsError
+from ...tables.index_policy import IndexAction, IndexOutcome
+from ...tables.key import KeyColumn
+from ...tables.table_target import TableTarget
+from ...tables.target import LiveRows, Params, Target, rows_on
+from ..base import FlushSlot, RunSpec, Stored, version_of_text
+from . import prepare as sqlite_prepare
+from .flush import RowWriter
+from .prune import PRUNE_KEYS
+from .store import SQLiteStore
+from .table_find import load_vec0, prepare_table
+from .table_flush import TableWriter
+from .table_rows import TableRows
+
+TRIGGERS = "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ? COLLATE NOCASE ORDER BY name"
+
+OF_RUN = "SELECT {columns} FROM {known} WHERE kdb_fast_run = ?"
+
+DEAD = "SELECT {row_keys} FROM {known} s WHERE NOT {live} LIMIT {batch}"
+
+
+class SQLiteTableStore(SQLiteStore):
+    """Writes the rows of one table of vectors."""
+
+    def __init__(self, connection: sqlite3.Connection, table: TableTarget) -> None:
+        super().__init__(connection)
+        self.table = table
+        self._target = Target(kept_as=table.identity)
+        self._rows = TableRows(connection, table)
+
+    @classmethod
+    def open_table(cls, address: DatabaseAddress, table: TableTarget) -> SQLiteTableStore:
+        """A store with its own connection, which :meth:`close` closes."""
+        store = cls(connect_sqlite(address), table)
+        store._own()
+        if table.vec0:
+            load_vec0(store._connection)
+        return store
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        with translated("writing"), transaction(self._connection):
+            yield
+
+    @property
+    def key(self) -> tuple[KeyColumn, ...]:
+        return self.table.key
+
+    # -- before and after a run ------------------------------------------------------------------------
+
+    def prepare(self, dimensions: int, wait: float = 0.0) -> tuple[str, ...]:
+        notes: list[str] = []
+
+        def make() -> None:
+            notes[:] = prepare_table(self._connection, self.table, dimensions)
+
+        with translated("preparing the tables"):
+            sqlite_prepare.prepare(self._connection, make, wait, self.on_wait)
+        return tuple(notes)
+
+    def altered(self, run: int) -> list[str]:
+        with translated("looking at what was stored"):
+            triggers = [storable_key(name) for (name,) in self._connection.execute(TRIGGERS, (self.table.table,))]
+            if not triggers:
+                return []
+            written = self._connection.execute(self.table.statement(OF_RUN).decode(), (run,))
+            count = 0
+            while part := written.fetchmany(PRUNE_KEYS):
+                count += sum(found.fingerprint is None for found in self._rows.find(part).values())
+        if not count:
+            return []
+        return [
+            f"{count:,} rows of {self.table.shown} do not hold the vector that was written (trigger "
+            f"{', '.join(triggers[:5])}, or another program): they are embedded again by the next run."
+        ]
+
+    def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
+        return IndexOutcome(IndexAction.NONE, "exact search on SQLite, no vector index")
+
+    def count(self, entity: str | None = None) -> int:
+        with translated("counting rows"):
+            row = self._connection.execute(self.table.statement("SELECT count(*) FROM {known}").decode()).fetchone()
+            return int(row[0])
+
+    # -- reading and writing ---------------------------------------------------------------------------
+
+    def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
+        with translated("looking up what is stored"):
+            return {
+                key: Stored(found.text_hash, found.fingerprint, version_of_text(found.text_hash))
+                for key, found in self._rows.find(keys).items()
+            }
+
+    def _writer(self, run: RunSpec, *, force: bool = False, vectors: bool = True) -> RowWriter:
+        return TableWriter(self._connection, self.table, self._rows, run)
+
+    def _delete(self, keys: Sequence[Key]) -> int:
+        return self._rows.delete(keys)
+
+    def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
+        """The library writes the rows of KameleonDB's table only."""
+        raise NotImplementedError
+
+    def prune(self, entity: str, live_rows: LiveRows) -> int:
+        """Remove rows without a record; ``entity`` says nothing here."""
+        removed = 0
+        with translated("removing deleted records"):
+            while True:
+                fault("store.prune")
+                try:
+                    dead = self._dead(entity, live_rows)
+                    if not dead:
+                        return removed
+                    with transaction(self._connection):
+                        # Most runs find nothing and need no lock; what was found is looked at again under it.
+                        deleted = self._rows.delete(self._dead(entity, live_rows))
+                except sqlite3.OperationalError as error:
+                    if kind_of(error) is not ErrorKind.REFUSED:
+                        raise
+                    raise HiddenRowsError(str(error)) from None
+                removed += deleted
+                if not deleted:
+                    return removed
+
+    def _dead(self, entity: str, live_rows: LiveRows) -> list[tuple[Any, ...]]:
+        """Keys of rows without a record, up to PRUNE_KEYS."""
+        params = Params("sqlite")
+        live = live_rows(rows_on(self._connection, "sqlite"), self._target, entity, params)
+        if live is None:
+            return []
+        statement = self.table.statement(
+            DEAD, row_keys=self.table.each_key("s.{column}"), live=live, batch=params(PRUNE_KEYS)
+        )
+        return self._connection.execute(statement.decode(), params.values).fetchall()
+
+    # -- rejects ---------------------------------------------------------------------------------------
+
+    def forget_older_rejects(self, entities: Sequence[str], run: int) -> int:
+        """All of the table's, where it was read as a whole."""
+        if not entities:
+            return 0
+        with translated("forgetting older rejects"):
+            statement = "DELETE FROM kdb_fast_rejects WHERE target = ? AND run < ?"
+            return self._connection.execute(statement, (self.target.name, run)).rowcount

@@ -1,0 +1,91 @@
+"""A run that fills a table of vectors is killed, stopped or fails at any point; the same run then does the rest."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import poison_worker
+import pytest
+from articles import Articles
+from commands import Command, Commands
+from oracle import check_nothing_left
+from servers import eventually, execute
+from test_column_faults import DEFECT, FULL, KILLED, LOCKED
+
+from kdb_fast.cli.demo import sqlalchemy_url
+from kdb_fast.db.address import DatabaseAddress
+
+FAULTS = (
+    "store.before_commit:1:kill", "store.after_copy:2:hang", "store.before_copy:1:kill", "store.after_commit:1:kill",
+    "pipeline.flush:2:kill", "pipeline.flushed:1:kill", "store.prune:1:kill", "worker.encoded:1:kill",
+    "pipeline.finish:1:kill",
+)  # fmt: skip
+"""As for a column; and where rows are removed."""
+
+ROWS = 60
+
+
+def start(commands: Commands, articles: Articles, **environment: str) -> Command:
+    return commands.start("articles", sqlalchemy_url(articles.address), "2", "article_vectors", **environment)
+
+
+def finished(commands: Commands, articles: Articles) -> dict[str, Any]:
+    command = start(commands, articles)
+    assert command.wait() == 0, command.out + command.err
+    return command.receipt
+
+
+def check(articles: Articles) -> None:
+    """Each article that has a text has its vector, and nothing else is there."""
+    texts = {number: text for number, (text, _) in articles.rows().items() if text is not None}
+    found = articles.vectors_beside("article_vectors")
+    assert sorted(found) == sorted(texts)
+    for number, text in texts.items():
+        assert (abs(found[number] - poison_worker.vector_of(text)) < 1e-6).all(), number
+
+
+@pytest.mark.timeout(240)
+def test_fault_at_any_point(index: DatabaseAddress, commands: Commands) -> None:
+    """In a first load, without its foreign key, and in a table that has it, in turn."""
+    articles = Articles(index)
+    faults = FAULTS if FULL else FAULTS[index.dialect == "sqlite" :: 2]
+    for count, fault in enumerate(faults):
+        if count % 2:
+            execute(index, f"UPDATE {articles.name} SET body = body || ' again' WHERE id < 40")
+            articles.delete(40)
+            articles.add("new", first=100)
+        else:
+            execute(index, f"DELETE FROM {articles.name}")
+            execute(index, "DROP TABLE IF EXISTS article_vectors")
+            articles.add(*(f"article {number}" for number in range(ROWS)), None)
+        command = start(commands, articles, KDB_FAST_FAULT=fault)
+        assert command.wait() in (0, KILLED, DEFECT), f"{fault}: {command.out}{command.err}"
+        assert commands.fired(), fault
+        if command.wait() != 0:
+            eventually(lambda: not commands.processes())
+            finished(commands, articles)
+        check(articles)
+    assert finished(commands, articles)["unchanged"] == ROWS
+    eventually(lambda: not commands.processes())
+    check_nothing_left(index)
+
+
+@pytest.mark.timeout(240)
+def test_two_runs_at_once(index: DatabaseAddress, commands: Commands) -> None:
+    articles = Articles(index)
+    articles.add(*(f"article {number}" for number in range(ROWS)))
+    first = start(commands, articles, **{poison_worker.EACH_SECONDS: "0.01"})
+    eventually(lambda: commands.processes() and _running(index))
+    second = start(commands, articles)
+    assert second.wait() == LOCKED
+    assert "holds the index" in second.out
+    assert first.wait() == 0, first.out + first.err
+    assert json.loads(first.out)["stored"] == ROWS
+    check(articles)
+
+
+def _running(address: DatabaseAddress) -> bool:
+    names = "SELECT name FROM sqlite_master" if address.dialect == "sqlite" else "SELECT relname FROM pg_class"
+    there = ("kdb_fast_runs",) in execute(address, names)
+    return there and bool(execute(address, "SELECT run FROM kdb_fast_runs"))
