@@ -36,6 +36,7 @@ class Counts:
     empty: int = 0
     deleted: int = 0
     truncated: int = 0
+    chunks: int = 0
     tokens: int = 0
     padded_tokens: int = 0
     flushes: int = 0

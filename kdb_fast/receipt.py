@@ -67,6 +67,7 @@ class Receipt:
         empty: Records without text.
         deleted: Rows of the index that no record has any more.
         truncated: Records that are longer than the model reads.
+        chunks: Pieces of the records that were written, where texts are cut into pieces.
         tokens: Tokens embedded; ``padded_tokens`` with the padding that was computed.
         precision: That of the model; None for a provider's API.
         workers: Embedding processes, or requests in flight; 0 where this process embedded.
@@ -88,6 +89,7 @@ class Receipt:
     empty: int = 0
     deleted: int = 0
     truncated: int = 0
+    chunks: int = 0
     tokens: int = 0
     padded_tokens: int = 0
     seconds: float = 0.0

@@ -16,6 +16,8 @@ MAX_BATCH_SIZES = {"fastembed": 1000, "openai": 2048}
 """Upper limit of ``--batch-size`` by provider: the specification's table."""
 MAX_WORKERS = 256
 PRECISIONS = ("fp32", "bf16", "int8", "auto")
+LEAST_CHUNK = 32
+"""Least ``--chunk``: tokens of a piece, of which some are the model's special ones."""
 
 PATIENCE_SECONDS = 60.0
 """How long a database that went away is waited for: longer than a restart, shorter than a person's patience.
@@ -141,6 +143,8 @@ class ReindexOptions:
         provider: ``fastembed`` or ``openai``.
         base_url: Address of the openai provider's API; None is that of the environment, else OpenAI's.
         dimensions: Length of a vector of the openai provider; None is that of the index, for a new one the model's.
+        chunk: Tokens of a piece that texts are cut into, in a table target; 0 for whole texts.
+        overlap: Tokens that two neighbouring pieces share.
     """
 
     entities: tuple[str, ...] = ()
@@ -157,6 +161,8 @@ class ReindexOptions:
     provider: str = "fastembed"
     base_url: str | None = None
     dimensions: int | None = None
+    chunk: int = 0
+    overlap: int = 0
 
     def __post_init__(self) -> None:
         if self.provider not in MAX_BATCH_SIZES:
@@ -170,6 +176,19 @@ class ReindexOptions:
                 raise UsageError(f"--{option} belongs to --provider openai, not to {self.provider}.")
         if self.dimensions is not None and self.dimensions < 1:
             raise UsageError(f"--dimensions is {self.dimensions}; expected 1 or more.")
+        if self.chunk and self.chunk < LEAST_CHUNK:
+            raise UsageError(f"--chunk is {self.chunk}; expected {LEAST_CHUNK} tokens or more, or 0 for whole texts.")
+        if not 0 <= self.overlap <= self.chunk // 2:
+            raise UsageError(
+                f"--overlap is {self.overlap}; expected 0 to {self.chunk // 2}, half of --chunk."
+                if self.chunk
+                else f"--overlap is {self.overlap}; it belongs to --chunk."
+            )
+        if self.chunk and self.provider != "fastembed":
+            raise UsageError(
+                f"--chunk needs a model on this machine, whose tokenizer counts; not {self.provider}.",
+                remedy="Use a model on this machine, or leave --chunk out.",
+            )
         if self.min_fidelity is not None and not 0 < self.min_fidelity <= 1:
             raise UsageError(f"--min-fidelity is {self.min_fidelity}; expected a cosine above 0, at most 1.")
         most = MAX_BATCH_SIZES[self.provider]

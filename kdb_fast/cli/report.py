@@ -48,6 +48,8 @@ def print_receipt(receipt: Receipt, database: str) -> None:
     extra = [f"{count:,} {text}" for count, text in also if count]
     if extra:
         rows.append(("also", ", ".join(extra)))
+    if receipt.chunks:
+        rows.append(("pieces", f"{receipt.chunks:,} ({receipt.chunks / max(1, written):.1f} a record)"))
     if receipt.tokens:
         padding = 1 - receipt.tokens / max(1, receipt.padded_tokens)
         rows.append(

@@ -63,5 +63,6 @@ class Filling:
 
     def _reject(self, row: Row, digest: bytes, code: int) -> None:
         """Its text cannot be embedded."""
-        self._flushes.reject(Reject(row.record.key, *ROW_REASONS[code], digest, row.record.position))
+        key, digest = self._ledger.reject_as(row.record.key, digest)
+        self._flushes.reject(Reject(key, *ROW_REASONS[code], digest, row.record.position))
         self._ledger.settle([row.record.key], Fate.REJECTED)

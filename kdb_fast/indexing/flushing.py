@@ -222,7 +222,7 @@ class FlushPlanner:
             self._writing.append(lease)
             slots.append(SlotRows(lease.slot, lease.number, tuple(sorted(lease.skip)), lease.crcs))
             if not self._ledger.unique_keys:
-                self._ledger.writing(lease.keys)
+                self._ledger.writing(self._ledger.record_keys(lease.keys))
                 if self._deletes:
                     self._keep_rewritten(lease)
         self._filled_bytes -= sent
@@ -247,6 +247,8 @@ class FlushPlanner:
         counts.bytes_written += answer.bytes
         counts.deleted += answer.deleted
         superseded, refused = rows_of_bits(answer.superseded), rows_of_bits(answer.rejected)
+        # No record of theirs was written, or (in pieces) after they had been removed.
+        self._ledger.removed(self._sent_deletes)
         for lease in leases:
             if not (lease.skip or superseded or refused):
                 if self._ledger.unique_keys:
@@ -270,8 +272,6 @@ class FlushPlanner:
                     fate = Fate.SUPERSEDED
                 self._ledger.settle([key], fate)
         self.size.note(sum(lease.size for lease in leases), answer.seconds)
-        # A flush writes first, then removes.
-        self._ledger.removed(self._sent_deletes)
         self._ledger.written()
         self._rejects = self._rejects[self._sent_rejects :]
         self._sent_rejects, self._sent_deletes = 0, []

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from ..accounting import Counts
 from ..engine.sharding import WINDOW_ROWS, shard_numbers
+from ..errors import KdbFastError
+from ..ipc.row_block import ROW_NOT_ENCODABLE, ROW_REASONS
 from ..ipc.slab import Row, SlabShape
-from ..records import Key, Record, Reject, was_cut
+from ..records import Key, Record, Reject, content_hash, was_cut
 from ..stores.base import Store, Stored
+from ..tables.pieces import PieceOf, piece_key
 from .flushing import FlushPlanner
 from .key_ledger import KeyLedger
 from .leases import Numbered
+from .piece_ledger import PieceLedger
 from .screening import Fit, Screen
 from .text_reuse import CACHED, NEW, TextReuse
 
 TAKEN_ROWS = 64
 """Records that are taken in (1 ms) before the writer and the workers are looked at again: they wait that long."""
+
+TAKEN_CHARS = 1_000_000
+"""Characters of a portion of a page whose texts are cut into pieces, about: 1,500 pieces of 200 tokens."""
+
+Split = Callable[[str], Sequence[tuple[int, int]]]
+"""Cuts a text: first and last character (exclusive) of each piece, of which there is one at least."""
 
 FIRST_WINDOW_ROWS = 1000
 """Of the first window, so that the workers begin soon; each one is twice as large as the one before it."""
@@ -38,6 +48,7 @@ class Intake:
         fingerprint: Of the model, to tell which rows are unchanged.
         read_chars: Characters of a text beyond which the model reads nothing.
         force: No row is unchanged.
+        split: Cuts a text into the pieces that become rows in its place; ``ledger`` is one of pieces then.
     """
 
     def __init__(
@@ -52,6 +63,7 @@ class Intake:
         fingerprint: str,
         read_chars: int,
         force: bool = False,
+        split: Split | None = None,
     ) -> None:
         self.window: list[Numbered] = []
         """Rows to be embedded, in the order of reading."""
@@ -60,7 +72,7 @@ class Intake:
         self._store, self._screen, self._counts = store, screen, counts
         self._ledger, self._reuse, self._flushes = ledger, reuse, flushes
         self._fingerprint, self._read_chars, self._force = fingerprint, read_chars, force
-        self._sequence = 0
+        self._split, self._sequence = split, 0
         self._goal = FIRST_WINDOW_ROWS
         self._again = False
 
@@ -130,6 +142,20 @@ class Intake:
         """From here on records are taken in again whose rows other programs write: each is looked up."""
         self._again = True
 
+    def portions(self, page: list[Record | Reject]) -> list[list[Record | Reject]]:
+        """The page; where texts are cut into pieces, in portions of about TAKEN_CHARS, so that these do not pile up."""
+        if self._split is None:
+            return [page]
+        portions: list[list[Record | Reject]] = [[]]
+        chars = 0
+        for item in page:
+            if chars >= TAKEN_CHARS:
+                portions.append([])
+                chars = 0
+            portions[-1].append(item)
+            chars += len(item.content) if isinstance(item, Record) else 0
+        return portions
+
     def take_out(self, keys: list[Key]) -> None:
         """Records that have no text any more leave the index; what was read of them before is outdated."""
         for key in keys:
@@ -170,6 +196,9 @@ class Intake:
                 continue
             # Here and not where it is embedded, so that it counts once, also where the model reads all that is left.
             self._counts.truncated += was_cut(record.content)
+            if self._split is not None:
+                self._take_pieces(record, digest, sequence, self._split)
+                continue
             on_its_way = ledger.begin(key)
             if found is not None:
                 row = Row(record, True, found.row_version)
@@ -178,9 +207,32 @@ class Intake:
                 row = Row(record, True, IN_FLIGHT_VERSION)
             else:
                 row = Row(record)
-            numbered = (row, sequence, digest)
-            placement = self._reuse.place(numbered)
-            if placement is NEW:
-                self.window.append(numbered)
-            elif placement is CACHED:
-                ledger.has_vector(key, sequence)
+            self._place((row, sequence, digest))
+
+    def _place(self, numbered: Numbered) -> None:
+        """To the window, or beside an equal text."""
+        placement = self._reuse.place(numbered)
+        if placement is NEW:
+            self.window.append(numbered)
+        elif placement is CACHED:
+            row, sequence, _ = numbered
+            self._ledger.has_vector(row.record.key, sequence)
+
+    def _take_pieces(self, record: Record, digest: bytes, sequence: int, split: Split) -> None:
+        """Each piece of the record goes its own way; a piece may equal another's, too."""
+        assert isinstance(self._ledger, PieceLedger)
+        try:
+            pieces = split(record.content)
+        except KdbFastError:
+            raise
+        except Exception:  # whatever a tokenizer raises for a text
+            self._counts.rejected += 1
+            reason = ROW_REASONS[ROW_NOT_ENCODABLE]
+            self._flushes.reject(Reject(record.key, *reason, digest, record.position))
+            return
+        self._ledger.begin_pieces(record.key, sequence, len(pieces))
+        for number, (start, end) in enumerate(pieces):
+            piece = PieceOf(sequence, number, len(pieces), start, end, digest)
+            content = record.content[start:end]
+            row = Row(record._replace(key=piece_key(record.key, piece), content=content))
+            self._place((row, sequence, content_hash(content)))

@@ -109,6 +109,14 @@ class KeyLedger:
                 self._latest[key] = sequence
             self._replace(key, Fate.UNCHANGED)
 
+    def record_keys(self, keys: Sequence[Key]) -> Sequence[Key]:
+        """The keys of the records that rows with these keys are of."""
+        return keys
+
+    def reject_as(self, key: Key, content_hash: bytes) -> tuple[Key, bytes]:
+        """Key and hash of the text under which a row is kept that is rejected."""
+        return key, content_hash
+
     def removed(self, keys: Iterable[Key]) -> None:
         """The rows of these keys have left the index: what was counted of them is superseded."""
         for key in keys:

@@ -36,9 +36,10 @@ from ..tables.index_policy import IndexRecord, decide
 from ..tables.target import LiveRows
 from .filling import Filling
 from .flushing import MESSAGE_BYTES, FlushPlanner, first_of
-from .intake import Intake
+from .intake import Intake, Split
 from .key_ledger import KeyLedger
 from .leases import Numbered, SlotPool
+from .piece_ledger import PieceLedger
 from .screening import Screen
 from .text_reuse import TextReuse
 
@@ -70,6 +71,7 @@ class Pipeline:
         read_chars: Characters of a text beyond which the model reads nothing.
         max_rejects: Beyond it the run ends.
         force: Embed unchanged records, too.
+        split: Cuts a text into the pieces that are embedded in its place.
         unique_keys: No key comes twice.
         estimate: How many records there will be, where that is known.
         on_progress: Called with the counts after every step.
@@ -89,6 +91,7 @@ class Pipeline:
         max_rejects: RejectLimit,
         screen: Screen | None = None,
         force: bool = False,
+        split: Split | None = None,
         unique_keys: bool = False,
         estimate: int | None = None,
         on_progress: Callable[[Counts], None] = lambda counts: None,
@@ -105,7 +108,7 @@ class Pipeline:
         self._max_rejects, self._estimate = max_rejects, estimate
         self._on_progress, self._on_note = on_progress, on_note
         self._should_stop, self._on_phase = should_stop, on_phase
-        self._ledger = KeyLedger(self.counts, unique_keys=unique_keys)
+        self._ledger = PieceLedger(self.counts) if split else KeyLedger(self.counts, unique_keys=unique_keys)
         self._reuse = TextReuse(dimensions)
         self.flushes = FlushPlanner(self.counts, self._ledger)
         self._filling = Filling(self.counts, self._ledger, self._reuse, self.flushes)
@@ -119,6 +122,7 @@ class Pipeline:
             fingerprint=fingerprint,
             read_chars=read_chars,
             force=force,
+            split=split,
         )
         self._slots: SlotPool | None = None
         self._shards: deque[list[Numbered]] = deque()
@@ -152,6 +156,9 @@ class Pipeline:
             for page in pages:
                 fault("source.page")
                 self._intake.pass_over(unchanged())
+                *portions, page = self._intake.portions(page)
+                for portion in portions:
+                    self._take(portion, [])
                 self._take(page, emptied())
             self._all_read = True
             self._write_all()

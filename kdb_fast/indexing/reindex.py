@@ -77,6 +77,8 @@ def reindex(
                 options, progress, Records(address, source, lambda: stop.count > 0, store.target.name)
             )
             stack.callback(embedding.close)
+        if options.chunk:
+            embedding = embedding.in_pieces(options.chunk, options.overlap)
         embedding = replace(embedding, seconds=time.monotonic() - began)
         notes = store.prepare(embedding.dimensions, options.wait)
         run = store.begin_run(
@@ -162,6 +164,7 @@ class _Run:
             read_chars=self.embedding.read_chars,
             max_rejects=options.max_rejects,
             force=options.force,
+            split=self.embedding.split,
             unique_keys=source.unique_keys,
             screen=Screen(
                 self.store.encoding,
@@ -180,7 +183,7 @@ class _Run:
             source.pages(),
             source.take_empty,
             source.take_unchanged,
-            source.read_again if source.reads_again else None,
+            source.read_again if source.reads_again and self.embedding.split is None else None,
         )
         self.pipeline.counts.empty = source.empty
         self.progress.step("finishing the index")
@@ -217,6 +220,7 @@ class _Run:
             empty=self.source.empty,
             deleted=counts.deleted,
             truncated=counts.truncated,
+            chunks=counts.chunks,
             tokens=counts.tokens,
             padded_tokens=counts.padded_tokens,
             seconds=round(seconds, 3),

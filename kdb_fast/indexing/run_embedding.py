@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..db.address import DatabaseAddress
+from ..embedding.chunking import Splitter, check_size, chunked_fingerprint
 from ..embedding.encoder import EncoderSpec
 from ..embedding.models.lookup import resolve
 from ..embedding.providers.base import EmbeddingProvider
-from ..errors import ModelError
+from ..errors import ModelError, UsageError
 from ..origins import same_name
 from ..receipt import Fidelity
 from ..settings import DEFAULT_MODEL, ReindexOptions
 from ..sources.base import Source
 from ..stores.past_runs import index_model_of, recent_fingerprints
 from ..tables.kdb_search import KDB_SEARCH
+from .intake import Split
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -41,6 +44,23 @@ class Embedding:
     """Why this precision, for the plan; '' for what was asked for without a comparison."""
     seconds: float = 0.0
     """What it took to find it: a download, or the preparation of a precision."""
+    split: Split | None = None
+    """Cuts a text into the pieces that are embedded in its place."""
+
+    def in_pieces(self, size: int, overlap: int) -> Embedding:
+        """The same for pieces of texts, of at most ``size`` tokens.
+
+        Raises:
+            UsageError: The model reads fewer, or is no model on this machine.
+        """
+        spec = self.spec
+        if spec is None:
+            raise UsageError("Texts are cut into pieces only for a model on this machine, whose tokenizer counts.")
+        check_size(spec.model, size)
+        # Loaded with the first text that has changed: many runs have none.
+        splitter = functools.cache(functools.partial(Splitter.of_model, spec.model, size, overlap))
+        fingerprint = chunked_fingerprint(self.fingerprint, size, overlap)
+        return replace(self, fingerprint=fingerprint, split=lambda text: splitter().split(text))
 
     @classmethod
     def of_model(cls, spec: EncoderSpec) -> Embedding:

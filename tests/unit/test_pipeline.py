@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from kdb_fast.indexing import flushing, intake
 from kdb_fast.indexing import pipeline as module
 from kdb_fast.indexing.flushing import FlushSize
 from kdb_fast.indexing.leases import microseconds
+from kdb_fast.indexing.piece_ledger import PieceLedger
 from kdb_fast.indexing.pipeline import Pipeline, StopRequested
 from kdb_fast.ipc.messages import Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex, row_bits, rows_of_bits
 from kdb_fast.ipc.row_block import NO_VALUE, ROW_NOT_FINITE
@@ -39,6 +41,7 @@ from kdb_fast.settings import RejectLimit
 from kdb_fast.stores.base import Store, Stored
 from kdb_fast.tables.index_policy import IndexAction, IndexOutcome
 from kdb_fast.tables.kdb_search import unfit
+from kdb_fast.tables.pieces import piece_of, record_key
 
 FINGERPRINT = "of this model"
 DIMENSIONS = 4
@@ -379,7 +382,10 @@ class Setup(NamedTuple):
     force: bool
     full_shards: bool
 
-    def run(self, index: Index, patch: pytest.MonkeyPatch, **options: Any) -> Run:
+    def run(self, index: Index, patch: pytest.MonkeyPatch, pieces: bool = False, **options: Any) -> Run:
+        if pieces:
+            patch.setattr(sys.modules[__name__], "FakeEngine", PieceEngine)
+            options["split"] = in_fives
         with_small_thresholds(patch, eager=self.eager, window=self.window)
         shape = SlabShape(self.slots, 4, DIMENSIONS, 8192)
         choose = by_chance(self.seed)
@@ -453,6 +459,49 @@ def test_any_stream_ends_with_the_last_fit_record_of_each_key(
         assert twice == [], "a text is embedded once"
 
 
+# -- records in pieces -------------------------------------------------------------------------------------
+
+
+def in_fives(text: str) -> list[tuple[int, int]]:
+    """Pieces of five characters."""
+    return [(start, min(start + 5, len(text))) for start in range(0, len(text), 5)]
+
+
+class PieceEngine(FakeEngine):
+    """Writes as a store of pieces does: a record becomes visible with its last piece, after what is deleted is gone."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.aside: dict[int, dict[int, str]] = {}
+
+    def _write(self, message: Flush) -> Flushed:
+        refused, rows = [], 0
+        self.index.deletes += message.deletes
+        for key in message.deletes:
+            self.index.rows.pop(key, None)
+        for given_rows in message.slots:
+            slot = self.slab.slots[given_rows.slot]
+            for i, (raw_key, text) in enumerate(slot.raw_rows()):
+                if i in given_rows.skip:
+                    continue
+                np.testing.assert_array_equal(slot.vectors[i], vector_of(text.decode()))
+                if REFUSED in text.decode():
+                    refused.append((slot.number, i))
+                    continue
+                rows += 1
+                piece = piece_of(decode_key(raw_key))
+                found = self.aside.setdefault(piece.revision, {})
+                assert piece.number not in found
+                found[piece.number] = text.decode()
+                if len(found) == piece.of:
+                    content = "".join(found[number] for number in range(piece.of))
+                    assert content_hash(content) == piece.content_hash
+                    assert sum(map(len, found.values())) == len(content)
+                    self.index.write(record_key(decode_key(raw_key)), content, FINGERPRINT, self.index.run)
+        self.index.rejects += message.rejects
+        return Flushed(message.number, rows, 10 * rows, len(message.deletes), 0.01, (), row_bits(refused))
+
+
 class Emptied(NamedTuple):
     """A record that has no text, of the first key of :data:`TEXTS`'s records."""
 
@@ -470,14 +519,49 @@ WITH_EMPTIED = st.lists(
 
 
 @settings(deadline=None, max_examples=300)
-@given(WITH_EMPTIED, INITIAL, SETUPS)
-@example(
-    [record(0, "one"), Emptied(("E", "r0")), record(0, f"{REFUSED}1")],
-    {("E", "r0"): ("red", FINGERPRINT)},
-    Setup(0, 5, 1, 3, False, 4, 4, 256, False, False),
-)
-def test_a_record_that_is_emptied_leaves_the_index_whatever_came_before_and_after(
-    items: list[Record | Emptied], initial: dict[Key, tuple[str, str | None]], setup: Setup
+@given(ITEMS, INITIAL, SETUPS)
+def test_a_record_in_pieces_is_stored_whole_and_counted_once(
+    items: list[Item], initial: dict[Key, tuple[str, str | None]], setup: Setup
+) -> None:
+    index = index_of(initial)
+    before = index.contents()
+    with pytest.MonkeyPatch.context() as patch:
+        run = setup.run(index, patch, pieces=True).go(items, setup.page)
+    run.assert_all_is_accounted_for(items)
+    run.assert_all_is_given_back()
+    ledger = run.pipeline._ledger
+    assert isinstance(ledger, PieceLedger)
+    assert not ledger._open
+    assert not ledger._rejected
+    assert index.contents() == last_good(items, before)
+    good = [i for i in items if is_good(i)]
+    counts = run.counts
+    assert counts.rejected == len(items) - len(good)
+    assert {(reject.key, reject.content_hash) for reject in index.rejects if len(reject.key) == 2} == {
+        (i.key, content_hash(i.content)) for i in items if isinstance(i, Record) and not is_good(i)
+    }
+    assert counts.stored + counts.reused + counts.unchanged == len({i.key for i in good})
+    if not setup.force and not initial:
+        assert counts.chunks >= sum(len(in_fives(content)) for content in index.contents().values())
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_a_record_that_is_emptied_leaves_the_index_whatever_came_before_and_after(pieces: bool) -> None:
+    @settings(deadline=None, max_examples=300)
+    @given(WITH_EMPTIED, INITIAL, SETUPS)
+    @example(
+        [record(0, "one"), Emptied(("E", "r0")), record(0, f"{REFUSED}1")],
+        {("E", "r0"): ("red", FINGERPRINT)},
+        Setup(0, 5, 1, 3, False, 4, 4, 256, False, False),
+    )
+    def holds(items: list[Record | Emptied], initial: dict[Key, tuple[str, str | None]], setup: Setup) -> None:
+        check_emptied(items, initial, setup, pieces)
+
+    holds()
+
+
+def check_emptied(
+    items: list[Record | Emptied], initial: dict[Key, tuple[str, str | None]], setup: Setup, pieces: bool
 ) -> None:
     index = index_of(initial)
     expected = index.contents()
@@ -505,7 +589,7 @@ def test_a_record_that_is_emptied_leaves_the_index_whatever_came_before_and_afte
         yield page
 
     with pytest.MonkeyPatch.context() as patch:
-        run = setup.run(index, patch)
+        run = setup.run(index, patch, pieces)
         run.pipeline.run(source(), lambda: [emptied.pop(0) for _ in range(len(emptied))])
     assert index.contents() == expected
     run.assert_all_is_given_back()
