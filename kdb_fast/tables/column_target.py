@@ -107,7 +107,8 @@ def unreadable_text(target: ColumnTarget, why: str) -> SchemaError:
 
 
 STATE_COLUMNS = ("fingerprint", "text_hash", "vector_hash", "run", "at", "source_at")
-"""Of the table of the state, beside those of the key."""
+"""Of the table of the state, beside those of the key; in PostgreSQL also ``version``, of the row as we have written
+it."""
 
 
 def check_state(target: ColumnTarget, found: Mapping[str, str], table: str) -> None:
@@ -118,7 +119,7 @@ def check_state(target: ColumnTarget, found: Mapping[str, str], table: str) -> N
         table: Its name as a statement writes it.
     """
     wanted = {f"key_{number}": key.type for number, key in enumerate(target.key, 1)}
-    have = {name: kind for name, kind in found.items() if name not in STATE_COLUMNS}
+    have = {name: kind for name, kind in found.items() if name.startswith("key_")}
     if have != wanted or not found.keys() >= set(STATE_COLUMNS):
         raise SchemaError(
             f"The table {target.home.shown(target.state)} was made for a key of the types "

@@ -58,7 +58,7 @@ ORDER BY i.indisprimary DESC, i.indexrelid
 
 CREATE_STATE = """
 CREATE TABLE {state} AS SELECT {keys}, ''::varchar(64) AS fingerprint, ''::bytea AS text_hash, ''::bytea AS vector_hash,
-  0::bigint AS run, now() AS at, NULL::timestamptz AS source_at FROM {table} t WITH NO DATA
+  NULL::xid AS version, 0::bigint AS run, now() AS at, NULL::timestamptz AS source_at FROM {table} t WITH NO DATA
 """
 """Made from the table, so that the keys have its types and collations."""
 

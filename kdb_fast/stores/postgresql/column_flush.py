@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # The text is an expression of the user's over bare names of columns: ours beside them have names that no table has.
 CREATE_STAGING = (
     "CREATE TEMP TABLE {staging} (kdb_fast_slot int4, kdb_fast_row int4, {keys}, kdb_fast_text bytea, "
-    "kdb_fast_vector {plain_vector}, kdb_fast_source timestamptz) ON COMMIT DROP"
+    "kdb_fast_hash bytea, kdb_fast_vector {plain_vector}, kdb_fast_source timestamptz) ON COMMIT DROP"
 )
 WRITE = """
 WITH locked AS MATERIALIZED (
@@ -37,14 +37,15 @@ WITH locked AS MATERIALIZED (
 ), written AS (
   UPDATE {table} t SET {embedding} = s.kdb_fast_vector::{type} FROM locked l JOIN {staging} s ON s.ctid = l.staged
   WHERE {same_locked}
-  RETURNING {locked_keys}, s.kdb_fast_text AS text_hash, sha256({sender}(t.{embedding})) AS vector_hash,
+  RETURNING {locked_keys}, s.kdb_fast_text AS text_hash, {stored_hash} AS vector_hash, t.xmin AS version,
     s.kdb_fast_source AS source_at
 ), known AS (
-  INSERT INTO {state} AS st ({state_keys}, fingerprint, text_hash, vector_hash, run, at, source_at)
-  SELECT {state_keys}, %(fingerprint)s::text, text_hash, vector_hash, %(run)s, now(), source_at FROM written
+  INSERT INTO {state} AS st ({state_keys}, fingerprint, text_hash, vector_hash, version, run, at, source_at)
+  SELECT {state_keys}, %(fingerprint)s::text, text_hash, vector_hash, version, %(run)s, now(), source_at FROM written
   WHERE vector_hash IS NOT NULL
   ON CONFLICT ({state_keys}) DO UPDATE SET fingerprint = EXCLUDED.fingerprint, text_hash = EXCLUDED.text_hash,
-    vector_hash = EXCLUDED.vector_hash, run = EXCLUDED.run, at = EXCLUDED.at, source_at = EXCLUDED.source_at
+    vector_hash = EXCLUDED.vector_hash, version = EXCLUDED.version, run = EXCLUDED.run, at = EXCLUDED.at,
+    source_at = EXCLUDED.source_at
   RETURNING 1
 )
 SELECT n, CASE WHEN n < %(staged)s THEN (SELECT array_agg(place) FROM locked) END FROM (SELECT count(*) FROM known) k(n)
@@ -53,6 +54,14 @@ SELECT n, CASE WHEN n < %(staged)s THEN (SELECT array_agg(place) FROM locked) EN
 first, in the order of their keys, and none that is locked is waited for: so neither this nor an application that
 writes the same rows can come into a deadlock. The vector is known as the database keeps it. Gives how many rows were
 written, and where that is not all of them, which were locked."""
+
+STORED_HASH = "sha256({sender}(t.{embedding}))"
+SAME_HASH = (
+    "CASE WHEN t.{embedding} OPERATOR({pgvector}=) s.kdb_fast_vector THEN s.kdb_fast_hash "
+    "ELSE sha256({sender}(t.{embedding})) END"
+)
+"""Of the vector as the column has it. Where that is the one that was sent, its hash was sent too: the server takes
+15 us to make that of 384 dimensions, and 0.3 us to compare them."""
 
 MINE = "(t.{embedding} IS NULL OR sha256({sender}(t.{embedding})) = st.kdb_fast_kept_vector)"
 
@@ -90,7 +99,9 @@ class ColumnWriter(FlushWriter):
         super().__init__(cursor, target.home, run, now, merge_all=True, pieces=pieces)
         self._target = target
         self._statement = target.statement
-        self._columns = 5 + len(target.key)
+        self._columns = 6 + len(target.key)
+        # A column of another type rounds what it is given.
+        self._hashed = target.vector.sender.endswith(".vector_send")
         self._locked: set[int] = set()
         self.locked_since: float | None = None
         """Since when rows are locked, as ``time.monotonic()`` has it; None before."""
@@ -106,10 +117,11 @@ class ColumnWriter(FlushWriter):
         return self._target.each_key("kdb_fast_key_{number}")
 
     def _merge_staged(self, staged: int, parameters: dict[str, Any]) -> int:
-        target = self._target
+        target, pgvector = self._target, self._home.statement("{pgvector}").decode()
         statement = target.statement(
             WRITE,
             mine="true" if target.replace else target.statement(MINE).decode(),
+            stored_hash=target.statement(SAME_HASH if self._hashed else STORED_HASH, pgvector=pgvector).decode(),
             same_row=target.same_key("t.{column}", "s.kdb_fast_key_{number}::{type}"),
             same_locked=target.same_key("t.{column}", "l.key_{number}"),
             row_keys=target.each_key("t.{column} AS key_{number}"),
@@ -135,16 +147,26 @@ class ColumnWriter(FlushWriter):
         flush_slot, rows = group
         slot = flush_slot.slot
         number = pgcopy.int_field(slot.number, 4)
+        vectors = self._vector_fields(flush_slot, rows)
+        hashes = _hashes(vectors) if self._hashed else pgcopy.NULL
         return pgcopy.pack_rows(
             self._columns,
             [
                 [number + pgcopy.int_field(i, 4) for i in rows],
                 _keys_and_hashes(flush_slot, rows),
-                self._vector_fields(flush_slot, rows),
+                hashes,
+                vectors,
                 pgcopy.timestamp_fields(slot.source_at[rows]),
             ],
             len(rows),
         )
+
+
+def _hashes(vectors: Sequence[bytes | memoryview] | bytes) -> list[bytes]:
+    """SHA-256 of each vector as the server sends it: what a field has behind its length."""
+    assert not isinstance(vectors, bytes)
+    size, hashed = int.to_bytes(32, 4, "big"), hashlib.sha256
+    return [size + hashed(vector[4:]).digest() for vector in vectors]
 
 
 def _keys_and_hashes(flush_slot: FlushSlot, rows: list[int]) -> list[bytes]:
