@@ -1,4 +1,4 @@
-"""A table of texts with a vector column, as another program has made it, and a source that reads it."""
+"""A table of texts with a vector column, as another program has made it, and how it is read."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import numpy as np
 from servers import Vector, cosine, execute
 
 from kdb_fast.db.address import DatabaseAddress
-from kdb_fast.db.pg_connection import connect_postgresql
 from kdb_fast.db.sqlite_connection import connect_sqlite
 from kdb_fast.records import Key, Record, Reject, is_blank
-from kdb_fast.sources.base import Source
+from kdb_fast.sources.reader import Reader
+from kdb_fast.sources.table.select import select
+from kdb_fast.sources.table.source import TableSource
 from kdb_fast.stores.postgresql import column_find as pg_find
 from kdb_fast.stores.postgresql import table_find as pg_table_find
 from kdb_fast.stores.postgresql.session import PgSession
 from kdb_fast.stores.sqlite import column_find as sqlite_find
 from kdb_fast.stores.sqlite import table_find as sqlite_table_find
 from kdb_fast.tables.column_target import ColumnTarget, column_text
-from kdb_fast.tables.known_rows import KnownRows, register
+from kdb_fast.tables.definition import Definition
 from kdb_fast.tables.relation import Relation
 from kdb_fast.tables.table_target import TableTarget
-from kdb_fast.tables.target import LiveRows, Params, Rows, Target
+from kdb_fast.tables.target import Params, Rows, Target
 
 COLUMNS = {
     "postgresql": "id bigint, lang text, body text, embedding vector, PRIMARY KEY (id, lang)",
@@ -182,17 +183,14 @@ class Live:
         return f"EXISTS (SELECT 1 FROM {self.target.quoted} t WHERE {self.where} AND {same})"
 
 
-class TableSource(Source):
-    """Reads the table in pages by key.
+class ArticleSource(TableSource):
+    """Reads the table.
 
     Args:
-        address: May be another database than the target's: then nothing is known of its rows.
+        elsewhere: The address is of another database than the target's: then nothing is known of its rows.
         between: Called with the page's number after each page was read.
         complete: What is in no page has no record any more.
     """
-
-    unique_keys = True
-    reads_again = True
 
     def __init__(
         self,
@@ -200,86 +198,32 @@ class TableSource(Source):
         target: ColumnTarget,
         *,
         page_rows: int = 100,
+        elsewhere: bool = False,
         between: Callable[[int], None] = lambda page: None,
         complete: bool = False,
     ) -> None:
-        self.live_rows: LiveRows | None = Live(target) if complete else None
-        self._postgresql = address.dialect == "postgresql"
-        self._connection: Any = (
-            connect_postgresql(address, role="source") if self._postgresql else connect_sqlite(address)
+        definition = Definition(
+            name=target.name,
+            schema=target.schema,
+            table=target.table,
+            key=tuple(column.name for column in target.key),
+            text=(target.text,),
         )
-        self._target, self._page_rows, self._between = target, page_rows, between
-        self._empty: list[Key] = []
-        self._known = KnownRows("", "false")
-        self._unchanged = 0
+        reader = Reader(address)
+        super().__init__(reader, select(reader, definition), elsewhere=elsewhere, page_rows=page_rows)
+        if not complete:
+            self.live_rows = None
+        self._between = between
         self.again: list[Key] = []
         """Keys that were read again."""
 
-    @property
-    def entities(self) -> tuple[str, ...]:
-        return ("",) if self.complete else ()
-
-    def estimate(self) -> int | None:
-        return int(self._execute("SELECT count(*) FROM {table}", ()).fetchone()[0])
-
-    def _execute(self, template: str, values: Sequence[Any], **parts: str) -> Any:
-        statement = self._target.statement(template, **parts)
-        return self._connection.execute(statement if self._postgresql else statement.decode(), values)
-
     def pages(self) -> Iterator[list[Record | Reject]]:
-        target, last, number = self._target, (), 0
-        placeholder = "%s::{type}" if self._postgresql else "?"
-        columns = target.each_key("t.{column}")
-        while True:
-            where = f" WHERE ({columns}) > ({target.each_key(placeholder)})" if last else ""
-            rows = self._read(f"{where} ORDER BY {columns} LIMIT {self._page_rows}", last)
-            if not rows:
-                return
-            last = rows[-1][:-2]
-            yield self._records(rows)
+        for number, page in enumerate(super().pages()):
+            yield page
             self._between(number)
-            number += 1
 
     def read_again(self, keys: Sequence[Key]) -> list[Record | Reject]:
-        placeholder = "%s::{type}" if self._postgresql else "?"
-        where = f" WHERE {self._target.same_key('t.{column}', placeholder)}"
         self.again += keys
-        found = self._records([row for key in keys for row in self._read(where, key)])
+        found = super().read_again(keys)
         self._between(-len(self.again))
         return found
-
-    def _read(self, where: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
-        """Key, text, and whether the row is known to be unchanged."""
-        target, known = self._target, self._known
-        keys = target.each_key("t.{column}::text" if self._postgresql else "t.{column}")
-        text = target.text.replace("%", "%%") if self._postgresql else target.text
-        statement = f"SELECT {keys}, CAST(({text}) AS text), <unchanged> FROM {{table}} t <join>{where}"
-        ready = target.statement(statement).decode().replace("<unchanged>", known.unchanged)
-        ready = ready.replace("<join>", known.join)
-        rows: list[tuple[Any, ...]] = self._connection.execute(
-            ready.encode() if self._postgresql else ready, values
-        ).fetchall()
-        return rows
-
-    def _records(self, rows: list[tuple[Any, ...]]) -> list[Record | Reject]:
-        self._unchanged += sum(bool(row[-1]) for row in rows)
-        changed = [(tuple(key), text) for *key, text, unchanged in rows if not unchanged]
-        self._empty += [key for key, text in changed if text is None or is_blank(text)]
-        return [Record(key, text) for key, text in changed if text is not None and not is_blank(text)]
-
-    def skip_unchanged(self, known: KnownRows) -> None:
-        self._known = known
-        if not self._postgresql:
-            register(self._connection)
-
-    def take_unchanged(self) -> int:
-        taken, self._unchanged = self._unchanged, 0
-        return taken
-
-    def take_empty(self) -> list[Key]:
-        taken, self._empty = self._empty, []
-        self.empty += len(taken)
-        return taken
-
-    def close(self) -> None:
-        self._connection.close()

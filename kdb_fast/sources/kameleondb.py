@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from ..catalog.definitions import Catalog, Entity, Place
 from ..catalog.records import count_query, ids_query, live_rows, rows_query
-from ..db import pg_errors, pg_settings
+from ..db import pg_settings
 from ..db.address import DatabaseAddress
-from ..db.pg_connection import connect_postgresql
-from ..db.retrying import Backoff, retry
-from ..db.sqlite_connection import connect_sqlite
-from ..db.sqlite_errors import translated
-from ..db.sqlite_session import patiently
-from ..errors import DatabaseError, KdbFastError
+from ..errors import KdbFastError
 from ..records import Key, Record, Reject, content_from_fields, storable_key
 from ..tables.target import Target, rows_on
 from .base import PAGE_ROWS, Source
+from .reader import Reader
 
 BLOCK_ROWS = 50_000
 """Ids read ahead by one query (about 4 MB).
@@ -72,12 +67,12 @@ class KameleonDBSource(Source):
         self._emptied: list[Key] = []
         self._warnings: list[str] = []
         self._page_rows = FIRST_PAGE_ROWS
-        self._connection: Any = None
-        self._connect()
+        self._reader = Reader(address)
         try:
-            self.catalog = Catalog.load(self._connection, self._dialect, address.display)
+            connection = self._reader.connection()
+            self.catalog = Catalog.load(connection, self._dialect, address.display)
             self._entities = self.catalog.select(entities)
-            self.catalog.check_fields(self._connection, address.display)
+            self.catalog.check_fields(connection, address.display)
         except BaseException:
             self.close()
             raise
@@ -144,17 +139,7 @@ class KameleonDBSource(Source):
         return bool(self._warnings)
 
     def close(self) -> None:
-        if self._connection is not None:
-            with contextlib.suppress(Exception):
-                self._connection.close()
-            self._connection = None
-
-    def _connect(self) -> None:
-        self.close()
-        if self._dialect == "postgresql":
-            self._connection = connect_postgresql(self._address, role="reader")
-        else:
-            self._connection = connect_sqlite(self._address)
+        self._reader.close()
 
     def _id_pages(self, place: Place) -> Iterator[list[str]]:
         """The ids of the live records, a page at a time."""
@@ -163,7 +148,7 @@ class KameleonDBSource(Source):
         by_primary_key = self._dialect == "sqlite" and self._walk_primary_key(place)
         after: str | None = None
         while True:
-            rows = self._fetch(*ids_query(place, self._target, after, BLOCK_ROWS, by_primary_key=by_primary_key))
+            rows = self._reader.fetch(*ids_query(place, self._target, after, BLOCK_ROWS, by_primary_key=by_primary_key))
             record_ids = [row[0] for row in rows]
             start = 0
             while start < len(record_ids):
@@ -180,13 +165,13 @@ class KameleonDBSource(Source):
             return True
         # By the entity's index, each block reads and sorts what is left of the entity; by the primary
         # key, all blocks together read the whole table once.
-        own = self._fetch(*count_query(place, self._target))[0][0]
-        everything = self._fetch(f"SELECT count(*) FROM {self._target.table(place.table)}", {})[0][0]  # noqa: S608
+        own = self._reader.fetch(*count_query(place, self._target))[0][0]
+        everything = self._reader.fetch(f"SELECT count(*) FROM {self._target.table(place.table)}", {})[0][0]  # noqa: S608
         return bool(own * own > 2 * BLOCK_ROWS * everything)
 
     def _page(self, entity: Entity, place: Place, record_ids: list[str]) -> list[Record | Reject]:
         fields = place.stored(entity.text_fields)
-        rows = self._fetch(*rows_query(place, self._target, fields, record_ids), raw=True)
+        rows = self._reader.fetch(*rows_query(place, self._target, fields, record_ids), text=bytes)
         page: list[Record | Reject] = []
         name, size = entity.name, 0
         labels = [(field.name, field.column) for field in fields]
@@ -214,60 +199,30 @@ class KameleonDBSource(Source):
         self._page_rows = max(1, min(PAGE_ROWS, int(PAGE_BYTES / max(average, 1.0))))
         return page
 
-    def _fetch(self, query: str, parameters: Mapping[str, Any], *, raw: bool = False) -> list[tuple[Any, ...]]:
-        """All rows of one short query, repeated on a new connection where that can help.
-
-        Args:
-            raw: On SQLite, text comes as bytes: one value that is not UTF-8 would fail the whole page.
-        """
-        if self._dialect == "sqlite":
-            with translated("reading records"):
-                self._connection.text_factory = bytes if raw else str
-                return patiently(self._connection, lambda: rows_on(self._connection, self._dialect)(query, parameters))
-        backoff = Backoff()
-
-        def work() -> list[tuple[Any, ...]]:
-            if self._connection is None:
-                self._connect()
-            with self._connection.cursor(binary=True) as cursor:
-                return rows_on(cursor, self._dialect)(query, parameters)
-
-        def explained(error: Exception) -> Exception:
-            if not isinstance(error, DatabaseError):
-                return pg_errors.explain("reading records", error, self._address)
-            return DatabaseError(
-                f"The connection to {self._address.display} was lost while reading records, and did not come "
-                f"back for {backoff.seconds:g} s: {error.message}",
-                remedy="What was committed is safe; the same command carries on.",
-            )
-
-        return retry(work, backoff, pg_errors.kind_of, explained, again=lambda error: self.close())
-
     def _count(self, place: Place, deadline: float) -> int:
         query, parameters = count_query(place, self._target)
         if self._dialect == "sqlite":
-            return int(self._fetch(query, parameters)[0][0])
+            return int(self._reader.fetch(query, parameters)[0][0])
         import psycopg
 
         milliseconds = max(50, int(1000 * (deadline - time.monotonic())))
         try:
             # SET LOCAL, since a pooler may give the next statement another session.
-            with pg_settings.transaction(self._connection, f"SET LOCAL statement_timeout = {milliseconds}"):
-                return int(rows_on(self._connection, self._dialect)(query, parameters)[0][0])
+            with pg_settings.transaction(self._reader.connection(), f"SET LOCAL statement_timeout = {milliseconds}"):
+                return int(rows_on(self._reader.connection(), self._dialect)(query, parameters)[0][0])
         except psycopg.errors.QueryCanceled:
-            plan = self._fetch("EXPLAIN (FORMAT JSON) " + query.replace("count(*)", "1", 1), parameters)[0][0]
+            plan = self._reader.fetch("EXPLAIN (FORMAT JSON) " + query.replace("count(*)", "1", 1), parameters)[0][0]
             return int((json.loads(plan) if isinstance(plan, str | bytes) else plan)[0]["Plan"]["Plan Rows"])
         except psycopg.Error:  # lost connections and their like: repeated and reported in one place
-            return int(self._fetch(query, parameters)[0][0])
+            return int(self._reader.fetch(query, parameters)[0][0])
 
     def _check_definitions(self) -> None:
         """Warn where an entity was moved or redefined meanwhile: some records may have been missed."""
         try:
-            if self._connection is None:
-                self._connect()
-            if isinstance(self._connection, sqlite3.Connection):
-                self._connection.text_factory = str
-            now = Catalog.load(self._connection, self._dialect, self._address.display, self._target).entities
+            connection = self._reader.connection()
+            if isinstance(connection, sqlite3.Connection):
+                connection.text_factory = str
+            now = Catalog.load(connection, self._dialect, self._address.display, self._target).entities
         except KdbFastError:
             return  # all records were read; whatever comes next will notice that the database is gone
         changed = [entity.name for entity in self._entities if now.get(entity.name) != entity]

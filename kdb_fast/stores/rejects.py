@@ -13,6 +13,7 @@ from typing import Any
 
 from ..receipt import Receipt
 from ..records import Key, Reject, decode_key, key_json, key_of_json
+from ..tables.target import ALL
 from .base import FlushSlot
 
 DETAIL_CHARS = 500
@@ -82,6 +83,11 @@ def key_hash(key: Key) -> bytes:
 def group_prefixes(group: str, storable: Callable[..., str]) -> list[str]:
     """What kept keys of an entity begin with; earlier versions kept its name as ``storable`` gives it."""
     return sorted({kept_key((name,))[:-1] + "," for name in (group, storable(group))})
+
+
+def groups_prefixes(groups: Iterable[str], storable: Callable[..., str]) -> list[str]:
+    """What kept keys of these entities begin with; :data:`~kdb_fast.tables.target.ALL` is all of them."""
+    return ["["] if ALL in groups else [prefix for group in groups for prefix in group_prefixes(group, storable)]
 
 
 def as_dictionary(row: Sequence[Any], storable: Callable[..., str]) -> dict[str, Any]:

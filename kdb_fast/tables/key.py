@@ -22,9 +22,10 @@ class KeyColumn:
         type: Of the column, as PostgreSQL writes it; a value of ``text`` or ``varchar`` is compared as it travels.
         noun: What messages call its values.
         max_chars: Longest value; None where there is no such limit.
-        reasons: Why a record is rejected whose value is empty, and whose value is too long.
+        reasons: Why a record is rejected whose value is empty, and whose value is too long; '' where it may be empty.
         equals: The operator by which the table itself tells two values apart.
-        collation: On SQLite that of its unique index.
+        less, greater: The operators by which its unique index orders them.
+        collation: On SQLite that of its unique index; in PostgreSQL only where it is not the column's.
         typed: Values keep their own type, as SQLite has them; else they are texts.
     """
 
@@ -34,6 +35,8 @@ class KeyColumn:
     max_chars: int | None = None
     reasons: tuple[str, str] = ("missing_key", "key_too_long")
     equals: str = "="
+    less: str = "<"
+    greater: str = ">"
     collation: str = ""
     typed: bool = False
 
@@ -87,7 +90,7 @@ def _why_unfit(key: Sequence[object], content: object, columns: Sequence[KeyColu
         parts.append((column, part))
     for column, part in parts:
         empty, too_long = column.reasons
-        if part and (column.max_chars is None or len(part) <= column.max_chars):
+        if (part or not empty) and (column.max_chars is None or len(part) <= column.max_chars):
             continue
         if empty == too_long:
             return empty, f"the {column.noun} has {len(part)} characters, expected 1 to {column.max_chars}"

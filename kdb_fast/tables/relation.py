@@ -18,6 +18,8 @@ class Column:
         is_text: It holds text, and is read where nothing else is named.
         generated: The database computes it.
         not_null: It must hold a value.
+        is_array: It holds several texts.
+        collation: On SQLite of a column of a key, by which its texts are compared.
     """
 
     name: str
@@ -25,6 +27,8 @@ class Column:
     is_text: bool = False
     generated: bool = False
     not_null: bool = False
+    is_array: bool = False
+    collation: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Relation:
     Attributes:
         schema: In PostgreSQL; on SQLite None, or the name of an attached database.
         name: As the catalogue has it.
-        kind: ``table``, ``partitioned table``, ``view``, ``materialised view``, ``foreign table`` or ``virtual table``.
+        kind: ``table``, ``partitioned table``, ``view``, ``materialised view``, ``foreign table``, ``virtual table`` or
+            ``query``.
         columns: In their order.
         keys: The columns of each unique constraint or index that holds for all rows; the primary key comes first.
     """
@@ -48,7 +53,13 @@ class Relation:
     @property
     def shown(self) -> str:
         """For a message; such that it can be copied into a statement."""
-        return Target(self.schema).shown(self.name)
+        return "the query" if self.kind == "query" else Target(self.schema).shown(self.name)
+
+    def column(self, name: str) -> Column | None:
+        """The column of this name; SQLite compares names without case."""
+        return next((column for column in self.columns if column.name == name), None) or next(
+            (column for column in self.columns if self.schema is None and column.name.lower() == name.lower()), None
+        )
 
     @property
     def regclass(self) -> str:

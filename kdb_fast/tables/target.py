@@ -186,6 +186,9 @@ class Target:
         }
 
 
+ALL = ""
+"""The one entity of a source that knows none: its records are all those of the target."""
+
 LiveRows = Callable[[Rows, Target, str, Params], str | None]
 """``live_rows(rows, target, entity, params)``: the condition that the record of a row ``s`` of the index lives, as the
 database has it now; None where it has no such entity. Raises

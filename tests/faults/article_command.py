@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 
-from articles import Articles, TableSource
+from articles import Articles, ArticleSource
 
 from kdb_fast.db.address import parse_address
 from kdb_fast.errors import KdbFastError
@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
     try:
         receipt = reindex(
             address,
-            TableSource(address, articles.target(), page_rows=16, complete=bool(into)),
+            ArticleSource(address, articles.target(), page_rows=16, complete=bool(into)),
             ReindexOptions(workers=int(workers)),
             target=target,
         )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
-from articles import Articles, TableSource
+from articles import Articles, ArticleSource
 from column_writer import DIMENSIONS, Writer, begun, vector_of
 from servers import Oracle, Server, engine_processes, execute, mixed_texts
 
@@ -23,7 +23,6 @@ from kdb_fast.records import MAX_CONTENT_BYTES, Key, content_hash, cut_content
 from kdb_fast.settings import ReindexOptions
 from kdb_fast.stores import open_store
 from kdb_fast.tables.column_target import ColumnTarget
-from kdb_fast.tables.known_rows import KnownRows
 
 
 @pytest.fixture
@@ -457,7 +456,7 @@ ALSO = ("foreign", "deleted", "empty")
 def reindexed(articles: Articles, target: ColumnTarget | None = None, **options: Any) -> dict[str, int]:
     """One run; the parts of its receipt that are not 0."""
     target = target or articles.target()
-    source = TableSource(articles.address, target, page_rows=16, **options)
+    source = ArticleSource(articles.address, target, page_rows=16, **options)
     receipt = reindex(articles.address, source, ReindexOptions(), target=target)
     assert receipt.index == ("kept: the indexes of shop.articles are its owner's" if articles.postgresql else "none")
     return numbers(receipt)
@@ -523,7 +522,7 @@ def test_a_row_that_changes_all_the_time_is_superseded_in_the_end(articles: Arti
     def meanwhile(page: int) -> None:
         articles.set(3, f"changed {next(changes)} times")
 
-    source = TableSource(articles.address, articles.target(), between=meanwhile)
+    source = ArticleSource(articles.address, articles.target(), between=meanwhile)
     counts = numbers(reindex(articles.address, source, ReindexOptions(), target=articles.target()))
     assert counts == {"stored": 7, "superseded": 1}
     assert source.again == [articles.key(3)] * 2
@@ -541,11 +540,7 @@ def test_a_source_that_lags_behind_ends(database: DatabaseAddress, postgres: Ser
     articles.set(3, "newer than the replica's")
     articles.set(4, None)
 
-    class Replica(TableSource):
-        def skip_unchanged(self, known: KnownRows) -> None:
-            """Nothing is known in this database."""
-
-    source = Replica(replica.address, articles.target())
+    source = ArticleSource(replica.address, articles.target(), elsewhere=True)
     counts = numbers(reindex(articles.address, source, ReindexOptions(), target=articles.target()))
     assert counts == {"stored": 6, "superseded": 2}
     assert [vector is None for _, vector in articles.rows().values()].count(True) == 2

@@ -620,7 +620,7 @@ class TestSQLite:
         notes.client.close()
         notes.execute("PRAGMA journal_mode = DELETE")
         with closing(KameleonDBSource(notes.address)) as source:
-            source._connection.execute("PRAGMA busy_timeout = 1")
+            source._reader.connection().execute("PRAGMA busy_timeout = 1")
             with closing(sqlite3.connect(notes.address.conninfo, isolation_level=None)) as other:
                 other.execute("BEGIN EXCLUSIVE")
                 with pytest.raises(DatabaseError, match="locked"):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
-from articles import Articles, Live, TableSource
+from articles import Articles, ArticleSource, Live
 from column_writer import DIMENSIONS, Writer, begun, vector_of
 from servers import Oracle, Server, Vector, cosine, engine_processes, execute, mixed_texts
 
@@ -505,7 +505,7 @@ PARTS = ("stored", "unchanged", "reused", "superseded", "rejected")
 def reindexed(articles: Articles, target: TableTarget | None = None, **options: Any) -> dict[str, int]:
     """One run; the parts of its receipt that are not 0."""
     options = {"complete": True, **options}
-    source = TableSource(articles.address, articles.target(), page_rows=16, **options)
+    source = ArticleSource(articles.address, articles.target(), page_rows=16, **options)
     return numbers(reindex(articles.address, source, ReindexOptions(), target=target or articles.into()))
 
 

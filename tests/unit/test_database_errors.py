@@ -26,7 +26,7 @@ from kdb_fast.search.batches import Put
 from kdb_fast.search.transactions import WAITS, write_at_once
 from kdb_fast.sources.insert.postgresql import PostgreSQLInserter
 from kdb_fast.sources.insert.sqlite import SQLiteInserter
-from kdb_fast.sources.kameleondb import KameleonDBSource
+from kdb_fast.sources.reader import Reader
 from kdb_fast.stores.postgresql.session import PgSession
 from kdb_fast.stores.sqlite.store import SQLiteStore
 from kdb_fast.tables.reading import rows_of, sqlite_cursor
@@ -103,12 +103,12 @@ def in_the_store(work: Failing) -> object:
 
 
 def in_the_source(work: Failing) -> object:
-    source = KameleonDBSource.__new__(KameleonDBSource)
-    source._address, source._dialect, source._connection = ADDRESS, "postgresql", None
+    reader = Reader.__new__(Reader)
+    reader.address, reader._connection = ADDRESS, None
     cursor = SimpleNamespace(execute=lambda *given: SimpleNamespace(fetchall=work))
     connection = SimpleNamespace(cursor=lambda binary: contextlib.nullcontext(cursor), close=lambda: None)
-    source._connect = lambda: setattr(source, "_connection", connection)  # type: ignore[method-assign]
-    return source._fetch("SELECT 1", {})
+    reader._connect = lambda: connection  # type: ignore[method-assign]
+    return reader.fetch("SELECT 1", {})
 
 
 def in_the_inserter(work: Failing) -> object:
@@ -340,8 +340,8 @@ def test_each_result_code_of_sqlite(code: int, kind: ErrorKind, exit_code: int) 
     assert sqlite_errors.explain(error, "trying it").exit_code == exit_code
     inserter = SQLiteInserter.__new__(SQLiteInserter)
     inserter._table = "t"
-    source = KameleonDBSource.__new__(KameleonDBSource)
-    source._dialect = "sqlite"
+    reader = Reader.__new__(Reader)
+    reader.address = DatabaseAddress("sqlite", ":memory:", "sqlite:///:memory:")
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         connection.execute("PRAGMA busy_timeout = 0")
 
@@ -355,11 +355,11 @@ def test_each_result_code_of_sqlite(code: int, kind: ErrorKind, exit_code: int) 
         inserter._connection = connection
         inserter._insert_all = fail  # type: ignore[method-assign, assignment]
         execute = lambda query, *given: fail() if query == "SELECT 1" else connection.execute(query, *given)  # noqa: E731
-        source._connection = SimpleNamespace(execute=execute)
+        reader._connection = SimpleNamespace(execute=execute)
         sides: list[Callable[[], object]] = [
             store,
             lambda: inserter.insert([]),
-            lambda: source._fetch("SELECT 1", {}),
+            lambda: reader.fetch("SELECT 1", {}),
             lambda: Catalog.load(SimpleNamespace(execute=fail), "sqlite"),
         ]
         for side in sides:

@@ -95,7 +95,7 @@ def _which(cursor: Cursor, session: PgSession, entity: str | None) -> tuple[str,
 
 def forget_older(session: PgSession, entities: Sequence[str], run: int) -> int:
     """See :meth:`kdb_fast.stores.base.Store.forget_older_rejects`."""
-    prefixes = [prefix for entity in entities for prefix in shared.group_prefixes(entity, session.storable)]
+    prefixes = shared.groups_prefixes(entities, session.storable)
     statement = session.target.statement(f"{DELETE} AND run < %s AND {RECORDS_OF_GROUPS}")
     values = (session.target.name, run, prefixes)
     return session.retrying(

@@ -26,9 +26,9 @@ def _statement(target: Target, template: str) -> str:
     return target.statement(template).decode().replace("%s", "?")
 
 
-def _prefixes(*entities: str) -> str:
-    """What kept keys of these entities begin with, for ``GROUPS``."""
-    return json.dumps([prefix for entity in entities for prefix in shared.group_prefixes(entity, storable_key)])
+def _prefixes(entity: str) -> str:
+    """What kept keys of an entity begin with, for ``GROUPS``."""
+    return json.dumps(shared.group_prefixes(entity, storable_key))
 
 
 def write(connection: sqlite3.Connection, target: Target, run: int, rejects: Sequence[Reject]) -> None:
@@ -68,9 +68,9 @@ def _which(connection: sqlite3.Connection, target: Target, entity: str | None) -
 
 def forget_older(connection: sqlite3.Connection, target: Target, entities: Sequence[str], run: int) -> int:
     """See :meth:`kdb_fast.stores.base.Store.forget_older_rejects`."""
-    return connection.execute(
-        _statement(target, f"{DELETE} AND run < %s AND {RECORDS_OF_GROUPS}"), (target.name, run, _prefixes(*entities))
-    ).rowcount
+    prefixes = json.dumps(shared.groups_prefixes(entities, storable_key))
+    statement = _statement(target, f"{DELETE} AND run < %s AND {RECORDS_OF_GROUPS}")
+    return connection.execute(statement, (target.name, run, prefixes)).rowcount
 
 
 def forget_of_input(connection: sqlite3.Connection, target: Target, entity: str, name: str, run: int) -> int:

@@ -1,0 +1,1 @@
+"""Records of any table, view or query of the user's."""

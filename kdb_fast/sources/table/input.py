@@ -1,0 +1,48 @@
+"""What a run reads of a table, view or query: from the description of its target to an open source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...db.address import DatabaseAddress
+from ...tables.definition import Definition
+from ..reader import Reader
+from .select import select
+from .source import PAGE_ROWS, TableSource
+
+
+@dataclass(frozen=True)
+class TableInput:
+    """The rows that a target is made from.
+
+    Attributes:
+        definition: Says what is read.
+        limit: Read at most so many records.
+        address: Where it is read, if not where the vectors are written; running.
+        page_rows: Most rows of a page.
+    """
+
+    definition: Definition
+    limit: int | None = None
+    address: DatabaseAddress | None = None
+    page_rows: int = PAGE_ROWS
+
+    def open(self, address: DatabaseAddress) -> TableSource:
+        """The source, found fit to be read.
+
+        Args:
+            address: The database of the vectors, running.
+
+        Raises:
+            SchemaError: No such table or column, no key, no right, or an expression that cannot be read.
+            UsageError: The description makes no sense.
+            DatabaseError: The database cannot be reached.
+        """
+        elsewhere = self.address is not None
+        reader = Reader(self.address or address, only_read=elsewhere)
+        try:
+            selection = select(reader, self.definition)
+            return TableSource(reader, selection, self.limit, elsewhere=elsewhere, page_rows=self.page_rows)
+        except BaseException:
+            reader.close()
+            raise
