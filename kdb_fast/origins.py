@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -65,13 +66,18 @@ class QueryVector(NamedTuple):
     maker: Maker | None
 
 
+def prefixed(fingerprint: str, prefix: str) -> str:
+    """The fingerprint of a model that reads ``prefix`` before each text; without one it is the model's own."""
+    return f"{fingerprint}-p{hashlib.sha256(prefix.encode()).hexdigest()[:8]}" if prefix else fingerprint
+
+
 def base_of(fingerprint: str) -> str:
-    """The fingerprint without the precision."""
+    """The fingerprint without prefix and precision."""
     return fingerprint.partition("-")[0]
 
 
 def same_model(fingerprint: str, other: str) -> bool:
-    """Whether two fingerprints differ at most in precision, so that vectors of both may be compared with each other."""
+    """Whether two fingerprints differ at most in prefix and precision: then vectors of both may be compared."""
     return base_of(fingerprint) == base_of(other)
 
 

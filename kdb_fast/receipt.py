@@ -70,6 +70,7 @@ class Receipt:
         chunks: Pieces of the records that were written, where texts are cut into pieces.
         tokens: Tokens embedded; ``padded_tokens`` with the padding that was computed.
         precision: That of the model; None for a provider's API.
+        document_prefix: What the model has read before each text.
         workers: Embedding processes, or requests in flight; 0 where this process embedded.
         index: What was done with the vector index, and why.
         input_changed: The input was changed while it was read, so that records may have been missed.
@@ -98,6 +99,7 @@ class Receipt:
     model: str = ""
     dimensions: int = 0
     precision: str | None = None
+    document_prefix: str = ""
     fidelity: Fidelity | None = None
     fingerprint: str = ""
     workers: int = 0

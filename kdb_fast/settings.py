@@ -123,6 +123,24 @@ class ExpectedCount:
         return f"{read:,} records were read, expected {'at least ' if self.or_more else ''}{self.count:,}."
 
 
+def check_prefix(of: str, prefix: str) -> None:
+    """Refuse a prefix that no model can read.
+
+    Args:
+        of: ``document`` or ``query``: which option it is.
+
+    Raises:
+        UsageError: It holds a NUL or a lone surrogate.
+    """
+    fault = "a NUL character" if "\x00" in prefix else ""
+    try:
+        prefix.encode()
+    except UnicodeEncodeError:
+        fault = "a lone surrogate, which is not valid Unicode"
+    if fault:
+        raise UsageError(f"--{of}-prefix holds {fault}; expected text.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReindexOptions:
     """What ``kdb-fast reindex`` was asked to do.
@@ -145,6 +163,7 @@ class ReindexOptions:
         dimensions: Length of a vector of the openai provider; None is that of the index, for a new one the model's.
         chunk: Tokens of a piece that texts are cut into, in a table target; 0 for whole texts.
         overlap: Tokens that two neighbouring pieces share.
+        document_prefix: What the model reads before each text; it is no part of the text that is stored.
     """
 
     entities: tuple[str, ...] = ()
@@ -163,6 +182,7 @@ class ReindexOptions:
     dimensions: int | None = None
     chunk: int = 0
     overlap: int = 0
+    document_prefix: str = ""
 
     def __post_init__(self) -> None:
         if self.provider not in MAX_BATCH_SIZES:
@@ -198,5 +218,6 @@ class ReindexOptions:
             raise UsageError(f"--workers is {self.workers}; expected 1 to {MAX_WORKERS}.")
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit is {self.limit}; expected 1 or more.")
+        check_prefix("document", self.document_prefix)
         if self.wait < 0:
             raise UsageError(f"--wait is {self.wait}; expected seconds, 0 or more.")

@@ -59,6 +59,8 @@ def print_receipt(receipt: Receipt, database: str) -> None:
         rows.append(("plan", receipt.plan))
     rows.append(("model", f"{receipt.model}, {receipt.dimensions} dimensions, {receipt.precision}, "
                           f"fingerprint {receipt.fingerprint}"))  # fmt: skip
+    if receipt.document_prefix:
+        rows.append(("prefix", f"{receipt.document_prefix!r} before each text"))
     if receipt.flushes:
         rows.append(("flushes", f"{receipt.flushes}: {receipt.flush_size}"))
     if receipt.index:

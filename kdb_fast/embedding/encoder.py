@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import KdbFastError, ModelError, ResourceError
+from ..origins import prefixed
 from ..records import was_cut
 from .batching import TOKEN_BUDGET, pack_batches, plan_batches
 from .loading import is_plain, load_fastembed
@@ -49,6 +50,7 @@ class EncoderSpec:
 
     ``precision`` other than fp32 runs on OpenVINO: the model's own file, or the quantised ``prepared`` in its place.
     ``unquantised_precision`` is what int8 leaves unquantised, attention above all, is computed in: fp32 or bf16.
+    ``prefix`` is put in front of each text: it is read with it, and counted in its tokens.
     """
 
     model: Model
@@ -58,11 +60,18 @@ class EncoderSpec:
     precision: str = "fp32"
     prepared: Path | None = None
     unquantised_precision: str = "fp32"
+    prefix: str = ""
 
     @property
     def read_chars(self) -> int:
         """Characters of a text that count for the size of its shard: what is behind them is not tokenised."""
         return self.model.max_tokens * CHARS_PER_TOKEN
+
+    def fingerprint(self, precision: str = "fp32") -> str:
+        """Of the vectors: the model's, with a mark for the prefix and one such as ``-bf16`` for a lower precision (see
+        :func:`~kdb_fast.origins.same_model`)."""
+        base = prefixed(self.model.fingerprint(), self.prefix)
+        return base if precision == "fp32" else f"{base}-{precision}"
 
 
 Matrix = npt.NDArray[np.float32]
@@ -88,9 +97,14 @@ class Encoder:
         if spec.precision != "fp32":
             self._backend = _openvino(self._inner, spec)
         elif is_plain(self._inner):
-            self._backend = _OnnxBackend(self._inner, self._inner.model)
+            self._backend = _OnnxBackend(self._inner, self._inner.model, prefix=spec.prefix)
         else:
-            self._backend = _WholeModel(self._inner)
+            self._backend = _WholeModel(self._inner, spec.prefix)
+        if spec.prefix and isinstance(self._backend, _OnnxBackend) and len(self.token_ids([""])[0]) >= self.max_tokens:
+            raise ModelError(
+                f"The prefix fills the {self.max_tokens} tokens of {spec.model.name}: nothing is left of a text.",
+                remedy="Give a shorter --document-prefix.",
+            )
 
     def encode(self, texts: Sequence[str], out: Matrix) -> Tally:
         """Embed ``texts`` into ``out`` (float32, len(texts) × dimensions), row for row.
@@ -165,7 +179,8 @@ class _Backend:
 class _OnnxBackend(_Backend):
     """The usual case: tokenizer → ONNX session → FastEmbed's own pooling for this model."""
 
-    def __init__(self, inner: Any, session: Any, width_class: int = 0) -> None:
+    def __init__(self, inner: Any, session: Any, width_class: int = 0, prefix: str = "") -> None:
+        self._prefix = prefix
         self._tokenizer = inner.tokenizer
         padding = self._tokenizer.padding or {}
         self._pad_id = int(padding.get("pad_id", 0))
@@ -198,15 +213,15 @@ class _OnnxBackend(_Backend):
         return Tally(int(lengths.sum()), padded, truncated)
 
     def _tokenise(self, texts: Sequence[str], window: int) -> tuple[list[list[int]], int]:
-        limit = window * CHARS_PER_TOKEN
-        encodings = self._tokenizer.encode_batch_fast([text[:limit] for text in texts])
+        limit, prefix = window * CHARS_PER_TOKEN, self._prefix
+        encodings = self._tokenizer.encode_batch_fast([prefix + text[:limit] for text in texts])
         ids = [e.ids for e in encodings]
         truncated = [bool(e.overflowing) for e in encodings]
         for i, text in enumerate(texts):
             cut = limit
             while len(text) > cut and len(ids[i]) < window:
                 cut *= 8
-                encoding = self._tokenizer.encode_batch_fast([text[:cut]])[0]
+                encoding = self._tokenizer.encode_batch_fast([prefix + text[:cut]])[0]
                 ids[i] = encoding.ids
                 truncated[i] = bool(encoding.overflowing)
             truncated[i] |= len(text) > cut
@@ -249,10 +264,11 @@ class _OnnxBackend(_Backend):
 class _WholeModel(_Backend):
     """Models that FastEmbed runs in a way of its own (static embeddings, task adapters): through its public API."""
 
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
+    def __init__(self, inner: Any, prefix: str) -> None:
+        self._inner, self._prefix = inner, prefix
 
     def encode(self, texts: Sequence[str], out: Matrix, spec: EncoderSpec, *, ragged: bool = False) -> Tally:
+        texts = [self._prefix + text for text in texts]
         lengths = np.fromiter((min(len(t), 4 * spec.model.max_tokens) for t in texts), dtype=np.int64)
         chars = 4 * spec.token_budget
         batches = [np.arange(len(texts))] if ragged else list(plan_batches(lengths, chars, spec.batch_size))
@@ -337,4 +353,4 @@ def _openvino(inner: Any, spec: EncoderSpec) -> _OnnxBackend:
     path = spec.prepared or spec.model.path / spec.model.model_file
     hint = "bf16" if "bf16" in (spec.precision, spec.unquantised_precision) else "f32"
     session = OpenVinoSession(path, precision=spec.precision, hint=hint, threads=spec.threads)
-    return _OnnxBackend(inner, session, WIDTH_CLASS)
+    return _OnnxBackend(inner, session, WIDTH_CLASS, spec.prefix)

@@ -49,13 +49,14 @@ class EngineFactory:
 
         began = time.monotonic()
         options, embedding = self._options, self._embedding
+        before = f"; {options.document_prefix!r} before each text" if options.document_prefix else ""
         if embedding.provider is not None:
             threads = options.workers or embedding.provider.concurrent_calls
             # A slot is a request.
             self.plan = make_plan(
                 workers=threads, dimensions=embedding.dimensions, model_bytes=0, shard_rows=options.batch_size
             )
-            self._progress.plan(f"{threads} requests in flight; {self.plan.shape.slots} slots")
+            self._progress.plan(f"{threads} requests in flight; {self.plan.shape.slots} slots{before}")
             self.engine = start.with_provider(
                 self.plan.shape, embedding.provider, self._address, self._run, threads=threads
             )
@@ -76,7 +77,7 @@ class EngineFactory:
             if embedding.why:
                 plan = plan.because(embedding.why)
             self.plan = plan
-            self._progress.plan(plan.describe())
+            self._progress.plan(plan.describe() + before)
             self.engine = start.with_processes(
                 plan.shape, spec, self._address, self._run, workers=plan.workers, cpus=plan.cpus
             )

@@ -77,6 +77,8 @@ def reindex(
                 options, progress, Records(address, source, lambda: stop.count > 0, store.target.name)
             )
             stack.callback(embedding.close)
+        else:
+            embedding = embedding.with_prefix(options.document_prefix)
         if options.chunk:
             embedding = embedding.in_pieces(options.chunk, options.overlap)
         embedding = replace(embedding, seconds=time.monotonic() - began)
@@ -229,6 +231,7 @@ class _Run:
             model=run.model,
             dimensions=run.dimensions,
             precision=self.embedding.spec.precision if self.embedding.spec else None,
+            document_prefix=self.options.document_prefix,
             fidelity=self.embedding.fidelity,
             fingerprint=run.fingerprint,
             workers=engine.pool.workers if engine else 0,

@@ -12,6 +12,7 @@ from ..embedding.chunking import Splitter, check_size, chunked_fingerprint
 from ..embedding.encoder import EncoderSpec
 from ..embedding.models.lookup import resolve
 from ..embedding.providers.base import EmbeddingProvider
+from ..embedding.providers.prefixed import PrefixedProvider
 from ..errors import ModelError, UsageError
 from ..origins import same_name
 from ..receipt import Fidelity
@@ -65,13 +66,22 @@ class Embedding:
     @classmethod
     def of_model(cls, spec: EncoderSpec) -> Embedding:
         """A model on this machine, in fp32."""
-        return cls(spec.model.name, spec.model.dimensions, spec.model.fingerprint(), spec.read_chars, spec)
+        return cls(spec.model.name, spec.model.dimensions, spec.fingerprint(), spec.read_chars, spec)
 
     @classmethod
     def of_provider(cls, provider: EmbeddingProvider) -> Embedding:
         """A provider that is called from this process."""
         fingerprint, name, dimensions = provider.maker()
         return cls(name, dimensions, fingerprint, provider.read_chars, provider=provider)
+
+    def with_prefix(self, prefix: str) -> Embedding:
+        """The same, reading ``prefix`` before each text."""
+        if not prefix:
+            return self
+        if self.provider is not None:
+            return Embedding.of_provider(PrefixedProvider(self.provider, prefix))
+        assert self.spec is not None
+        return Embedding.of_model(replace(self.spec, prefix=prefix))
 
     def close(self) -> None:
         """Close the provider's connections."""
@@ -103,7 +113,7 @@ def find_embedding(options: ReindexOptions, progress: Progress, records: Records
     """
     if options.provider == "fastembed":
         model = resolve(options.model, options.model_path, report=progress.note)
-        spec = EncoderSpec(model, options.batch_size)
+        spec = EncoderSpec(model, options.batch_size, prefix=options.document_prefix)
         exact = Embedding.of_model(spec)
         if options.precision == "fp32":
             return exact
@@ -114,7 +124,7 @@ def find_embedding(options: ReindexOptions, progress: Progress, records: Records
         )
     provider = _open_provider(options, records.address if records else None)
     try:
-        return Embedding.of_provider(provider)
+        return Embedding.of_provider(provider).with_prefix(options.document_prefix)
     except BaseException:
         provider.close()
         raise
@@ -151,9 +161,10 @@ def _choose_precision(options: ReindexOptions, spec: EncoderSpec, progress: Prog
     from ..embedding.precision.choice import PrecisionSelector
 
     progress.step("choosing the precision")
+    target = "" if records.target == KDB_SEARCH.name else records.target
     selector = PrecisionSelector(
         spec,
-        index=" ".join(filter(None, (records.address.display, records.address.schema))),
+        index=" ".join(filter(None, (records.address.display, records.address.schema, target))),
         history=recent_fingerprints(records.address, records.target),
         sample=records.source.sample,
         report=progress.note,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kdb_fast.embedding.encoder import EncoderSpec
 from kdb_fast.embedding.models import cache as model_cache
 from kdb_fast.embedding.models import fetching as model_fetching
 from kdb_fast.embedding.models import files as model_files
@@ -103,7 +104,7 @@ def test_fingerprint_differs_with_each_ingredient(change: dict[str, Any]) -> Non
 
 
 def test_fingerprint_differs_with_precision() -> None:
-    assert len({example().fingerprint(precision) for precision in ("fp32", "bf16", "int8")}) == 3
+    assert len({EncoderSpec(example(), 100).fingerprint(precision) for precision in ("fp32", "bf16", "int8")}) == 3
 
 
 def test_fingerprint_is_16_hex_digits_and_the_same_on_every_machine() -> None:

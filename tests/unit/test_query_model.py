@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kdb_fast.embedding.encoder import EncoderSpec
 from kdb_fast.embedding.models.lookup import Model
 from kdb_fast.embedding.providers.openai.provider import openai_fingerprint
 from kdb_fast.errors import ModelError, SchemaError
@@ -79,7 +80,7 @@ def test_default_model_serves_an_index_that_it_may_have_made(minilm: Model, aske
 
 
 def test_fingerprint_of_any_precision_is_the_models_and_that_of_other_files_is_not(minilm: Model) -> None:
-    mine = [Origin(minilm.fingerprint(precision), minilm.name, 384) for precision in ("fp32", "int8", "bf16")]
+    mine = [Origin(EncoderSpec(minilm, 1).fingerprint(p), minilm.name, 384) for p in ("fp32", "int8", "bf16")]
     named = [
         Origin(None, minilm.name, 384),
         Origin(None, "all-minilm-l6-V2", None),

@@ -15,9 +15,9 @@ from kdb_fast.stores.rejects import runs_of_input
 KEYS = [
     "run", "schema", "state", "input", "read", "stored", "unchanged", "reused", "superseded", "rejected", "foreign",
     "empty", "deleted", "truncated", "chunks", "tokens", "padded_tokens", "seconds", "records_per_second",
-    "tokens_per_second", "model", "dimensions", "precision", "fidelity", "fingerprint", "workers", "plan", "flushes",
-    "flush_size", "bytes_written", "index", "phases", "peak_rss_bytes", "peak_rss_by_process", "warnings",
-    "input_changed", "version",
+    "tokens_per_second", "model", "dimensions", "precision", "document_prefix", "fidelity", "fingerprint", "workers",
+    "plan", "flushes", "flush_size", "bytes_written", "index", "phases", "peak_rss_bytes", "peak_rss_by_process",
+    "warnings", "input_changed", "version",
 ]  # fmt: skip
 FULL = Receipt(
     run=7,

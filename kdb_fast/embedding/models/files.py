@@ -60,11 +60,10 @@ class Model:
         """
         return sum((self.path / name).stat().st_size * (1 + (name == self.model_file)) for name, _ in self.files)
 
-    def fingerprint(self, precision: str = "fp32") -> str:
+    def fingerprint(self) -> str:
         """16 hex digits that differ as soon as anything that has a part in the vectors differs.
 
-        The directory has no part in it, so the same model has one fingerprint on all machines. Of a lower precision it
-        is that of fp32 with ``-bf16`` or the like behind it (see :func:`~kdb_fast.origins.same_model`).
+        The directory has no part in it, so the same model has one fingerprint on all machines.
         """
         files = dict(self.files)
         if self.source:
@@ -80,8 +79,7 @@ class Model:
             "precision": "fp32",
         }
         canonical = json.dumps(ingredients, sort_keys=True, separators=(",", ":"))
-        digest = hashlib.sha256(canonical.encode()).hexdigest()[:16]
-        return digest if precision == "fp32" else f"{digest}-{precision}"
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def pull_remedy(name: str) -> str:

@@ -157,7 +157,7 @@ class PrecisionSelector:
         return self._exact("fp32 (auto: nothing faster is good enough here)")
 
     def _exact(self, why: str) -> Choice:
-        return Choice(self._spec, self._spec.model.fingerprint(), why)
+        return Choice(self._spec, self._spec.fingerprint(), why)
 
     def _lower(self, precision: str, floor: float | None) -> Choice:
         spec = replace(self._spec, precision=precision, token_budget=BATCH_TOKENS)
@@ -186,7 +186,7 @@ class PrecisionSelector:
 
     def _fingerprint(self, spec: EncoderSpec) -> str:
         if spec.prepared is None:
-            return spec.model.fingerprint(spec.precision)
+            return spec.fingerprint(spec.precision)
         return spec.prepared.parent.name + _unquantised_suffix(spec)
 
     # --- what is kept ---
@@ -209,7 +209,7 @@ class PrecisionSelector:
         try:
             manifest = json.loads((entry / MANIFEST).read_text())
             base, files = manifest["base"], manifest["files"]
-            if base != self._spec.model.fingerprint() or manifest["format"] != FORMAT:
+            if base != self._spec.fingerprint() or manifest["format"] != FORMAT:
                 return False
             if prepared_fingerprint(base, manifest["precision"], files) != entry.name:
                 raise ValueError("its fingerprint is another")
@@ -222,7 +222,7 @@ class PrecisionSelector:
         return True
 
     def _fidelity_file(self, spec: EncoderSpec) -> Path:
-        directory = spec.prepared.parent if spec.prepared else self._directory / spec.model.fingerprint(spec.precision)
+        directory = spec.prepared.parent if spec.prepared else self._directory / spec.fingerprint(spec.precision)
         return directory / f"fidelity-{self._index}{_unquantised_suffix(spec)}.json"
 
     def _read_fidelity(self, spec: EncoderSpec) -> Fidelity | None:

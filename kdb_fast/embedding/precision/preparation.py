@@ -99,9 +99,9 @@ def _quantise(
         feeds = [exact.feed(ids) for ids in tokens]
         quantise(spec.model.path / spec.model.model_file, feeds, work / MODEL, report, usable_cpus())
         files = {name: sha256_of(work / name) for name in (MODEL, str(Path(MODEL).with_suffix(".bin")))}
-        fingerprint = prepared_fingerprint(spec.model.fingerprint(), spec.precision, files)
+        fingerprint = prepared_fingerprint(spec.fingerprint(), spec.precision, files)
         manifest = {
-            "base": spec.model.fingerprint(),
+            "base": spec.fingerprint(),
             "model": spec.model.name,
             "precision": spec.precision,
             "format": FORMAT,

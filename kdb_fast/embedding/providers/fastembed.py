@@ -95,7 +95,7 @@ class FastEmbedProvider(MatrixProvider):
         return self.spec
 
     def fingerprint(self) -> str:
-        return self.spec.model.fingerprint()
+        return self.spec.fingerprint()
 
     @property
     def max_tokens(self) -> int:  # type: ignore[override]  # the model's: it cannot be set
