@@ -199,7 +199,8 @@ class _Run:
             whole = [entity for entity in source.entities if entity not in self.pipeline.not_pruned]
             forget_older(self.address, whole, self.run.number, self.run.target)
         elif source.input and options.limit is None:
-            forget_older_of_input(self.address, source.entities[0], source.input, self.run.number, self.run.target)
+            entity = next(iter(source.entities), None)
+            forget_older_of_input(self.address, entity, source.input, self.run.number, self.run.target)
 
     def _receipt(self, state: str) -> Receipt:
         pipeline, run, engine, plan = self.pipeline, self.run, self.engines.engine, self.engines.plan

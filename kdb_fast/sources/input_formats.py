@@ -1,8 +1,9 @@
-"""Inputs that are not JSON: told by their first bytes, with the command that makes JSON of them."""
+"""What an input is, told by its first bytes; for one that is not read, the command that makes of it what is."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from ..errors import PIPED, UsageError
 
@@ -10,6 +11,9 @@ HEAD_BYTES = 4096
 """Start of an input by which its format is told."""
 
 BOM = b"\xef\xbb\xbf"
+
+EXPECTED_JSON = "JSON Lines or a JSON array"
+EXPECTED_ANY = "CSV, TSV, Parquet, JSON Lines or a JSON array"
 
 COMPRESSED = {
     b"\x1f\x8b": ("gzip", "zcat"),
@@ -47,6 +51,9 @@ _OTHERS = {
     b"ORC": ("ORC", "Convert it to one JSON object a line."),
 }
 
+READ_INTO_TABLES = (b"PAR1", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")
+"""What of the above is read into a table target as it is."""
+
 _CELL = re.compile(r'"[^"]{1,80}"|[^\W\d_][\w .#/()-]{0,80}|_?\w{1,80}')
 _DELIMITERS = {",": "CSV", "\t": "TSV", ";": "CSV with semicolons", "|": "CSV with bars"}
 
@@ -61,7 +68,41 @@ def check_head(head: bytes, file: str = "FILE") -> None:
     Raises:
         UsageError: Compressed data, UTF-16 or UTF-32, a table or a document of another format.
     """
-    expected = "expected JSON Lines or a JSON array as UTF-8 text"
+    expected = f"expected {EXPECTED_JSON} as UTF-8 text"
+    check_format(head, expected, file)
+    if is_wide(head):
+        raise UsageError(
+            f"The input is UTF-16 or UTF-32 text; {expected}.",
+            remedy=f"Convert it: iconv -f UTF-16 -t UTF-8 {file} | {PIPED}",
+        )
+    line = head.removeprefix(BOM).lstrip(b"\r\n").partition(b"\n")[0].rstrip(b"\r").decode(errors="replace")
+    if delimiter := _delimiter(line, file):
+        program = _TO_LINES["csv"] % delimiter.replace("\t", "\\t")
+        raise UsageError(
+            f"The input is {_DELIMITERS[delimiter]}, by its first line; {expected}.",
+            remedy=f"Convert it on the way: {_converted(program, file)}",
+        )
+
+
+def is_wide(head: bytes) -> bool:
+    """Whether a text is in UTF-16 or UTF-32."""
+    return head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in head[:4]
+
+
+def check_format(head: bytes, expected: str, file: str = "FILE", fit: Collection[bytes] = ()) -> None:
+    """Refuse input of a format that is not read, by its first bytes.
+
+    Args:
+        head: At least the first four, of a workbook more.
+        expected: The end of the sentence about it.
+        file: Name of the file, as a word of a shell, for the remedy.
+        fit: First bytes of the formats below that are read.
+
+    Raises:
+        UsageError: Compressed data, a table or a document.
+    """
+    if head.startswith(tuple(fit)):
+        return
     for magic, (what, program, package) in _TABLES.items():
         if head.startswith(magic) and (program != "xlsx" or b"[Content_Types].xml" in head or b"xl/" in head):
             raise UsageError(
@@ -77,18 +118,6 @@ def check_head(head: bytes, file: str = "FILE") -> None:
                 f"The input is compressed ({name}); {expected}.",
                 remedy=f"Unpack it into standard input: {command} {file} | {PIPED}",
             )
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in head[:4]:
-        raise UsageError(
-            "The input is UTF-16 or UTF-32 text; expected UTF-8.",
-            remedy=f"Convert it: iconv -f UTF-16 -t UTF-8 {file} | {PIPED}",
-        )
-    line = head.removeprefix(BOM).lstrip(b"\r\n").partition(b"\n")[0].rstrip(b"\r").decode(errors="replace")
-    if delimiter := _delimiter(line, file):
-        program = _TO_LINES["csv"] % delimiter.replace("\t", "\\t")
-        raise UsageError(
-            f"The input is {_DELIMITERS[delimiter]}, by its first line; {expected}.",
-            remedy=f"Convert it on the way: {_converted(program, file)}",
-        )
 
 
 def _delimiter(line: str, file: str) -> str | None:

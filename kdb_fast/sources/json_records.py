@@ -61,7 +61,7 @@ def iter_json_items(stream: BinaryIO) -> Iterator[Item]:
         if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
             if not (first and _starts_array(raw[:CHUNK_BYTES])):
                 first = False
-                yield number, _skip_line(stream, raw), b""
+                yield number, skip_line(stream, raw), b""
                 continue
         elif raw.isspace() or not raw:
             continue
@@ -124,7 +124,8 @@ def _depth(line: bytes) -> int:
 _STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
 
 
-def _skip_line(stream: BinaryIO, raw: bytes) -> Reject:
+def skip_line(stream: BinaryIO, raw: bytes) -> Reject:
+    """Read the rest of a line that is too long; what it became. ``raw`` is its beginning."""
     digest, size = hashlib.sha256(raw), len(raw)
     while chunk := stream.readline(CHUNK_BYTES):
         if chunk.endswith(b"\n"):
@@ -203,7 +204,7 @@ _KINDS = {bool: "a boolean", int: "a number", float: "a number", str: "a string"
 
 def kind(value: Any) -> str:
     """The JSON name of a value's type, for messages."""
-    return "null" if value is None else _KINDS[type(value)]
+    return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
 
 
 _OUTSIDE = re.compile(rb'[{}\[\],"]')

@@ -289,8 +289,8 @@ class Store(ABC):
         """Delete rejects of records of these entities by runs before ``run``; how many."""
 
     @abstractmethod
-    def forget_rejects_of_input(self, entity: str, name: str, run: int) -> int:
-        """Delete rejects of an entity by runs before ``run`` whose receipt names this input; how many."""
+    def forget_rejects_of_input(self, entity: str | None, name: str, run: int) -> int:
+        """Delete rejects by runs before ``run`` whose receipt names this input, of an entity or all; how many."""
 
     @abstractmethod
     def clear_rejects(self, keys: Iterable[Key] | None = None, entity: str | None = None) -> int:

@@ -166,9 +166,10 @@ def forget_older(address: DatabaseAddress, entities: list[str], run: int, target
 
 
 def forget_older_of_input(
-    address: DatabaseAddress, entity: str, name: str, run: int, target: TargetTable = KDB_SEARCH
+    address: DatabaseAddress, entity: str | None, name: str, run: int, target: TargetTable = KDB_SEARCH
 ) -> int:
-    """Forget what earlier runs rejected of an input of this name, now that ``run`` has read it to its end.
+    """Forget what earlier runs rejected of an input of this name, of an entity or all, now that ``run`` has read it to
+    its end.
 
     Lines that became no record have no key by which they could be found again.
 

@@ -14,8 +14,9 @@ from ...errors import ResourceError
 from ...records import Record, Reject, content_from_fields
 from ...settings import RejectLimit
 from ..base import PAGE_ROWS
+from ..files.record_file import PAGE_CHARS
 from ..json_records import iter_json_items
-from ..jsonl import PAGE_CHARS, JsonlSource
+from ..jsonl import JsonlSource
 from .base import Inserter, NewRow
 from .field_values import SYSTEM_FIELDS, UnfitError, check_record
 
@@ -135,7 +136,7 @@ class InsertingSource(JsonlSource):
         batch: list[_New | Reject] = []
         size = 0
         try:
-            for position, data, raw in iter_json_items(self._stream):
+            for position, data, raw in iter_json_items(self._file.stream):
                 if len(batch) >= PAGE_ROWS or size >= PAGE_CHARS:
                     yield batch, False
                     batch, size = [], 0
@@ -145,7 +146,7 @@ class InsertingSource(JsonlSource):
                     batch.append(self._checked(position, data, raw))
                 size += len(raw)
         except OSError as error:
-            raise ResourceError(f"Reading {self._display} failed: {error.strerror or error}.") from error
+            raise ResourceError(f"Reading {self._file.display} failed: {error.strerror or error}.") from error
         if batch:
             yield batch, True
 

@@ -103,16 +103,18 @@ def forget_older(session: PgSession, entities: Sequence[str], run: int) -> int:
     )
 
 
-def forget_of_input(session: PgSession, entity: str, name: str, run: int) -> int:
+def forget_of_input(session: PgSession, entity: str | None, name: str, run: int) -> int:
     """See :meth:`kdb_fast.stores.base.Store.forget_rejects_of_input`."""
-    target, prefixes = session.target, shared.group_prefixes(entity, session.storable)
-    receipts = target.statement(shared.RECEIPTS.replace("<group>", GROUPS))
-    forget = target.statement(f"{DELETE} AND {GROUPS} AND run = ANY(%s)")
+    target, group, values = session.target, "true", list[list[str]]()
+    if entity is not None:
+        group, values = GROUPS, [shared.group_prefixes(entity, session.storable)]
+    receipts = target.statement(shared.RECEIPTS.replace("<group>", group))
+    forget = target.statement(f"{DELETE} AND {group} AND run = ANY(%s)")
 
     def work() -> int:
-        found = session.connection().execute(receipts, (run, target.name, prefixes)).fetchall()
+        found = session.connection().execute(receipts, (run, target.name, *values)).fetchall()
         runs = shared.runs_of_input(found, name)
-        return session.connection().execute(forget, (target.name, prefixes, runs)).rowcount if runs else 0
+        return session.connection().execute(forget, (target.name, *values, runs)).rowcount if runs else 0
 
     return session.retrying("forgetting older rejects", work)
 

@@ -359,7 +359,7 @@ class PostgreSQLStore(Store):
     def forget_older_rejects(self, entities: Sequence[str], run: int) -> int:
         return pg_rejects.forget_older(self.session, entities, run)
 
-    def forget_rejects_of_input(self, entity: str, name: str, run: int) -> int:
+    def forget_rejects_of_input(self, entity: str | None, name: str, run: int) -> int:
         return pg_rejects.forget_of_input(self.session, entity, name, run)
 
     def clear_rejects(self, keys: Iterable[Key] | None = None, entity: str | None = None) -> int:

@@ -73,14 +73,14 @@ def forget_older(connection: sqlite3.Connection, target: Target, entities: Seque
     return connection.execute(statement, (target.name, run, prefixes)).rowcount
 
 
-def forget_of_input(connection: sqlite3.Connection, target: Target, entity: str, name: str, run: int) -> int:
+def forget_of_input(connection: sqlite3.Connection, target: Target, entity: str | None, name: str, run: int) -> int:
     """See :meth:`kdb_fast.stores.base.Store.forget_rejects_of_input`."""
-    prefixes = _prefixes(entity)
-    receipts = _statement(target, shared.RECEIPTS.replace("<group>", GROUPS))
-    found = connection.execute(receipts, (run, target.name, prefixes)).fetchall()
+    group, values = ("true", ()) if entity is None else (GROUPS, (_prefixes(entity),))
+    receipts = _statement(target, shared.RECEIPTS.replace("<group>", group))
+    found = connection.execute(receipts, (run, target.name, *values)).fetchall()
     return connection.executemany(
-        _statement(target, f"{DELETE} AND {GROUPS} AND run = %s"),
-        [(target.name, prefixes, number) for number in shared.runs_of_input(found, name)],
+        _statement(target, f"{DELETE} AND {group} AND run = %s"),
+        [(target.name, *values, number) for number in shared.runs_of_input(found, name)],
     ).rowcount
 
 

@@ -270,7 +270,7 @@ class SQLiteStore(Store):
         with translated("forgetting older rejects"):
             return sqlite_rejects.forget_older(self._connection, self.target, entities, run)
 
-    def forget_rejects_of_input(self, entity: str, name: str, run: int) -> int:
+    def forget_rejects_of_input(self, entity: str | None, name: str, run: int) -> int:
         with translated("forgetting older rejects"):
             return sqlite_rejects.forget_of_input(self._connection, self.target, entity, name, run)
 

@@ -1,0 +1,1 @@
+"""Records of files: CSV and TSV, Parquet, JSON Lines and arrays, compressed or not."""
