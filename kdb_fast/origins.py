@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -68,7 +69,10 @@ class QueryVector(NamedTuple):
 
 def prefixed(fingerprint: str, prefix: str) -> str:
     """The fingerprint of a model that reads ``prefix`` before each text; without one it is the model's own."""
-    return f"{fingerprint}-p{hashlib.sha256(prefix.encode()).hexdigest()[:8]}" if prefix else fingerprint
+    if not prefix:
+        return fingerprint
+    # Six letters and digits of five bits each: with all else that may follow it must fit in 64 characters.
+    return f"{fingerprint}-p{base64.b32encode(hashlib.sha256(prefix.encode()).digest())[:6].decode().lower()}"
 
 
 def base_of(fingerprint: str) -> str:

@@ -15,6 +15,7 @@ import pytest
 
 from kdb_fast.cli.report import print_receipt
 from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.embedding.chunking import chunked_fingerprint
 from kdb_fast.embedding.encoder import PROBE, Encoder, EncoderSpec, Matrix
 from kdb_fast.embedding.models.catalogue import catalogue
 from kdb_fast.embedding.models.lookup import Model
@@ -77,7 +78,8 @@ class TestFingerprint:
         assert all(maker.has_made(Origin(one, minilm.name, 384)) for one in found)
 
     def test_the_longest_fits_its_column(self) -> None:
-        assert len(prefixed("f" * 16, "passage: ") + "-int8-" + "f" * 16 + "-bf16") <= 64
+        int8 = prefixed("f" * 16, "passage: ") + "-int8-" + "f" * 16 + "-bf16"
+        assert len(chunked_fingerprint(int8, 8192, 4000)) <= 64
 
 
 class TestEncoder:
@@ -212,6 +214,16 @@ class TestRun:
         spec = model.with_prefix("passage: ").spec
         assert spec is not None
         assert spec.prefix == "passage: "
+
+    def test_pieces_leave_room_for_it(self, minilm: Model) -> None:
+        plain = Embedding.of_model(EncoderSpec(minilm, 100))
+        text = "one two three four five six seven eight nine ten. " * 20
+        pieces = []
+        for made in (plain, plain.with_prefix("search_document: ")):
+            split = made.in_pieces(40, 0).split
+            assert split is not None
+            pieces.append(split(text))
+        assert len(pieces[1]) > len(pieces[0])
 
     @pytest.mark.parametrize(("prefix", "fault"), [("a\0b", "NUL"), ("\udcff", "surrogate")])
     def test_a_prefix_that_no_model_can_read_is_refused(self, prefix: str, fault: str) -> None:
