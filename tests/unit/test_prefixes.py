@@ -220,7 +220,7 @@ class TestRun:
         text = "one two three four five six seven eight nine ten. " * 20
         pieces = []
         for made in (plain, plain.with_prefix("search_document: ")):
-            split = made.in_pieces(40, 0).split
+            split = made.in_pieces(36, 0).split
             assert split is not None
             pieces.append(split(text))
         assert len(pieces[1]) > len(pieces[0])
