@@ -47,9 +47,13 @@ def _open_column(address: DatabaseAddress, role: str, column: ColumnTarget, pati
 
 def _open_table(address: DatabaseAddress, role: str, table: TableTarget, patient: bool) -> Store:
     if address.dialect == "sqlite":
+        from .sqlite.chunk_store import SQLiteChunkStore
         from .sqlite.table_store import SQLiteTableStore
 
-        return SQLiteTableStore.open_table(address, table)
+        return (SQLiteChunkStore if table.chunked else SQLiteTableStore).open_table(address, table)
+    from .postgresql.chunk_store import PostgreSQLChunkStore
     from .postgresql.table_store import PostgreSQLTableStore
 
+    if table.chunked:
+        return PostgreSQLChunkStore(address, role, table, patient=patient)
     return PostgreSQLTableStore(address, role, table, patient=patient)

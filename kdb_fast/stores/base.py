@@ -146,6 +146,8 @@ class Store(ABC):
     has_vector_index = False
     on_wait: Callable[[str], None]
     """Called with what is being waited for, before each pause."""
+    deletes_first = False
+    """A flush deletes before it writes: a record in pieces may be written by a later one than that of its first."""
     encoding: str = "UTF8"
     """What the database keeps texts in, as PostgreSQL names it; any but UTF8 holds some characters only."""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..receipt import Receipt
 from ..records import Key, Reject, decode_key, key_json, key_of_json
+from ..tables.pieces import piece_of, record_key
 from ..tables.target import ALL
 from .base import FlushSlot
 
@@ -117,6 +118,16 @@ def refused(slots: Sequence[FlushSlot], rows: Iterable[tuple[int, int, str, str]
         key, content = by_number[slot].raw_rows()[row]
         found.append(Reject(decode_key(key), reason, detail, hashlib.sha256(content).digest()))
     return found
+
+
+def refused_pieces(slots: Sequence[FlushSlot], rows: Iterable[tuple[int, int, str, str]]) -> list[Reject]:
+    """:func:`refused` where a row is a piece of a record: the record is rejected, once."""
+    found: dict[int, Reject] = {}
+    for reject in refused(slots, rows):
+        piece = piece_of(reject.key)
+        whole = reject._replace(key=record_key(reject.key), content_hash=piece.content_hash)
+        found.setdefault(piece.revision, whole)
+    return list(found.values())
 
 
 def runs_of_input(receipts: Iterable[tuple[int, str | None]], name: str) -> list[int]:

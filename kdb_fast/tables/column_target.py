@@ -25,7 +25,7 @@ from ..records import MAX_CONTENT_BYTES, storable_key
 from .keyed_table import KeyedTable
 from .target import identifier
 
-MAX_NAME_BYTES = 63 - len("kdb_fast__state")
+MAX_NAME_BYTES = 63 - len("kdb_fast__pieces")
 HASH_DIGITS = 8
 
 
@@ -89,13 +89,13 @@ class ColumnTarget(KeyedTable):
         }
 
 
-def state_table(name: str) -> str:
+def state_table(name: str, suffix: str = "state") -> str:
     """Name of the table of what is known of a target; of a name that PostgreSQL would cut (at 63 bytes) the end is a
     hash."""
     if len(name.encode()) > MAX_NAME_BYTES:
         digest = hashlib.sha256(name.encode()).hexdigest()[:HASH_DIGITS]
         name = name.encode()[: MAX_NAME_BYTES - HASH_DIGITS].decode(errors="ignore") + digest
-    return f"kdb_fast_{name}_state"
+    return f"kdb_fast_{name}_{suffix}"
 
 
 def unreadable_text(target: ColumnTarget, why: str) -> SchemaError:

@@ -24,7 +24,11 @@ STATE_COLUMNS = (HASH, SEAL, "kdb_fast_fingerprint", "kdb_fast_run", "kdb_fast_a
 """What is known of a row: SHA-256 of the record's whole text as it was read, SHA-256 of the vector as it is stored, the
 model, the run that has written it, and when."""
 
-CHUNK_COLUMNS = ("chunk", "start_char", "end_char")
+CHUNK_COLUMNS = ("chunk", "start_char", "end_char", "kdb_fast_chunks")
+"""Of a piece: its number from 0, its first character in the record's text and the one behind its last, and how many
+pieces the record has."""
+REVISION = "kdb_fast_revision"
+"""Of a piece that is put aside: tells apart two records of one key."""
 CONTENT = "content"
 TSVECTOR = "tsv"
 RESERVED = (*CHUNK_COLUMNS, CONTENT, TSVECTOR, *STATE_COLUMNS)
@@ -59,8 +63,8 @@ class TableTarget(KeyedTable):
     @functools.cached_property
     def parts(self) -> dict[str, str]:
         """``{table}`` is the table of vectors, ``{known}`` that of what is known of them, ``{source}`` the one that the
-        key refers to; ``{embedding}`` is the column of the vectors, ``{columns}`` are those of the key, ``{written}``
-        the others."""
+        key refers to, ``{aside}`` that of pieces whose record is not whole yet; ``{embedding}`` is the column of the
+        vectors, ``{columns}`` are those of the key, ``{written}`` the others."""
         source = self.source
         return {
             **super().parts,
@@ -69,7 +73,14 @@ class TableTarget(KeyedTable):
             "embedding": self.column(self.vector.name),
             "columns": self.each_key("{column}"),
             "written": ", ".join(map(self.column, self.written)),
+            "aside": self.home.table(self.aside),
+            "revision": REVISION,
         }
+
+    @property
+    def aside(self) -> str:
+        """Name of the table of pieces of records that are not whole yet; in the schema of our own tables."""
+        return state_table(self.name, "pieces")
 
     @property
     def written(self) -> tuple[str, ...]:

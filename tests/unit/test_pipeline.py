@@ -502,6 +502,51 @@ class PieceEngine(FakeEngine):
         return Flushed(message.number, rows, 10 * rows, len(message.deletes), 0.01, (), row_bits(refused))
 
 
+def test_a_long_text_does_not_exhaust_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a hundred times as many pieces as all slots together have rows."""
+    monkeypatch.setattr(sys.modules[__name__], "FakeEngine", PieceEngine)
+    text = " ".join(map(str, range(1000)))
+    items = [record(0, text), record(1, "short")]
+    run = Run(shape=SlabShape(3, 4, DIMENSIONS, 8192), split=in_fives).go(items)
+    run.assert_all_is_accounted_for(items)
+    run.assert_all_is_given_back()
+    assert (run.counts.stored, run.counts.chunks) == (2, len(in_fives(text)) + 1)
+    assert run.index.contents() == {("E", "r0"): text, ("E", "r1"): "short"}
+
+
+def test_a_text_that_the_tokenizer_refuses_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "FakeEngine", PieceEngine)
+
+    def split(text: str) -> list[tuple[int, int]]:
+        if BAD in text:
+            raise ValueError
+        return in_fives(text)
+
+    items = [record(0, f"a {BAD} text"), record(1, "short")]
+    run = Run(split=split).go(items)
+    run.assert_all_is_accounted_for(items)
+    assert (run.counts.stored, run.counts.rejected) == (1, 1)
+    assert [(reject.key, reject.reason) for reject in run.index.rejects] == [(("E", "r0"), "not_encodable")]
+
+
+def test_a_page_of_long_texts_is_taken_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "FakeEngine", PieceEngine)
+    monkeypatch.setattr(intake, "TAKEN_CHARS", 100)
+    items = [record(n, f"{n} " * 40) for n in range(20)]
+    run = Run(split=in_fives)
+    most = 0
+
+    def look() -> None:
+        nonlocal most
+        most = max(most, len(run.pipeline._intake.window))
+
+    run.engine.before_poll = look
+    run.pipeline._intake._goal = 16
+    run.go(items, page=20)
+    assert run.counts.stored == 20
+    assert most < 100
+
+
 class Emptied(NamedTuple):
     """A record that has no text, of the first key of :data:`TEXTS`'s records."""
 

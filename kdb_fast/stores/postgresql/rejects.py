@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from ...records import Key, Reject, encode_key, key_of_json
 from ...tables.target import REJECTS, Target
 from .. import rejects as shared
-from ..base import FlushSlot
 from .check import column_names
 from .session import PgSession
 
@@ -49,21 +48,15 @@ def forget_stored(
     target: Target,
     run: int,
     rejects: dict[bytes, bytes],
-    slots: Sequence[FlushSlot],
-    unwritten: set[tuple[int, int]],
+    keys: Iterable[bytes],
 ) -> None:
     """A record that a run has stored is no longer rejected; what this run itself rejected stays.
 
     Args:
         rejects: Those of other runs.
-        unwritten: (slot, row) of the slots' rows that were not stored.
+        keys: Of the records that it has stored, encoded.
     """
-    stored = [
-        digest
-        for block, skip, _ in slots
-        for row, (key, _) in enumerate(block.raw_rows())
-        if (digest := rejects.get(key)) is not None and row not in skip and (block.number, row) not in unwritten
-    ]
+    stored = [digest for key in keys if (digest := rejects.get(key)) is not None]
     if stored:
         cursor.execute(target.statement(f"{DELETE} AND key_hash = ANY(%s) AND run <> %s"), (target.name, stored, run))
 

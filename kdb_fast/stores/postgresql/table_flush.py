@@ -92,7 +92,7 @@ class TableWriter(FlushWriter):
         target = self._target
         statement = self._statement(
             WRITE.replace("<content>", "s.content, " if target.content else ""),
-            tsvector=f", to_tsvector({_literal(target.keyword)}::regconfig, s.content)" if target.keyword else "",
+            tsvector=f", {tsvector_of(target.keyword)}" if target.keyword else "",
             typed_keys=target.each_key(STAGED_KEY),
             living=f"WHERE {target.has_record(STAGED_KEY)}" if target.source else "",
             changes=", ".join(f"{name} = EXCLUDED.{name}" for name in map(target.column, target.written)),
@@ -159,9 +159,10 @@ HASHED = (32).to_bytes(4, "big")
 """Length of a SHA-256, before it."""
 
 
-def _literal(text: str) -> str:
-    """A text for a statement with parameters."""
-    return "'" + text.replace("'", "''").replace("%", "%%") + "'"
+def tsvector_of(configuration: str) -> str:
+    """SQL expression of what keyword search reads of a staged text, for a statement with parameters."""
+    name = configuration.replace("'", "''").replace("%", "%%")
+    return f"to_tsvector('{name}'::regconfig, s.content)"
 
 
 def delete_keys(cursor: psycopg.Cursor[tuple[Any, ...]], target: TableTarget, keys: Sequence[Key]) -> int:

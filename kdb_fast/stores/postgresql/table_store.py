@@ -60,6 +60,7 @@ class PostgreSQLTableStore(PostgreSQLStore):
     """Writes the rows of one table of vectors."""
 
     has_vector_index = False
+    look_up = LOOK_UP
 
     def __init__(
         self,
@@ -85,13 +86,17 @@ class PostgreSQLTableStore(PostgreSQLStore):
     def prepare(self, dimensions: int, wait: float = 0.0) -> tuple[str, ...]:
         def make(cursor: Cursor, home: Target) -> tuple[str, ...]:
             self.table = replace(self.table, home=home)
-            return prepare_table(cursor, self.table, dimensions)
+            return self._prepare_table(cursor, dimensions)
 
         return pg_prepare.prepare(self.session, make, wait, ())
 
     def _check(self, dimensions: int) -> None:
         with self.session.transaction() as cursor:
-            prepare_table(cursor, self.table, dimensions)
+            self._prepare_table(cursor, dimensions)
+
+    def _prepare_table(self, cursor: Cursor, dimensions: int) -> tuple[str, ...]:
+        """Make or check the table; what the user should know."""
+        return prepare_table(cursor, self.table, dimensions)
 
     def column_dimensions(self) -> int | None:
         statement = (
@@ -152,7 +157,7 @@ class PostgreSQLTableStore(PostgreSQLStore):
             return {}
         table = self.table
         statement = table.statement(
-            LOOK_UP,
+            self.look_up,
             arrays=table.each_key("%s::text[]"),
             names=table.each_key("key_{number}"),
             same_row=table.same_key("t.{column}", "k.key_{number}::{type}"),

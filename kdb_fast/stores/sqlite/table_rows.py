@@ -19,6 +19,8 @@ FIND = (
 )
 """CROSS JOIN keeps the order: key by key."""
 
+FIND_PIECES = FIND.replace(" FROM k", ", t.chunk, t.kdb_fast_chunks FROM k")
+
 HAVE_RECORD = "SELECT k.kdb_fast_i FROM k WHERE {has_record}"
 
 PUT = "INSERT INTO {known} ({columns}, {noted}) VALUES ({values}) ON CONFLICT ({unique}) DO UPDATE SET {changes}"
@@ -86,6 +88,14 @@ class TableRows:
             )
         }
 
+    def find_whole(self, keys: Sequence[Key]) -> dict[Key, Found]:
+        """:meth:`find` of records in pieces: one is known where all of its pieces are there as they were written."""
+        same_row = self._target.same_key("t.{column}", KEY_VALUE)
+        pieces: dict[Key, list[tuple[Any, ...]]] = {}
+        for key, *piece in self._for_keys(keys, FIND_PIECES, same_row=same_row, vector=self._vector):
+            pieces.setdefault(key, []).append(tuple(piece))
+        return {key: _whole(found) for key, found in pieces.items()}
+
     def with_record(self, keys: Sequence[Key]) -> set[Key]:
         """Those of the keys that the table that is read has now; all where it is another database's, or no table."""
         if self._target.source is None:
@@ -116,3 +126,11 @@ class TableRows:
     def _execute_vec0(self, template: str, rows: Sequence[tuple[Any, ...]]) -> None:
         """It has no INSERT … ON CONFLICT."""
         self._connection.executemany(self._statement(template), rows)
+
+
+def _whole(pieces: list[tuple[Any, ...]]) -> Found:
+    """What is known of a record from its pieces: hash, seal, fingerprint, vector, number and count of each."""
+    text_hash, _, fingerprint, _, _, count = min(pieces, key=lambda piece: int(piece[-2]))
+    same = {(digest, model) for digest, _, model, _, _, _ in pieces} == {(text_hash, fingerprint)}
+    sealed = all(seal_of(vector or b"") == seal for _, seal, _, vector, _, _ in pieces)
+    return Found(text_hash, fingerprint if same and sealed and len(pieces) == count else None)

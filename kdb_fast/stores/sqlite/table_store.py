@@ -68,11 +68,15 @@ class SQLiteTableStore(SQLiteStore):
         notes: list[str] = []
 
         def make() -> None:
-            notes[:] = prepare_table(self._connection, self.table, dimensions)
+            notes[:] = self._prepare_table(dimensions)
 
         with translated("preparing the tables"):
             sqlite_prepare.prepare(self._connection, make, wait, self.on_wait)
         return tuple(notes)
+
+    def _prepare_table(self, dimensions: int) -> tuple[str, ...]:
+        """Make or check the table; what the user should know."""
+        return prepare_table(self._connection, self.table, dimensions)
 
     def altered(self, run: int) -> list[str]:
         with translated("looking at what was stored"):

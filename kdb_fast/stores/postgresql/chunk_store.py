@@ -1,0 +1,79 @@
+"""PostgreSQL: a table of vectors in which a record has a row for each piece of its text, as a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...records import Reject, decode_key, encode_key
+from ...tables.index_policy import IndexOutcome
+from ...tables.pieces import piece_of, record_key
+from ..base import FlushSlot, RunSpec
+from ..rejects import refused_pieces
+from .chunk_flush import ChunkWriter
+from .flush import FlushWriter
+from .table_store import PostgreSQLTableStore
+
+if TYPE_CHECKING:
+    import psycopg
+
+    Cursor = psycopg.Cursor[tuple[Any, ...]]
+
+LOOK_UP = """
+SELECT k.i, f.* FROM unnest({arrays}) WITH ORDINALITY AS k({names}, i), LATERAL (
+  SELECT (array_agg(t.kdb_fast_hash ORDER BY t.chunk))[1] AS text_hash,
+    CASE WHEN count(*) = max(t.kdb_fast_chunks) AND count(DISTINCT t.kdb_fast_hash) = 1
+      AND count(DISTINCT t.kdb_fast_fingerprint) = 1
+      AND bool_and(t.kdb_fast_seal = sha256({pgvector}vector_send(t.{embedding}))) THEN min(t.kdb_fast_fingerprint) END
+  FROM {table} t WHERE {same_row} OFFSET 0) f
+WHERE f.text_hash IS NOT NULL
+"""
+"""A record is known where all of its pieces are there, as they were written."""
+
+IS_THERE = "SELECT to_regclass(%s) IS NOT NULL"
+MAKE_ASIDE = (
+    "CREATE TABLE {aside} AS SELECT {columns}, {written}, 0::int8 AS {revision} FROM {table} WITH NO DATA; "
+    "CREATE INDEX ON {aside} ({revision})"
+)
+CLEAR_ASIDE = "DELETE FROM {aside}"
+
+
+class PostgreSQLChunkStore(PostgreSQLTableStore):
+    """Writes records in pieces, each record whole or not at all."""
+
+    deletes_first = True
+    look_up = LOOK_UP
+
+    def _prepare_table(self, cursor: Cursor, dimensions: int) -> tuple[str, ...]:
+        notes = super()._prepare_table(cursor, dimensions)
+        table = self.table
+        if cursor.execute(IS_THERE, (table.home.regclass(table.aside),)).fetchone() != (True,):
+            cursor.execute(table.statement(MAKE_ASIDE))
+        return notes
+
+    def begin_run(self, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
+        run = super().begin_run(fingerprint=fingerprint, model=model, dimensions=dimensions, wait=wait)
+        self._clear_aside()  # what a run has left that was killed
+        return run
+
+    def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
+        self._clear_aside()  # pieces of records that could not be stored
+        return super().finish_index(beat)
+
+    def _clear_aside(self) -> None:
+        statement = self.table.statement(CLEAR_ASIDE)
+        self.session.retrying("clearing pieces", lambda: self.session.connection().execute(statement))
+
+    def _writer(self, cursor: Cursor, run: RunSpec, now: int) -> FlushWriter:
+        return ChunkWriter(cursor, self.table, run, now, pieces=self._pieces)
+
+    def _refused(self, slots: Sequence[FlushSlot], rows: Iterable[tuple[int, int, str, str]]) -> list[Reject]:
+        return refused_pieces(slots, rows)
+
+    def _stored_keys(self, slots: Sequence[FlushSlot], writer: FlushWriter) -> Iterator[bytes]:
+        assert isinstance(writer, ChunkWriter)
+        for flush_slot in slots:
+            for key in {raw for raw, _ in flush_slot.slot.raw_rows()}:
+                decoded = decode_key(key)
+                if piece_of(decoded).revision in writer.whole:
+                    yield encode_key(record_key(decoded))

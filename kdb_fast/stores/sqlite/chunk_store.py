@@ -1,0 +1,61 @@
+"""SQLite: a table of vectors in which a record has a row for each piece of its text, as a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from ...db.sqlite_errors import translated
+from ...db.sqlite_session import transaction
+from ...records import Key, Reject
+from ...tables.index_policy import IndexOutcome
+from ...tables.target import identifier
+from ..base import FlushSlot, RunSpec, Stored, version_of_text
+from ..rejects import refused_pieces
+from .chunk_flush import ChunkWriter
+from .flush import RowWriter
+from .table_store import SQLiteTableStore
+
+MAKE_ASIDE = (
+    "CREATE TABLE IF NOT EXISTS {aside} AS SELECT {columns}, {written}, 0 AS {revision} FROM {table} WHERE false",
+    "CREATE INDEX IF NOT EXISTS {aside_index} ON {aside} ({revision})",
+)
+CLEAR_ASIDE = "DELETE FROM {aside}"
+
+
+class SQLiteChunkStore(SQLiteTableStore):
+    """Writes records in pieces, each record whole or not at all."""
+
+    deletes_first = True
+
+    def _prepare_table(self, dimensions: int) -> tuple[str, ...]:
+        notes = super()._prepare_table(dimensions)
+        for statement in MAKE_ASIDE:
+            index = identifier(f"{self.table.aside}_revision", "sqlite")
+            self._connection.execute(self.table.statement(statement, aside_index=index).decode())
+        return notes
+
+    def begin_run(self, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
+        run = super().begin_run(fingerprint=fingerprint, model=model, dimensions=dimensions, wait=wait)
+        self._clear_aside()  # what a run has left that was killed
+        return run
+
+    def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
+        self._clear_aside()  # pieces of records that could not be stored
+        return super().finish_index(beat)
+
+    def _clear_aside(self) -> None:
+        with translated("clearing pieces"), transaction(self._connection):
+            self._connection.execute(self.table.statement(CLEAR_ASIDE).decode())
+
+    def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
+        with translated("looking up what is stored"):
+            return {
+                key: Stored(found.text_hash, found.fingerprint, version_of_text(found.text_hash))
+                for key, found in self._rows.find_whole(keys).items()
+            }
+
+    def _writer(self, run: RunSpec, *, force: bool = False, vectors: bool = True) -> RowWriter:
+        return ChunkWriter(self._connection, self.table, self._rows, run)
+
+    def _refused(self, slots: Sequence[FlushSlot], rows: Iterable[tuple[int, int, str, str]]) -> list[Reject]:
+        return refused_pieces(slots, rows)

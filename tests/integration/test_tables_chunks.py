@@ -1,0 +1,336 @@
+"""A table of vectors in which a text has a row for each piece, on both databases: a record is there whole or not."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from articles import Articles, TableSource
+from column_writer import DIMENSIONS, begun, vector_of
+from servers import Oracle, Vector, cosine, execute
+
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.embedding.chunking import Splitter
+from kdb_fast.embedding.models.files import Model
+from kdb_fast.errors import UsageError
+from kdb_fast.indexing.reindex import reindex
+from kdb_fast.ipc.row_block import NO_VALUE
+from kdb_fast.ipc.slab import Row, Slab, SlabShape
+from kdb_fast.receipt import Receipt
+from kdb_fast.records import Record, content_hash
+from kdb_fast.settings import ReindexOptions
+from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec, Store
+from kdb_fast.tables.pieces import PieceOf, piece_key
+from kdb_fast.tables.table_target import TableTarget
+
+_numbers = itertools.count(10)
+
+
+@pytest.fixture
+def articles(index: DatabaseAddress) -> Articles:
+    return Articles(index)
+
+
+def target_of(articles: Articles, **options: Any) -> TableTarget:
+    return articles.into(chunked=True, content=True, **options)
+
+
+class Stored(NamedTuple):
+    """A row of the table."""
+
+    start: int
+    end: int
+    count: int
+    content: str
+    text_hash: bytes
+    vector: Vector
+
+
+def stored(articles: Articles) -> dict[int, list[Stored]]:
+    """The pieces of each article, which are numbered without a gap."""
+    vectors = articles.vectors_beside("article_vectors", "CAST(id AS text) || '/' || chunk")
+    columns = "start_char, end_char, kdb_fast_chunks, content, kdb_fast_hash"
+    found: dict[int, list[Stored]] = {}
+    for number, chunk, *rest in execute(
+        articles.address, f"SELECT id, chunk, {columns} FROM article_vectors ORDER BY id, chunk"
+    ):
+        pieces = found.setdefault(number, [])
+        assert chunk == len(pieces)
+        start, end, count, content, text_hash = rest
+        pieces.append(Stored(start, end, count, content, bytes(text_hash), vectors[f"{number}/{chunk}"]))
+    return found
+
+
+def aside(articles: Articles) -> int:
+    """Pieces that wait for the others of their record."""
+    return int(execute(articles.address, "SELECT count(*) FROM kdb_fast_articles_pieces")[0][0])
+
+
+# -- flushes -----------------------------------------------------------------------------------------------
+
+
+class Writer(NamedTuple):
+    """A store in a run, and pieces of texts for it."""
+
+    articles: Articles
+    store: Store
+    run: RunSpec
+
+    def piece(self, number: int, text: str, piece: int, revision: int) -> Row:
+        """A word of an article's text."""
+        words = text.split(" ")
+        start = len(" ".join(words[:piece])) + (piece > 0)
+        place = PieceOf(revision, piece, len(words), start, start + len(words[piece]), content_hash(text))
+        return Row(Record(piece_key(self.articles.key(number), place), words[piece]))
+
+    def flush(self, *rows: Row, number: int | None = None, deletes: Sequence[int] = ()) -> FlushResult:
+        slot = Slab.local(SlabShape(1, max(1, len(rows)), DIMENSIONS)).slots[0]
+        slot.put(1, rows, [NO_VALUE] * len(rows))
+        for i, row in enumerate(rows):
+            slot.vectors[i] = vector_of(row.record.content)
+        slots = [FlushSlot(slot, frozenset())] if rows else []
+        number = next(_numbers) if number is None else number
+        return self.store.flush(self.run, number, slots, [], [self.articles.key(n) for n in deletes])
+
+    def put(self, number: int, text: str, revision: int) -> FlushResult:
+        """All pieces of an article in one flush."""
+        pieces = range(len(text.split(" ")))
+        return self.flush(*(self.piece(number, text, piece, revision) for piece in pieces))
+
+    def texts(self) -> dict[int, str]:
+        """What the table has, of each article."""
+        found = stored(self.articles)
+        for pieces in found.values():
+            for piece in pieces:
+                assert piece.count == len(pieces)
+                np.testing.assert_allclose(piece.vector, vector_of(piece.content), rtol=1e-5)
+        return {number: " ".join(piece.content for piece in pieces) for number, pieces in found.items()}
+
+    def known(self, *numbers: int) -> list[str | None]:
+        keys = [self.articles.key(number) for number in numbers]
+        found = self.store.lookup(keys)
+        return [found[key].fingerprint if key in found else "none" for key in keys]
+
+
+@pytest.fixture
+def writer(articles: Articles) -> Iterator[Writer]:
+    articles.add("one", "two", "three")
+    with begun(articles.address, target_of(articles)) as (store, run):
+        yield Writer(articles, store, run)
+
+
+def test_record_appears_with_its_last_piece_and_whole(writer: Writer) -> None:
+    text = "one two three"
+    assert writer.flush(writer.piece(0, text, 2, 1), writer.piece(1, "short", 0, 2)).rows == 2
+    assert writer.texts() == {1: "short"}
+    assert writer.flush(writer.piece(0, text, 0, 1)).rows == 1
+    assert (writer.texts(), writer.known(0, 1)) == ({1: "short"}, ["none", "f"])
+    assert aside(writer.articles) == 2
+    assert writer.flush(writer.piece(0, text, 1, 1)).rows == 1
+    assert writer.texts() == {0: text, 1: "short"}
+    assert (writer.known(0, 1), aside(writer.articles)) == (["f", "f"], 0)
+    found = stored(writer.articles)[0]
+    assert [text[piece.start : piece.end] for piece in found] == ["one", "two", "three"]
+    assert {piece.text_hash for piece in found} == {content_hash(text)}
+    assert writer.store.lookup([writer.articles.key(0)])[writer.articles.key(0)].content_hash == content_hash(text)
+
+
+def test_changed_record_keeps_its_rows_until_all_of_the_new_are_there(writer: Writer) -> None:
+    writer.put(0, "the first text", 1)
+    longer, shorter = "a longer text of six words", "short now"
+    writer.flush(*(writer.piece(0, longer, piece, 2) for piece in range(5)))
+    assert writer.texts() == {0: "the first text"}
+    writer.flush(writer.piece(0, longer, 5, 2), writer.piece(0, shorter, 0, 3))
+    assert writer.texts() == {0: longer}
+    writer.flush(writer.piece(0, shorter, 1, 3))
+    assert writer.texts() == {0: shorter}
+    assert aside(writer.articles) == 0
+
+
+def test_record_that_was_deleted_meanwhile_is_superseded(writer: Writer) -> None:
+    writer.flush(writer.piece(0, "one two", 0, 1))
+    writer.articles.delete(0)
+    result = writer.flush(writer.piece(0, "one two", 1, 1), writer.piece(1, "there", 0, 2))
+    assert (result.rows, result.superseded, result.rejected) == (1, ((0, 0),), ())
+    assert (writer.texts(), aside(writer.articles)) == ({1: "there"}, 0)
+
+
+def test_bad_piece_rejects_its_record_and_no_other(writer: Writer) -> None:
+    execute(writer.articles.address, "ALTER TABLE article_vectors ADD COLUMN note text")
+    if writer.articles.postgresql:
+        execute(writer.articles.address, "ALTER TABLE article_vectors ADD CHECK (content <> 'bad')")
+    else:
+        body = "SELECT RAISE(ABORT, 'no bad piece') WHERE NEW.content = 'bad'"
+        execute(
+            writer.articles.address,
+            f"CREATE TRIGGER refuse BEFORE INSERT ON article_vectors BEGIN {body}; END",
+        )
+    writer.put(0, "as it was", 1)
+    rows = [writer.piece(1, "fine here", 0, 3), *(writer.piece(0, "one bad piece", n, 2) for n in range(3))]
+    result = writer.flush(*rows, writer.piece(1, "fine here", 1, 3))
+    assert len({row for _, row, _, _ in result.rejected}) == 1
+    assert result.rejected[0][1] in (1, 2, 3)
+    assert writer.texts() == {0: "as it was", 1: "fine here"}
+    rejects = list(writer.store.rejects())
+    assert [reject["content_hash"] for reject in rejects] == [content_hash("one bad piece").hex()]
+    writer.store.finish_index(lambda what: None)
+    assert aside(writer.articles) == 0
+    writer.put(0, "a good text", 4)
+    assert writer.texts() == {0: "a good text", 1: "fine here"}
+
+
+def test_record_that_a_trigger_leaves_out_is_rejected(writer: Writer) -> None:
+    articles = writer.articles
+    if articles.postgresql:
+        body = "BEGIN IF NEW.content = 'bad' THEN RETURN NULL; END IF; RETURN NEW; END"
+        execute(articles.address, f"CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS $$ {body} $$")
+        execute(
+            articles.address,
+            "CREATE TRIGGER meddle BEFORE INSERT ON article_vectors FOR EACH ROW EXECUTE FUNCTION meddle()",
+        )
+    else:
+        body = "SELECT RAISE(IGNORE) WHERE NEW.content = 'bad'"
+        execute(articles.address, f"CREATE TRIGGER meddle BEFORE INSERT ON article_vectors BEGIN {body}; END")
+    writer.put(0, "as it was", 1)
+    rows = [*(writer.piece(0, "one bad", n, 2) for n in range(2)), writer.piece(1, "fine", 0, 3)]
+    result = writer.flush(*rows)
+    assert result.rows + len(result.rejected) == 3
+    assert {row for _, row, _, _ in result.rejected} <= {0, 1}
+    assert result.rejected
+    assert writer.texts() == {0: "as it was", 1: "fine"}
+
+
+def test_record_is_not_known_where_a_piece_is_missing_or_was_changed(writer: Writer) -> None:
+    for number in range(3):
+        writer.put(number, "one two three", number + 1)
+    assert writer.known(0, 1, 2) == ["f", "f", "f"]
+    execute(writer.articles.address, "DELETE FROM article_vectors WHERE id = 0 AND chunk = 2")
+    value: Any = vector_of("theirs")
+    value = value.tobytes() if not writer.articles.postgresql else str(value.tolist())
+    execute(writer.articles.address, "UPDATE article_vectors SET embedding = %s WHERE id = 1 AND chunk = 1", value)
+    assert writer.known(0, 1, 2) == [None, None, "f"]
+
+
+def test_deleted_record_may_come_back_in_the_same_flush(writer: Writer) -> None:
+    writer.put(0, "as it was", 1)
+    result = writer.flush(writer.piece(0, "new", 0, 2), deletes=[0])
+    assert result.deleted == 3
+    assert writer.texts() == {0: "new"}
+    assert writer.flush(deletes=[0]).deleted == 1
+    assert writer.texts() == {}
+
+
+def test_flush_is_written_once(writer: Writer) -> None:
+    first = writer.flush(writer.piece(0, "one two", 0, 1), number=7777)
+    assert writer.flush(writer.piece(0, "one two", 0, 1), number=7777) == first
+    assert aside(writer.articles) == 1
+
+
+def test_what_a_killed_run_left_is_cleared_by_the_next(articles: Articles) -> None:
+    articles.add("one")
+    for state in ("failed", "done"):
+        with begun(articles.address, target_of(articles)) as (store, run):
+            writer = Writer(articles, store, run)
+            assert aside(articles) == 0
+            writer.flush(writer.piece(0, "one two", 0, 1))
+            store.end_run(run.number, state, {})
+    assert aside(articles) == 1
+
+
+# -- whole runs --------------------------------------------------------------------------------------------
+
+SIZE, OVERLAP = 40, 6
+PARTS = ("stored", "unchanged", "reused", "superseded", "rejected")
+SENTENCES = ["The ship came in late.", "Nobody had waited for it.", "The quay was dark.", "Was it the fog?"]
+
+
+def long_text(number: int, sentences: int) -> str:
+    return " ".join(f"{SENTENCES[(number + n) % 4]} That was number {number} of {n}." for n in range(sentences))
+
+
+def run_of(articles: Articles, size: int = SIZE, overlap: int = OVERLAP, **options: Any) -> Receipt:
+    source = TableSource(articles.address, articles.target(), page_rows=16, complete=True)
+    settings = ReindexOptions(chunk=size, overlap=overlap, **options)
+    receipt = reindex(articles.address, source, settings, target=target_of(articles))
+    assert receipt.read == sum(getattr(receipt, part) for part in PARTS)
+    return receipt
+
+
+def numbers(receipt: Receipt) -> dict[str, int]:
+    return {part: getattr(receipt, part) for part in (*PARTS, "deleted", "empty", "chunks") if getattr(receipt, part)}
+
+
+@pytest.fixture
+def check(articles: Articles, minilm: Model, oracle: Oracle) -> Callable[[], int]:
+    """Each article with a text has its pieces with their vectors, and nothing else is there; how many there are."""
+
+    def look(size: int = SIZE, overlap: int = OVERLAP) -> int:
+        splitter = Splitter.of_model(minilm, size, overlap)
+        found = stored(articles)
+        texts = {number: text for number, (text, _) in articles.rows().items() if text is not None and text.strip()}
+        assert sorted(found) == sorted(texts)
+        for number, text in texts.items():
+            pieces = found[number]
+            assert [(piece.start, piece.end) for piece in pieces] == splitter.split(text)
+            for piece in pieces:
+                assert (piece.count, piece.text_hash) == (len(pieces), content_hash(text))
+                assert piece.content == text[piece.start : piece.end]
+                assert cosine(piece.vector, oracle.vector(piece.content)) >= 0.99999
+        assert aside(articles) == 0
+        return sum(map(len, found.values()))
+
+    return look
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_a_table_is_brought_up_to_date(articles: Articles, check: Callable[..., int]) -> None:
+    articles.add(*(long_text(n, 1 + n) for n in range(12)), None)
+    first = run_of(articles)
+    pieces = check()
+    assert pieces > 24
+    assert numbers(first) == {"stored": 12, "empty": 1, "chunks": pieces}
+    assert first.truncated == 0
+    assert numbers(run_of(articles)) == {"unchanged": 12, "empty": 1}
+    articles.set(3, long_text(3, 15))  # longer
+    articles.set(9, long_text(9, 1))  # shorter
+    articles.set(10, None)
+    articles.set(12, long_text(12, 3))
+    articles.delete(11)
+    second = run_of(articles)
+    assert (second.stored, second.unchanged, second.empty) == (3, 8, 1)
+    assert second.chunks == sum(len(stored(articles)[number]) for number in (3, 9, 12))
+    check()
+    # Cut otherwise, all pieces are other ones.
+    assert run_of(articles, 64, 0).stored == 11
+    check(64, 0)
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_equal_pieces_are_embedded_once(articles: Articles, check: Callable[..., int]) -> None:
+    text = long_text(1, 8)
+    articles.add(text)
+    alone = run_of(articles)
+    articles.add(text, f"{text} {text}", first=1)
+    second = run_of(articles, force=True)
+    assert (second.stored, second.reused, second.chunks) == (2, 1, check())
+    assert second.tokens < 2 * alone.tokens + SIZE
+
+
+def test_what_cannot_be_cut_is_refused(articles: Articles, minilm: Model) -> None:
+    articles.add("one")
+    for options, message in (
+        ({"chunk": 8}, "expected 32 tokens or more"),
+        ({"chunk": 40, "overlap": 21}, "expected 0 to 20"),
+        ({"overlap": 3}, "belongs to --chunk"),
+        ({"chunk": 100, "provider": "openai"}, "needs a model on this machine"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            ReindexOptions(**options)
+    with pytest.raises(UsageError, match=f"reads at most {minilm.max_tokens} tokens"):
+        run_of(articles, minilm.max_tokens + 1)
+    with contextlib.suppress(Exception):
+        assert execute(articles.address, "SELECT count(*) FROM article_vectors") == [(0,)]
