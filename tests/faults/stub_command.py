@@ -42,6 +42,7 @@ SHARD_ROWS = 8
 def use_stubs() -> None:
     """Replace the model, and make shards, flushes and waiting times small; ``LC_SECONDS`` may set more of these."""
     run_embedding.resolve = lambda *args, **options: MODEL  # type: ignore[attr-defined]
+    run_embedding.Splitter = article_command.StubSplitter  # type: ignore[attr-defined, assignment]
     inline.Encoder = poison_worker.StubEncoder  # type: ignore[attr-defined, assignment]
     start.ProcessPool = functools.partial(  # type: ignore[attr-defined, assignment]
         ProcessPool, worker_target=poison_worker.run

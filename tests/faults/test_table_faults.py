@@ -71,6 +71,56 @@ def test_fault_at_any_point(index: DatabaseAddress, commands: Commands) -> None:
     check_nothing_left(index)
 
 
+PIECE_FAULTS = (
+    "store.before_commit:2:kill", "pipeline.flushed:3:kill", "store.after_copy:2:kill", "worker.encoded:3:kill",
+)  # fmt: skip
+"""After some pieces of a record were put aside, before they are visible, and when they just are."""
+
+
+@pytest.mark.timeout(240)
+def test_a_record_in_pieces_is_whole_whenever_a_run_is_killed(index: DatabaseAddress, commands: Commands) -> None:
+    articles = Articles(index)
+    texts = {number: f"article {number} " * 12 for number in range(12)}
+    articles.add(*texts.values())
+    old: dict[int, str] = {}
+    for fault in PIECE_FAULTS if FULL else PIECE_FAULTS[index.dialect == "sqlite" :: 2]:
+        command = start_pieces(commands, articles, KDB_FAST_FAULT=fault)
+        assert command.wait() in (0, KILLED), f"{fault}: {command.out}{command.err}"
+        assert commands.fired(), fault
+        eventually(lambda: not commands.processes())
+        for number, text in pieces_of(articles).items():
+            assert text in (texts[number], old.get(number)), fault
+        again = start_pieces(commands, articles)
+        assert again.wait() == 0, again.out + again.err
+        assert pieces_of(articles) == texts
+        assert execute(index, "SELECT count(*) FROM kdb_fast_articles_pieces") == [(0,)]
+        old = dict(texts)
+        texts = {number: f"{text[:60]} again " * 3 for number, text in texts.items()}
+        for number, text in texts.items():
+            articles.set(number, text)
+    eventually(lambda: not commands.processes())
+    check_nothing_left(index)
+
+
+def start_pieces(commands: Commands, articles: Articles, **environment: str) -> Command:
+    url = sqlalchemy_url(articles.address)
+    return commands.start("articles", url, "2", "article_vectors", "pieces", **environment)
+
+
+def pieces_of(articles: Articles) -> dict[int, str]:
+    """The text of each record, from its pieces, whose vectors are those of their texts."""
+    found: dict[int, str] = {}
+    vectors = articles.vectors_beside("article_vectors", "CAST(id AS text) || '/' || chunk")
+    columns = "id, chunk, kdb_fast_chunks, content"
+    rows = execute(articles.address, f"SELECT {columns} FROM article_vectors ORDER BY id, chunk")
+    for number, chunk, count, content in rows:
+        assert chunk < count
+        assert sum(row[0] == number for row in rows) == count
+        assert (abs(vectors[f"{number}/{chunk}"] - poison_worker.vector_of(content)) < 1e-6).all()
+        found[number] = found.get(number, "") + content
+    return found
+
+
 @pytest.mark.timeout(240)
 def test_two_runs_at_once(index: DatabaseAddress, commands: Commands) -> None:
     articles = Articles(index)

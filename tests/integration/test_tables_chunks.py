@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from articles import Articles, TableSource
+from articles import Articles, ArticleSource
 from column_writer import DIMENSIONS, begun, vector_of
 from servers import Oracle, Vector, cosine, execute
 
@@ -44,7 +44,7 @@ class Stored(NamedTuple):
 
     start: int
     end: int
-    count: int
+    of: int
     content: str
     text_hash: bytes
     vector: Vector
@@ -106,7 +106,7 @@ class Writer(NamedTuple):
         found = stored(self.articles)
         for pieces in found.values():
             for piece in pieces:
-                assert piece.count == len(pieces)
+                assert piece.of == len(pieces)
                 np.testing.assert_allclose(piece.vector, vector_of(piece.content), rtol=1e-5)
         return {number: " ".join(piece.content for piece in pieces) for number, pieces in found.items()}
 
@@ -253,7 +253,7 @@ def long_text(number: int, sentences: int) -> str:
 
 
 def run_of(articles: Articles, size: int = SIZE, overlap: int = OVERLAP, **options: Any) -> Receipt:
-    source = TableSource(articles.address, articles.target(), page_rows=16, complete=True)
+    source = ArticleSource(articles.address, articles.target(), page_rows=16, complete=True)
     settings = ReindexOptions(chunk=size, overlap=overlap, **options)
     receipt = reindex(articles.address, source, settings, target=target_of(articles))
     assert receipt.read == sum(getattr(receipt, part) for part in PARTS)
@@ -277,7 +277,7 @@ def check(articles: Articles, minilm: Model, oracle: Oracle) -> Callable[[], int
             pieces = found[number]
             assert [(piece.start, piece.end) for piece in pieces] == splitter.split(text)
             for piece in pieces:
-                assert (piece.count, piece.text_hash) == (len(pieces), content_hash(text))
+                assert (piece.of, piece.text_hash) == (len(pieces), content_hash(text))
                 assert piece.content == text[piece.start : piece.end]
                 assert cosine(piece.vector, oracle.vector(piece.content)) >= 0.99999
         assert aside(articles) == 0
