@@ -16,7 +16,7 @@ from servers import Oracle, Vector, cosine, execute
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.embedding.chunking import Splitter
 from kdb_fast.embedding.models.files import Model
-from kdb_fast.errors import UsageError
+from kdb_fast.errors import SchemaError, UsageError
 from kdb_fast.indexing.reindex import reindex
 from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.ipc.slab import Row, Slab, SlabShape
@@ -36,7 +36,7 @@ def articles(index: DatabaseAddress) -> Articles:
 
 
 def target_of(articles: Articles, **options: Any) -> TableTarget:
-    return articles.into(chunked=True, content=True, **options)
+    return articles.into(chunked=True, **options)
 
 
 class Stored(NamedTuple):
@@ -318,6 +318,11 @@ def test_equal_pieces_are_embedded_once(articles: Articles, check: Callable[...,
     second = run_of(articles, force=True)
     assert (second.stored, second.reused, second.chunks) == (2, 1, check())
     assert second.tokens < 2 * alone.tokens + SIZE
+
+
+def test_table_of_sqlite_vec_has_no_pieces(sqlite_database: DatabaseAddress) -> None:
+    with pytest.raises(SchemaError, match="one number as its key"):
+        target_of(Articles(sqlite_database), vec0=True)
 
 
 def test_what_cannot_be_cut_is_refused(articles: Articles, minilm: Model) -> None:

@@ -121,7 +121,16 @@ def find_table(
         )
     refers = source if source is not None and source.kind in ("table", "partitioned table") else None
     target = TableTarget(
-        name, home, schema, table, tuple(key), VectorColumn(vector, "vector"), refers, content, chunked, keyword
+        name,
+        home,
+        schema,
+        table,
+        tuple(key),
+        VectorColumn(vector, "vector"),
+        refers,
+        content or chunked,
+        chunked,
+        keyword,
     )
     check_names(target)
     return target

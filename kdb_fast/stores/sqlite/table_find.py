@@ -83,7 +83,7 @@ def find_table(
         tuple(key),
         VectorColumn(vector, "blob"),
         refers,
-        content,
+        content or chunked,
         chunked,
         keyword,
         vec0,
@@ -106,6 +106,11 @@ def load_vec0(connection: sqlite3.Connection) -> None:
 
 def _check_vec0(connection: sqlite3.Connection, target: TableTarget) -> None:
     """Raise SchemaError for what a table of sqlite-vec cannot be."""
+    if target.chunked:
+        raise SchemaError(
+            "A table of sqlite-vec has one number as its key, and pieces of texts need two.",
+            remedy="Leave out --vec0 for a plain table, or --chunk for whole texts.",
+        )
     load_vec0(connection)
     if not has_rowid_key(target) or target.chunked:
         raise SchemaError(
