@@ -15,12 +15,11 @@ from ..records import storable_key
 from .find_relation import no_column
 from .relation import Column, Relation
 from .target import Dialect, Target, identifier
+from .template import split_template
 
 BLANK_LINE = "\n\n"
 
 _WORD = re.compile(r"[^\W\d][\w$]*")
-_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|\\[nt\\]|[^{}\\]+|\\")
-_ESCAPES = {"{{": "{", "}}": "}", r"\n": "\n", r"\t": "\t", "\\\\": "\\"}
 
 
 def text_columns(
@@ -116,30 +115,16 @@ def is_expression(relation: Relation, part: str) -> bool:
 
 def _filled(relation: Relation, template: str, dialect: Dialect) -> str:
     """The template with its columns, where any of them holds text; else NULL."""
-    pieces, columns, literal = [], [], ""
-    for match in _FIELD.finditer(template):
-        piece = match[0]
-        if match[1] is None:
-            if piece in ("{", "}"):
-                raise UsageError(
-                    f"The template has a single {piece}; expected columns in braces, such as {{title}}.",
-                    remedy="Write a brace that is part of the text twice: {{ or }}.",
-                )
-            literal += _ESCAPES.get(piece, piece)
-            continue
-        name = match[1]
+    literal, *rest = split_template(template)
+    pieces, columns = [_literal(literal)] if literal else [], []
+    for name, literal in zip(rest[::2], rest[1::2], strict=True):
         column = relation.column(name) or relation.column(name.strip().lower())
         if column is None:
             raise no_column(relation, name)
-        if literal:
-            pieces.append(_literal(literal))
-        literal = ""
         columns.append(_text_of(relation, column, dialect))
         pieces.append(f"coalesce({columns[-1]}, '')")
-    if not columns:
-        raise UsageError("The template has no column; expected columns in braces, such as {title}.")
-    if literal:
-        pieces.append(_literal(literal))
+        if literal:
+            pieces.append(_literal(literal))
     first = f"coalesce({', '.join(f'''nullif({column}, '')''' for column in columns)}{', NULL' * (len(columns) == 1)})"
     return f"CASE WHEN {first} IS NOT NULL THEN {' || '.join(pieces)} END"
 

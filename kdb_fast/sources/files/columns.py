@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 from ...errors import UsageError
 from ...records import storable_key
 from ...tables.key import KeyColumn
+from ...tables.names import nearest
 from ...tables.target import Dialect
 from .rows import Rows
 
@@ -51,8 +51,8 @@ def check_columns(rows: Rows, key: Sequence[str], text: Sequence[str]) -> None:
         return
     for name in (*key, *text):
         if name not in rows.columns:
-            near = difflib.get_close_matches(name.lower(), [column.lower() for column in rows.columns], 3)
-            names = [c for c in rows.columns if c.lower() in near] or list(rows.columns)
+            near = nearest(name, rows.columns)
+            names = near or rows.columns
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
             option = "--key" if name in key else "--text"
             raise UsageError(

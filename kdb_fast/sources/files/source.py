@@ -12,15 +12,13 @@ from ...errors import UsageError
 from ...records import Key, Record, Reject, is_blank
 from ...tables.key import KeyColumn, unfit_for
 from ...tables.template import split_template
+from ...tables.text import BLANK_LINE
 from ..json_records import kind
 from ..text_fields import TextFields, shown
 from .columns import check_columns
 from .opened_file import OpenedFile
 from .record_file import Emptied, RecordFile
 from .rows import Rows
-
-BLANK_LINE = "\n\n"
-"""Between the parts of a text."""
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
 _BIGINT = 1 << 63
