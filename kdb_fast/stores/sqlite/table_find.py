@@ -106,18 +106,13 @@ def load_vec0(connection: sqlite3.Connection) -> None:
 
 def _check_vec0(connection: sqlite3.Connection, target: TableTarget) -> None:
     """Raise SchemaError for what a table of sqlite-vec cannot be."""
-    if target.chunked:
-        raise SchemaError(
-            "A table of sqlite-vec has one number as its key, and pieces of texts need two.",
-            remedy="Leave out --vec0 for a plain table, or --chunk for whole texts.",
-        )
-    load_vec0(connection)
     if not has_rowid_key(target) or target.chunked:
         raise SchemaError(
             "A table of sqlite-vec has one row for each INTEGER PRIMARY KEY; "
             + ("texts in pieces have several." if target.chunked else f"the key is {_key_shown(target)}."),
             remedy="Leave out --vec0 for a plain table.",
         )
+    load_vec0(connection)
 
 
 def _key_shown(target: TableTarget) -> str:
