@@ -36,6 +36,7 @@ class Counts:
     empty: int = 0
     deleted: int = 0
     truncated: int = 0
+    lost_chars: int = 0
     chunks: int = 0
     tokens: int = 0
     padded_tokens: int = 0
@@ -59,11 +60,12 @@ class Counts:
         """Count records whose fate is settled."""
         setattr(self, fate.value, getattr(self, fate.value) + records)
 
-    def embedded(self, tokens: int, padded_tokens: int, truncated: int, seconds: float) -> None:
+    def embedded(self, tokens: int, padded_tokens: int, truncated: int, lost_chars: int, seconds: float) -> None:
         """Count what it took to embed a slot."""
         self.tokens += tokens
         self.padded_tokens += padded_tokens
         self.truncated += truncated
+        self.lost_chars += lost_chars
         self.embed_seconds += seconds
 
     def supersede(self, earlier: Fate) -> None:

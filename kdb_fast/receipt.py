@@ -67,6 +67,7 @@ class Receipt:
         empty: Records without text.
         deleted: Rows of the index that no record has any more.
         truncated: Records that are longer than the model reads.
+        lost_chars: Characters of these that it has not read, about; 0 for a provider's API, which does not tell.
         chunks: Pieces of the records that were written, where texts are cut into pieces.
         tokens: Tokens embedded; ``padded_tokens`` with the padding that was computed.
         precision: That of the model; None for a provider's API.
@@ -90,6 +91,7 @@ class Receipt:
     empty: int = 0
     deleted: int = 0
     truncated: int = 0
+    lost_chars: int = 0
     chunks: int = 0
     tokens: int = 0
     padded_tokens: int = 0

@@ -43,7 +43,7 @@ def print_receipt(receipt: Receipt, database: str) -> None:
         (receipt.deleted, "removed from the index"),
         (receipt.foreign, "with a vector of another program, left alone (--replace overwrites)"),
         (receipt.empty, "without text, not indexed"),
-        (receipt.truncated, "longer than the model reads"),
+        (receipt.truncated, f"longer than the model reads{_lost(receipt)}"),
     )
     extra = [f"{count:,} {text}" for count, text in also if count]
     if extra:
@@ -82,6 +82,11 @@ def print_receipt(receipt: Receipt, database: str) -> None:
 def _with_schema(database: str, schema: str | None) -> str:
     """The address and the schema, where it is not the one that everybody expects."""
     return database if schema in (None, "public") else f"{database}, schema {Target(schema).shown()}"
+
+
+def _lost(receipt: Receipt) -> str:
+    """How much of the long records the model has not read, where that is known."""
+    return f" (about {receipt.lost_chars:,} of their characters have no part in a vector)" if receipt.lost_chars else ""
 
 
 def printable(text: str, limit: int = SHOWN_CHARS) -> str:

@@ -36,12 +36,14 @@ PROBE = "The quick brown fox jumps over the lazy dog."
 class Tally(NamedTuple):
     """What an encode call computed, in tokens with the special ones.
 
-    ``padded_tokens`` are the tokens that were really computed, padding and filler rows among them.
+    ``padded_tokens`` are the tokens that were really computed, padding and filler rows among them. ``lost_chars`` are
+    the characters behind what the model reads, about: by the share of the tokens.
     """
 
     tokens: int
     padded_tokens: int
     truncated: int
+    lost_chars: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ class _OnnxBackend(_Backend):
         self._mean = type(inner).__name__ == "PooledNormalizedEmbedding"
 
     def encode(self, texts: Sequence[str], out: Matrix, spec: EncoderSpec, *, ragged: bool = False) -> Tally:
-        ids, truncated = self._tokenise(texts, spec.model.max_tokens)
+        ids, truncated, lost_chars = self._tokenise(texts, spec.model.max_tokens)
         lengths = np.fromiter((len(row) for row in ids), dtype=np.int64, count=len(ids))
         if ragged:
             batches = [np.arange(len(ids))]
@@ -210,23 +212,29 @@ class _OnnxBackend(_Backend):
             else:
                 padded += width * len(rows)
             _put(out, rows, self._run(ids, lengths, rows, width), spec.model)
-        return Tally(int(lengths.sum()), padded, truncated)
+        return Tally(int(lengths.sum()), padded, truncated, lost_chars)
 
-    def _tokenise(self, texts: Sequence[str], window: int) -> tuple[list[list[int]], int]:
+    def _tokenise(self, texts: Sequence[str], window: int) -> tuple[list[list[int]], int, int]:
+        """Token ids, how many texts are longer than the model reads, and about how many characters it does not."""
         limit, prefix = window * CHARS_PER_TOKEN, self._prefix
         encodings = self._tokenizer.encode_batch_fast([prefix + text[:limit] for text in texts])
         ids = [e.ids for e in encodings]
-        truncated = [bool(e.overflowing) for e in encodings]
-        for i, text in enumerate(texts):
+        truncated = lost = 0
+        special = self._tokenizer.num_special_tokens_to_add(False)
+        for i, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
             cut = limit
             while len(text) > cut and len(ids[i]) < window:
                 cut *= 8
                 encoding = self._tokenizer.encode_batch_fast([prefix + text[:cut]])[0]
                 ids[i] = encoding.ids
-                truncated[i] = bool(encoding.overflowing)
-            truncated[i] |= len(text) > cut
-        # What was cut before it came here was counted there.
-        return ids, sum(more and not was_cut(text) for text, more in zip(texts, truncated, strict=True))
+            more = encoding.overflowing
+            if more or len(text) > cut:
+                # What was cut before it came here was counted there.
+                truncated += not was_cut(text)
+                kept = len(ids[i]) - special
+                share = kept / max(1, kept + sum(len(part.ids) - special for part in more))
+                lost += len(text) - round(min(len(text), cut) * share)
+        return ids, truncated, lost
 
     def feed(self, input_ids: Tokens, mask: Tokens) -> dict[str, Tokens]:
         """The inputs that this graph has."""

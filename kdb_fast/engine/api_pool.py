@@ -117,4 +117,5 @@ class ApiPool(Pool):
         slot.mark_unfit(0, rows)
         crc = slot.checksum(0, rows)
         seconds = time.perf_counter() - started
-        return SlotFilled.of([Embedded(order.slot, order.lease, 0, rows, *tally, seconds, crc)])
+        tokens, padded, cut, lost = tally
+        return SlotFilled.of([Embedded(order.slot, order.lease, 0, rows, tokens, padded, cut, seconds, crc, lost)])

@@ -38,6 +38,7 @@ class SlotFilled(NamedTuple):
     truncated: int
     seconds: float
     crcs: tuple[tuple[int, int, int], ...]
+    lost_chars: int = 0
 
     @classmethod
     def of(cls, parts: Sequence[Embedded]) -> SlotFilled:
@@ -50,6 +51,7 @@ class SlotFilled(NamedTuple):
             sum(p.truncated for p in parts),
             sum(p.seconds for p in parts),
             tuple((p.start, p.stop, p.crc) for p in parts),
+            sum(p.lost_chars for p in parts),
         )
 
 

@@ -88,6 +88,7 @@ def embed_rows(block: RowBlock, order: Embed, encoder: Encoder) -> Embedded:
         tally.truncated,
         time.perf_counter() - started,
         block.checksum(start, stop),
+        tally.lost_chars,
     )
 
 

@@ -33,7 +33,8 @@ class Filling:
         lease = slots.of(event.slot, event.lease)
         lease.crcs = event.crcs
         self._flushes.filled(lease)
-        self._counts.embedded(event.tokens, event.padded_tokens, event.truncated, event.seconds)
+        counted = event.tokens, event.padded_tokens, event.truncated, event.lost_chars
+        self._counts.embedded(*counted, event.seconds)
         slot = slots.slab.slots[event.slot]
         ledger, codes = self._ledger, slot.code[: len(lease.rows)]
         waited = self._reuse.filled(lease.hashes, slot.vectors[: len(lease.rows)], codes)

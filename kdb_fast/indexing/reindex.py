@@ -19,6 +19,7 @@ from ..stores import open_store
 from ..stores.base import RunSpec, Store, TargetTable
 from ..stores.past_runs import forget_older, forget_older_of_input
 from ..tables.kdb_search import KDB_SEARCH
+from ..tables.table_target import TableTarget
 from .engine_factory import EngineFactory
 from .heartbeat import Heartbeat
 from .pipeline import Pipeline, StopRequested
@@ -194,6 +195,11 @@ class _Run:
             for warning in self.store.altered(self.run.number):
                 self.pipeline.warnings.append(warning)
                 self.progress.note(warning)
+        if self.pipeline.counts.truncated and isinstance(self.run.target, TableTarget) and not options.chunk:
+            self.pipeline.warnings.append(
+                f"{self.pipeline.counts.truncated:,} records are longer than the model reads. Cut into pieces, their "
+                "texts are read whole: --chunk 200 --overlap 20."
+            )
         if source.complete:
             # What this run has read and not rejected is no longer rejected: changed, gone, or without text.
             whole = [entity for entity in source.entities if entity not in self.pipeline.not_pruned]
@@ -223,6 +229,7 @@ class _Run:
             empty=self.source.empty,
             deleted=counts.deleted,
             truncated=counts.truncated,
+            lost_chars=counts.lost_chars,
             chunks=counts.chunks,
             tokens=counts.tokens,
             padded_tokens=counts.padded_tokens,

@@ -33,7 +33,8 @@ class Embedded(NamedTuple):
     """Worker → parent: the rows are in the slab.
 
     ``tokens`` are real tokens, ``padded_tokens`` what the model computed, both with the special ones;
-    ``truncated`` rows had more tokens than the model reads; ``crc`` is of rows start to stop.
+    ``truncated`` rows had more tokens than the model reads, of which it leaves out about ``lost_chars`` characters;
+    ``crc`` is of rows start to stop.
     """
 
     slot: int
@@ -45,6 +46,7 @@ class Embedded(NamedTuple):
     truncated: int
     seconds: float
     crc: int
+    lost_chars: int = 0
 
 
 class Ready(NamedTuple):

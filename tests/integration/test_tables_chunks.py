@@ -320,6 +320,21 @@ def test_equal_pieces_are_embedded_once(articles: Articles, check: Callable[...,
     assert second.tokens < 2 * alone.tokens + SIZE
 
 
+@pytest.mark.usefixtures("loaded_once")
+def test_without_pieces_what_is_lost_is_told_with_the_option(articles: Articles) -> None:
+    text = long_text(1, 60)
+    articles.add(text, "short")
+    source = ArticleSource(articles.address, articles.target(), page_rows=16, complete=True)
+    receipt = reindex(articles.address, source, ReindexOptions(), target=articles.into())
+    assert receipt.truncated == 1
+    assert 0.1 * len(text) < receipt.lost_chars < 0.9 * len(text)
+    (warning,) = receipt.warnings
+    assert warning.startswith("1 records are longer than the model reads.")
+    assert "--chunk 200" in warning
+    source = ArticleSource(articles.address, articles.target(), page_rows=16, complete=True)
+    assert reindex(articles.address, source, ReindexOptions(force=True), target=articles.target()).warnings == ()
+
+
 def test_table_of_sqlite_vec_has_no_pieces(sqlite_database: DatabaseAddress) -> None:
     with pytest.raises(SchemaError, match="texts in pieces have several"):
         target_of(Articles(sqlite_database, "id INTEGER PRIMARY KEY, body TEXT, embedding BLOB"), vec0=True)

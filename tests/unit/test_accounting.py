@@ -23,5 +23,5 @@ def test_a_superseded_record_is_counted_once() -> None:
 def test_what_embedding_took_is_added_up() -> None:
     counts = Counts()
     for _ in range(2):
-        counts.embedded(10, 12, 1, 0.5)
-    assert counts == Counts(tokens=20, padded_tokens=24, truncated=2, embed_seconds=1.0)
+        counts.embedded(10, 12, 1, 300, 0.5)
+    assert counts == Counts(tokens=20, padded_tokens=24, truncated=2, lost_chars=600, embed_seconds=1.0)

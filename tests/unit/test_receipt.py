@@ -14,7 +14,7 @@ from kdb_fast.stores.rejects import runs_of_input
 
 KEYS = [
     "run", "schema", "state", "input", "read", "stored", "unchanged", "reused", "superseded", "rejected", "foreign",
-    "empty", "deleted", "truncated", "chunks", "tokens", "padded_tokens", "seconds", "records_per_second",
+    "empty", "deleted", "truncated", "lost_chars", "chunks", "tokens", "padded_tokens", "seconds", "records_per_second",
     "tokens_per_second", "model", "dimensions", "precision", "document_prefix", "fidelity", "fingerprint", "workers",
     "plan", "flushes", "flush_size", "bytes_written", "index", "phases", "peak_rss_bytes", "peak_rss_by_process",
     "warnings", "input_changed", "version",
