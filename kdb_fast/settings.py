@@ -18,6 +18,8 @@ MAX_WORKERS = 256
 PRECISIONS = ("fp32", "bf16", "int8", "auto")
 LEAST_CHUNK = 32
 """Least ``--chunk``: tokens of a piece, of which some are the model's special ones."""
+INDEX_POLICIES = ("keep", "defer", "concurrently", "none")
+"""What may be done with the indexes of the vectors: :class:`kdb_fast.tables.index_policy.IndexPolicy`."""
 
 PATIENCE_SECONDS = 60.0
 """How long a database that went away is waited for: longer than a restart, shorter than a person's patience.
@@ -164,6 +166,9 @@ class ReindexOptions:
         chunk: Tokens of a piece that texts are cut into, in a table target; 0 for whole texts.
         overlap: Tokens that two neighbouring pieces share.
         document_prefix: What the model reads before each text; it is no part of the text that is stored.
+        index: What is done with the indexes of the vectors: ``keep``, ``defer`` (dropped and built again where that
+            pays), ``concurrently`` or ``none``; None is ``defer`` for tables of ours and ``keep`` for a column of the
+            user's.
     """
 
     entities: tuple[str, ...] = ()
@@ -183,8 +188,11 @@ class ReindexOptions:
     chunk: int = 0
     overlap: int = 0
     document_prefix: str = ""
+    index: str | None = None
 
     def __post_init__(self) -> None:
+        if self.index is not None and self.index not in INDEX_POLICIES:
+            raise UsageError(f"--index is {self.index!r}; expected one of {', '.join(INDEX_POLICIES)}.")
         if self.provider not in MAX_BATCH_SIZES:
             raise UsageError(f"The provider is {self.provider!r}; expected {' or '.join(MAX_BATCH_SIZES)}.")
         if self.precision not in PRECISIONS:

@@ -121,7 +121,7 @@ def answer(slab: Slab, store: Store, spec: RunSpec, message: Request, say: Calla
         return flush(slab, store, spec, message)
     if isinstance(message, PrepareIndex):
         return IndexPrepared(store.drop_index())
-    return finish(store, message, say)
+    return finish(store, spec, message, say)
 
 
 def flush(slab: Slab, store: Store, spec: RunSpec, message: Flush) -> Flushed:
@@ -145,7 +145,7 @@ def flush(slab: Slab, store: Store, spec: RunSpec, message: Flush) -> Flushed:
     )
 
 
-def finish(store: Store, message: Finish, say: Callable[[str], None]) -> Finished:
+def finish(store: Store, spec: RunSpec, message: Finish, say: Callable[[str], None]) -> Finished:
     """Remove what has no record any more, then build what index is missing."""
     started = time.perf_counter()
     deleted = 0
@@ -163,7 +163,7 @@ def finish(store: Store, message: Finish, say: Callable[[str], None]) -> Finishe
         for why, entities in hidden.items()
     )
     kept = tuple(entity for entities in hidden.values() for entity in entities)
-    outcome = store.finish_index(say) if message.build_index else IndexOutcome(IndexAction.NOT_BUILT)
+    outcome = store.finish_index(say, spec) if message.build_index else IndexOutcome(IndexAction.NOT_BUILT)
     return Finished(deleted, outcome, time.perf_counter() - started, warnings, kept)
 
 

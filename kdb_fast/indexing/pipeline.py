@@ -32,7 +32,7 @@ from ..records import Key, Record, Reject
 from ..settings import RejectLimit
 from ..sources.base import PAGE_ROWS
 from ..stores.base import Store
-from ..tables.index_policy import IndexRecord, decide
+from ..tables.index_policy import IndexPolicy, IndexRecord, decide
 from ..tables.target import LiveRows
 from .filling import Filling
 from .flushing import MESSAGE_BYTES, FlushPlanner, first_of
@@ -74,6 +74,7 @@ class Pipeline:
         split: Cuts a text into the pieces that are embedded in its place.
         unique_keys: No key comes twice.
         estimate: How many records there will be, where that is known.
+        index_policy: What may be done with the search indexes.
         on_progress: Called with the counts after every step.
         on_note: Called with what a person should know.
         should_stop: Asked often; true ends the run after what is embedded has been written.
@@ -94,6 +95,7 @@ class Pipeline:
         split: Split | None = None,
         unique_keys: bool = False,
         estimate: int | None = None,
+        index_policy: IndexPolicy = IndexPolicy.DEFER,
         on_progress: Callable[[Counts], None] = lambda counts: None,
         on_note: Callable[[str], None] = lambda text: None,
         should_stop: Callable[[], bool] = lambda: False,
@@ -105,7 +107,7 @@ class Pipeline:
         self.not_pruned: set[str] = set()
         self.engine: Engine | None = None
         self._store, self._start_engine = store, start_engine
-        self._max_rejects, self._estimate = max_rejects, estimate
+        self._max_rejects, self._estimate, self._index_policy = max_rejects, estimate, index_policy
         self._on_progress, self._on_note = on_progress, on_note
         self._should_stop, self._on_phase = should_stop, on_phase
         self._ledger = PieceLedger(self.counts) if split else KeyLedger(self.counts, unique_keys=unique_keys)
@@ -351,6 +353,7 @@ class Pipeline:
             read=counts.read,
             to_write=counts.read - counts.unchanged - counts.rejected - counts.superseded,
             written=counts.written,
+            policy=self._index_policy,
         )
         self.index.decided(decision)
         if self.index.deferred:
@@ -366,6 +369,7 @@ class Pipeline:
                 slots.release(lease.slot)
         elif isinstance(event, IndexPrepared):
             self.index.dropped = event.outcome
+            self.warnings += event.outcome.warnings
         elif isinstance(event, Finished):
             self._finished = event
         else:

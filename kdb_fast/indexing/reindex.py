@@ -18,6 +18,7 @@ from ..sources.base import Input, Source
 from ..stores import open_store
 from ..stores.base import RunSpec, Store, TargetTable
 from ..stores.past_runs import forget_older, forget_older_of_input
+from ..tables.index_policy import IndexPolicy
 from ..tables.kdb_search import KDB_SEARCH
 from ..tables.table_target import TableTarget
 from .engine_factory import EngineFactory
@@ -84,12 +85,16 @@ def reindex(
             embedding = embedding.in_pieces(options.chunk, options.overlap)
         embedding = replace(embedding, seconds=time.monotonic() - began)
         notes = store.prepare(embedding.dimensions, options.wait)
+        indexes = store.default_index
+        if options.index is not None:
+            indexes = IndexPolicy(options.index)
+            notes += store.check_index(indexes)
         run = store.begin_run(
             fingerprint=embedding.fingerprint,
             model=embedding.name,
             dimensions=embedding.dimensions,
             wait=options.wait,
-        )._replace(target=target)
+        )._replace(target=target, indexes=indexes)
         store.on_wait = progress.note
         return _Run(address, store, source, embedding, run, options, progress, stop, started, notes).go()
 
@@ -175,6 +180,7 @@ class _Run:
                 self.store.key,
             ),
             estimate=estimate,
+            index_policy=self.run.indexes,
             on_progress=self.progress.update,
             on_note=self.progress.note,
             should_stop=lambda: self.stop.count > 0,

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..ipc.row_block import NO_VALUE
 from ..records import Key, Reject
 from ..tables.column_target import ColumnTarget
-from ..tables.index_policy import IndexOutcome
+from ..tables.index_policy import IndexOutcome, IndexPolicy
 from ..tables.index_table import IndexTable
 from ..tables.kdb_search import KDB_SEARCH
 from ..tables.key import KeyColumn
@@ -64,13 +64,14 @@ TargetTable = IndexTable | ColumnTarget | TableTarget
 
 
 class RunSpec(NamedTuple):
-    """What identifies a run in every row it writes, and what it writes to."""
+    """What identifies a run in every row it writes, what it writes to, and what it may do with the indexes there."""
 
     number: int
     fingerprint: str
     model: str
     dimensions: int
     target: TargetTable = KDB_SEARCH
+    indexes: IndexPolicy = IndexPolicy.DEFER
 
 
 class FlushSlot(NamedTuple):
@@ -143,7 +144,8 @@ class Store(ABC):
     """
 
     dialect: str
-    has_vector_index = False
+    default_index = IndexPolicy.DEFER
+    """What is done with the indexes of the vectors where nothing else is asked for."""
     on_wait: Callable[[str], None]
     """Called with what is being waited for, before each pause."""
     deletes_first = False
@@ -259,13 +261,34 @@ class Store(ABC):
             RecordError: The database refuses a row; nothing of the transaction is kept.
         """
 
+    @property
+    def has_vector_index(self) -> bool:
+        """Whether there is an index of the vectors, so that each row which is written costs more."""
+        return False
+
+    def check_index(self, policy: IndexPolicy) -> tuple[str, ...]:
+        """Find out before a run whether what was asked for could be done with the indexes.
+
+        Returns:
+            What the user should know of it.
+
+        Raises:
+            SchemaError: This role may not build them again.
+        """
+        return ()
+
     @abstractmethod
     def drop_index(self) -> IndexOutcome:
         """Drop the vector index (and full-text index) before a large load; remembers how to build it again."""
 
     @abstractmethod
-    def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
-        """Build whatever KameleonDB's table should have and has not, and refresh planner statistics."""
+    def finish_index(self, beat: Callable[[str], None], run: RunSpec | None = None) -> IndexOutcome:
+        """Build whatever the table should have and has not, and refresh planner statistics.
+
+        Args:
+            beat: Called with what is being done.
+            run: The run whose vectors are indexed; None where nothing has been written.
+        """
 
     @abstractmethod
     def prune(self, entity: str, live_rows: LiveRows) -> int:

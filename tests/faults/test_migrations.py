@@ -34,6 +34,7 @@ from kdb_fast.stores.base import RunSpec
 from kdb_fast.stores.postgresql import index_tree, locks
 from kdb_fast.stores.postgresql import session as pg_session
 from kdb_fast.stores.postgresql.index_catalog import SearchIndex
+from kdb_fast.stores.postgresql.indexed import Indexed
 from kdb_fast.stores.postgresql.store import PostgreSQLStore
 from kdb_fast.stores.runs import this_process
 from kdb_fast.tables import migrations
@@ -288,9 +289,9 @@ def test_dropped_indexes_of_two_targets_are_apart(database: DatabaseAddress) -> 
         index = SearchIndex("public", "kdb_search", "mine", "USING gin (tsv)", False, False, True)
         index_tree.remember(cursor, target, [index])
         other = replace(target, kept_as="articles")
-        assert index_tree.IndexTree.read(cursor, other).dropped == []
+        assert index_tree.IndexTree.read(cursor, Indexed.of_search_table(other)).dropped == []
         index_tree.remember(cursor, other, [])
-        assert [i.name for i in index_tree.IndexTree.read(cursor, target).dropped] == ["mine"]
+        assert [i.name for i in index_tree.IndexTree.read(cursor, Indexed.of_search_table(target)).dropped] == ["mine"]
         index_tree.forget(cursor, target)
         assert cursor.execute("SELECT key FROM kdb_fast_state").fetchall() == [("dropped_indexes/articles",)]
 

@@ -234,7 +234,7 @@ def test_definitions_that_an_earlier_version_remembered_are_built(database: Data
     execute(database, "DROP INDEX mine")
     remembered = json.dumps({"mine": definition})
     execute(database, "INSERT INTO kdb_fast_state VALUES ('dropped_indexes/kdb_search', %s)", remembered)
-    assert pg_index.finish(store.session, no_beat).text == "built ix_kdb_search_fts, mine"
+    assert pg_index.finish(store.session, store.indexed, no_beat).text == "built ix_kdb_search_fts, mine"
     assert definition in [row[2] for row in snapshot(database)]
     assert execute(database, "SELECT count(*) FROM kdb_fast_state WHERE key LIKE 'dropped_indexes%%'") == [(0,)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,7 @@ def test_index_is_dropped_from_a_quarter_of_the_rows(to_write: int, rows_after: 
         ({"rows_in_index": 9, "estimate": 0, "read": 0, "to_write": 0, "written": 0}, (False, 0, 9)),
     ],
 )
-def test_the_decision_counts_what_is_left_to_write(seen: dict[str, int], expected: tuple[bool, int, int]) -> None:
+def test_the_decision_counts_what_is_left_to_write(seen: dict[str, Any], expected: tuple[bool, int, int]) -> None:
     drop, to_write, rows_after = expected
     action = IndexAction.DEFERRED if drop else IndexAction.KEPT
     assert decide(**seen) == IndexDecision(action, to_write, rows_after)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...db.address import DatabaseAddress
@@ -12,7 +13,7 @@ from ...db.retrying import ErrorKind
 from ...faults import fault
 from ...records import Key, Reject, storable_key
 from ...tables.column_target import ColumnTarget, altered_rows
-from ...tables.index_policy import IndexAction, IndexOutcome
+from ...tables.index_policy import IndexOutcome, IndexPolicy
 from ...tables.key import KeyColumn, text_arrays
 from ...tables.known_rows import KnownRows
 from ...tables.target import LiveRows, Target
@@ -23,6 +24,7 @@ from .column_effects import SIZE, find_triggers, forecast
 from .column_find import prepare_column
 from .column_flush import ColumnWriter, clear_keys
 from .flush import FlushWriter
+from .indexed import Indexed
 from .session import LIMITS
 from .store import PostgreSQLStore
 
@@ -77,7 +79,7 @@ fifth of the table, which is what autovacuum waits for too. It reads the whole t
 class PostgreSQLColumnStore(PostgreSQLStore):
     """Writes the vectors of one column, and nothing else of its table."""
 
-    has_vector_index = False  # that is its owner's, and kept
+    default_index = IndexPolicy.KEEP  # they are its owner's
 
     def __init__(
         self,
@@ -143,17 +145,20 @@ class PostgreSQLColumnStore(PostgreSQLStore):
 
         return self.session.retrying("looking at what was stored", work)
 
-    def drop_index(self) -> IndexOutcome:
-        return IndexOutcome(IndexAction.KEPT, self._why_kept)
+    @property
+    def indexed(self) -> Indexed:
+        column = self.column
+        assert column.schema is not None
+        return Indexed(self.target, column.schema, column.table, column.vector.name)
 
-    def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
+    def finish_index(self, beat: Callable[[str], None], run: RunSpec | None = None) -> IndexOutcome:
         beat("forgetting rows that are gone")
         self.session.retrying("forgetting rows that are gone", self._forget_vanished)
-        return IndexOutcome(IndexAction.KEPT, self._why_kept)
+        return super().finish_index(beat, run)
 
-    @property
-    def _why_kept(self) -> str:
-        return f"the indexes of {self.column.shown} are its owner's"
+    def _built_for(self, run: RunSpec | None) -> Indexed:
+        # Its owner's programs write the table meanwhile.
+        return replace(self.indexed, concurrently=run is not None and run.indexes is not IndexPolicy.DEFER)
 
     def _forget_vanished(self) -> int:
         with self.session.transaction() as cursor:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ...db.pg_connection import name_session
 from ...faults import fault
-from ...resources import available_memory, usable_cpus
 from ...tables.index_policy import IndexAction, IndexOutcome
 from ...tables.kdb_search import POSTGRESQL_TEXT_INDEX, POSTGRESQL_VECTOR_INDEX
-from ...tables.target import Target
-from .check import vector_version
-from .index_catalog import Name, SearchIndex, create, free_name, owner_of_name, qualified
+from .index_catalog import (
+    Name,
+    SearchIndex,
+    create,
+    drop_copies,
+    find_tablespace,
+    free_name,
+    owner_of_name,
+    qualified,
+)
+from .index_session import apply, beside_others, build_settings, name_build, notices
 from .index_tree import IndexTree
+from .indexed import Indexed
 from .session import PgSession
 
 if TYPE_CHECKING:
@@ -24,46 +29,53 @@ if TYPE_CHECKING:
 
     Cursor = psycopg.Cursor[tuple[Any, ...]]
 
-ROW_BYTES_IN_BUILD = 1.3
-"""pgvector keeps elements and neighbour lists in memory while building: about 1.3 × the vectors at m = 16."""
+CLEAR_PATIENCE = "2s"
+"""How long the removal of what an unfinished build has left waits for others: they wait behind it meanwhile."""
 
 
-def wanted(tree: IndexTree, target: Target) -> list[SearchIndex]:
+def wanted(tree: IndexTree) -> list[SearchIndex]:
     """What an owner would have to make, in a few statements: a partitioned index makes its parts."""
     wanted = [*tree.absent(), *tree.lost(), *tree.broken()]
     for vector in (False, True):
         covered = {index.place for index in wanted if index.vector == vector}
         if not covered and tree.uncovered(vector):
-            wanted += _standard(tree, target, vector)
+            wanted += _standard(tree, vector)
     return sorted(wanted, key=lambda index: index.vector)
 
 
-def _standard(tree: IndexTree, target: Target, vector: bool) -> list[SearchIndex]:
+def _standard(tree: IndexTree, vector: bool) -> list[SearchIndex]:
     """Indexes as KameleonDB makes them: one of the whole table, or where some partitions have their own, one of each
     that has none."""
-    name = target.index.vector_index if vector else target.index.text_index
+    index = tree.indexed.home.index
+    name = index.vector_index if vector else index.text_index
     using = POSTGRESQL_VECTOR_INDEX if vector else POSTGRESQL_TEXT_INDEX
     using = using.format(pgvector=f"{tree.pgvector}.")
-    home, table = target.index_schema, target.index.name
+    whole = schema, table = tree.indexed.schema, tree.indexed.table
     bare = tree.uncovered(vector)
-    whole = (home, table)
     if len(bare) == sum(relation.leaf and relation.inside for relation in tree.relations.values()):
-        return [SearchIndex(home, table, name, using, vector, partitioned=not tree.relations[whole].leaf)]
-    return [_part(target, place, using, vector) for place in bare]
+        return [SearchIndex(schema, table, name, using, vector, partitioned=not tree.relations[whole].leaf)]
+    return [_part(tree.indexed, place, using, vector) for place in bare]
 
 
-def _part(target: Target, place: Name, using: str, vector: bool, like: SearchIndex | None = None) -> SearchIndex:
+def _part(indexed: Indexed, place: Name, using: str, vector: bool, like: SearchIndex | None = None) -> SearchIndex:
     """An index of one partition, with the name that the server would give it."""
-    name = f"{place[1]}_{target.index.vector if vector else target.index.tsvector}_idx"
+    name = f"{place[1]}_{indexed.vector if vector else indexed.texts[-1]}_idx"
     return SearchIndex(*place, name, using, vector, tablespace=like.tablespace if like else None)
 
 
 class IndexBuilder:
-    """Builds indexes, each in a transaction of its own, and looks at what it has built."""
+    """Builds indexes, each in a transaction of its own or beside others, and looks at what it has built.
 
-    def __init__(self, session: PgSession, beat: Callable[[str], None]) -> None:
-        self._session, self._target, self._beat = session, session.target, beat
+    Args:
+        dimensions: Of the vectors, where their column does not say; 1 where nobody knows.
+    """
+
+    def __init__(
+        self, session: PgSession, indexed: Indexed, beat: Callable[[str], None], *, dimensions: int = 1
+    ) -> None:
+        self._session, self._indexed, self._beat, self._dimensions = session, indexed, beat, dimensions
         self._warnings: list[str] = []
+        self._again: list[str] = []
         self._built: dict[Name, SearchIndex] = {}
         """What was to be built, by the name it got."""
         self._wholes: set[Name] = set()
@@ -71,25 +83,27 @@ class IndexBuilder:
 
     @property
     def has_built(self) -> bool:
-        return bool(self._built)
+        return bool(self._built or self._again)
+
+    def refresh(self, index: SearchIndex) -> None:
+        """Build one that is there and valid once more."""
+        if index.name not in self._again:
+            self.build(index, again=True)
+            del self._built[index.key]
+            self._again.append(index.name)
 
     def build(self, index: SearchIndex, *, again: bool = False) -> None:
-        """Build an index, or ``again`` one that is there and is invalid; with one process if memory is short."""
+        """Build an index, or ``again`` one that is there; with one process if memory is short."""
         import psycopg
 
+        beside = self._indexed.concurrently and not index.partitioned
+        build = self._build_beside if beside else self._build
         serial = False
         while True:
             fault("store.index_build")
             self._beat(f"building {index.name}")
             try:
-                with self._session.transaction() as cursor, _notices(self._session, self._warnings):
-                    _name_session(cursor)
-                    _settings(cursor, index.place, self._target.index.vector, serial=serial)
-                    if again:
-                        cursor.execute(f"REINDEX INDEX {qualified(index.key)}".encode())
-                        name = index.name
-                    else:
-                        name = self._create(cursor, index)
+                name = build(index, again, serial)
                 self._built[index.schema, name] = replace(index, valid=True)
                 return
             except (psycopg.errors.DuplicateTable, psycopg.errors.UniqueViolation):
@@ -109,7 +123,68 @@ class IndexBuilder:
                     "built with one process. Give the server's container a larger --shm-size."
                 )
 
+    def _build(self, index: SearchIndex, again: bool, serial: bool) -> str:
+        """In a transaction: nobody writes the table meanwhile. Returns the name."""
+        with self._session.transaction() as cursor, notices(self._session.connection(), self._warnings):
+            name_build(cursor)
+            apply(cursor, self._settings(cursor, index, serial))
+            if not again:
+                return self._create(cursor, index)
+            cursor.execute(f"REINDEX INDEX {qualified(index.key)}".encode())
+            return index.name
+
+    def _build_beside(self, index: SearchIndex, again: bool, serial: bool) -> str:
+        """While others write the table. Returns the name."""
+        import psycopg
+
+        with self._session.transaction() as cursor:
+            settings = self._settings(cursor, index, serial)
+            if again:
+                cursor.execute("SELECT set_config('lock_timeout', %s, true)", (CLEAR_PATIENCE,))
+                drop_copies(cursor, index, IndexTree.read(cursor, self._indexed).present)
+                name, statement = index.name, f"REINDEX INDEX CONCURRENTLY {qualified(index.key)}"
+            else:
+                name = self._name(cursor, index)
+                statement = index.statement(name, concurrently=True)
+                tablespace, warnings = find_tablespace(cursor, index, name)
+                self._warnings += warnings
+                if tablespace is not None:
+                    settings["default_tablespace"] = tablespace
+        built = replace(index, name=name)
+        with beside_others(self._session, settings) as cursor, notices(cursor.connection, self._warnings):
+            try:
+                cursor.execute(statement.encode())
+            except psycopg.errors.DuplicateTable:
+                raise
+            except psycopg.Error:
+                self._clear(built, again)
+                raise
+        return name
+
+    def _clear(self, index: SearchIndex, again: bool) -> None:
+        """Remove what a build that failed has left, if it can be done at once; else the next run does."""
+        import psycopg
+
+        try:
+            with self._session.transaction() as cursor:
+                cursor.execute("SELECT set_config('lock_timeout', %s, true)", (CLEAR_PATIENCE,))
+                present = IndexTree.read(cursor, self._indexed).present
+                drop_copies(cursor, index, present)
+                if not again and any(p.key == index.key and not p.valid for p in present):
+                    cursor.execute(f"DROP INDEX IF EXISTS {qualified(index.key)}".encode())
+        except psycopg.Error:
+            self._beat(f"{index.name} is unfinished")
+
+    def _settings(self, cursor: Cursor, index: SearchIndex, serial: bool) -> dict[str, str]:
+        return build_settings(cursor, index.place, self._indexed.vector, self._dimensions, serial=serial)
+
     def _create(self, cursor: Cursor, index: SearchIndex, *, only: bool = False) -> str:
+        name = self._name(cursor, index)
+        self._warnings += create(cursor, index, name, only=only)
+        return name
+
+    def _name(self, cursor: Cursor, index: SearchIndex) -> str:
+        """That of the index, or one that is free."""
         name = free_name(cursor, index.schema, index.name)
         if name != index.name:
             whose = owner_of_name(cursor, index.key)
@@ -118,22 +193,21 @@ class IndexBuilder:
                 f"name, free that and run: ALTER INDEX {qualified((index.schema, name))} RENAME TO "
                 f"{qualified(index.key).rpartition('.')[2]};"
             )
-        self._warnings += create(cursor, index, name, only=only)
         return name
 
     def put_together(self, vector: bool) -> None:
         """Make the partitioned indexes that are missing, and attach to them what was attached."""
         with self._session.transaction() as cursor:
-            tree = IndexTree.read(cursor, self._target)
+            tree = IndexTree.read(cursor, self._indexed)
             for index in [i for i in tree.absent() if i.vector == vector]:
                 fault("store.index_build")
                 self._beat(f"building {index.name}")
                 self._built[index.schema, self._create(cursor, index, only=True)] = index
-            tree = IndexTree.read(cursor, self._target)
+            tree = IndexTree.read(cursor, self._indexed)
             for part, whole in [pair for pair in tree.detached() if pair[0].vector == vector]:
                 _attach(cursor, part, whole)
             # Partitions that came meanwhile, or were built by more().
-            tree = IndexTree.read(cursor, self._target)
+            tree = IndexTree.read(cursor, self._indexed)
             self._wholes |= {index.key for index in tree.incomplete()}
             for whole in [i for i in tree.present if i.vector == vector and i.key in self._wholes and not i.valid]:
                 for place in tree.children(whole.place):
@@ -152,15 +226,15 @@ class IndexBuilder:
                 for place in tree.children(whole.place):
                     if place not in have and _free_equal(tree, place, whole) is None:
                         leaf = tree.relations[place].leaf
-                        part = _part(self._target, place, whole.using, vector, whole)
+                        part = _part(self._indexed, place, whole.using, vector, whole)
                         parts.append(replace(part, partitioned=not leaf))
         if not parts and tree.uncovered(vector):
-            parts = _standard(tree, self._target, vector)
+            parts = _standard(tree, vector)
         return parts
 
     def _read(self) -> IndexTree:
         with self._session.transaction() as cursor:
-            return IndexTree.read(cursor, self._target)
+            return IndexTree.read(cursor, self._indexed)
 
     def outcome(self, homeless: Sequence[SearchIndex]) -> IndexOutcome:
         """What was built, as the catalogue says; and what was not.
@@ -190,8 +264,9 @@ class IndexBuilder:
                 f"{', '.join(invalid)}: looked at after building, the index is not there or not valid. Another session "
                 "may have changed it; run the same command again."
             )
-        action = IndexAction.BUILT if self._built else IndexAction.KEPT
-        return IndexOutcome(action, text, invalid, tuple(self._warnings))
+        again = ", ".join(self._again) + (" for the vectors of the new model" if self._again else "")
+        action = IndexAction.BUILT if self.has_built else IndexAction.KEPT
+        return IndexOutcome(action, text, invalid, tuple(self._warnings), again)
 
 
 def _free_equal(tree: IndexTree, place: Name, whole: SearchIndex) -> SearchIndex | None:
@@ -205,55 +280,3 @@ def _free_equal(tree: IndexTree, place: Name, whole: SearchIndex) -> SearchIndex
 
 def _attach(cursor: Cursor, part: SearchIndex, whole: SearchIndex) -> None:
     cursor.execute(f"ALTER INDEX {qualified(whole.key)} ATTACH PARTITION {qualified(part.key)}".encode())
-
-
-def _name_session(cursor: Cursor) -> None:
-    """A build may be silent for an hour; behind a pooler only the server can tell which of its processes does it."""
-    row = cursor.execute("SELECT pg_backend_pid()").fetchone()
-    assert row is not None
-    name_session(cursor.connection, row[0])
-
-
-def _settings(cursor: Cursor, table: Name, vector: str, *, serial: bool = False) -> None:
-    """Memory and parallel workers of an index build, for this transaction.
-
-    A build that fits ``maintenance_work_mem`` is several times as fast as one that does not; a parallel
-    one allocates all of it at once, so no more is asked for than the vectors need. Parallel builds of
-    pgvector before 0.8.2 can read other tables' memory (CVE-2026-3172).
-    """
-    row = cursor.execute(
-        "SELECT greatest(a.atttypmod, 1), pg_size_bytes(current_setting('maintenance_work_mem')) "
-        "FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = %s "
-        "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
-        (vector, *table),
-    ).fetchone()
-    assert row is not None
-    counted = cursor.execute(f"SELECT count(*) FROM {qualified(table)}".encode()).fetchone()  # noqa: S608 - quoted
-    rows = int(counted[0]) if counted else 0
-    # Vector, element and neighbour lists: 4 bytes a dimension and about 700 bytes of graph at m = 16.
-    needed = int(rows * (4 * row[0] * ROW_BYTES_IN_BUILD + 700)) + (16 << 20)
-    local = cursor.connection.info.host.startswith("/") or cursor.connection.info.host in ("localhost", "127.0.0.1")
-    allowed = available_memory() // 4 if local else row[1]
-    memory = max(row[1], min(needed, allowed))
-    cursor.execute("SELECT set_config('maintenance_work_mem', %s, true)", (f"{memory // 1024}kB",))
-    workers = 0 if serial or vector_version(cursor) < (0, 8, 2) else max(1, usable_cpus() - 1) if local else 2
-    cursor.execute("SELECT set_config('max_parallel_maintenance_workers', %s, true)", (str(workers),))
-    cursor.execute("SET LOCAL statement_timeout = 0")
-
-
-@contextlib.contextmanager
-def _notices(session: PgSession, into: list[str]) -> Iterator[None]:
-    """Collect what the server says meanwhile, such as that the graph no longer fits into memory."""
-    lock = threading.Lock()
-
-    def take(diagnostic: psycopg.errors.Diagnostic) -> None:
-        with lock:
-            if diagnostic.message_primary and "hnsw" in diagnostic.message_primary:
-                into.append(" ".join(p for p in (diagnostic.message_primary, diagnostic.message_hint) if p))
-
-    connection = session.connection()
-    connection.add_notice_handler(take)
-    try:
-        yield
-    finally:
-        connection.remove_notice_handler(take)

@@ -1,5 +1,9 @@
 """PostgreSQL: the search indexes of a table and of all its partitions, as the server's catalogue has them.
 
+Those are the indexes of the column of the vectors, or of an expression over it, whatever their access method (hnsw,
+ivfflat or another extension's), and the GIN indexes of the columns for keyword search. Others are left alone, such as a
+B-tree that only has the column in its condition.
+
 A partitioned index stands for one index on each partition, which are attached to it; it may be invalid where some
 partition has none, and a partition may have indexes of its own that are attached to nothing. All that makes up this
 tree is read into :class:`SearchIndex`, so that an index can be dropped, remembered in the database and made again.
@@ -12,10 +16,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ...tables.target import Target, identifier
+from ...tables.target import identifier
 
 if TYPE_CHECKING:
     import psycopg
+
+    from .indexed import Indexed
 
     Cursor = psycopg.Cursor[tuple[Any, ...]]
 
@@ -24,6 +30,9 @@ Name = tuple[str, str]
 
 NAME_BYTES = 63
 """Longest name of an index: NAMEDATALEN - 1 of a server as it is usually built."""
+
+MOST_BYTES_OF_LETTER = 4
+"""Of UTF-8: so many bytes may be missing from the longest name where it was cut before a letter."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +73,11 @@ class SearchIndex:
         """The table that it is on."""
         return self.schema, self.table
 
-    def statement(self, name: str, *, only: bool = False) -> str:
+    def statement(self, name: str, *, only: bool = False, concurrently: bool = False) -> str:
         """The statement that makes it under this name; of a partitioned one with all parts, or ``only`` itself."""
-        on = qualified(self.place)
-        return f"CREATE INDEX {identifier(name)} ON {'ONLY ' if only else ''}{on} {self.using}"
+        how = "CONCURRENTLY " if concurrently and not self.partitioned else ""
+        on = f"{'ONLY ' if only else ''}{qualified(self.place)}"
+        return f"CREATE INDEX {how}{identifier(name)} ON {on} {self.using}"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,6 +86,11 @@ class SearchIndex:
     def from_json(values: dict[str, Any]) -> SearchIndex:
         parent = values["parent"]
         return SearchIndex(**{**values, "parent": None if parent is None else (parent[0], parent[1])})
+
+    @property
+    def is_ivfflat(self) -> bool:
+        """Whether its lists are made of the vectors that there were when it was built."""
+        return self.using.startswith("USING ivfflat")
 
     @staticmethod
     def from_definition(place: Name, pgvector: str, name: str, definition: str) -> SearchIndex:
@@ -131,7 +146,7 @@ INDEXES = (
 SELECT n.nspname::text, t.relname::text, c.relname::text, pg_get_indexdef(c.oid),
   format('CREATE INDEX %%I ON %%s%%I.%%I ', c.relname, CASE WHEN c.relkind = 'I' THEN 'ONLY ' ELSE '' END,
          n.nspname, t.relname),
-  m.amname IN ('hnsw', 'ivfflat'), c.relkind = 'I', i.indisvalid, coalesce(s.spcname::text, ''),
+  m.amname <> 'gin', c.relkind = 'I', i.indisvalid, coalesce(s.spcname::text, ''),
   obj_description(c.oid, 'pg_class'),
   (SELECT coalesce(jsonb_object_agg(a.attnum::text, a.attstattarget), '{}') FROM pg_attribute a
    WHERE a.attrelid = c.oid AND a.attstattarget >= 0),
@@ -147,10 +162,14 @@ JOIN pg_class t ON t.oid = i.indrelid JOIN pg_namespace n ON n.oid = t.relnamesp
 LEFT JOIN pg_tablespace s ON s.oid = c.reltablespace
 LEFT JOIN pg_inherits h ON h.inhrelid = c.oid LEFT JOIN pg_class p ON p.oid = h.inhparent
 LEFT JOIN pg_namespace pn ON pn.oid = p.relnamespace LEFT JOIN pg_index pi ON pi.indexrelid = p.oid
-WHERE m.amname IN ('hnsw', 'ivfflat', 'gin')
+WHERE m.amname NOT IN ('btree', 'hash', 'gist', 'spgist', 'brin') AND EXISTS (
+  SELECT FROM pg_attribute a WHERE a.attrelid = i.indrelid
+  AND (a.attnum = ANY (i.indkey::int2[]) OR i.indexprs::text ~ (':varattno ' || a.attnum || ' '))
+  AND CASE WHEN m.amname = 'gin' THEN a.attname = ANY (%(texts)s::text[]) ELSE a.attname = %(vector)s END)
 ORDER BY 1, 2, 3
 """
 )
+"""What a condition (``indpred``) refers to does not count; ``pg_depend`` could not tell it from an expression."""
 
 
 OBSTACLES = (
@@ -168,20 +187,20 @@ SELECT (SELECT format('%%I.%%I', n.nspname, c.relname) FROM named JOIN pg_class 
 )
 
 
-def read_relations(cursor: Cursor, target: Target, others: Iterable[Name] = ()) -> dict[Name, Relation]:
+def read_relations(cursor: Cursor, indexed: Indexed, others: Iterable[Name] = ()) -> dict[Name, Relation]:
     """The search table, its partitions on all levels, and those of the ``others`` that there are."""
     return {
         (schema, name): Relation(None if parent is None else (parent_schema, parent), leaf, inside)
-        for schema, name, parent_schema, parent, leaf, inside in cursor.execute(RELATIONS, _names(target, others))
+        for schema, name, parent_schema, parent, leaf, inside in cursor.execute(RELATIONS, _names(indexed, others))
     }
 
 
-def read_indexes(cursor: Cursor, target: Target, others: Iterable[Name] = ()) -> list[SearchIndex]:
+def read_indexes(cursor: Cursor, indexed: Indexed, others: Iterable[Name] = ()) -> list[SearchIndex]:
     """The search indexes of these tables."""
     # Definitions name what the search path would find without its schema. The next session's path may be another.
     (path,) = cursor.execute("SELECT current_setting('search_path')").fetchone() or ("",)
     cursor.execute("SET LOCAL search_path = pg_catalog, pg_temp")
-    rows = cursor.execute(INDEXES, _names(target, others)).fetchall()
+    rows = cursor.execute(INDEXES, _names(indexed, others)).fetchall()
     cursor.execute("SELECT set_config('search_path', %s, true)", (path,))
     found = []
     for (schema, table, name, definition, prefix, vector, partitioned, valid, tablespace, comment, statistics,
@@ -196,22 +215,24 @@ def read_indexes(cursor: Cursor, target: Target, others: Iterable[Name] = ()) ->
     return found
 
 
-def _names(target: Target, others: Iterable[Name]) -> dict[str, Any]:
+def _names(indexed: Indexed, others: Iterable[Name]) -> dict[str, Any]:
     others = list(others)
     return {
-        "root": target.index_regclass,
+        "root": indexed.regclass,
+        "vector": indexed.vector,
+        "texts": list(indexed.texts),
         "schemas": [schema for schema, _ in others],
         "tables": [table for _, table in others],
     }
 
 
-def obstacle(cursor: Cursor, target: Target, indexes: Iterable[SearchIndex]) -> str | None:
+def obstacle(cursor: Cursor, indexed: Indexed, indexes: Iterable[SearchIndex]) -> str | None:
     """Why this role cannot make these indexes again; None if it can."""
     indexes = list(indexes)
     row = cursor.execute(
         OBSTACLES,
         {
-            **_names(target, {index.place for index in indexes}),
+            **_names(indexed, {index.place for index in indexes}),
             "tablespaces": [index.tablespace for index in indexes if index.tablespace],
         },
     ).fetchone()
@@ -256,21 +277,41 @@ def owner_of_name(cursor: Cursor, key: Name) -> str:
 
 def create(cursor: Cursor, index: SearchIndex, name: str, *, only: bool = False) -> list[str]:
     """Make an index under this name, with its tablespace, comment and statistics; returns warnings."""
-    from psycopg import sql
-
-    warnings = []
-    tablespace = index.tablespace
-    if tablespace and not cursor.execute("SELECT 1 FROM pg_tablespace WHERE spcname = %s", (tablespace,)).fetchone():
-        warnings.append(f"The tablespace {tablespace} of {name} is gone; {name} is in the database's own.")
-        tablespace = ""
+    tablespace, warnings = find_tablespace(cursor, index, name)
     if tablespace is None:
         cursor.execute("SET LOCAL default_tablespace TO DEFAULT")
     else:
         cursor.execute("SELECT set_config('default_tablespace', %s, true)", (tablespace,))
     cursor.execute(index.statement(name, only=only).encode())
+    complete(cursor, index, name)
+    return warnings
+
+
+def find_tablespace(cursor: Cursor, index: SearchIndex, name: str) -> tuple[str | None, list[str]]:
+    """The tablespace to make an index in, as :class:`SearchIndex` has it, and a warning where its own is gone."""
+    tablespace = index.tablespace
+    if tablespace and not cursor.execute("SELECT 1 FROM pg_tablespace WHERE spcname = %s", (tablespace,)).fetchone():
+        return "", [f"The tablespace {tablespace} of {name} is gone; {name} is in the database's own."]
+    return tablespace, []
+
+
+def complete(cursor: Cursor, index: SearchIndex, name: str) -> None:
+    """Give what was made under this name what an index has beside its definition: statistics and comment."""
+    from psycopg import sql
+
     on = qualified((index.schema, name))
     for column, statistics in index.statistics.items():
         cursor.execute(f"ALTER INDEX {on} ALTER COLUMN {int(column)} SET STATISTICS {int(statistics)}".encode())
     if index.comment is not None:
         cursor.execute(sql.SQL("COMMENT ON INDEX {} IS {}").format(sql.SQL(on), sql.Literal(index.comment)))
-    return warnings
+
+
+def drop_copies(cursor: Cursor, index: SearchIndex, present: Iterable[SearchIndex]) -> None:
+    """Drop what an interrupted REINDEX CONCURRENTLY of the index has left: invalid copies, by the server's names."""
+    for copy in present:
+        named = re.fullmatch(r"(.*)_cc(?:new|old)[0-9]*", copy.name)
+        if named is None or copy.valid or (copy.place, copy.using) != (index.place, index.using):
+            continue
+        is_cut = len(copy.name.encode()) > NAME_BYTES - MOST_BYTES_OF_LETTER
+        if named[1] == index.name or (is_cut and index.name.startswith(named[1])):
+            cursor.execute(f"DROP INDEX IF EXISTS {qualified(copy.key)}".encode())

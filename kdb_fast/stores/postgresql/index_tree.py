@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...tables.target import Target
-from .index_catalog import Name, Relation, SearchIndex, read_indexes, read_relations
+from .index_catalog import Name, Relation, SearchIndex, qualified, read_indexes, read_relations
+from .indexed import Indexed
 
 if TYPE_CHECKING:
     import psycopg
@@ -25,6 +26,7 @@ def _state_key(target: Target) -> str:
 class IndexTree:
     """The search indexes that are there and those that were dropped, of the search table and all its partitions."""
 
+    indexed: Indexed
     relations: dict[Name, Relation]
     present: list[SearchIndex]
     dropped: list[SearchIndex]
@@ -36,20 +38,21 @@ class IndexTree:
     """The schema of pgvector's operator classes, as the server writes it in definitions."""
 
     @classmethod
-    def read(cls, cursor: Cursor, target: Target) -> IndexTree:
+    def read(cls, cursor: Cursor, indexed: Indexed) -> IndexTree:
         """Read it; for the rest of the transaction the role's ``statement_timeout`` does not count."""
         cursor.execute("SET LOCAL statement_timeout = 0")
-        dropped = _remembered(cursor, target)
+        dropped = _remembered(cursor, indexed.home)
         others = {index.place for index in dropped}
         row = cursor.execute(
             "SELECT coalesce(bool_or(attname = %s AND atttypmod BETWEEN 1 AND 2000), false), "
             "coalesce(bool_or(attname = %s), false), (SELECT quote_ident(n.nspname) FROM pg_extension e "
             "JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector') FROM pg_attribute "
             "WHERE attrelid = to_regclass(%s) AND NOT attisdropped",
-            (target.index.vector, target.index.tsvector, target.index_regclass),
+            (indexed.vector, indexed.home.index.tsvector, indexed.regclass),
         ).fetchone()
         assert row is not None
-        return cls(read_relations(cursor, target, others), read_indexes(cursor, target, others), dropped, *row)
+        relations, present = read_relations(cursor, indexed, others), read_indexes(cursor, indexed, others)
+        return cls(indexed, relations, present, dropped, *row)
 
     def found(self, index: SearchIndex) -> SearchIndex | None:
         """What is there of a dropped index: one of its name on its table, else its equal of a name that none had."""
@@ -78,7 +81,7 @@ class IndexTree:
 
     def broken(self) -> list[SearchIndex]:
         """Invalid indexes to be built again. Beside a valid one of its kind an invalid one is what an interrupted
-        REINDEX CONCURRENTLY left behind."""
+        REINDEX CONCURRENTLY left behind; and one of a user's table may be just being built."""
         names = {d.key for d in self.dropped}
         usable = self._usable() | {(index.place, index.vector) for index in self.lost()}
         return [
@@ -86,19 +89,23 @@ class IndexTree:
             for p in self.present
             if not p.partitioned
             and not p.valid
-            and (p.key in names or (self.relations[p.place].inside and (p.place, p.vector) not in usable))
+            and (p.key in names or (self._is_standard(p.place) and (p.place, p.vector) not in usable))
         ]
 
     def uncovered(self, vector: bool) -> list[Name]:
-        """Tables that hold rows and have no valid index of the kind, though they could."""
+        """Tables that hold rows and have no valid index of the kind, though they could and should."""
         if not (self.vectors if vector else self.texts):
             return []
         usable = self._usable()
         return [
             place
             for place, relation in self.relations.items()
-            if relation.leaf and relation.inside and (place, vector) not in usable
+            if relation.leaf and self._is_standard(place) and (place, vector) not in usable
         ]
+
+    def _is_standard(self, place: Name) -> bool:
+        """Whether the table is to have KameleonDB's indexes."""
+        return self.indexed.standard and self.relations[place].inside
 
     def _usable(self) -> set[tuple[Name, bool]]:
         return {(p.place, p.vector) for p in self.present if p.valid and not p.partitioned}
@@ -153,6 +160,17 @@ class IndexTree:
                 yield child
             yield from self._leaves(child)
 
+    def live(self) -> int:
+        """HNSW indexes that each row which is written costs time."""
+        graphs = [p.place for p in self.present if p.using.startswith("USING hnsw") and not p.partitioned]
+        return max((graphs.count(place) for place in graphs), default=0)
+
+    def unused(self) -> list[str]:
+        """Invalid indexes of a user's table, which no search uses and which are not ours to build again."""
+        names = {d.key for d in self.dropped}
+        invalid = [p for p in self.present if not p.valid and not p.partitioned and p.key not in names]
+        return [] if self.indexed.standard else [qualified(p.key) for p in invalid]
+
 
 def _remembered(cursor: Cursor, target: Target) -> list[SearchIndex]:
     row = cursor.execute(
@@ -170,14 +188,26 @@ def _remembered(cursor: Cursor, target: Target) -> list[SearchIndex]:
 
 def remember(cursor: Cursor, target: Target, indexes: Iterable[SearchIndex]) -> None:
     """Keep in the database what was dropped, so that whoever comes next can build it again."""
-    cursor.execute(
-        target.statement(
-            "INSERT INTO {kdb_fast_state} VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = EXCLUDED.value"
-        ),
-        (_state_key(target), json.dumps([index.as_json() for index in indexes])),
-    )
+    _keep(cursor, target, _state_key(target), json.dumps([index.as_json() for index in indexes]))
 
 
 def forget(cursor: Cursor, target: Target) -> None:
     """All that was dropped is there again."""
     cursor.execute(target.statement("DELETE FROM {kdb_fast_state} WHERE key = %s"), (_state_key(target),))
+
+
+def built_for(cursor: Cursor, target: Target) -> str | None:
+    """Fingerprint of the vectors that the indexes were last built for; None where that is not known."""
+    statement = target.statement("SELECT value FROM {kdb_fast_state} WHERE key = %s")
+    row = cursor.execute(statement, (f"indexed_for/{target.name}",)).fetchone()
+    return None if row is None else str(row[0])
+
+
+def note_built_for(cursor: Cursor, target: Target, fingerprint: str) -> None:
+    """The indexes are those of the vectors with this fingerprint."""
+    _keep(cursor, target, f"indexed_for/{target.name}", fingerprint)
+
+
+def _keep(cursor: Cursor, target: Target, key: str, value: str) -> None:
+    statement = "INSERT INTO {kdb_fast_state} VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = EXCLUDED.value"
+    cursor.execute(target.statement(statement), (key, value))

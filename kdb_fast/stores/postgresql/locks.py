@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...records import storable_key
-from ...tables.target import OWN, Target
 
 if TYPE_CHECKING:
     import psycopg
@@ -23,6 +23,11 @@ WHERE l.granted AND l.pid <> pg_backend_pid()
   AND (x.name IS NOT NULL OR l.locktype = 'advisory' AND l.objsubid = 1
        AND (l.classid::bigint << 32 | l.objid::bigint) = %(key)s)
 ORDER BY a.xact_start LIMIT 1
+"""
+
+_OLDEST = """
+SELECT pid, NULL, usename::text, application_name, date_trunc('second', xact_start)::text FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start IS NOT NULL ORDER BY xact_start LIMIT 1
 """
 
 
@@ -45,25 +50,35 @@ def take(cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
     cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
 
 
-def find_blocker(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> Blocker | None:
-    """Of the sessions that hold locks on the index's tables, or DDL_LOCK, the one whose transaction is the oldest.
+def find_blocker(cursor: psycopg.Cursor[tuple[Any, ...]], tables: Mapping[str, str]) -> Blocker | None:
+    """Of the sessions that hold locks on these tables, or DDL_LOCK, the one whose transaction is the oldest.
 
     None where it has ended meanwhile. A role that may not see other roles' sessions is told the process only.
+
+    Args:
+        tables: For messages, each with its name as ``to_regclass()`` reads it.
     """
-    names = (target.index.name, *OWN)
     row = cursor.execute(
         _BLOCKER.encode(),
         {
-            "names": [target.shown(name) for name in names],
-            "qualified": [target.regclass(name) for name in names],
+            "names": list(tables),
+            "qualified": list(tables.values()),
             "lock": "the lock for changes of kdb-fast's tables",
             "key": DDL_LOCK,
         },
     ).fetchone()
-    if row is None:
-        return None
-    pid, what, role, application, since = row
+    return None if row is None else _blocker(*row)
+
+
+def find_oldest(cursor: psycopg.Cursor[tuple[Any, ...]]) -> Blocker | None:
+    """The session of this database that has been in a transaction for the longest time; None where no other is."""
+    row = cursor.execute(_OLDEST.encode()).fetchone()
+    return None if row is None else _blocker(*row)
+
+
+def _blocker(pid: int, what: str | None, role: str | None, application: str | None, since: str | None) -> Blocker:
     known = [f"role {storable_key(role)}"] if role else []
     known += [f"application {storable_key(application)}"] if application else []
     known += [f"in a transaction since {since}"] if since else []
-    return Blocker(pid, what, f"the server's process {pid}" + (f" ({', '.join(known)})" if known else ""))
+    who = f"the server's process {pid}" + (f" ({', '.join(known)})" if known else "")
+    return Blocker(pid, what or "its snapshot", who)

@@ -10,7 +10,7 @@ from ...faults import fault
 from ...tables import kdb_search, seal
 from ...tables.hidden_rows import check_whole
 from ...tables.reading import rows_of
-from ...tables.target import LiveRows, Params, Target, identifier, other_indexes, rows_on
+from ...tables.target import OWN, LiveRows, Params, Target, identifier, other_indexes, rows_on
 from ..runs import Holder, wait_for_lock
 from . import locks, migrate
 from . import runs as pg_runs
@@ -83,7 +83,9 @@ def _prepare(session: PgSession, make: Make, tables: tuple[str, ...]) -> tuple[s
 def _locked(session: PgSession, error: psycopg.Error) -> SchemaError:
     """Who holds what we have waited for, and what to do about it."""
     with session.transaction() as cursor:
-        blocker = locks.find_blocker(cursor, session.target)
+        target = session.target
+        names = (target.index.name, *OWN)
+        blocker = locks.find_blocker(cursor, {target.shown(name): target.regclass(name) for name in names})
     if blocker is None:
         return SchemaError(
             f"Cannot prepare the index: another session held a lock for too long ({error.diag.message_primary}).",

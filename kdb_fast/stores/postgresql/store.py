@@ -12,7 +12,9 @@ Straight COPY writes a first load 1.5 times as fast as staging and merging it.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...db.address import DatabaseAddress
@@ -23,7 +25,7 @@ from ...errors import RecordError
 from ...faults import fault
 from ...records import Key, Reject
 from ...tables import seal
-from ...tables.index_policy import IndexOutcome
+from ...tables.index_policy import IndexOutcome, IndexPolicy
 from ...tables.index_table import IndexTable
 from ...tables.kdb_search import KDB_SEARCH
 from ...tables.key import text_arrays
@@ -38,6 +40,7 @@ from . import rejects as pg_rejects
 from . import runs as pg_runs
 from . import seal as pg_seal
 from .flush import FlushWriter, delete_keys, dropped
+from .indexed import Indexed
 from .pgcopy import row_version
 from .session import LIMITS, PgSession
 
@@ -54,7 +57,6 @@ class PostgreSQLStore(Store):
     """A search index in PostgreSQL, through one session of the server."""
 
     dialect = "postgresql"
-    has_vector_index = True
 
     def __init__(
         self,
@@ -165,11 +167,34 @@ class PostgreSQLStore(Store):
     def end_run(self, run: int, state: str, receipt: dict[str, Any]) -> None:
         pg_runs.end(self.session, run, state, receipt)
 
-    def drop_index(self) -> IndexOutcome:
-        return self.session.retrying("dropping the vector index", lambda: pg_index.defer(self.session))
+    @property
+    def indexed(self) -> Indexed:
+        """The table whose indexes are looked after."""
+        return Indexed.of_search_table(self.target)
 
-    def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
-        return pg_index.finish(self.session, beat)
+    @functools.cached_property
+    def has_vector_index(self) -> bool:
+        def work() -> bool:
+            with self.session.transaction() as cursor:
+                return pg_index.has_vector_index(cursor, self.indexed)
+
+        return self.indexed.standard or self.session.retrying("looking at the indexes", work)
+
+    def check_index(self, policy: IndexPolicy) -> tuple[str, ...]:
+        if policy in (IndexPolicy.DEFER, IndexPolicy.CONCURRENTLY):
+            self.session.retrying("looking at the indexes", lambda: pg_index.check(self.session, self.indexed))
+        return ()
+
+    def drop_index(self) -> IndexOutcome:
+        return self.session.retrying("dropping the vector index", lambda: pg_index.defer(self.session, self.indexed))
+
+    def finish_index(self, beat: Callable[[str], None], run: RunSpec | None = None) -> IndexOutcome:
+        return pg_index.finish(self.session, self._built_for(run), beat, run)
+
+    def _built_for(self, run: RunSpec | None) -> Indexed:
+        """The table, and how its indexes are built after a run."""
+        concurrently = run is not None and run.indexes is IndexPolicy.CONCURRENTLY
+        return replace(self.indexed, concurrently=concurrently)
 
     def count(self, entity: str | None = None) -> int:
         if entity is not None and self.missing_characters([entity]):

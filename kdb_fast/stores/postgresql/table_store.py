@@ -12,15 +12,16 @@ from ...db.retrying import ErrorKind
 from ...faults import fault
 from ...records import Key
 from ...tables.hidden_rows import HiddenRowsError
-from ...tables.index_policy import IndexAction, IndexOutcome
+from ...tables.index_policy import IndexOutcome
 from ...tables.key import KeyColumn, text_arrays
-from ...tables.table_target import TableTarget
+from ...tables.table_target import TSVECTOR, TableTarget
 from ...tables.target import LiveRows, Params, Target, rows_on
 from ..base import FlushSlot, RunSpec, Stored, version_of_text
 from . import prepare as pg_prepare
 from . import rejects as pg_rejects
 from .flush import FlushWriter
 from .foreign_key import refer
+from .indexed import Indexed
 from .prepare import PRUNE_BATCH
 from .session import LIMITS
 from .store import PostgreSQLStore
@@ -59,7 +60,6 @@ WHERE tgrelid = to_regclass(%s) AND NOT tgisinternal AND tgenabled <> 'D' AND tg
 class PostgreSQLTableStore(PostgreSQLStore):
     """Writes the rows of one table of vectors."""
 
-    has_vector_index = False
     look_up = LOOK_UP
 
     def __init__(
@@ -129,12 +129,17 @@ class PostgreSQLTableStore(PostgreSQLStore):
 
         return self.session.retrying("looking at what was stored", work)
 
-    def drop_index(self) -> IndexOutcome:
-        return IndexOutcome(IndexAction.NONE)
+    @property
+    def indexed(self) -> Indexed:
+        table = self.table
+        assert table.schema is not None
+        return Indexed(self.target, table.schema, table.table, table.vector.name, (TSVECTOR,) if table.keyword else ())
 
-    def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
+    def finish_index(self, beat: Callable[[str], None], run: RunSpec | None = None) -> IndexOutcome:
         beat("adding the foreign key")
-        return IndexOutcome(IndexAction.NONE, warnings=refer(self.session, self.table))
+        warnings = refer(self.session, self.table)
+        outcome = super().finish_index(beat, run)
+        return replace(outcome, warnings=(*warnings, *outcome.warnings))
 
     def count(self, entity: str | None = None) -> int:
         def work() -> int:

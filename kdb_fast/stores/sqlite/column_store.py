@@ -124,7 +124,7 @@ class SQLiteColumnStore(SQLiteStore):
         by = ", ".join(f"trigger {name}" for name in triggers[:5])
         return [altered_rows(self.column.shown, count, by)]
 
-    def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
+    def finish_index(self, beat: Callable[[str], None], run: RunSpec | None = None) -> IndexOutcome:
         beat("forgetting rows that are gone")
         with translated("forgetting rows that are gone"), transaction(self._connection):
             fault("store.prune")

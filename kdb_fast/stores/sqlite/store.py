@@ -19,7 +19,7 @@ from ...errors import RecordError
 from ...faults import fault
 from ...records import Key, Reject, shown_key
 from ...tables import seal
-from ...tables.index_policy import IndexAction, IndexOutcome
+from ...tables.index_policy import IndexAction, IndexOutcome, IndexPolicy
 from ...tables.index_table import IndexTable
 from ...tables.kdb_search import KDB_SEARCH
 from ...tables.target import LiveRows, Target
@@ -144,7 +144,10 @@ class SQLiteStore(Store):
     def drop_index(self) -> IndexOutcome:
         return IndexOutcome(IndexAction.NONE)
 
-    def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
+    def check_index(self, policy: IndexPolicy) -> tuple[str, ...]:
+        return (f"SQLite has no index of vectors; --index {policy.value} changes nothing.",)
+
+    def finish_index(self, beat: Callable[[str], None], run: RunSpec | None = None) -> IndexOutcome:
         if self.count() >= ANALYZE_ROWS:
             beat("statistics")
             with translated("refreshing statistics"):

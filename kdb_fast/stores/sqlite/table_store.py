@@ -94,7 +94,7 @@ class SQLiteTableStore(SQLiteStore):
             f"{', '.join(triggers[:5])}, or another program): they are embedded again by the next run."
         ]
 
-    def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
+    def finish_index(self, beat: Callable[[str], None], run: RunSpec | None = None) -> IndexOutcome:
         return IndexOutcome(IndexAction.NONE, "exact search on SQLite, no vector index")
 
     def count(self, entity: str | None = None) -> int:
