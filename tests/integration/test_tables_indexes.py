@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from articles import Articles, TableSource
+from articles import Articles, ArticleSource
 from servers import Server, execute, mixed_texts, role_name
 
 from kdb_fast.db.address import DatabaseAddress
@@ -322,7 +322,7 @@ def test_gin_indexes_of_other_columns_of_the_search_table_are_left_alone(databas
 def run_over(articles: Articles, **options: Any) -> Any:
     """A whole run, in this process."""
     target = articles.target()
-    source = TableSource(articles.address, target)
+    source = ArticleSource(articles.address, target)
     return reindex(articles.address, source, ReindexOptions(**options), target=target)
 
 
