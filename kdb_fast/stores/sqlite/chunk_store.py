@@ -39,9 +39,9 @@ class SQLiteChunkStore(SQLiteTableStore):
         self._clear_aside()  # what a run has left that was killed
         return run
 
-    def finish_index(self, beat: Callable[[str], None]) -> IndexOutcome:
+    def finish_index(self, beat: Callable[[str], None], run: RunSpec | None = None) -> IndexOutcome:
         self._clear_aside()  # pieces of records that could not be stored
-        return super().finish_index(beat)
+        return super().finish_index(beat, run)
 
     def _clear_aside(self) -> None:
         with translated("clearing pieces"), transaction(self._connection):
