@@ -13,7 +13,7 @@ from .base import FlushSlot
 LOCK_SECONDS = 0.3
 """Longest time that rows are held locked."""
 
-AIM_SECONDS = LOCK_SECONDS / 2
+AIM_SECONDS = LOCK_SECONDS / 3
 """What the size of a part aims at, as no two parts take the same time."""
 
 FIRST_ROWS = 64
