@@ -25,12 +25,16 @@ def run(options: Options) -> Result:
     """Measure the part."""
     with session(options) as s:
         written = _written(s)
+        keep, defer = _indexed(s)
         again = {name: _again(s, name) for name in ("PostgreSQL", "SQLite")}
     ours, executemany, staging = written.values()
     requirements = [
         _after_start(ours, executemany, 1.4, "column target, every row, against executemany UPDATEs"),
         _after_start(ours, staging, 0.75, "column target, every row, against a COPY'd staging table"),
     ]
+    faster = pairwise(keep.values("seconds"), defer.values("seconds"))
+    text = "column target with an HNSW index, every row changed, index ready again: deferred against live"
+    requirements.append(Requirement(text, faster, 3.0, unit="×"))
     for name, (nothing, few) in again.items():
         seconds = nothing.spread("seconds")
         more = spread(b - a for a, b in zip(nothing.values("seconds"), few.values("seconds"), strict=True))
@@ -61,6 +65,11 @@ def run(options: Options) -> Result:
                 [[*_row(o), "" if o is ours else _ratio(ours, o).text(2, "×")] for o in written.values()],
             ),
             Table(
+                "Every row changed, with an HNSW index, until it is ready again",
+                ("contender", "rows", "seconds", "rows/s", "times as fast"),
+                [[*_row(keep), ""], [*_row(defer), faster.text(2, "×")]],
+            ),
+            Table(
                 "Again",
                 ("contender", "rows", "seconds", "rows/s", "peak of the parent, MB"),
                 [[*_row(o), f"{max(o.values('parent_rss_bytes')) / 1e6:,.0f}"] for o in all_again],
@@ -69,7 +78,7 @@ def run(options: Options) -> Result:
         requirements=requirements,
         chart=("Rows a second", "rows/s",
                [Bar(o.contender.label, spread(o.rates), o.contender.ours) for o in written.values()]),
-        raw={"written": raw(written.values()), "again": raw(all_again)},
+        raw={"written": raw(written.values()), "indexed": raw([keep, defer]), "again": raw(all_again)},
     )  # fmt: skip
 
 
@@ -84,6 +93,19 @@ def _written(s: Session) -> dict[str, Outcome]:
         s.runs,
         s.reset,
     )
+
+
+def _indexed(s: Session) -> tuple[Outcome, Outcome]:
+    params = {**s.dataset("contacts", s.options.size(ROWS, 400)).params(), "conninfo": s.conninfo}
+    keep, defer = alternate(
+        [
+            Contender("kdb-fast, index live", "column", {**params, "index": "keep"}, ours=True),
+            Contender("kdb-fast, index deferred", "column", {**params, "index": "defer"}, ours=True),
+        ],
+        1,
+        s.reset,
+    ).values()
+    return keep, defer
 
 
 def _again(s: Session, database: str) -> tuple[Outcome, Outcome]:
