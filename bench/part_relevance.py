@@ -23,7 +23,8 @@ from kdb_fast.embedding.encoder import Encoder, EncoderSpec
 from kdb_fast.embedding.models.lookup import resolve
 from kdb_fast.search.query import Query, meaning
 from kdb_fast.search.readers import open_reader
-from kdb_fast.search.readers.base import Hit, SearchReader
+from kdb_fast.search.readers.base import SearchReader
+from kdb_fast.search.readers.ranking import Hit
 from kdb_fast.search.retrieval import search
 from kdb_fast.search.scope import Scope
 from kdb_fast.settings import DEFAULT_MODEL

@@ -21,7 +21,8 @@ from ..origins import QueryVector
 from ..records import Key
 from ..tables.kdb_search import entity_and_id
 from .query import Query, holdable_words, parse_query, why_blank
-from .readers.base import Hit, SearchReader
+from .readers.base import SearchReader
+from .readers.ranking import Hit
 from .results import SearchResult
 from .scope import Scope, holdable_scope, resolve_scope
 

@@ -17,7 +17,8 @@ from kdb_fast.catalog.definitions import Entity, Field, Place, Storage
 from kdb_fast.errors import DatabaseError, UsageError
 from kdb_fast.records import Key
 from kdb_fast.search.query import Query, Term, parse_query
-from kdb_fast.search.readers.base import Hit, SearchReader, in_order
+from kdb_fast.search.readers.base import SearchReader
+from kdb_fast.search.readers.ranking import Hit, in_order
 from kdb_fast.search.retrieval import MIN_DEPTH, checked_vector, fuse, search
 from kdb_fast.search.scope import Scope, resolve_scope
 from kdb_fast.tables.target import Params

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -18,8 +18,9 @@ from ...tables.index_table import IndexTable
 from ...tables.kdb_search import KDB_SEARCH, entity_and_id
 from ...tables.reading import no_index, rows_of
 from ...tables.target import Dialect, Params, Rows, Target, columns_of, find_target
-from ..query import Query, Term
+from ..query import Term
 from ..scope import Scope
+from .ranking import Hit, KeywordRanking
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,17 +31,6 @@ COUNT_EVERY = 100
 
 QUICK = 0.002
 """Seconds of a count that may be made in every search."""
-
-
-class Hit(NamedTuple):
-    """One place in a ranking. ``similarity`` orders it (higher is better); its scale depends on the ranking.
-
-    ``exact`` marks a record that holds the identifiers of the query, see :meth:`SearchReader.keyword`.
-    """
-
-    key: Key
-    similarity: float
-    exact: bool = False
 
 
 class Origins(NamedTuple):
@@ -77,7 +67,7 @@ def count_origins(rows: Rows, target: Target) -> Origins:
     return Origins(found, tracked)
 
 
-class SearchReader(ABC):
+class SearchReader(KeywordRanking[Scope]):
     """Rankings and records of one open connection. Nothing is written. Not shared between threads.
 
     Every method raises :class:`~kdb_fast.errors.SchemaError` where there is no index, and
@@ -141,40 +131,6 @@ class SearchReader(ABC):
         Raises:
             UsageError: The index holds vectors of another length.
         """
-
-    def keyword(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
-        """Up to ``limit`` rows by keyword, best first: those with all terms, then those with any.
-
-        Where the query holds identifiers and rows have all its terms, or else all identifiers that tell much, only
-        these are there, marked as exact: a text about another error code is no answer.
-        """
-        hits = self._with_all(query, scope, limit)
-        if query.identifiers:
-            exact = hits or self._with_identifiers(query, scope, limit)
-            if exact:
-                return [hit._replace(exact=True) for hit in exact]
-        if len(hits) >= limit or len(query.alternatives()) < 2:
-            return hits
-        seen = {hit.key for hit in hits}
-        return (hits + [hit for hit in self._with_any(query, scope, limit) if hit.key not in seen])[:limit]
-
-    def _with_identifiers(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
-        required = tuple(term for term in query.terms if term.telling)
-        if not required or any(term.either for term in query.terms):
-            return []
-        return self._with_required(required, query, scope, limit)
-
-    @abstractmethod
-    def _with_all(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
-        """Rows that hold all terms of the query; ``or`` between terms means either side."""
-
-    @abstractmethod
-    def _with_required(self, required: Sequence[Term], query: Query, scope: Scope, limit: int) -> list[Hit]:
-        """Rows that hold all of ``required``, those first that hold more of the query's other terms."""
-
-    @abstractmethod
-    def _with_any(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
-        """Rows that hold any of the query's alternatives."""
 
     @abstractmethod
     def _without(self, excluded: Sequence[Term], params: Params) -> str:
@@ -289,8 +245,3 @@ class SearchReader(ABC):
         fields = {field.name: field for field in definition.fields}
         met = [f"({self._equals(place, fields[name], value, params)})" for name, value in scope.where]
         return " AND ".join([LIVES, *met])
-
-
-def in_order(hits: Iterable[Hit]) -> list[Hit]:
-    """The hits by similarity, then key, without those that have none (NaN: the vector is all zeros)."""
-    return sorted((h for h in hits if not math.isnan(h.similarity)), key=lambda h: (-h.similarity, h.key))

@@ -25,7 +25,8 @@ from ...tables.reading import postgresql_errors
 from ...tables.target import Dialect, Params, identifier
 from ..query import Query, Term
 from ..scope import Scope
-from .base import Hit, SearchReader, in_order
+from .base import SearchReader
+from .ranking import Hit, in_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,18 +89,18 @@ class PostgresqlReader(SearchReader):
 
     def _with_required(self, required: Sequence[Term], query: Query, scope: Scope, limit: int) -> list[Hit]:
         params = Params(self.dialect)
-        every = " && ".join(_tsquery(term, params) for term in required)
-        either = " || ".join(_tsquery(term, params) for term in query.terms)
+        every = " && ".join(tsquery(term, params) for term in required)
+        either = " || ".join(tsquery(term, params) for term in query.terms)
         return self._matching_text(f"({every} && ({either}))", "ts_rank", params, query, scope, limit)
 
     def _with_any(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
         params = Params(self.dialect)
-        either = " || ".join(_tsquery(term, params, term.phrase) for term in query.alternatives())
+        either = " || ".join(tsquery(term, params, term.phrase) for term in query.alternatives())
         # ts_rank counts a word's repetitions less and less, so texts with more of the words come first.
         return self._matching_text(f"({either})", "ts_rank", params, query, scope, limit)
 
     def _without(self, excluded: Sequence[Term], params: Params) -> str:
-        return " AND ".join(f"NOT s.tsv @@ {_tsquery(term, params)}" for term in excluded) or "true"
+        return " AND ".join(f"NOT s.tsv @@ {tsquery(term, params)}" for term in excluded) or "true"
 
     def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
         found = self._rows(
@@ -218,6 +219,6 @@ class PostgresqlReader(SearchReader):
         return f"{stored} = to_jsonb({params(digits)}::numeric)"
 
 
-def _tsquery(term: Term, params: Params, together: bool = True) -> str:
+def tsquery(term: Term, params: Params, together: bool = True, configuration: str = "'english'") -> str:
     """A term as a tsquery; its words one behind the other, or (``together`` False) anywhere in the text."""
-    return f"{'phraseto' if together else 'plainto'}_tsquery('english', {params(term.text)})"
+    return f"{'phraseto' if together else 'plainto'}_tsquery({configuration}, {params(term.text)})"

@@ -23,7 +23,9 @@ from ...tables.kdb_search import KDB_SEARCH
 from ...tables.target import Dialect, Params, identifier
 from ..query import Query, Term
 from ..scope import Scope
-from .base import Hit, SearchReader, in_order
+from .base import SearchReader
+from .fts5 import all_of, any_of, excludable, fts_string, meaningful
+from .ranking import Hit, in_order
 from .sqlite_vectors import ExactVectorSearch
 
 CANDIDATES_PER_ROW = 2
@@ -32,139 +34,6 @@ CANDIDATES_PER_ROW = 2
 CANDIDATES_PER_ROW_WHERE = 20
 """The same with a ``where`` or excluded words. Only if too few of them pass it, all records are filtered, which takes
 ten times as long: 160 ms for 100,000."""
-
-STOP_WORDS = frozenset(
-    [
-        "i",
-        "me",
-        "my",
-        "myself",
-        "we",
-        "our",
-        "ours",
-        "ourselves",
-        "you",
-        "your",
-        "yours",
-        "yourself",
-        "yourselves",
-        "he",
-        "him",
-        "his",
-        "himself",
-        "she",
-        "her",
-        "hers",
-        "herself",
-        "it",
-        "its",
-        "itself",
-        "they",
-        "them",
-        "their",
-        "theirs",
-        "themselves",
-        "what",
-        "which",
-        "who",
-        "whom",
-        "this",
-        "that",
-        "these",
-        "those",
-        "am",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "being",
-        "have",
-        "has",
-        "had",
-        "having",
-        "do",
-        "does",
-        "did",
-        "doing",
-        "a",
-        "an",
-        "the",
-        "and",
-        "but",
-        "if",
-        "or",
-        "because",
-        "as",
-        "until",
-        "while",
-        "of",
-        "at",
-        "by",
-        "for",
-        "with",
-        "about",
-        "against",
-        "between",
-        "into",
-        "through",
-        "during",
-        "before",
-        "after",
-        "above",
-        "below",
-        "to",
-        "from",
-        "up",
-        "down",
-        "in",
-        "out",
-        "on",
-        "off",
-        "over",
-        "under",
-        "again",
-        "further",
-        "then",
-        "once",
-        "here",
-        "there",
-        "when",
-        "where",
-        "why",
-        "how",
-        "all",
-        "any",
-        "both",
-        "each",
-        "few",
-        "more",
-        "most",
-        "other",
-        "some",
-        "such",
-        "no",
-        "nor",
-        "not",
-        "only",
-        "own",
-        "same",
-        "so",
-        "than",
-        "too",
-        "very",
-        "s",
-        "t",
-        "can",
-        "will",
-        "just",
-        "don",
-        "should",
-        "now",
-    ]
-)
-"""PostgreSQL's English stop words. FTS5 has none: without this, "read a file" finds only texts with an "a"."""
 
 
 class SqliteReader(SearchReader):
@@ -209,21 +78,21 @@ class SqliteReader(SearchReader):
         return [Hit(tuple(key), best[rowid]) for rowid, *key in self._rows(statement, params.values)]
 
     def _with_all(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
-        return self._matching_text(_all_of(query), query, scope, limit)
+        return self._matching_text(all_of(query), query, scope, limit)
 
     def _with_required(self, required: Sequence[Term], query: Query, scope: Scope, limit: int) -> list[Hit]:
-        every = f"({' AND '.join(map(_fts_string, required))})"
-        return self._matching_text(f"{every} AND ({_any_of(_meaningful(query.terms))})", query, scope, limit)
+        every = f"({' AND '.join(map(fts_string, required))})"
+        return self._matching_text(f"{every} AND ({any_of(meaningful(query.terms))})", query, scope, limit)
 
     def _with_any(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
-        terms = _meaningful(query.alternatives())
-        return self._matching_text(_any_of(terms), query, scope, limit) if len(terms) > 1 else []
+        terms = meaningful(query.alternatives())
+        return self._matching_text(any_of(terms), query, scope, limit) if len(terms) > 1 else []
 
     def _without(self, excluded: Sequence[Term], params: Params) -> str:
-        words = _excludable(excluded)
+        words = excludable(excluded)
         if not words:
             return "true"
-        match = params(f"{{content}} : ({_any_of(words)})")
+        match = params(f"{{content}} : ({any_of(words)})")
         # By key: the rows of the full-text table need not have the numbers of those they belong to.
         matching = f"SELECT entity_name, record_id FROM {self._full_text} WHERE {self._full_text} MATCH {match}"  # noqa: S608
         return f"(s.entity_name, s.record_id) NOT IN ({matching})"
@@ -233,7 +102,7 @@ class SqliteReader(SearchReader):
         if not match:
             return []
         params = Params(self.dialect)
-        match = f"({match})" + "".join(f" NOT {_fts_string(term)}" for term in _excludable(query.excluded))
+        match = f"({match})" + "".join(f" NOT {fts_string(term)}" for term in excludable(query.excluded))
         # Ordered by `rank` alone, FTS5 sorts first and the records are looked up only until the limit is reached.
         statement = (
             f"SELECT s.entity_name, s.record_id, s.rank FROM {self._full_text} s "  # noqa: S608
@@ -303,35 +172,3 @@ def _from_columns(fields: Sequence[Field], values: Sequence[Any]) -> dict[str, A
                 value = json.loads(value)
         stored[field.column] = value
     return stored
-
-
-def _fts_string(term: Term) -> str:
-    """A term as an FTS5 string: whatever is in it, the tokenizer and not the query parser reads it."""
-    return '"' + term.text.replace('"', '""') + '"'
-
-
-def _any_of(terms: Sequence[Term]) -> str:
-    """The FTS5 expression of texts that hold at least one of the terms."""
-    return " OR ".join(map(_fts_string, terms))
-
-
-def _excludable(terms: Sequence[Term]) -> list[Term]:
-    """The terms without stop words: PostgreSQL, which does not store them, cannot exclude a text for one."""
-    return [term for term in terms if term.phrase or term.text.casefold() not in STOP_WORDS]
-
-
-def _meaningful(terms: Sequence[Term]) -> list[Term]:
-    """The terms without stop words; all of them if there is nothing else."""
-    kept = [term for term in terms if term.phrase or term.text.casefold() not in STOP_WORDS]
-    return kept or list(terms)
-
-
-def _all_of(query: Query) -> str:
-    """The FTS5 expression of all terms; a bare ``or`` binds less than the implicit AND, as in PostgreSQL."""
-    groups: list[list[Term]] = [[]]
-    for term in query.terms:
-        if term.either:
-            groups.append([])
-        else:
-            groups[-1].append(term)
-    return " OR ".join(" ".join(map(_fts_string, _meaningful(group))) for group in groups if group)

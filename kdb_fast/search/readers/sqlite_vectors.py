@@ -119,7 +119,7 @@ class ExactVectorSearch:
         usable = False
         picked = self._picked(unit, scope, limit, rowids)
         for block in self._blocks(len(unit), rowids) if picked is None else picked:
-            scores = _products(block.matrix, unit)
+            scores = products(block.matrix, unit)
             allowed = block.usable
             usable = usable or bool(allowed.any())
             codes = [code for name, code in self._names.items() if scope.admits(name)]
@@ -133,7 +133,7 @@ class ExactVectorSearch:
                 top = np.argpartition(scores, len(scores) - limit)[len(scores) - limit :]
                 chosen = chosen[top]
             best_rowids = np.append(best_rowids, block.rowids[chosen])
-            best = np.append(best, _cosines(block.matrix, chosen, unit))
+            best = np.append(best, cosines(block.matrix, chosen, unit))
         if self._other_lengths and not usable:
             raise UsageError(
                 f"The query vector has {len(unit)} numbers, the vectors of the index have {max(self._other_lengths)}.",
@@ -283,7 +283,7 @@ class ExactVectorSearch:
             cursor.execute(statement, {} if rowids is None else {"rowids": json.dumps(rowids)})
             while rows := cursor.fetchmany(BLOCK_ROWS):
                 vectors = b"".join([row[2] or self._bytes(row[3], dimensions) for row in rows])
-                matrix, usable = _unit(np.frombuffer(vectors, "<f4").reshape(len(rows), dimensions))
+                matrix, usable = unit_rows(np.frombuffer(vectors, "<f4").reshape(len(rows), dimensions))
                 codes = [self._names.setdefault(row[1], len(self._names)) for row in rows]
                 block = Block(np.array([r[0] for r in rows], np.int64), np.array(codes, np.int32), usable, matrix)
                 yield [(row[0], *row[4:]) for row in rows] if versions else [], block
@@ -299,7 +299,7 @@ class ExactVectorSearch:
 
     def _bytes(self, embedding: Any, dimensions: int) -> bytes:
         """KameleonDB's JSON text as float32; zeros if it is no vector of this length."""
-        vector = _parsed(embedding)
+        vector = parsed(embedding)
         if vector is not None and len(vector) == dimensions:
             return vector.tobytes()
         if vector is not None:
@@ -316,7 +316,7 @@ def load_sqlite_vec(connection: sqlite3.Connection) -> bool:
     return in_file and not why_no_sqlite_vec(connection)
 
 
-def _products(matrix: npt.NDArray[np.float32], unit: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def products(matrix: npt.NDArray[np.float32], unit: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """``matrix @ unit`` on one core, without the GIL.
 
     100,000 × 384 take 5 ms this way. OpenBLAS needs 12 on one core and 7 on two, and its threads then spin for some
@@ -329,7 +329,7 @@ def _products(matrix: npt.NDArray[np.float32], unit: npt.NDArray[np.float32]) ->
     return products
 
 
-def _cosines(
+def cosines(
     matrix: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], unit: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float64]:
     """Cosines of these rows, each summed by itself in float64: equal vectors tie, wherever they stand in a block."""
@@ -352,7 +352,7 @@ def _versions(rows: Sequence[tuple[Any, ...]]) -> npt.NDArray[np.int64]:
     )
 
 
-def _parsed(embedding: Any) -> npt.NDArray[np.float32] | None:
+def parsed(embedding: Any) -> npt.NDArray[np.float32] | None:
     try:
         vector = np.asarray(json.loads(embedding), np.dtype("<f4"))
     except (ValueError, TypeError, OverflowError):
@@ -360,7 +360,7 @@ def _parsed(embedding: Any) -> npt.NDArray[np.float32] | None:
     return vector if vector.ndim == 1 else None
 
 
-def _unit(matrix: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+def unit_rows(matrix: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
     """Rows scaled to length 1, and which have a direction at all; the others become zeros."""
     with np.errstate(all="ignore"):
         norms = np.sqrt(np.einsum("ij,ij->i", matrix, matrix))
