@@ -56,12 +56,15 @@ class ColumnTarget(KeyedTable):
         vector: The column that is written.
         replace: Vectors of other programs are overwritten.
         vacuum: PostgreSQL: the versions of rows that are left behind are freed now and then during a run.
+        keyword: The state has what keyword search needs: in PostgreSQL the text search configuration, on SQLite the
+            tokenizer of FTS5; '' without.
     """
 
     text: str
     vector: VectorColumn
     replace: bool = False
     vacuum: bool = False
+    keyword: str = ""
 
     @property
     def identity(self) -> str:
@@ -85,7 +88,7 @@ class ColumnTarget(KeyedTable):
             "embedding": self.column(self.vector.name),
             "type": self.vector.type,
             "sender": self.vector.sender,
-            "text": _postgresql_bytes(self.text) if postgresql else f"CAST(({self.text}) AS BLOB)",
+            "text": text_bytes(self.text) if postgresql else f"CAST(({self.text}) AS BLOB)",
         }
 
 
@@ -133,8 +136,8 @@ def column_text(name: str, dialect: str) -> str:
     return identifier(name, "postgresql" if dialect == "postgresql" else "sqlite")
 
 
-def _postgresql_bytes(text: str) -> str:
-    """The text in UTF-8 as :func:`~kdb_fast.records.cut_content` leaves it."""
+def text_bytes(text: str) -> str:
+    """PostgreSQL: SQL of a text in UTF-8 as :func:`~kdb_fast.records.cut_content` leaves it."""
     # psycopg takes a per cent sign for the start of a placeholder.
     text = f"({text})::text".replace("%", "%%")
     whole, longest = f"convert_to({text}, 'UTF8')", MAX_CONTENT_BYTES

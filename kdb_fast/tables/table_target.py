@@ -44,8 +44,10 @@ class TableTarget(KeyedTable):
         source: The table that its key refers to; None where what is read is none, or one of another database.
         content: The text is stored with its vector, for searches.
         chunked: A record has a row for each piece of its text.
-        keyword: Keyword search: in PostgreSQL the text search configuration; '' without.
+        keyword: Keyword search: in PostgreSQL the text search configuration; on SQLite, where the text is stored then,
+            the tokenizer of FTS5; '' without.
         vec0: SQLite: the table is one of sqlite-vec, whose rowid is the key.
+        text: SQL expression of a record's text over the columns of ``source``; '' without one.
     """
 
     vector: VectorColumn
@@ -54,6 +56,7 @@ class TableTarget(KeyedTable):
     chunked: bool = False
     keyword: str = ""
     vec0: bool = False
+    text: str = ""
 
     @property
     def identity(self) -> str:

@@ -15,7 +15,7 @@ from ...tables.pieces import PieceOf, piece_of
 from ...tables.table_target import TableTarget
 from ..base import FlushSlot, RunSpec
 from .flush import Group
-from .table_flush import STAGED_KEY, TableWriter, tsvector_of
+from .table_flush import STAGED_KEY, TableWriter, staged_words
 
 if TYPE_CHECKING:
     import psycopg
@@ -77,7 +77,7 @@ class ChunkWriter(TableWriter):
             typed_keys=target.each_key(STAGED_KEY),
             names=target.each_key("key_{number}"),
             same_row=target.same_key("t.{column}", "k.key_{number}"),
-            tsvector=f", {tsvector_of(target.keyword)}" if target.keyword else "",
+            tsvector=f", {staged_words(target.keyword)}" if target.keyword else "",
             has_record=target.has_record(STAGED_KEY) if target.source else "true",
         )
 

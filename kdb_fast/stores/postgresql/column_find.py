@@ -18,6 +18,7 @@ from ...tables.key import KeyColumn
 from ...tables.target import Target, identifier, rows_on
 from .check import RELATIONS
 from .column_effects import check_updates
+from .keyword import prepare_keyword
 
 if TYPE_CHECKING:
     import psycopg
@@ -238,5 +239,6 @@ def prepare_column(cursor: Cursor, target: ColumnTarget, dimensions: int) -> Non
         state_keys = target.each_key("key_{number}")
         cursor.execute(target.statement(CREATE_STATE, keys=keys))
         cursor.execute(target.statement(CONSTRAIN_STATE, state_keys=state_keys))
-        return
-    check_state(target, found, target.home.shown(target.state))
+    else:
+        check_state(target, found, target.home.shown(target.state))
+    prepare_keyword(cursor, target.parts["state"], target.keyword)

@@ -18,6 +18,7 @@ from ...tables.key import text_arrays
 from ..base import FlushSlot, RunSpec
 from . import pgcopy
 from .flush import FlushWriter, Group
+from .keyword import tsvector_of
 
 if TYPE_CHECKING:
     import psycopg
@@ -29,7 +30,7 @@ CREATE_STAGING = (
 )
 WRITE = """
 WITH locked AS MATERIALIZED (
-  SELECT {row_keys}, s.ctid AS staged, s.kdb_fast_slot::bigint << 32 | s.kdb_fast_row AS place
+  SELECT {row_keys}{words}, s.ctid AS staged, s.kdb_fast_slot::bigint << 32 | s.kdb_fast_row AS place
   FROM {staging} s JOIN {table} t ON {same_row}
   LEFT JOIN (SELECT {kept_keys}, vector_hash AS kdb_fast_kept_vector FROM {state}) st ON {same_state}
   WHERE sha256({text}) = s.kdb_fast_text AND {mine}
@@ -37,15 +38,15 @@ WITH locked AS MATERIALIZED (
 ), written AS (
   UPDATE {table} t SET {embedding} = s.kdb_fast_vector::{type} FROM locked l JOIN {staging} s ON s.ctid = l.staged
   WHERE {same_locked}
-  RETURNING {locked_keys}, s.kdb_fast_text AS text_hash, {stored_hash} AS vector_hash, t.xmin AS version,
-    s.kdb_fast_source AS source_at
+  RETURNING {locked_keys}{locked_words}, s.kdb_fast_text AS text_hash, {stored_hash} AS vector_hash,
+    t.xmin AS version, s.kdb_fast_source AS source_at
 ), known AS (
-  INSERT INTO {state} AS st ({state_keys}, fingerprint, text_hash, vector_hash, version, run, at, source_at)
-  SELECT {state_keys}, %(fingerprint)s::text, text_hash, vector_hash, version, %(run)s, now(), source_at FROM written
-  WHERE vector_hash IS NOT NULL
+  INSERT INTO {state} AS st ({state_keys}, fingerprint, text_hash, vector_hash, version, run, at, source_at{tsv})
+  SELECT {state_keys}, %(fingerprint)s::text, text_hash, vector_hash, version, %(run)s, now(), source_at{tsv}
+  FROM written WHERE vector_hash IS NOT NULL
   ON CONFLICT ({state_keys}) DO UPDATE SET fingerprint = EXCLUDED.fingerprint, text_hash = EXCLUDED.text_hash,
     vector_hash = EXCLUDED.vector_hash, version = EXCLUDED.version, run = EXCLUDED.run, at = EXCLUDED.at,
-    source_at = EXCLUDED.source_at
+    source_at = EXCLUDED.source_at{set_words}
   RETURNING 1
 )
 SELECT n, CASE WHEN n < %(staged)s THEN (SELECT array_agg(place) FROM locked) END FROM (SELECT count(*) FROM known) k(n)
@@ -128,6 +129,7 @@ class ColumnWriter(FlushWriter):
             locked_keys=target.each_key("l.key_{number}"),
             state_keys=target.each_key("key_{number}"),
             **_kept(target),
+            **_words(target),
         )
         if self.locked_since is None:
             self.locked_since = time.monotonic()
@@ -185,6 +187,19 @@ def _kept(target: ColumnTarget) -> dict[str, str]:
         "keys": target.each_key("t.{column}"),
         "kept_keys": target.each_key("key_{number} AS kdb_fast_kept_{number}"),
         "same_state": target.same_key("t.{column}", "st.kdb_fast_kept_{number}"),
+    }
+
+
+def _words(target: ColumnTarget) -> dict[str, str]:
+    """Parts of the statement that writes what keyword search needs, of the text as it is compared."""
+    if not target.keyword:
+        return dict.fromkeys(("words", "locked_words", "tsv", "set_words"), "")
+    words = tsvector_of(f"({target.text})::text", target.keyword).replace("%", "%%")
+    return {
+        "words": f", {words} AS tsv",
+        "locked_words": ", l.tsv",
+        "tsv": ", tsv",
+        "set_words": ", tsv = EXCLUDED.tsv",
     }
 
 

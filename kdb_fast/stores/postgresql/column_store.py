@@ -25,6 +25,7 @@ from .column_find import prepare_column
 from .column_flush import ColumnWriter, clear_keys
 from .flush import FlushWriter
 from .indexed import Indexed
+from .keyword import finish_column
 from .session import LIMITS
 from .store import PostgreSQLStore
 
@@ -154,7 +155,10 @@ class PostgreSQLColumnStore(PostgreSQLStore):
     def finish_index(self, beat: Callable[[str], None], run: RunSpec | None = None) -> IndexOutcome:
         beat("forgetting rows that are gone")
         self.session.retrying("forgetting rows that are gone", self._forget_vanished)
-        return super().finish_index(beat, run)
+        outcome = super().finish_index(beat, run)
+        if self.column.keyword:
+            finish_column(self.session, self.column, beat)
+        return outcome
 
     def _built_for(self, run: RunSpec | None) -> Indexed:
         # Its owner's programs write the table meanwhile.

@@ -19,6 +19,7 @@ from ...tables.table_target import CHUNK_COLUMNS, CONTENT, TSVECTOR, TableTarget
 from ...tables.target import Target, identifier, rows_on
 from .check import RELATIONS
 from .foreign_key import why_no_foreign_key
+from .keyword import prepare_keyword
 
 if TYPE_CHECKING:
     import psycopg
@@ -86,6 +87,7 @@ def find_table(
     content: bool = False,
     chunked: bool = False,
     keyword: str = "",
+    text: str = "",
 ) -> TableTarget:
     """The table of vectors, whether it is there yet or not, within a transaction.
 
@@ -128,9 +130,10 @@ def find_table(
         tuple(key),
         VectorColumn(vector, "vector"),
         refers,
-        content or chunked,
-        chunked,
-        keyword,
+        content=content or chunked,
+        chunked=chunked,
+        keyword=keyword,
+        text=text if refers else "",
     )
     check_names(target)
     return target
@@ -156,6 +159,7 @@ def prepare_table(cursor: Cursor, target: TableTarget, dimensions: int) -> tuple
         )
     else:
         _check(cursor, target, dimensions)
+    prepare_keyword(cursor, target.quoted, target.keyword)
     why = why_no_foreign_key(cursor, target) if target.source is not None else None
     return () if why is None else (f"{target.shown} has no foreign key: {why}.",)
 
@@ -178,16 +182,15 @@ def _create(cursor: Cursor, target: TableTarget, dimensions: int) -> None:
             f"The model gives {dimensions} dimensions; pgvector's vector holds at most {MAX_DIMENSIONS}.",
             remedy="Choose another --model, or ask an API for fewer: --dimensions N.",
         )
-    others = ", ".join(f"NULL::{types[name]} AS {target.column(name)}" for name in target.written)
+    made = [name for name in target.written if name != TSVECTOR]
+    others = ", ".join(f"NULL::{types[name]} AS {target.column(name)}" for name in made)
     read = target.source is not None
     keys = target.each_key("t.{column}" if read else "NULL::{type} AS {column}")
     from_source = f" FROM {target.parts['source']} t" if read else ""
     cursor.execute(target.statement(CREATE, keys=keys, others=others, from_source=from_source))
-    not_null = ", ".join(f"ALTER {target.column(name)} SET NOT NULL" for name in target.written if name != TSVECTOR)
+    not_null = ", ".join(f"ALTER {target.column(name)} SET NOT NULL" for name in made)
     unique = ", ".join(map(target.column, target.unique))
     cursor.execute(target.statement(CONSTRAIN, unique=unique, not_null=not_null))
-    if target.keyword:
-        cursor.execute(target.statement("CREATE INDEX ON {table} USING gin ({tsvector})", tsvector=TSVECTOR))
 
 
 MAX_DIMENSIONS = 16_000
@@ -212,6 +215,8 @@ def _check(cursor: Cursor, target: TableTarget, dimensions: int) -> None:
     cursor.execute("SELECT set_config('search_path', %s, true)", (path,))
     wanted = {key.name: key.type for key in target.key} | {name: OTHERS.get(name, "") for name in target.written}
     wanted[target.vector.name] = vector[0] if vector else ""
+    if TSVECTOR not in columns:
+        wanted.pop(TSVECTOR, None)  # it is added
     check_columns(target, {name: column[0] for name, column in columns.items()}, wanted)
     declared = columns[target.vector.name][1]
     if declared != f"{wanted[target.vector.name]}({dimensions})":

@@ -19,6 +19,7 @@ from ..base import RunSpec
 from . import pgcopy
 from .flush import FlushWriter, Group
 from .key_fields import key_fields
+from .keyword import tsvector_of
 
 if TYPE_CHECKING:
     import psycopg
@@ -92,7 +93,7 @@ class TableWriter(FlushWriter):
         target = self._target
         statement = self._statement(
             WRITE.replace("<content>", "s.content, " if target.content else ""),
-            tsvector=f", {tsvector_of(target.keyword)}" if target.keyword else "",
+            tsvector=f", {staged_words(target.keyword)}" if target.keyword else "",
             typed_keys=target.each_key(STAGED_KEY),
             living=f"WHERE {target.has_record(STAGED_KEY)}" if target.source else "",
             changes=", ".join(f"{name} = EXCLUDED.{name}" for name in map(target.column, target.written)),
@@ -159,10 +160,9 @@ HASHED = (32).to_bytes(4, "big")
 """Length of a SHA-256, before it."""
 
 
-def tsvector_of(configuration: str) -> str:
+def staged_words(configuration: str) -> str:
     """SQL expression of what keyword search reads of a staged text, for a statement with parameters."""
-    name = configuration.replace("'", "''").replace("%", "%%")
-    return f"to_tsvector('{name}'::regconfig, s.content)"
+    return tsvector_of("s.content", configuration).replace("%", "%%")
 
 
 def delete_keys(cursor: psycopg.Cursor[tuple[Any, ...]], target: TableTarget, keys: Sequence[Key]) -> int:

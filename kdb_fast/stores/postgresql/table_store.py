@@ -22,6 +22,7 @@ from . import rejects as pg_rejects
 from .flush import FlushWriter
 from .foreign_key import refer
 from .indexed import Indexed
+from .keyword import finish_table
 from .prepare import PRUNE_BATCH
 from .session import LIMITS
 from .store import PostgreSQLStore
@@ -139,6 +140,8 @@ class PostgreSQLTableStore(PostgreSQLStore):
         beat("adding the foreign key")
         warnings = refer(self.session, self.table)
         outcome = super().finish_index(beat, run)
+        if self.table.keyword:
+            warnings += finish_table(self.session, self.table, beat)
         return replace(outcome, warnings=(*warnings, *outcome.warnings))
 
     def count(self, entity: str | None = None) -> int:

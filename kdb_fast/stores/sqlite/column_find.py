@@ -18,6 +18,7 @@ from ...tables.column_target import ColumnTarget, VectorColumn, check_state, unr
 from ...tables.key import KeyColumn
 from ...tables.target import Target
 from .check import GENERATED
+from .keyword import prepare_keyword
 
 CREATE_STATE = (
     "CREATE TABLE {state} ({keys}, fingerprint TEXT NOT NULL, text_hash BLOB NOT NULL, vector_hash BLOB NOT NULL, "
@@ -203,5 +204,7 @@ def prepare_column(connection: sqlite3.Connection, target: ColumnTarget) -> None
             for number, key in enumerate(target.key, 1)
         )
         connection.execute(target.statement(CREATE_STATE, keys=keys, state_keys=state_keys).decode())
-        return
-    check_state(target, found, quoted(target.state))
+    else:
+        check_state(target, found, quoted(target.state))
+    state_key = [f"key_{number}" for number in range(1, len(target.key) + 1)]
+    prepare_keyword(connection, target.state, state_key, target.keyword)

@@ -35,8 +35,10 @@ LOOK_UP = (
 
 WRITE = "UPDATE {table} AS t SET {embedding} = ? WHERE {same_row}"
 NOTE = (
-    "INSERT OR REPLACE INTO {state} ({names}, fingerprint, text_hash, vector_hash, run, at, source_at) "
-    "VALUES ({keys}, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO {state} ({names}, fingerprint, text_hash, vector_hash, run, at, source_at{content}) "
+    "VALUES ({keys}, ?, ?, ?, ?, ?, ?{value}) ON CONFLICT ({names}) DO UPDATE SET fingerprint = excluded.fingerprint, "
+    "text_hash = excluded.text_hash, vector_hash = excluded.vector_hash, run = excluded.run, at = excluded.at, "
+    "source_at = excluded.source_at{set_content}"
 )
 FORGET = "DELETE FROM {state} AS st WHERE {same_state}"
 
@@ -84,13 +86,14 @@ def find_rows(connection: sqlite3.Connection, target: ColumnTarget, keys: Sequen
 
 
 class _Row(NamedTuple):
-    """A row to be written, without its vector, which stays in the slot until then."""
+    """A row to be written, without its vector, which stays in the slot until then. ``text`` is for keyword search."""
 
     number: int
     key: Key
     text_hash: bytes
     vector_before: bytes | None
     source_at: str | None
+    text: tuple[str, ...]
 
 
 class ColumnWriter(RowWriter):
@@ -104,7 +107,12 @@ class ColumnWriter(RowWriter):
         same_row = target.same_key("t.{column}", "?")
         self._write = target.statement(WRITE, same_row=same_row).decode()
         names = target.each_key("key_{number}")
-        self._note = target.statement(NOTE, names=names, keys=target.each_key("?")).decode()
+        content, value, set_content = (
+            (", content", ", ?", ", content = excluded.content") if target.keyword else [""] * 3
+        )
+        self._note = target.statement(
+            NOTE, names=names, keys=target.each_key("?"), content=content, value=value, set_content=set_content
+        ).decode()
         self.rows = self.bytes = 0
         self.stored: list[Key] = []
         self.superseded: list[tuple[int, int]] = []
@@ -127,7 +135,8 @@ class ColumnWriter(RowWriter):
                 if row is None or row.text_hash != digest or (row.foreign and not self._target.replace):
                     self.superseded.append((slot.number, i))
                 else:
-                    rows.append(_Row(i, key, digest, row.vector_hash, sources[i]))
+                    text = (raw[i][1].decode(),) if self._target.keyword else ()
+                    rows.append(_Row(i, key, digest, row.vector_hash, sources[i], text))
             if rows:
                 self._store_or_halve(slot.number, slot.vectors, rows)
 
@@ -164,7 +173,8 @@ class ColumnWriter(RowWriter):
                 dropped.add(row.number)
             else:
                 run = self._run
-                notes.append((*row.key, run.fingerprint, row.text_hash, stored, run.number, self._at, row.source_at))
+                origin = (run.fingerprint, row.text_hash, stored, run.number, self._at, row.source_at)
+                notes.append((*row.key, *origin, *row.text))
         self._connection.executemany(self._note, notes)
         self.bytes += sum(map(len, values))
         return dropped

@@ -26,6 +26,7 @@ from . import prepare as sqlite_prepare
 from .column_find import prepare_column
 from .column_flush import ColumnWriter, clear_keys, find_rows
 from .flush import RowWriter
+from .keyword import fill_in
 from .store import SQLiteStore
 
 KNOWN = (
@@ -42,6 +43,12 @@ FORGET_VANISHED = "DELETE FROM {state} AS st WHERE NOT EXISTS (SELECT 1 FROM {ta
 TRIGGERS = "SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ? COLLATE NOCASE ORDER BY name"
 ON_UPDATE = re.compile(r"\bUPDATE(?:\s+OF\s+(?P<columns>.+?))?\s+ON\b", re.IGNORECASE | re.DOTALL)
 """The event of a trigger: the first of its words that can be meant."""
+
+WITHOUT_TEXT = (
+    "SELECT {text}, st.kdb_fast_text, {kept_keys} FROM (SELECT {state_keys}, text_hash AS kdb_fast_text FROM {state} "
+    "WHERE content IS NULL LIMIT 10000) st LEFT JOIN {table} t ON {same_row}"
+)
+FILL_IN = "UPDATE {state} SET content = ? WHERE {same_state}"
 
 ALTERED_ROWS = 1_000
 """Keys of a run that are compared at a time."""
@@ -130,7 +137,21 @@ class SQLiteColumnStore(SQLiteStore):
             fault("store.prune")
             same_row = self.column.same_key("t.{column}", "st.key_{number}")
             self._connection.execute(self.column.statement(FORGET_VANISHED, same_row=same_row).decode())
+        if self.column.keyword:
+            self._fill_in_texts(beat)
         return IndexOutcome(IndexAction.NONE)
+
+    def _fill_in_texts(self, beat: Callable[[str], None]) -> None:
+        """The texts of rows that were embedded before there was keyword search."""
+        column = self.column
+        select = column.statement(
+            WITHOUT_TEXT,
+            kept_keys=column.each_key("st.kdb_fast_state_{number}"),
+            state_keys=column.each_key("key_{number} AS kdb_fast_state_{number}"),
+            same_row=column.same_key("t.{column}", "st.kdb_fast_state_{number}"),
+        ).decode()
+        fill = column.statement(FILL_IN, same_state=column.same_key("key_{number}", "?")).decode()
+        fill_in(self._connection, select, fill, beat)
 
     def count(self, entity: str | None = None) -> int:
         """Rows that have a vector, whoever wrote it."""

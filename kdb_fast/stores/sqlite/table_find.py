@@ -13,12 +13,13 @@ from ...db.sqlite import quoted
 from ...db.sqlite_vec import why_no_sqlite_vec
 from ...errors import SchemaError
 from ...records import storable_key
-from ...tables.column_target import VectorColumn
+from ...tables.column_target import VectorColumn, state_table
 from ...tables.key import KeyColumn
 from ...tables.relation import Relation
 from ...tables.table_target import CHUNK_COLUMNS, CONTENT, TableTarget, check_columns, check_names
 from ...tables.target import Target
 from .check import GENERATED, check_kind
+from .keyword import prepare_keyword
 
 OTHERS = {
     **dict.fromkeys(CHUNK_COLUMNS, "INTEGER"),
@@ -55,6 +56,7 @@ def find_table(
     chunked: bool = False,
     keyword: str = "",
     vec0: bool = False,
+    text: str = "",
 ) -> TableTarget:
     """The table of vectors, whether it is there yet or not.
 
@@ -83,10 +85,11 @@ def find_table(
         tuple(key),
         VectorColumn(vector, "blob"),
         refers,
-        content or chunked,
+        content or chunked or bool(keyword),
         chunked,
         keyword,
         vec0,
+        text if refers else "",
     )
     check_names(target)
     if vec0:
@@ -133,6 +136,13 @@ def prepare_table(connection: sqlite3.Connection, target: TableTarget, dimension
     Raises:
         SchemaError: It holds vectors of another length, was made for another key, or is another program's.
     """
+    notes = _prepare(connection, target, dimensions)
+    known = state_table(target.name) if target.vec0 else target.table
+    prepare_keyword(connection, known, target.unique, target.keyword)
+    return notes
+
+
+def _prepare(connection: sqlite3.Connection, target: TableTarget, dimensions: int) -> tuple[str, ...]:
     if target.vec0:
         _prepare_vec0(connection, target, dimensions)
         return ()
@@ -198,6 +208,8 @@ def _check(connection: sqlite3.Connection, target: TableTarget, dimensions: int)
     found = {name: declared or "" for _, name, declared, *_ in rows}
     wanted = {key.name: key.type for key in target.key} | {name: OTHERS.get(name, "") for name in target.written}
     wanted[target.vector.name] = "BLOB"
+    if target.keyword and CONTENT not in found:
+        del wanted[CONTENT]  # it is added
     check_columns(target, found, wanted)
     row = connection.execute(target.statement("SELECT length({embedding}) FROM {table} LIMIT 1").decode()).fetchone()
     if row is not None and row[0] != 4 * dimensions:

@@ -22,6 +22,7 @@ from ...tables.target import LiveRows, Params, Target, rows_on
 from ..base import FlushSlot, RunSpec, Stored, version_of_text
 from . import prepare as sqlite_prepare
 from .flush import RowWriter
+from .keyword import fill_in
 from .prune import PRUNE_KEYS
 from .store import SQLiteStore
 from .table_find import load_vec0, prepare_table
@@ -33,6 +34,12 @@ TRIGGERS = "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name =
 OF_RUN = "SELECT {columns} FROM {known} WHERE kdb_fast_run = ?"
 
 DEAD = "SELECT {row_keys} FROM {known} s WHERE NOT {live} LIMIT {batch}"
+
+WITHOUT_TEXT = (
+    "SELECT {text}, st.kdb_fast_noted, {kept_keys} FROM (SELECT {known_keys}, kdb_fast_hash AS kdb_fast_noted "
+    "FROM {known} WHERE content IS NULL LIMIT 10000) st LEFT JOIN {source} t ON {same_row}"
+)
+FILL_IN = "UPDATE {known} SET content = ? WHERE {same_row}"
 
 
 class SQLiteTableStore(SQLiteStore):
@@ -95,6 +102,17 @@ class SQLiteTableStore(SQLiteStore):
         ]
 
     def finish_index(self, beat: Callable[[str], None], run: RunSpec | None = None) -> IndexOutcome:
+        if self.table.keyword and self.table.text:
+            table = self.table
+            select = table.statement(
+                WITHOUT_TEXT,
+                text=f"CAST(({table.text}) AS BLOB)",
+                kept_keys=table.each_key("st.kdb_fast_state_{number}"),
+                known_keys=table.each_key("{column} AS kdb_fast_state_{number}"),
+                same_row=table.same_key("t.{column}", "st.kdb_fast_state_{number}"),
+            )
+            fill = table.statement(FILL_IN, same_row=table.same_key("{column}", "?"))
+            fill_in(self._connection, select.decode(), fill.decode(), beat)
         return IndexOutcome(IndexAction.NONE, "exact search on SQLite, no vector index")
 
     def count(self, entity: str | None = None) -> int:
