@@ -132,7 +132,7 @@ class Articles:
         """Text and vector by id."""
         column = "embedding::text" if self.postgresql else "embedding"
         rows = execute(self.address, f"SELECT id, body, {column} FROM {self.name}")
-        return {number: (text, None if value is None else _floats(value)) for number, text, value in rows}
+        return {number: (text, None if value is None else floats(value)) for number, text, value in rows}
 
     def vector(self, number: int) -> Vector:
         """Of one row, which must have one."""
@@ -144,7 +144,7 @@ class Articles:
         """Those of a table of vectors, by a column of its key."""
         column = "embedding::text" if self.postgresql else "embedding"
         rows = execute(self.address, f"SELECT {key}, {column} FROM {table}")
-        return {number: _floats(value) for number, value in rows}
+        return {number: floats(value) for number, value in rows}
 
     def state(self) -> list[tuple[Any, ...]]:
         """Keys that we know a vector of, and the run that has written each."""
@@ -162,7 +162,8 @@ class Articles:
                 assert cosine(found, vector(text)) >= 0.99999, number
 
 
-def _floats(value: str | bytes) -> Vector:
+def floats(value: str | bytes) -> Vector:
+    """A vector as a column gives it."""
     return np.frombuffer(value, "<f4") if isinstance(value, bytes) else np.array(json.loads(value), np.float32)
 
 

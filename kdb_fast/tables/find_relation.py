@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..errors import SchemaError
 from ..records import storable_key
 from .key import KeyColumn
-from .names import ends_with, nearest, or_nearest, qualified, split_identifier
+from .names import NEAREST, ends_with, nearest, or_nearest, qualified, split_identifier
 from .relation import Column, Relation
 from .target import Dialect, Rows, Target, identifier, rows_on
 
@@ -39,7 +39,7 @@ SELECT n.nspname::text, c.relname::text, n.nspname = ANY(current_schemas(true)) 
 JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind = ANY(%(kinds)s::"char"[]) AND NOT c.relispartition
 AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
-ORDER BY 3 DESC, 2 LIMIT 10000
+ORDER BY n.nspname = %(schema)s::name DESC NULLS LAST, 3 DESC, 2 LIMIT 10000
 """
 
 # Names of types come with their schema: another session's search path may not find them. What depends on the path waits
@@ -58,7 +58,7 @@ FROM unnest(%(names)s::text[], %(types)s::oid[], %(modifiers)s::int[])
 COLUMNS = f"""
 SELECT a.attname, format_type(a.atttypid, CASE WHEN p.path <> '' THEN a.atttypmod END),
   b.category IN ('S', 'E') OR (b.category = 'A' AND e.typcategory IN ('S', 'E')), a.generated,
-  a.attnotnull OR b.not_null, b.category = 'A'
+  a.attnotnull OR b.not_null, b.category = 'A', '', format_type(a.atttypid, CASE WHEN p.path <> '' THEN -1 END)
 FROM {PATH} CROSS JOIN (<columns>) a CROSS JOIN LATERAL (
   WITH RECURSIVE t AS (
     SELECT oid, typtype, typbasetype, typcategory, typelem, typnotnull FROM pg_type WHERE oid = a.atttypid
@@ -69,8 +69,8 @@ FROM {PATH} CROSS JOIN (<columns>) a CROSS JOIN LATERAL (
 LEFT JOIN pg_type e ON e.oid = b.element
 ORDER BY a.attnum
 """  # noqa: S608 - constants
-"""Of each column: name, type, whether it holds text, is generated, may not be NULL and is an array. A domain is what it
-is made of, at the end."""
+"""Of each column: name, type, whether it holds text, is generated, may not be NULL and is an array, and the type of any
+length. A domain is what it is made of, at the end."""
 
 KEYS = f"""
 SELECT array_agg(a.attname::text ORDER BY u.place),
@@ -134,7 +134,8 @@ def find_relation(rows: Rows, dialect: Dialect, name: str) -> Relation:
     """
     schema, table = split_identifier(name, dialect)
     find = _on_postgresql if dialect == "postgresql" else _on_sqlite
-    return find(rows, schema, table, storable_key(name.strip()))
+    shown = storable_key(table) if schema in (None, "main") else Target(schema).shown(table)
+    return find(rows, schema, table, shown)
 
 
 def describe_query(connection: Any, dialect: Dialect, query: str) -> Relation:
@@ -178,6 +179,23 @@ def no_column(relation: Relation, name: str) -> SchemaError:
     return SchemaError(f"{relation.shown} has no column {storable_key(name)}{others}")
 
 
+def key_of(relation: Relation, wanted: Sequence[str] = ()) -> tuple[KeyColumn, ...] | None:
+    """The columns of the first unique index or, where columns are named, of the one on these; None where there is none.
+
+    In the order of the index, in whatever order they are named.
+
+    Raises:
+        SchemaError: There is no column of such a name.
+    """
+    names = set()
+    for name in wanted:
+        column = relation.column(name)
+        if column is None:
+            raise no_column(relation, name)
+        names.add(column.name)
+    return next((key for key in relation.keys if not wanted or names == {part.name for part in key}), None)
+
+
 def no_key(relation: Relation, dialect: Dialect, wanted: Sequence[str] = ()) -> SchemaError:
     """The error for a table in which a row could not be found again, with what to add."""
     shown, names = relation.shown, ", ".join(identifier(name, "sqlite") for name in wanted)
@@ -204,9 +222,9 @@ def _none(shown: str, name: str, others: Sequence[tuple[str, str]]) -> SchemaErr
     Args:
         others: Name, and name as messages show it, of each that is there.
     """
-    names = list(dict.fromkeys(nearest(name, (other for other, _ in others))))
-    found = [shown for wanted in names for other, shown in others if other == wanted]
-    return SchemaError(f"There is no table {shown}{ends_with(found)}")
+    near = list(dict.fromkeys(other.lower() for other in nearest(name, (other for other, _ in others))))
+    found = [as_shown for wanted in near for other, as_shown in others if other.lower() == wanted]
+    return SchemaError(f"There is no table {shown}{ends_with(found[:NEAREST])}")
 
 
 # -- PostgreSQL --------------------------------------------------------------------------------------------
@@ -218,7 +236,7 @@ def _on_postgresql(rows: Rows, schema: str | None, name: str, shown: str) -> Rel
     if not found:
         others = [
             (other, Target(place).shown(other) if schema is not None or not near else _shown(other))
-            for place, other, near in rows(OTHERS, {"kinds": kinds})
+            for place, other, near in rows(OTHERS, {"schema": schema, "kinds": kinds})
         ]
         raise _none(shown, name, others)
     oid, schema, name, kind, may_use, role, path = found[0]
@@ -283,7 +301,7 @@ def _sqlite_relation(rows: Rows, schema: str | None, name: str, kind: str, state
     for column, declared, not_null, _, hidden in found:
         declared = "" if strict and declared.upper() == "ANY" else declared or ""
         is_text = affinity(declared) == "TEXT"
-        columns[column] = Column(column, declared, is_text, hidden in GENERATED, bool(not_null))
+        columns[column] = Column(column, declared, is_text, hidden in GENERATED, bool(not_null), value_type=declared)
     keys: list[tuple[KeyColumn, ...]] = []
     indexes = rows(INDEXES, place)
     primary = [column for column, _, _, part, _ in found if part]

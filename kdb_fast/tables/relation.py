@@ -20,6 +20,7 @@ class Column:
         not_null: It must hold a value.
         is_array: It holds several texts.
         collation: On SQLite of a column of a key, by which its texts are compared.
+        value_type: The type as a cast writes it that leaves a value as long as it is.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Column:
     not_null: bool = False
     is_array: bool = False
     collation: str = ""
+    value_type: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Relation:
     def shown(self) -> str:
         """For a message; such that it can be copied into a statement."""
         return "the query" if self.kind == "query" else Target(self.schema).shown(self.name)
+
+    @property
+    def is_table(self) -> bool:
+        """Its rows can be updated, and its unique indexes say what tells them apart."""
+        return self.kind in ("table", "partitioned table")
 
     def column(self, name: str) -> Column | None:
         """The column of this name; SQLite compares names without case."""

@@ -12,7 +12,7 @@ from ...db import pg_errors, pg_settings
 from ...errors import KdbFastError, SchemaError
 from ...records import storable_key
 from ...tables.definition import Definition
-from ...tables.find_relation import EMPTY_KEY, describe_query, find_relation, no_column, no_key
+from ...tables.find_relation import EMPTY_KEY, describe_query, find_relation, key_of, no_key
 from ...tables.key import KeyColumn
 from ...tables.names import or_nearest, qualified
 from ...tables.relation import Relation
@@ -20,9 +20,6 @@ from ...tables.selection import Selection
 from ...tables.target import Dialect, Target, rows_on
 from ...tables.text import is_expression, text_expression
 from ..reader import Reader
-
-TABLES = ("table", "partitioned table")
-"""Kinds whose rows can be updated, and which say what tells them apart."""
 
 NO_RIGHT = "42501"
 NUMBERS = "N"
@@ -42,7 +39,7 @@ def select(reader: Reader, definition: Definition) -> Selection:
     dialect = reader.address.dialect
     query = definition.query.strip().rstrip(";").rstrip()
     relation = _relation(reader, definition, query)
-    if relation.kind not in TABLES and not definition.into:
+    if not relation.is_table and not definition.into:
         raise SchemaError(
             f"{relation.shown} is a {relation.kind}: its rows have no place for a vector.",
             remedy="Name a table for the vectors: --into NAME",
@@ -78,25 +75,18 @@ def _relation(reader: Reader, definition: Definition, query: str) -> Relation:
 
 def _key(relation: Relation, wanted: Sequence[str], dialect: Dialect) -> tuple[tuple[KeyColumn, ...], bool]:
     """The columns of the key, and whether they are those of a unique index."""
-    columns = []
-    for name in wanted:
-        column = relation.column(name)
-        if column is None:
-            raise no_column(relation, name)
-        columns.append(column)
-    names = {column.name for column in columns}
-    for key in relation.keys:
-        if not wanted or names == {part.name for part in key}:
-            return key, True
-    if relation.kind in TABLES:
-        raise no_key(relation, dialect, [column.name for column in columns])
+    if (key := key_of(relation, wanted)) is not None:
+        return key, True
+    if relation.is_table:
+        raise no_key(relation, dialect, wanted)
     if not wanted:
         raise SchemaError(
             f"Nothing says which columns tell the rows of {relation.shown} apart.",
             remedy="Name the column, or each of several: --key id",
         )
+    columns = [column for column in map(relation.column, wanted) if column is not None]
     typed = dialect == "sqlite"
-    return tuple(KeyColumn(c.name, c.type, c.name, None, EMPTY_KEY, typed=typed) for c in columns), False
+    return tuple(KeyColumn(c.name, c.value_type, c.name, None, EMPTY_KEY, typed=typed) for c in columns), False
 
 
 # -- what the database says of it --------------------------------------------------------------------------

@@ -13,10 +13,11 @@ from ...db.retrying import ErrorKind
 from ...errors import SchemaError
 from ...records import storable_key
 from ...tables.column_target import ColumnTarget, VectorColumn, check_state, unreadable_text
+from ...tables.find_relation import find_relation, key_of, no_column, no_key
 from ...tables.hidden_rows import check_unfiltered
-from ...tables.key import KeyColumn
+from ...tables.names import qualified
+from ...tables.relation import Relation
 from ...tables.target import Target, identifier, rows_on
-from .check import RELATIONS
 from .column_effects import check_updates
 from .keyword import prepare_keyword
 
@@ -27,35 +28,14 @@ if TYPE_CHECKING:
 
 VECTOR_TYPES = ("vector", "halfvec")
 
-TABLE = """
-SELECT n.nspname::text, c.relname::text, c.relkind::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE c.oid = to_regclass(%s)
-"""
-
 COLUMN = """
-SELECT b.typname::text, format_type(a.atttypid, a.atttypmod),
-  CASE WHEN t.typtype = 'd' THEN t.typtypmod ELSE a.atttypmod END,
+SELECT b.typname::text, CASE WHEN t.typtype = 'd' THEN t.typtypmod ELSE a.atttypmod END,
   a.attgenerated <> '', a.attnotnull OR t.typnotnull, format('%%I.%%I', p.nspname, b.typname || '_send'),
   has_column_privilege(a.attrelid, a.attnum, 'UPDATE'), current_user::text
 FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
 JOIN pg_type b ON b.oid = coalesce(nullif(t.typbasetype, 0), t.oid) JOIN pg_namespace p ON p.oid = b.typnamespace
 WHERE a.attrelid = to_regclass(%s) AND a.attname = %s AND a.attnum > 0 AND NOT a.attisdropped
 """
-
-KEYS = """
-SELECT array_agg(a.attname::text ORDER BY u.place), array_agg(format_type(a.atttypid, -1) ORDER BY u.place),
-  array_agg(format('OPERATOR(%%I.%%s)', n.nspname, o.oprname) ORDER BY u.place)
-FROM pg_index i CROSS JOIN LATERAL unnest(i.indkey::int2[], i.indclass::oid[]) WITH ORDINALITY u(attnum, opclass, place)
-JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = u.attnum
-JOIN pg_opclass c ON c.oid = u.opclass
-JOIN pg_amop p ON p.amopfamily = c.opcfamily AND p.amopstrategy = 3 AND p.amoplefttype = c.opcintype
-  AND p.amoprighttype = c.opcintype
-JOIN pg_operator o ON o.oid = p.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace
-WHERE i.indrelid = to_regclass(%s) AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL
-GROUP BY i.indexrelid, i.indisprimary, i.indnkeyatts HAVING count(*) = i.indnkeyatts
-ORDER BY i.indisprimary DESC, i.indexrelid
-"""
-"""The columns of each unique index, how a value of them is written, and the operator that the index compares with."""
 
 CREATE_STATE = """
 CREATE TABLE {state} AS SELECT {keys}, ''::varchar(64) AS fingerprint, ''::bytea AS text_hash, ''::bytea AS vector_hash,
@@ -104,21 +84,18 @@ def find_column(
     Raises:
         SchemaError: There is no such table or column, or a run could not write it.
     """
-    schema, relation, kind = _find(cursor, table)
-    shown = Target(schema).shown(relation)
-    if kind not in ("r", "p"):
+    relation = find_relation(rows_on(cursor, "postgresql"), "postgresql", table)
+    if not relation.is_table:
         raise SchemaError(
-            f"{shown} is {RELATIONS.get(kind, 'no table')}; expected a table, whose rows can be updated.",
+            f"{relation.shown} is a {relation.kind}; expected a table, whose rows can be updated.",
             remedy="Name the table that has the column.",
         )
-    # Names of types and operators come with their schema: another session's search path may not find them.
-    (path,) = cursor.execute("SELECT current_setting('search_path')").fetchone() or ("",)
-    cursor.execute("SET LOCAL search_path = pg_catalog, pg_temp")
-    regclass = Target(schema).regclass(relation)
-    keys = _keys(cursor, regclass, shown, key)
-    column = _vector(cursor, regclass, shown, vector)
-    cursor.execute("SELECT set_config('search_path', %s, true)", (path,))
-    return ColumnTarget(name, home, schema, relation, keys, text, column, replace, vacuum)
+    keys = key_of(relation, key)
+    if keys is None:
+        raise no_key(relation, "postgresql", key)
+    return ColumnTarget(
+        name, home, relation.schema, relation.name, keys, text, _vector(cursor, relation, vector), replace, vacuum
+    )
 
 
 def create_column(cursor: Cursor, home: Target, table: str, vector: str, dimensions: int, kind: str = "vector") -> None:
@@ -136,60 +113,30 @@ def create_column(cursor: Cursor, home: Target, table: str, vector: str, dimensi
     """
     import psycopg
 
-    schema, relation, _ = _find(cursor, table)
-    target = Target(schema)
+    relation = find_relation(rows_on(cursor, "postgresql"), "postgresql", table)
     type_name = home.statement("{pgvector}").decode() + f"{kind}({dimensions})"
-    statement = f"ALTER TABLE {target.table(relation)} ADD COLUMN {identifier(vector)} {type_name}"
+    place = qualified(relation.schema, relation.name, "postgresql")
+    statement = f"ALTER TABLE {place} ADD COLUMN {identifier(vector)} {type_name}"
     try:
         cursor.execute(statement.encode(), ())
     except psycopg.Error as error:
         if kind_of(error) is not ErrorKind.REFUSED:
             raise
         raise SchemaError(
-            f"The column {storable_key(vector)} cannot be added to {target.shown(relation)}: "
+            f"The column {storable_key(vector)} cannot be added to {relation.shown}: "
             f"{error.diag.message_primary or error}.",
             remedy=f"Let the table's owner run: {statement.replace('%%', '%')};",
         ) from None
 
 
-def _find(cursor: Cursor, table: str) -> tuple[str, str, str]:
-    """Schema, name and kind of what an identifier belongs to."""
-    import psycopg
-
-    try:
-        row = cursor.execute(TABLE.encode(), (table,)).fetchone()
-    except psycopg.Error:
-        raise SchemaError(
-            f"{storable_key(table)} is no name of a table.",
-            remedy='Write it as SQL does: articles, shop.articles or "My Docs"."Big Table".',
-        ) from None
-    if row is None:
-        raise SchemaError(f"There is no table {storable_key(table)}, or this role may not use its schema.")
-    schema, relation, kind = row
-    return schema, relation, kind
-
-
-def _keys(cursor: Cursor, regclass: str, shown: str, wanted: Sequence[str]) -> tuple[KeyColumn, ...]:
-    for names, types, operators in cursor.execute(KEYS.encode(), (regclass,)).fetchall():
-        columns = {n: KeyColumn(n, t, noun=n, equals=o) for n, t, o in zip(names, types, operators, strict=True)}
-        if not wanted or set(wanted) == set(names):
-            return tuple(columns[name] for name in wanted or names)
-    what = ", ".join(map(storable_key, wanted))
-    add = ", ".join(identifier(name) for name in wanted) or "…"
-    raise SchemaError(
-        f"{shown} has no unique index on ({what}); a row could not be found again."
-        if wanted
-        else f"{shown} has no primary key and no unique index; a row could not be found again.",
-        remedy=f"Run: ALTER TABLE {shown} ADD UNIQUE ({add});",
-    )
-
-
-def _vector(cursor: Cursor, regclass: str, shown: str, name: str) -> VectorColumn:
-    row = cursor.execute(COLUMN.encode(), (regclass, name)).fetchone()
-    column = storable_key(name)
-    if row is None:
-        raise SchemaError(f"The table {shown} has no column {column}.")
-    kind, declared, modifier, generated, not_null, sender, may_update, user = row
+def _vector(cursor: Cursor, relation: Relation, name: str) -> VectorColumn:
+    found = relation.column(name)
+    if found is None:
+        raise no_column(relation, name)
+    row = cursor.execute(COLUMN.encode(), (relation.regclass, name)).fetchone()
+    assert row is not None
+    shown, column, declared = relation.shown, storable_key(name), found.type
+    kind, modifier, generated, not_null, sender, may_update, user = row
     if kind not in VECTOR_TYPES:
         raise SchemaError(f"{shown}.{column} is of type {declared}; expected vector or halfvec.")
     if generated:

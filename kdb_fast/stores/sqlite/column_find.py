@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from ...db.retrying import ErrorKind
 from ...db.sqlite import quoted
@@ -15,9 +14,10 @@ from ...db.sqlite_errors import kind_of
 from ...errors import SchemaError
 from ...records import storable_key
 from ...tables.column_target import ColumnTarget, VectorColumn, check_state, unreadable_text
-from ...tables.key import KeyColumn
-from ...tables.target import Target
-from .check import GENERATED
+from ...tables.find_relation import find_relation, key_of, no_column, no_key
+from ...tables.names import qualified
+from ...tables.relation import Column
+from ...tables.target import Target, rows_on
 from .keyword import prepare_keyword
 
 CREATE_STATE = (
@@ -25,15 +25,6 @@ CREATE_STATE = (
     "run INTEGER NOT NULL, at TEXT NOT NULL, source_at TEXT, PRIMARY KEY ({state_keys})) WITHOUT ROWID"
 )
 """The keys are declared as those of the table, so that two of them are equal here exactly where they are there."""
-
-
-class _Column(NamedTuple):
-    name: str
-    type: str
-    not_null: bool
-    primary: int
-    """Place in the primary key, from 1; 0 where it is no part of it."""
-    generated: bool
 
 
 def find_column(
@@ -61,24 +52,16 @@ def find_column(
     Raises:
         SchemaError: There is no such table or column, or a run could not write it.
     """
-    shown = storable_key(table)
-    row = connection.execute(
-        "SELECT type, name, sql FROM sqlite_master WHERE name = ? COLLATE NOCASE AND type IN ('table', 'view')",
-        (table,),
-    ).fetchone()
-    if row is None:
-        raise SchemaError(f"There is no table {shown}.")
-    kind, table, statement = row
-    if kind == "view" or str(statement).upper().startswith("CREATE VIRTUAL"):
+    relation = find_relation(rows_on(connection, "sqlite"), "sqlite", qualified("main", table, "sqlite"))
+    shown = relation.shown
+    if not relation.is_table:
         raise SchemaError(
-            f"{shown} is a {'view' if kind == 'view' else 'virtual table'}; expected a table, whose rows can be "
-            "updated.",
+            f"{shown} is a {relation.kind}; expected a table, whose rows can be updated.",
             remedy="Name the table that has the column.",
         )
-    columns = {str(column.name).lower(): column for column in _columns(connection, table)}
-    found = columns.get(vector.lower())
+    found = relation.column(vector)
     if found is None:
-        raise SchemaError(f"The table {shown} has no column {storable_key(vector)}.")
+        raise no_column(relation, vector)
     if found.generated:
         raise SchemaError(f"{shown}.{storable_key(vector)} is a generated column; it cannot be written.")
     if found.not_null:
@@ -87,12 +70,14 @@ def find_column(
             "of an earlier one.",
             remedy="Make the table anew with a column that may be NULL.",
         )
-    keys = _keys(connection, table, columns, key)
-    form = form or _form(connection, table, found)
-    return ColumnTarget(name, Target(), None, table, keys, text, VectorColumn(found.name, form), replace)
+    keys = key_of(relation, key)
+    if keys is None:
+        raise no_key(relation, "sqlite", key)
+    column = VectorColumn(found.name, form or _form(connection, relation.name, found))
+    return ColumnTarget(name, Target(), None, relation.name, keys, text, column, replace)
 
 
-def _form(connection: sqlite3.Connection, table: str, column: _Column) -> str:
+def _form(connection: sqlite3.Connection, table: str, column: Column) -> str:
     """How the vectors of a column are written: as the first of them is."""
     name = quoted(column.name)
     first = connection.execute(
@@ -124,66 +109,6 @@ def create_column(connection: sqlite3.Connection, table: str, vector: str, form:
         ) from None
 
 
-def _columns(connection: sqlite3.Connection, table: str) -> list[_Column]:
-    rows = connection.execute(f"PRAGMA table_xinfo({quoted(table)})")
-    definition = connection.execute("SELECT sql FROM sqlite_master WHERE name = ?", (table,)).fetchone()
-    # Where a table is not STRICT, a column of the type ANY would take '1' for 1.
-    strict = definition is not None and "STRICT" in str(definition[0]).upper().rpartition(")")[2]
-    return [
-        _Column(
-            name,
-            "" if strict and declared.upper() == "ANY" else declared or "",
-            bool(not_null),
-            primary,
-            hidden in GENERATED,
-        )
-        for _, name, declared, not_null, _, primary, hidden in rows
-    ]
-
-
-def _keys(
-    connection: sqlite3.Connection, table: str, columns: dict[str, _Column], wanted: Sequence[str]
-) -> tuple[KeyColumn, ...]:
-    """The columns of the key with the collations of their unique index."""
-    chosen = [columns[name.lower()].name for name in wanted if name.lower() in columns]
-    if not wanted:
-        primary = sorted((column for column in columns.values() if column.primary), key=lambda column: column.primary)
-        chosen = [column.name for column in primary]
-    shown = storable_key(table)
-    if not chosen or len(chosen) < len(wanted):
-        missing = ", ".join(storable_key(name) for name in wanted if name.lower() not in columns)
-        raise SchemaError(
-            f"{shown} has no column {missing}."
-            if wanted
-            else f"{shown} has no primary key; a row could not be found again.",
-            remedy="" if wanted else f"Name columns with a unique index: CREATE UNIQUE INDEX … ON {quoted(table)} (…);",
-        )
-    only = columns[chosen[0].lower()]
-    if len(chosen) == 1 and only.primary and only.type.upper() == "INTEGER" and _has_rowid(connection, table):
-        return (KeyColumn(only.name, "INTEGER", noun=only.name, typed=True),)
-    for index, unique, partial in connection.execute(
-        'SELECT name, "unique", partial FROM pragma_index_list(?)', (table,)
-    ).fetchall():
-        parts = connection.execute(
-            "SELECT name, coll FROM pragma_index_xinfo(?) WHERE key ORDER BY seqno", (index,)
-        ).fetchall()
-        collations = dict(parts)
-        if unique and not partial and len(parts) == len(chosen) and set(collations) == set(chosen):
-            return tuple(
-                KeyColumn(name, columns[name.lower()].type, noun=name, collation=collations[name], typed=True)
-                for name in chosen
-            )
-    raise SchemaError(
-        f"{shown} has no unique index on ({', '.join(map(storable_key, chosen))}); a row could not be found again.",
-        remedy=f"Run: CREATE UNIQUE INDEX … ON {quoted(table)} ({', '.join(map(quoted, chosen))});",
-    )
-
-
-def _has_rowid(connection: sqlite3.Connection, table: str) -> bool:
-    """Whether an INTEGER PRIMARY KEY is the rowid itself, which no index is made for."""
-    return not connection.execute("SELECT 1 FROM pragma_index_list(?) WHERE origin = 'pk'", (table,)).fetchall()
-
-
 def prepare_column(connection: sqlite3.Connection, target: ColumnTarget) -> None:
     """Make the table of its state where that is missing, within a transaction.
 
@@ -196,7 +121,7 @@ def prepare_column(connection: sqlite3.Connection, target: ColumnTarget) -> None
         if kind_of(error) is not ErrorKind.REFUSED:
             raise
         raise unreadable_text(target, str(error)) from None
-    found = {column.name: column.type for column in _columns(connection, target.state)}
+    found = dict(connection.execute("SELECT name, type FROM pragma_table_info(?)", (target.state,)))
     if not found:
         state_keys = target.each_key("key_{number}")
         keys = ", ".join(
