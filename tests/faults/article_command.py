@@ -34,9 +34,12 @@ def run(arguments: list[str]) -> int:
 
     Args:
         arguments: The address of the database, the number of workers, and the table of vectors where they are not to go
-            into a column; then "pieces", where it has a row for each PIECE_CHARS characters.
+            into a column; then "pieces", where it has a row for each PIECE_CHARS characters. For a column also
+            "--index" and what is done with the indexes.
     """
     url, workers, *into = arguments
+    index = into[1] if into[:1] == ["--index"] else None
+    into = [] if index else into
     address = parse_address(url)
     articles = Articles(address, make=False)
     pieces = into[1:] == ["pieces"]
@@ -45,7 +48,7 @@ def run(arguments: list[str]) -> int:
         receipt = reindex(
             address,
             ArticleSource(address, articles.target(), page_rows=16, complete=bool(into)),
-            ReindexOptions(workers=int(workers), chunk=40 if pieces else 0),
+            ReindexOptions(workers=int(workers), chunk=40 if pieces else 0, index=index),
             target=target,
         )
     except KdbFastError as error:

@@ -15,6 +15,7 @@ from servers import eventually, execute
 
 from kdb_fast.cli.demo import sqlalchemy_url
 from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.tables.index_policy import DEFER_FLOOR
 
 FAULTS = (
     "store.before_commit:1:kill", "store.after_copy:2:hang", "store.before_copy:1:kill", "store.after_commit:1:kill",
@@ -31,12 +32,12 @@ KILLED, LOCKED, DEFECT = -9, 6, 70
 ROWS = 60
 
 
-def start(commands: Commands, articles: Articles, **environment: str) -> Command:
-    return commands.start("articles", sqlalchemy_url(articles.address), "2", **environment)
+def start(commands: Commands, articles: Articles, *options: str, **environment: str) -> Command:
+    return commands.start("articles", sqlalchemy_url(articles.address), "2", *options, **environment)
 
 
-def finished(commands: Commands, articles: Articles) -> dict[str, Any]:
-    command = start(commands, articles)
+def finished(commands: Commands, articles: Articles, *options: str) -> dict[str, Any]:
+    command = start(commands, articles, *options)
     assert command.wait() == 0, command.out + command.err
     return command.receipt
 
@@ -65,6 +66,41 @@ def test_fault_at_any_point(index: DatabaseAddress, commands: Commands) -> None:
     assert again["foreign"] == 1
     eventually(lambda: not commands.processes())
     check_nothing_left(index)
+
+
+INDEX_FAULTS = ("store.index_dropped:1:kill", "store.index_build:2:kill", "pipeline.finish:1:kill")
+"""In the writer, and in the process of the run, whose indexes the next one builds."""
+
+
+@pytest.mark.timeout(240)
+def test_indexes_are_there_again_whatever_was_killed(database: DatabaseAddress, commands: Commands) -> None:
+    articles = Articles(database)
+    articles.add(*(f"article {number}" for number in range(DEFER_FLOOR)))
+    finished(commands, articles)
+    execute(
+        database,
+        "CREATE INDEX near ON shop.articles USING hnsw ((embedding::vector(384)) vector_cosine_ops) WITH (m = 7); "
+        "CREATE INDEX lists ON shop.articles USING ivfflat ((embedding::vector(384)) vector_l2_ops) WITH (lists = 2); "
+        "COMMENT ON INDEX shop.near IS 'tuned'",
+    )
+    indexes = (
+        "SELECT pg_get_indexdef(indexrelid), indisvalid, obj_description(indexrelid, 'pg_class') FROM pg_index "
+        "WHERE indrelid = 'shop.articles'::regclass ORDER BY 1"
+    )
+    before = execute(database, indexes)
+    for fault in INDEX_FAULTS:
+        execute(database, "UPDATE shop.articles SET body = body || '!'")
+        command = start(commands, articles, "--index", "defer", KDB_FAST_FAULT=fault)
+        assert command.wait() in (0, KILLED), f"{fault}: {command.out}{command.err}"
+        assert commands.fired(), fault
+        if command.wait() != 0:
+            eventually(lambda: not commands.processes())
+            assert len(execute(database, indexes)) == 1
+            assert finished(commands, articles)["stored"] == 0
+        assert execute(database, indexes) == before, fault
+        articles.check(poison_worker.vector_of)
+    assert execute(database, "SELECT key FROM kdb_fast_state WHERE key LIKE 'dropped%'") == []
+    eventually(lambda: not commands.processes())
 
 
 @pytest.mark.timeout(240)

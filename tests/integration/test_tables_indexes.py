@@ -21,6 +21,7 @@ from kdb_fast.stores.postgresql import index as pg_index
 from kdb_fast.stores.postgresql import index_build, index_default, index_session
 from kdb_fast.stores.postgresql.column_store import PostgreSQLColumnStore
 from kdb_fast.stores.postgresql.store import PostgreSQLStore
+from kdb_fast.stores.postgresql.table_store import PostgreSQLTableStore
 from kdb_fast.tables import index_policy
 from kdb_fast.tables.index_policy import IndexPolicy
 
@@ -466,6 +467,34 @@ def test_vectors_that_no_index_holds_get_none(database: DatabaseAddress) -> None
     assert finished(articles).text == f"{shown}: embedding holds vectors of 2 numbers beside those of 8"
     outcome = finished(articles, dimensions=4001)
     assert outcome.text == f"{shown}: an index of pgvector holds at most 4,000 numbers, and a vector has 4,001"
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_a_table_of_vectors_gets_one_and_has_it_built_again(articles: Articles) -> None:
+    target = articles.into()
+    with contextlib.closing(PostgreSQLTableStore(articles.address, "test", target)) as store:
+        assert store.default_index is IndexPolicy.DEFER
+        store.prepare(DIMENSIONS)
+        run = store.begin_run(fingerprint="f", model="m", dimensions=DIMENSIONS, wait=0)._replace(target=target)
+        assert not store.has_vector_index
+        text = store.finish_index(no_beat, run).text
+        assert text == f"no index of {target.shown}.embedding: one is made from {ROWS} rows on"
+        fill(articles)
+        execute(
+            articles.address,
+            f"INSERT INTO {target.shown} SELECT id, embedding, '', '', 'f', 1, now() FROM shop.articles",
+        )
+        assert store.finish_index(no_beat, run).text == "built article_vectors_embedding_idx"
+        execute(articles.address, f"CREATE INDEX lists ON {target.shown} USING ivfflat (embedding vector_l2_ops)")
+        statement = "SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = to_regclass(%s) ORDER BY 1"
+        before = execute(articles.address, statement, target.shown)
+        assert len(before) == 3
+    with contextlib.closing(PostgreSQLTableStore(articles.address, "test", target)) as store:
+        assert store.has_vector_index
+        assert store.drop_index().text == "dropped for the load"
+        assert len(execute(articles.address, statement, target.shown)) == 1
+        assert store.finish_index(no_beat, run).text == "built article_vectors_embedding_idx, lists"
+    assert execute(articles.address, statement, target.shown) == before
 
 
 # -- rights and locks --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from kdb_fast.tables.index_policy import (
     IndexAction,
     IndexDecision,
     IndexOutcome,
+    IndexPolicy,
     IndexRecord,
     decide,
     should_defer,
@@ -115,6 +116,30 @@ def test_a_run_tells_what_it_decided_and_what_came_of_it(
     record.dropped, record.finished = dropped, finished
     assert record.text == text
     assert record.deferred is (MOST in decisions)
+
+
+@pytest.mark.parametrize("policy", [IndexPolicy.KEEP, IndexPolicy.CONCURRENTLY, IndexPolicy.NONE])
+def test_what_is_kept_in_any_case_is_told_with_what_it_has_cost(policy: IndexPolicy) -> None:
+    record = IndexRecord()
+    for read in (10, 100_000):
+        record.decided(
+            decide(rows_in_index=0, estimate=100_000, read=read, to_write=read, written=read - 10, policy=policy)
+        )
+    assert not record.deferred
+    record.finished = IndexOutcome(IndexAction.KEPT)
+    assert record.text == "kept: about 100000 of 100000 rows change"
+    record.finished = IndexOutcome(IndexAction.KEPT, live=2)
+    saving = "; dropped and built again (--index defer) they would have cost about 144 s less"
+    assert record.text == f"kept: about 100000 of 100000 rows change{saving}"
+    record.finished = IndexOutcome(IndexAction.BUILT, again="lists", live=2)
+    assert record.text == f"kept: about 100000 of 100000 rows change{saving}; built again lists"
+
+
+def test_nothing_is_said_of_a_saving_that_there_would_not_have_been() -> None:
+    record = IndexRecord()
+    record.decided(IndexDecision(IndexAction.KEPT, 20_000, 100_000, IndexPolicy.KEEP))
+    record.finished = IndexOutcome(IndexAction.KEPT, live=1)
+    assert record.text == "kept: about 20000 of 100000 rows change"
 
 
 def test_the_first_reason_to_keep_the_index_stays() -> None:

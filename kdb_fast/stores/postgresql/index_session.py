@@ -92,6 +92,8 @@ def beside_others(session: PgSession, settings: Mapping[str, str]) -> Iterator[C
     address = session.address
     info = session.connection().info
     wanted = {**pinned(info.server_version), "lock_timeout": CONCURRENT_PATIENCE, **settings}
+    if session.is_ended_with_client:
+        wanted["client_connection_check_interval"] = "2s"
     escaped = {name: value.replace("\\", "\\\\").replace(" ", "\\ ") for name, value in wanted.items()}
     options = " ".join(f"-c {name}={value}" for name, value in escaped.items())
     given = conninfo_to_dict(address.conninfo).get("options")

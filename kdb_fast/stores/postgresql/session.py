@@ -120,6 +120,11 @@ class PgSession:
             self._limits = LIMITS + CHECK_CLIENT if modern else LIMITS
         return self._connection
 
+    @property
+    def is_ended_with_client(self) -> bool:
+        """Whether the server ends a statement whose client was killed."""
+        return CHECK_CLIENT in self._limits
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
         """A transaction whose waits for locks and for us are bounded; within the caller's, those are the caller's."""
