@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -553,8 +554,13 @@ def test_a_build_that_must_wait_too_long_names_whom_for_and_is_completed_later(
     with begun(articles) as (store, run), psycopg.connect(articles.address.conninfo, application_name="shop") as other:
         other.execute("UPDATE shop.articles SET body = 'x' WHERE id = 1")
         store.session._retry_seconds = 0.0
+        assert re.search(
+            r"^not built: .*application shop.* holds shop\.articles, .*; the next run builds what is missing$",
+            store.finish_index(no_beat, run).text,
+        )
+        store.session._limits = "SET LOCAL lock_timeout = 50"
         with pytest.raises(DatabaseError, match=r"could not be built: .*application shop.* holds shop\.articles"):
-            store.finish_index(no_beat, run)
+            store.finish_index(no_beat, run._replace(indexes=IndexPolicy.DEFER))
         other.rollback()
     assert finished(articles).text == "built articles_embedding_idx"
     assert [row[3] for row in snapshot(articles.address)] == [True, True]

@@ -126,7 +126,8 @@ def finish(
         run: The run whose vectors are indexed; None where nothing has been written.
 
     Raises:
-        DatabaseError: Another session holds the table; what is missing is built by the next run.
+        DatabaseError: Another session holds the table, from which indexes may have been dropped. What is missing is
+            built by the next run.
     """
     builder = IndexBuilder(session, indexed, beat, dimensions=run.dimensions if run else 1)
     try:
@@ -136,6 +137,9 @@ def finish(
         holder = _find_holder(session, indexed) if sqlstate(error) == LOCK_NOT_AVAILABLE else None
         if holder is None:
             raise
+        if run is not None and run.indexes is not IndexPolicy.DEFER:
+            why = f"{holder}, and did not give it free in time; the next run builds what is missing"
+            return IndexOutcome(IndexAction.NOT_BUILT, why, warnings=(f"An index was not built: {why}.",))
         raise DatabaseError(
             f"The indexes of {indexed.shown} could not be built: {holder}, and did not give it free in time.",
             remedy="All that was embedded is stored. Run the same command again once it has ended; that builds them.",
@@ -188,7 +192,7 @@ def _finish(session: PgSession, indexed: Indexed, run: RunSpec | None, builder: 
         forget(cursor, indexed.home)
     with session.transaction() as cursor:
         cursor.execute("SET LOCAL statement_timeout = 0")
-        cursor.execute(f"ANALYZE {indexed.qualified}".encode())
+        cursor.execute(f"ANALYZE (SKIP_LOCKED) {indexed.qualified}".encode())
     return replace(outcome, live=live)
 
 
