@@ -12,8 +12,7 @@ demo:           ## Set everything up and run the main job on real records
 test:           ## Set everything up and run all checks and tests
 	@tools/setup dev
 	@tools/check
-	@.venv/bin/coverage run -m pytest --durations=25 --durations-min=1
-	@.venv/bin/coverage report
+	@.venv/bin/pytest -n logical --maxprocesses=4 --dist loadfile --cov --cov-report=term --durations=25 --durations-min=1
 	@.venv/bin/python tools/elsewhere.py
 
 setup:          ## Only set up .venv for development
