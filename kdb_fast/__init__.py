@@ -33,6 +33,8 @@ if TYPE_CHECKING:
         StoppedError,
         UsageError,
     )
+    from .indexing.tables import reindex_table
+    from .receipt import Receipt
     from .search.engine import SearchEngine
     from .search.results import IndexStatus, SearchResult
 
@@ -55,6 +57,7 @@ __all__ = [
     "ProviderError",
     "ProviderInputError",
     "ProviderKeyError",
+    "Receipt",
     "RecordError",
     "RefusedError",
     "RejectLimitError",
@@ -66,10 +69,13 @@ __all__ = [
     "StoppedError",
     "UsageError",
     "get_provider",
+    "reindex_table",
 ]
 
 _FROM = {
     "search.engine": ("SearchEngine",),
+    "indexing.tables": ("reindex_table",),
+    "receipt": ("Receipt",),
     "search.results": ("IndexStatus", "SearchResult"),
     "embedding.providers.fastembed": ("FastEmbedProvider",),
     "embedding.providers.openai.provider": ("OpenAIProvider",),

@@ -53,13 +53,35 @@ class Phases:
     index: float = 0.0
 
 
+@dataclass(frozen=True)
+class TargetNames:
+    """Where the vectors of a table are, as messages name it.
+
+    Attributes:
+        name: Under which the target is kept.
+        table: That which has the vectors.
+        column: That of the vectors.
+        key: The columns by which its rows are told apart.
+    """
+
+    name: str
+    table: str
+    column: str
+    key: tuple[str, ...]
+
+    def describe(self) -> str:
+        """One line for people."""
+        return f"{self.name}: column {self.column} of {self.table}, rows by {', '.join(self.key)}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
     """What a run has done, under the names that ``kdb-fast reindex --json`` prints and ``kdb_fast_runs`` keeps.
 
     Attributes:
         run: Number of the run.
-        schema: That of the index's tables.
+        schema: That of the index's tables, or of kdb-fast's own ones.
+        target: What was brought up to date; None for KameleonDB's index.
         state: ``done``, ``stopped`` or ``failed``.
         input: Name of what was read, '' for an input that cannot be read again.
         read: Records read; the sum of the next five once the run is done.
@@ -79,6 +101,7 @@ class Receipt:
 
     run: int = 0
     schema: str | None = None
+    target: TargetNames | None = None
     state: str = ""
     input: str = ""
     read: int = 0
@@ -135,15 +158,19 @@ class Receipt:
     def from_json(values: Mapping[str, Any]) -> Receipt:
         """The receipt that was stored with these values; what the version that stored it did not know is left empty."""
         known = _known(Receipt, values)
-        for name, kind in (("phases", Phases), ("fidelity", Fidelity)):
+        for name, kind in (("phases", Phases), ("fidelity", Fidelity), ("target", TargetNames)):
             if known.get(name) is not None:
-                known[name] = kind(**_known(kind, known[name]))
+                known[name] = kind(**_with_tuples(_known(kind, known[name])))
         known["warnings"] = tuple(known.get("warnings", ()))
         return Receipt(**known)
 
 
 def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _known(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
     from kdb_fast.embedding.encoder import Encoder
     from kdb_fast.embedding.models.lookup import Model
+
+
+sys.path.append(str(Path(__file__).parent / "faults"))  # commands with a stub for the model, for all tests
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -99,7 +103,7 @@ def address(index: DatabaseAddress) -> DatabaseAddress:
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    """Commands with a stub for the model; none of their processes outlives the module. For tests/faults."""
+    """Commands with a stub for the model; none of their processes outlives the module."""
     from commands import Commands
 
     found = Commands(tmp_path_factory.mktemp("commands"))

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..db import pg_errors, sqlite_errors
+from ..db.address import DatabaseAddress
+from ..db.reading import read
 from ..db.retrying import ErrorKind
 from ..errors import KdbFastError, SchemaError
 from ..records import storable_key
@@ -133,6 +135,18 @@ class Entity:
 def load_entities(rows: Rows, target: Target) -> list[Entity]:
     """All entities that KameleonDB has defined here, dropped ones too, by name; [] in a database without its tables."""
     return [] if missing_tables(rows, target) else _entities(rows, target)
+
+
+def active_entities(address: DatabaseAddress) -> frozenset[str]:
+    """Names of the entities of KameleonDB in a database; none where it has not its tables."""
+
+    def work(connection: Any) -> frozenset[str]:
+        rows = rows_on(connection, address.dialect)
+        with explained(address.display):
+            entities = load_entities(rows, find_target(rows, address.dialect))
+        return frozenset(entity.name for entity in entities if entity.active)
+
+    return read(address, work)
 
 
 def missing_tables(rows: Rows, target: Target) -> list[str]:

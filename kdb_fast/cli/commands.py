@@ -10,6 +10,7 @@ from .models import models_group
 from .options import database_option, json_option, no_progress_option
 from .rejects import rejects_group
 from .searching import search_command, status_command
+from .tables import targets_group, uninstall_command
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -67,5 +68,14 @@ def demo_command(db: str | None, no_progress: bool, as_json: bool) -> int:
     return run_demo(db, show=not no_progress, as_json=as_json)
 
 
-for command in (reindex_command, insert_command, rejects_group, search_command, status_command, models_group):
+for command in (
+    reindex_command,
+    targets_group,
+    insert_command,
+    rejects_group,
+    search_command,
+    status_command,
+    models_group,
+    uninstall_command,
+):
     cli.add_command(command)

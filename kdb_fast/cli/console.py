@@ -162,7 +162,7 @@ def _may_hold_a_secret(argument: str) -> bool:
         return True
 
 
-_NAMED_COMMAND = re.compile(r"\bkdb-fast (reindex|insert|search|status|rejects (?:list|retry|clear))\b(?: --db …)?")
+_NAMED_COMMAND = re.compile(r"\bkdb-fast (reindex|insert|search|status|(?:rejects|targets) [a-z]+)\b(?: --db …)?")
 
 _database: list[str] = []
 """``--db`` and its value, as the command that runs was given them."""

@@ -12,6 +12,7 @@ import click
 from ..errors import EXIT_OK, EXIT_REJECTS, KdbFastError, UsageError
 from ..settings import PRECISIONS, ExpectedCount, RejectLimit
 from .console import command_line
+from .groups import GroupedCommand, group
 from .options import (
     RunArguments,
     database_option,
@@ -21,39 +22,43 @@ from .options import (
     provider_option,
     run_options,
 )
+from .tables import TableArguments, table_options
 
 if TYPE_CHECKING:
     from ..receipt import Receipt
 
 
-@click.command("reindex")
-@click.argument("entities", nargs=-1, metavar="[ENTITY]…")
-@database_option
-@click.option(
-    "--from",
-    "from_file",
-    metavar="FILE",
-    help="Read a JSON Lines file (- for standard input) instead of KameleonDB's tables.",
-)
-@click.option("--entity", help="With --from: the entity that the records belong to.")
-@click.option("--id-field", default="id", show_default=True, help="With --from: the field that holds the key.")
-@click.option("--field", "fields", multiple=True, help="With --from: a field to embed; repeat it. Default: all text.")
-@run_options(
-    model_options,
-    provider_option,
-    dimensions_option,
+@click.command("reindex", cls=GroupedCommand)
+@click.argument("names", nargs=-1, metavar="[NAME]…")
+@group("Database", database_option)
+@table_options
+@group(
+    "Records from a file, into KameleonDB's index",
+    click.option("--from", "from_file", metavar="FILE", help="Read a JSON Lines file (- for standard input)."),
+    click.option("--entity", help="With --from: the entity that the records belong to."),
+    click.option("--id-field", default="id", show_default=True, help="With --from: the field that holds the key."),
     click.option(
-        "--precision",
-        type=click.Choice(PRECISIONS),
-        default="fp32",
-        show_default=True,
-        help="int8 and bf16 are faster and nearly as exact; auto takes the fastest that is close enough to fp32.",
+        "--field", "fields", multiple=True, help="With --from: a field to embed; repeat it. Default: all text."
     ),
-    click.option(
-        "--min-fidelity",
-        type=float,
-        metavar="COSINE",
-        help="Least mean cosine with fp32. [default: int8 0.997, bf16 0.9999]",
+)
+@run_options(
+    group(
+        "Model",
+        model_options,
+        provider_option,
+        dimensions_option,
+        click.option(
+            "--precision",
+            type=click.Choice(PRECISIONS),
+            help="int8 and bf16 are faster and nearly as exact; auto takes the fastest that is close enough to fp32. "
+            "[default: fp32]",
+        ),
+        click.option(
+            "--min-fidelity",
+            type=float,
+            metavar="COSINE",
+            help="Least mean cosine with fp32. [default: int8 0.997, bf16 0.9999]",
+        ),
     ),
     click.option("--force", is_flag=True, help="Embed every record, also the unchanged ones."),
     click.option("--limit", type=int, help="Read at most so many records."),
@@ -65,12 +70,13 @@ if TYPE_CHECKING:
 )
 def reindex_command(
     arguments: RunArguments,
-    entities: tuple[str, ...],
+    table: TableArguments,
+    names: tuple[str, ...],
     from_file: str | None,
     entity: str | None,
     id_field: str,
     fields: tuple[str, ...],
-    precision: str,
+    precision: str | None,
     min_fidelity: float | None,
     force: bool,
     limit: int | None,
@@ -78,14 +84,20 @@ def reindex_command(
     expect_count: str | None,
     wait: float,
 ) -> int:
-    """Embed what is new or has changed, and bring the search index up to date.
+    """Embed what is new or has changed, and bring the vectors up to date.
 
-    Reads all entities of KameleonDB, or the named ones, or a file. Interrupted? The same command carries on:
-    what is stored is skipped.
+    \b
+    kdb-fast reindex                               all entities of KameleonDB
+    kdb-fast reindex Contact Ticket                some of them
+    kdb-fast reindex --table articles --text title --text body --vector embedding
+                                                   a column of any table
+    kdb-fast reindex articles                      the same again: it is kept under its name
+
+    Interrupted? The same command carries on: what is stored is skipped.
     """
     options = arguments.options(
-        entities=entities,
-        precision=precision,
+        entities=names,
+        precision=precision or "fp32",
         min_fidelity=min_fidelity,
         force=force,
         limit=limit,
@@ -95,18 +107,24 @@ def reindex_command(
     expected = ExpectedCount.parse(expect_count) if expect_count is not None else None
     if from_file is None and (entity or fields):
         raise UsageError("--entity and --field belong to --from.", remedy="Name entities of KameleonDB as arguments.")
-    if from_file is not None and (entities or not entity):
+    if from_file is not None and (names or not entity):
         raise UsageError("--from needs --entity NAME, and takes no entity arguments.")
+    table.check(names, from_file)
     from ..indexing.reindex import reindex
     from ..sources import SourceSpec
     from .report import print_receipt
 
     with arguments.running() as (address, progress):
-        if from_file is not None:
-            from ..db.sqlite_connection import create_sqlite
+        target = table.find_name(address, names, progress) if from_file is None else None
+        if target is not None:
+            receipt = table.reindex(address, target, arguments, options, precision, progress)
+        else:
+            if from_file is not None:
+                from ..db.sqlite_connection import create_sqlite
 
-            create_sqlite(address)
-        receipt = reindex(address, SourceSpec(entities, from_file, entity, id_field, fields, limit), options, progress)
+                create_sqlite(address)
+            records = SourceSpec(names, from_file, entity, id_field, fields, limit)
+            receipt = reindex(address, records, options, progress)
     missed = expected.missed(receipt.read + receipt.empty) if expected else ""
     if missed:
         receipt = replace(receipt, warnings=(*receipt.warnings, missed))

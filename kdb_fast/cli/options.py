@@ -45,9 +45,7 @@ def model_options(command: F) -> F:
         type=click.Path(path_type=Path, file_okay=False),
         help="Directory of a model to use instead of looking it up.",
     )(command)
-    return click.option(
-        "--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME", help="Any FastEmbed model."
-    )(command)
+    return click.option("--model", metavar="NAME", help=f"Any FastEmbed model. [default: {DEFAULT_MODEL}]")(command)
 
 
 BASE_URL_HELP = (

@@ -7,8 +7,16 @@ from pathlib import Path
 
 import click
 
-from ..errors import EXIT_OK, EXIT_REJECTS
+from ..errors import EXIT_OK, EXIT_REJECTS, UsageError
 from .options import RunArguments, database_option, json_option, opened_database, provider_option, run_options
+from .tables import in_schema, state_schema_option
+
+target_option = click.option("--target", metavar="NAME", help="Only this target: see `kdb-fast targets list`.")
+
+
+def _check_one(entity: str | None, target: str | None) -> None:
+    if entity is not None and target is not None:
+        raise UsageError("--entity and --target exclude each other.")
 
 
 @click.group("rejects")
@@ -19,15 +27,20 @@ def rejects_group() -> None:
 @rejects_group.command("list")
 @database_option
 @click.option("--entity", help="Only this entity.")
+@target_option
+@state_schema_option
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="Show at most so many.")
 @json_option
-def rejects_list(db: str | None, entity: str | None, limit: int, as_json: bool) -> None:
+def rejects_list(
+    db: str | None, entity: str | None, target: str | None, state_schema: str | None, limit: int, as_json: bool
+) -> None:
     """List rejected records with the reason, those of the newest run first."""
-    from ..indexing.rejects import list_rejects
+    from ..indexing.rejects import list_all
     from .report import print_rejects
 
+    _check_one(entity, target)
     with opened_database(db, reads=True) as address:
-        rows = list_rejects(address, entity)
+        rows = list_all(in_schema(address, state_schema), entity, target)
     if as_json:
         print(json.dumps({"total": len(rows), "rejects": rows[:limit]}, default=str))
     else:
@@ -37,13 +50,22 @@ def rejects_list(db: str | None, entity: str | None, limit: int, as_json: bool) 
 @rejects_group.command("clear")
 @database_option
 @click.option("--entity", help="Only this entity.")
+@target_option
+@state_schema_option
 @json_option
-def rejects_clear(db: str | None, entity: str | None, as_json: bool) -> None:
-    """Forget rejected records. The records themselves stay as they are; a reindex would reject them again."""
-    from ..indexing.rejects import clear_rejects
+def rejects_clear(
+    db: str | None, entity: str | None, target: str | None, state_schema: str | None, as_json: bool
+) -> None:
+    """Forget rejected records of KameleonDB, or of a target. The records themselves stay as they are; a reindex would
+    reject them again."""
+    from ..indexing.rejects import clear_of, clear_rejects
 
+    _check_one(entity, target)
     with opened_database(db, reads=True) as address:
-        count = clear_rejects(address, entity)
+        if target is not None:
+            count = clear_of(in_schema(address, state_schema), target)
+        else:
+            count = clear_rejects(address, entity)
     print(json.dumps({"cleared": count}) if as_json else f"{count:,} rejects forgotten")
 
 
@@ -58,7 +80,7 @@ def rejects_retry(arguments: RunArguments) -> int:
     """Read the entities with rejected records again, and store what can be stored now.
 
     This is a reindex of these entities, so unchanged records are skipped. Lines of files that became no record cannot
-    be tried again: they are not in the database.
+    be tried again: they are not in the database. Those of a target are tried again by each kdb-fast reindex NAME.
     """
     from ..indexing.rejects import retry_rejects
     from .report import print_retried

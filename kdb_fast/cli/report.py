@@ -38,10 +38,11 @@ def print_receipt(receipt: Receipt, database: str) -> None:
             f"({receipt.records_per_second:,.0f} records/s, {receipt.tokens_per_second:,.0f} tokens/s)"
         )
     ends = [f"{count:,} {fate}" for fate, count in receipt.fates.items() if count or fate == "stored"]
-    rows = [("records", ", ".join(ends))]
+    rows = [("target", receipt.target.describe())] if receipt.target else []
+    rows.append(("records", ", ".join(ends)))
     also = (
-        (receipt.deleted, "removed from the index"),
         (receipt.foreign, "with a vector of another program, left alone (--replace overwrites)"),
+        (receipt.deleted, "removed" if receipt.target else "removed from the index"),
         (receipt.empty, "without text, not indexed"),
         (receipt.truncated, f"longer than the model reads{_lost(receipt)}"),
     )
@@ -76,7 +77,8 @@ def print_receipt(receipt: Receipt, database: str) -> None:
     for warning in receipt.warnings:
         print(f"  note: {printable(warning, NOTE_CHARS)}")
     if receipt.rejected:
-        print(with_database("  See the rejected records: kdb-fast rejects list"))
+        which = f" --target {shell_word(receipt.target.name)}" if receipt.target else ""
+        print(f"  See the rejected records: {with_database('kdb-fast rejects list')}{which}")
 
 
 def _with_schema(database: str, schema: str | None) -> str:
@@ -105,15 +107,24 @@ def print_results(query: str, results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_status(status: Mapping[str, Any], database: str) -> None:
-    """A table of entities."""
+    """A table of entities, and one of targets."""
+    entities, targets = status["entities"], status.get("targets", [])
+    database = _with_schema(database, status.get("schema"))
+    if entities or not targets:
+        print(f"{database}: {status['indexed']:,} records indexed")
+    else:
+        print(f"{database}: no index of KameleonDB")
+    if entities:
+        _print_entities(status)
+    if targets:
+        print_targets(targets)
+
+
+def _print_entities(status: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     entities = status["entities"]
-    database = _with_schema(database, status.get("schema"))
-    print(f"{database}: {status['indexed']:,} records indexed")
-    if not entities:
-        return
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("entity")
     for name in ("indexed", "pending", "stale", "rejected"):
@@ -128,6 +139,60 @@ def print_status(status: Mapping[str, Any], database: str) -> None:
     if status.get("run"):
         run = status["run"]
         print(f"last run: {run['run']}, {run['state']}, began {str(run['started_at'])[:19]}")
+
+
+def print_targets(targets: Sequence[Mapping[str, Any]]) -> None:
+    """A table of targets.
+
+    Args:
+        targets: As :meth:`kdb_fast.stores.targets.TargetStatus.as_json` gives each.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    if not targets:
+        print("There are no targets. Describe one: kdb-fast reindex --table TABLE --text COLUMN --vector COLUMN")
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("target")
+    table.add_column("vectors in")
+    for name in ("rows", "rejected"):
+        table.add_column(name, justify="right")
+    table.add_column("last run")
+    for values in targets:
+        place = _place(values)
+        rows = "?" if values["rows"] is None else f"{values['rows']:,}"
+        run = values["run"]
+        last = f"{values['state']}, {str(run['started_at'])[:19]}" if run else "never"
+        table.add_row(printable(values["name"], 60), printable(place), rows, f"{values['rejected']:,}", last)
+    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+
+
+def _place(values: Mapping[str, Any]) -> str:
+    """Table and column of the vectors of a target."""
+    schema, table = (values["into_schema"], values["into"]) if values["into"] else (values["schema"], values["table"])
+    return f"{Target(schema).shown(table)}.{values['vector']}"
+
+
+def print_target(values: Mapping[str, Any]) -> None:
+    """What is kept of a target, and what there is of it; see :func:`print_targets`."""
+    run = values["run"]
+    read = Target(values["schema"]).shown(values["table"]) if values["table"] else values["query"] or "files"
+    lines = {
+        "target": values["name"],
+        "reads": read + (f" where {values['filter']}" if values["filter"] else ""),
+        "text": values["template"] or ", ".join(values["text"]),
+        "key": ", ".join(values["key"]),
+        "vectors in": _place(values),
+        "model": f"{values['model']}, {values['dimensions']} dimensions, {values['precision']}"
+        + (f", {values['provider']} {values['base_url']}".rstrip() if values["provider"] != "fastembed" else ""),
+        "rows": "the table or column is not there" if values["rows"] is None else f"{values['rows']:,} with a vector",
+        "rejected": f"{values['rejected']:,}" if values["rejected"] else "",
+        "last run": f"{run['run']}, {run['state']}, began {str(run['started_at'])[:19]}" if run else "never",
+    }
+    for name, text in lines.items():
+        if text:
+            print(f"{name:<11} {printable(text, NOTE_CHARS)}")
 
 
 def print_models(entries: Iterable[Any]) -> None:
@@ -166,7 +231,7 @@ def print_rejects(rows: Sequence[Mapping[str, Any]], limit: int) -> None:
         print("There are no rejected records.")
         return
     for row in rows[:limit]:
-        where = printable(row["entity"], 60)
+        where = printable(row["target"] or row["entity"], 60)
         if row["record_id"]:
             where += f"/{printable(row['record_id'], 60)}"
         if row["line"]:

@@ -9,6 +9,7 @@ import click
 
 from .console import complain
 from .options import BASE_URL_HELP, database_option, json_option, opened_database
+from .tables import in_schema, show_target, state_schema_option
 
 
 @click.command("search")
@@ -80,15 +81,23 @@ def search_command(
 
 
 @click.command("status")
+@click.argument("target", required=False, metavar="[TARGET]")
 @database_option
+@state_schema_option
 @json_option
-def status_command(db: str | None, as_json: bool) -> None:
-    """Show for each entity what is indexed, pending, stale and rejected."""
+def status_command(target: str | None, db: str | None, state_schema: str | None, as_json: bool) -> None:
+    """Show for each entity what is indexed, pending, stale and rejected, and for each target its rows with a vector.
+
+    With the name of a TARGET, that one only.
+    """
+    if target is not None:
+        show_target(target, db, state_schema, as_json)
+        return
     from ..search.commands import run_status
     from .report import print_status
 
     with opened_database(db, reads=True) as address:
-        result = run_status(address)
+        result = run_status(in_schema(address, state_schema))
         name = address.display
     if as_json:
         print(json.dumps(result, default=str))

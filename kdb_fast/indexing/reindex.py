@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from .. import __version__
@@ -37,6 +38,7 @@ def reindex(
     progress: Progress | None = None,
     embedding: Embedding | None = None,
     target: TargetTable = KDB_SEARCH,
+    begun: Callable[[Embedding], None] = lambda embedding: None,
 ) -> Receipt:
     """Embed every record of a source that is new or has changed, and store it.
 
@@ -47,6 +49,7 @@ def reindex(
         progress: Shows a person what happens meanwhile.
         embedding: What gives the vectors, in place of what the options name; it stays the caller's to close.
         target: What is brought up to date.
+        begun: Called once nothing is in the way of the run, and it holds the lock.
 
     Returns:
         What the run has done.
@@ -96,7 +99,7 @@ def reindex(
             wait=options.wait,
         )._replace(target=target, indexes=indexes)
         store.on_wait = progress.note
-        return _Run(address, store, source, embedding, run, options, progress, stop, started, notes).go()
+        return _Run(address, store, source, embedding, run, options, progress, stop, started, begun, notes).go()
 
 
 class _Run:
@@ -113,11 +116,12 @@ class _Run:
         progress: Progress,
         stop: StopFlag,
         started: float,
+        begun: Callable[[Embedding], None],
         notes: tuple[str, ...] = (),
     ) -> None:
         self.address, self.store, self.source, self.embedding, self.run = address, store, source, embedding, run
         self.options, self.progress, self.stop, self.started = options, progress, stop, started
-        self.notes = notes
+        self.begun, self.notes = begun, notes
         self.engines = EngineFactory(address, store, run, embedding, options, progress)
         self.heartbeat = Heartbeat(address, run)
         self.pipeline: Pipeline | None = None
@@ -160,6 +164,7 @@ class _Run:
         for effect in self.store.forecast(self.run):
             self.notes += (effect,)
             self.progress.note(effect)
+        self.begun(self.embedding)
         estimate = source.estimate()
         if options.limit is not None:
             estimate = min(options.limit, estimate) if estimate is not None else options.limit
@@ -223,6 +228,7 @@ class _Run:
         return Receipt(
             run=run.number,
             schema=self.address.schema,
+            target=run.target.names,
             state=state,
             input=self.source.input,
             read=counts.read,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ..catalog.definitions import explained, load_entities
+from ..catalog.definitions import active_entities
 from ..db.address import DatabaseAddress
 from ..db.reading import read
 from ..receipt import Receipt, Retried
@@ -18,17 +18,57 @@ from ..sources import SourceSpec
 from ..stores import open_store
 from ..stores.base import Store
 from ..stores.past_runs import last_run
+from ..stores.targets import find_in, kept_in
+from ..tables.definition import Definition
 from ..tables.index_table import IndexTable
 from ..tables.kdb_search import KDB_SEARCH
 from ..tables.reading import rows_of
-from ..tables.target import REJECTS, columns_of, find_target, rows_on
+from ..tables.target import REJECTS, columns_of, find_target
 from .progress import Progress
 from .reindex import reindex
 
 Rows = list[dict[str, Any]]
 
 
-def list_rejects(address: DatabaseAddress, entity: str | None = None, index: IndexTable = KDB_SEARCH) -> Rows:
+def list_all(address: DatabaseAddress, entity: str | None = None, target: str | None = None) -> Rows:
+    """Rejected records as :func:`list_rejects` gives them, each with ``target``: '' for KameleonDB's index.
+
+    Args:
+        entity: Only those of this entity.
+        target: Only those of the target of this name.
+
+    Raises:
+        SchemaError: There is no such target.
+        DatabaseError: The database cannot be reached.
+    """
+    rows: Rows = []
+    if target is None:
+        rows = [{"target": "", **row} for row in list_rejects(address, entity)]
+    if entity is None:
+        where, definitions = kept_in(address) if target is None else _one(address, target)
+        for definition in definitions:
+            rows += [{"target": definition.name, **row} for row in list_rejects(where, kept_as=definition.identity)]
+    return rows
+
+
+def clear_of(address: DatabaseAddress, target: str) -> int:
+    """Forget the rejected records of the target of this name; returns how many.
+
+    Raises:
+        SchemaError: There is no such target.
+    """
+    where, (definition,) = _one(address, target)
+    return clear_rejects(where, kept_as=definition.identity)
+
+
+def _one(address: DatabaseAddress, name: str) -> tuple[DatabaseAddress, list[Definition]]:
+    where, definition = find_in(address, name)
+    return where, [definition]
+
+
+def list_rejects(
+    address: DatabaseAddress, entity: str | None = None, index: IndexTable = KDB_SEARCH, kept_as: str = ""
+) -> Rows:
     """The rejected records, those of the newest run first; [] where there has been no run.
 
     Each has ``entity``, ``record_id`` ('' for a line of an input that became no record), ``reason``, ``detail``,
@@ -37,6 +77,7 @@ def list_rejects(address: DatabaseAddress, entity: str | None = None, index: Ind
     Args:
         entity: Only those of this entity.
         index: Only those of runs on this index.
+        kept_as: Only those of the target whose runs are kept under this name.
 
     Raises:
         DatabaseError: The database cannot be reached.
@@ -45,11 +86,15 @@ def list_rejects(address: DatabaseAddress, entity: str | None = None, index: Ind
         from ..stores.sqlite.store import SQLiteStore
 
         def work(file: Any) -> Rows:
-            return list(SQLiteStore(file, index).rejects(entity)) if _is_there(file, address, index) else []
+            if not _is_there(file, address, index):
+                return []
+            store = SQLiteStore(file, index)
+            store.rename_target(kept_as)
+            return list(store.rejects(entity))
 
         rows = read(address, work)
     else:
-        with _opened(address, index) as store:
+        with _opened(address, index, kept_as) as store:
             rows = list(store.rejects(entity)) if store is not None else []
     for row in rows:
         row["line"] = row.pop("position")
@@ -57,9 +102,9 @@ def list_rejects(address: DatabaseAddress, entity: str | None = None, index: Ind
     return rows
 
 
-def clear_rejects(address: DatabaseAddress, entity: str | None = None) -> int:
+def clear_rejects(address: DatabaseAddress, entity: str | None = None, kept_as: str = "") -> int:
     """Forget the rejected records of an entity or all; returns how many. The records themselves stay as they are."""
-    with _opened(address) as store:
+    with _opened(address, kept_as=kept_as) as store:
         return store.clear_rejects(entity=entity) if store is not None else 0
 
 
@@ -107,12 +152,13 @@ def retry_rejects(
 
 
 @contextlib.contextmanager
-def _opened(address: DatabaseAddress, index: IndexTable = KDB_SEARCH) -> Iterator[Store | None]:
+def _opened(address: DatabaseAddress, index: IndexTable = KDB_SEARCH, kept_as: str = "") -> Iterator[Store | None]:
     """The store, or None where no run has made its tables."""
     if not read(address, lambda connection: _is_there(connection, address, index)):
         yield None
         return
     with contextlib.closing(open_store(address, "rejects", target=index)) as store:
+        store.rename_target(kept_as)
         yield store
 
 
@@ -124,14 +170,7 @@ def _is_there(connection: Any, address: DatabaseAddress, index: IndexTable) -> b
 
 def _known_entities(address: DatabaseAddress) -> dict[str, str]:
     """Entities that KameleonDB defines, by name as the table of rejects has it."""
-
-    def work(connection: Any) -> dict[str, str]:
-        rows = rows_on(connection, address.dialect)
-        with explained(address.display):
-            entities = load_entities(rows, find_target(rows, address.dialect))
-        return {storable_key(entity.name): entity.name for entity in entities if entity.active}
-
-    return read(address, work)
+    return {storable_key(name): name for name in active_entities(address)}
 
 
 def _model_of_newest_run(address: DatabaseAddress) -> str:

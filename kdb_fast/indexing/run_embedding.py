@@ -122,7 +122,7 @@ def find_embedding(options: ReindexOptions, progress: Progress, records: Records
         return replace(
             exact, fingerprint=choice.fingerprint, spec=choice.spec, fidelity=choice.fidelity, why=choice.why
         )
-    provider = _open_provider(options, records.address if records else None)
+    provider = _open_provider(options, records)
     try:
         return Embedding.of_provider(provider).with_prefix(options.document_prefix)
     except BaseException:
@@ -130,13 +130,16 @@ def find_embedding(options: ReindexOptions, progress: Progress, records: Records
         raise
 
 
-def _open_provider(options: ReindexOptions, address: DatabaseAddress | None) -> EmbeddingProvider:
+def _open_provider(options: ReindexOptions, records: Records | None) -> EmbeddingProvider:
     """The API's provider, for vectors of the length that was asked for, that the index has or that the model gives."""
     from ..embedding.providers.openai.provider import OPENAI_MODEL, OpenAIProvider
     from ..errors import ProviderKeyError
 
     name = options.model if options.model != DEFAULT_MODEL else OPENAI_MODEL
-    is_new, made = index_model_of(address) if address else (False, None)
+    is_new, made = False, None
+    if records is not None:
+        # What is known of another target's vectors is in the options.
+        is_new, made = index_model_of(records.address) if records.target == KDB_SEARCH.name else (True, None)
     length: dict[str, Any] = {}
     if options.dimensions is not None:
         length = {"dimensions": options.dimensions}

@@ -181,14 +181,19 @@ def search_open(
 
 
 def run_status(address: DatabaseAddress) -> dict[str, Any]:
-    """Counts of each entity, their sums, and the last run."""
+    """Counts of each entity, their sums, the last run, and the targets that are kept."""
+    from ..stores.targets import kept
+    from ..stores.targets import statuses as target_statuses
     from .status import statuses
 
     def work(connection: Any) -> tuple[Any, ...]:
-        schema = find_target(rows_of(connection, address.dialect), address.dialect).schema
-        return statuses(connection, address.dialect, None), last_run(connection, address.dialect), schema
+        rows = rows_of(connection, address.dialect)
+        schema = find_target(rows, address.dialect).schema
+        home = find_target(rows, address.dialect, address.schema, plain=True)
+        targets = target_statuses(rows, home, kept(rows, home))
+        return statuses(connection, address.dialect, None), last_run(connection, address.dialect), schema, targets
 
-    rows, run, schema = read(address, work)
+    rows, run, schema, targets = read(address, work)
     return {
         "database": address.display,
         "schema": schema,
@@ -198,4 +203,5 @@ def run_status(address: DatabaseAddress) -> dict[str, Any]:
         "rejected": sum(row.rejected for row in rows),
         "entities": [row._asdict() for row in rows],
         "run": run._asdict() if run else None,
+        "targets": [target.as_json() for target in targets],
     }

@@ -14,7 +14,7 @@ from typing import Any
 from ..receipt import Receipt
 from ..records import Key, Reject, decode_key, key_json, key_of_json
 from ..tables.pieces import piece_of, record_key
-from ..tables.target import ALL
+from ..tables.target import ALL, Target
 from .base import FlushSlot
 
 DETAIL_CHARS = 500
@@ -91,17 +91,17 @@ def groups_prefixes(groups: Iterable[str], storable: Callable[..., str]) -> list
     return ["["] if ALL in groups else [prefix for group in groups for prefix in group_prefixes(group, storable)]
 
 
-def as_dictionary(row: Sequence[Any], storable: Callable[..., str]) -> dict[str, Any]:
+def as_dictionary(row: Sequence[Any], target: Target, storable: Callable[..., str]) -> dict[str, Any]:
     """A row of ``READ`` by name, the hash in hexadecimal digits.
 
     Args:
-        row: Its key as JSON, or in the two columns of tables that are not migrated yet. One that is not of two parts
-            is a record id, as JSON.
+        row: Its key as JSON, or in the two columns of tables that are not migrated yet.
+        target: Its target; of one without groups the whole key is the record's id.
         storable: As for :func:`row_of`.
     """
     names = len(NAMES) - 2
     key = key_of_json(row[0]) if len(row) == 1 + names else row[:2]
-    entity, record_id = key if len(key) == 2 else ("", row[0])
+    entity, record_id = key if target.grouped else ("", ", ".join(map(str, key)))
     *rest, digest = row[-names:]
     return dict(zip(NAMES, (storable(entity), storable(record_id), *rest, bytes(digest).hex()), strict=True))
 

@@ -65,12 +65,12 @@ def wait_for_lock(attempt: Callable[[], T | Holder], wait: float, on_wait: Calla
         if not isinstance(held, Holder):
             return held
         if time.monotonic() >= deadline:
-            raise _locked(held)
+            raise locked(held)
         on_wait(f"waiting for run {held.run} of process {held.pid} on {held.host}")
         time.sleep(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
 
 
-def _locked(holder: Holder) -> LockedError:
+def locked(holder: Holder) -> LockedError:
     """The error that names who holds the index and since when."""
     since = holder.since.astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     return LockedError(

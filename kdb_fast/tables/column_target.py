@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import SchemaError
+from ..receipt import TargetNames
 from ..records import MAX_CONTENT_BYTES, storable_key
 from .keyed_table import KeyedTable
 from .target import identifier
@@ -71,6 +72,11 @@ class ColumnTarget(KeyedTable):
         """Under which runs and rejects are kept: the column itself, so that no other name leads to it beside."""
         name = f"{self.shown}.{self.vector.name}"
         return name if self.schema is not None else name.lower()  # SQLite compares names without case
+
+    @property
+    def names(self) -> TargetNames:
+        """As the receipt of a run has them."""
+        return TargetNames(self.name, self.shown, self.vector.name, tuple(key.name for key in self.key))
 
     @property
     def state(self) -> str:

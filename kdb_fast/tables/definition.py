@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from ..errors import SchemaError
+from ..records import storable_key
+from .target import Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,34 @@ class Definition:
     index: str = ""
     source: str = ""
     created: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> tuple[str | None, str]:
+        """Schema and name of the table that the vectors go to."""
+        return (self.into_schema, self.into) if self.into else (self.schema, self.table)
+
+    @property
+    def written(self) -> str:
+        """The table that the vectors go to, for a message."""
+        schema, table = self.place
+        return Target(schema).shown(table)
+
+    @property
+    def identity(self) -> str:
+        """Under which its runs and rejects are kept: the place itself, so that no other name leads to it beside."""
+        name = self.written if self.into else f"{self.written}.{self.vector}"
+        return name.lower() if self.form else name  # SQLite compares names without case
+
+    @property
+    def read(self) -> str:
+        """What is read, for a message."""
+        return Target(self.schema).shown(self.table) if self.table else "a query" if self.query else "files"
+
+    @property
+    def shown(self) -> str:
+        """What is read and written, for a message."""
+        column = storable_key(self.vector)
+        return f"{self.written} of {self.read}" if self.into else f"the column {column} of {self.written}"
 
     def as_json(self) -> str:
         """As ``kdb_fast_targets`` keeps it."""

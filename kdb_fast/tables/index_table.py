@@ -41,6 +41,11 @@ class IndexTable:
     tsvector: str = "tsv"
 
     @property
+    def names(self) -> None:
+        """It is KameleonDB's index, which needs no name."""
+        return
+
+    @property
     def full_text(self) -> str:
         """In SQLite the table for keyword search."""
         return f"{self.name}_fts"

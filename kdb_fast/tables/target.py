@@ -47,7 +47,8 @@ STATE = "kdb_fast_state"
 VECTORS = "kdb_fast_vectors"
 """On SQLite only: vectors as numbers, beside KameleonDB's JSON text."""
 MIGRATIONS = "kdb_fast_migrations"
-OWN = (RUNS, REJECTS, STATE, MIGRATIONS)
+TARGETS = "kdb_fast_targets"
+OWN = (RUNS, REJECTS, STATE, MIGRATIONS, TARGETS)
 """Our own tables on both databases."""
 RECORDS = "kdb_records"
 """KameleonDB's table of all entities in shared storage: the index belongs beside it."""
@@ -63,7 +64,9 @@ FROM unnest(CASE WHEN %(schema)s::text IS NULL THEN current_schemas(false)::text
 JOIN pg_catalog.pg_namespace home ON home.nspname = path.name AND home.oid <> pg_my_temp_schema()
 LEFT JOIN pg_catalog.pg_class r ON r.relnamespace = home.oid AND r.relname = '{RECORDS}'
 LEFT JOIN pg_catalog.pg_class s ON s.relnamespace = home.oid AND s.relname = %(index)s
-ORDER BY r.oid IS NULL, CASE WHEN r.oid IS NULL THEN s.oid IS NULL END, path.place LIMIT 1
+LEFT JOIN pg_catalog.pg_class m ON m.relnamespace = home.oid AND m.relname = '{MIGRATIONS}' AND %(plain)s
+ORDER BY r.oid IS NULL, CASE WHEN r.oid IS NULL THEN s.oid IS NULL END,
+  CASE WHEN r.oid IS NULL AND s.oid IS NULL THEN m.oid IS NULL END, path.place LIMIT 1
 """  # noqa: S608 - constants
 
 
@@ -87,6 +90,11 @@ class Target:
     def name(self) -> str:
         """Under which its runs, rejects and state are kept."""
         return self.kept_as or self.index.name
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a key is a group of records and one of it: KameleonDB's entity and id."""
+        return not self.kept_as and len(self.index.key) == 2
 
     @property
     def dialect(self) -> Dialect:
@@ -195,7 +203,9 @@ database has it now; None where it has no such entity. Raises
 :class:`~kdb_fast.tables.hidden_rows.HiddenRowsError` where a record that is not seen may be there all the same."""
 
 
-def find_target(rows: Rows, dialect: str, schema: str | None = None, index: IndexTable = KDB_SEARCH) -> Target:
+def find_target(
+    rows: Rows, dialect: str, schema: str | None = None, index: IndexTable = KDB_SEARCH, *, plain: bool = False
+) -> Target:
     """The schema in which ``kdb_records`` is found by the session's search path; without it that in which
     the index is found; else the one in which a new table would be made. Temporary tables do not count.
 
@@ -203,13 +213,14 @@ def find_target(rows: Rows, dialect: str, schema: str | None = None, index: Inde
         rows: Runs a statement on the connection.
         schema: The schema, where it is known already.
         index: The table of the index.
+        plain: For a table of any kind: without KameleonDB's tables that in which our own are found.
 
     Raises:
         SchemaError: No schema of the search path exists and may be used.
     """
     if dialect == "sqlite":
         return Target(index=index)
-    found = rows(_FIND, {"schema": schema, "index": index.name})
+    found = rows(_FIND, {"schema": schema, "index": index.name, "plain": plain})
     if not found:
         raise SchemaError(
             "No schema of the session's search_path exists and may be used by this role."

@@ -69,7 +69,7 @@ def read(session: PgSession, entity: str | None) -> list[dict[str, Any]]:
             key, which, values = _which(cursor, session, entity)
             statement = session.target.statement(shared.READ.replace("<key>", key).replace("<which>", which))
             rows = cursor.execute(statement, values).fetchall()
-        return [shared.as_dictionary(row, session.storable) for row in rows]
+        return [shared.as_dictionary(row, session.target, session.storable) for row in rows]
 
     return session.retrying("reading the rejects", work)
 

@@ -81,15 +81,21 @@ def _try_begin(session: PgSession, fingerprint: str, model: str, dimensions: int
         return RunSpec(int(row[0]), fingerprint, model, dimensions)
 
 
-def living(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target) -> Holder | None:
-    """A run that is going on, by whatever version of kdb-fast; None also where there is no table of runs of ours."""
+def living(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, name: str | None = None) -> Holder | None:
+    """A run that is going on, by whatever version of kdb-fast; None also where there is no table of runs of ours.
+
+    Args:
+        name: Only one on the target of this name.
+    """
     if not column_names(cursor, target, RUNS) >= LOOKED_AT:
         return None
     running = cursor.execute(
         target.statement(
             "SELECT run, host, pid, started_at, extract(epoch FROM clock_timestamp() - heartbeat_at)::float8, "
-            "process_started FROM {kdb_fast_runs} WHERE state = 'running'"
-        )
+            "process_started FROM {kdb_fast_runs} WHERE state = 'running' {which}",
+            which="AND target = %s" if name else "",
+        ),
+        (name,) if name else (),
     ).fetchall()
     for run, host, pid, since, age, started in running:
         if gives_signs(host, pid, age) and not process_is_gone(host, pid, started):

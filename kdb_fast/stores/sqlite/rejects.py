@@ -53,7 +53,7 @@ def read(connection: sqlite3.Connection, target: Target, entity: str | None) -> 
     """See :meth:`kdb_fast.stores.base.Store.rejects`."""
     key, which, values = _which(connection, target, entity)
     rows = connection.execute(_statement(target, shared.READ.replace("<key>", key).replace("<which>", which)), values)
-    return [shared.as_dictionary((*row[:-2], moment(row[-2]), row[-1]), storable_key) for row in rows]
+    return [shared.as_dictionary((*row[:-2], moment(row[-2]), row[-1]), target, storable_key) for row in rows]
 
 
 def _which(connection: sqlite3.Connection, target: Target, entity: str | None) -> tuple[str, str, tuple[object, ...]]:

@@ -67,11 +67,16 @@ def _holder(connection: sqlite3.Connection, target: Target) -> Holder | None:
     return None
 
 
-def living(connection: sqlite3.Connection) -> Holder | None:
-    """A run that is going on, by whatever version of kdb-fast; None also where there is no table of runs of ours."""
+def living(connection: sqlite3.Connection, name: str | None = None) -> Holder | None:
+    """A run that is going on, by whatever version of kdb-fast; None also where there is no table of runs of ours.
+
+    Args:
+        name: Only one on the target of this name.
+    """
     if not columns(connection, RUNS).keys() >= LOOKED_AT:
         return None
-    for run, host, pid, process_started, started_at, age in connection.execute(RUNNING).fetchall():
+    which, values = (" AND target = ?", (name,)) if name else ("", ())
+    for run, host, pid, process_started, started_at, age in connection.execute(RUNNING + which, values).fetchall():
         if gives_signs(host, pid, age) and not process_is_gone(host, pid, process_started):
             return Holder(run, host, pid, moment(started_at), float(age))
     return None

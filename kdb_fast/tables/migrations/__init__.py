@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ... import __version__
 from ...errors import SchemaError
-from . import m0001_first_tables, m0002_per_target
+from . import m0001_first_tables, m0002_per_target, m0003_targets
 from .step import Step
 
 
@@ -36,6 +36,7 @@ class Migration(NamedTuple):
 MIGRATIONS = (
     Migration(1, "first tables", m0001_first_tables.POSTGRESQL, m0001_first_tables.SQLITE),
     Migration(2, "per target", m0002_per_target.POSTGRESQL, m0002_per_target.SQLITE),
+    Migration(3, "targets", m0003_targets.POSTGRESQL, m0003_targets.SQLITE),
 )
 
 NOTEBOOK = {

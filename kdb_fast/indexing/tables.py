@@ -1,0 +1,168 @@
+"""``reindex`` of a table of any kind: from a description or a name to the receipt of the run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from ..db.address import DatabaseAddress, opened, parse_address
+from ..db.reading import read
+from ..errors import SchemaError
+from ..receipt import Receipt
+from ..settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
+from ..sources.table.input import TableInput
+from ..stores import targets
+from ..stores.find import find_table_target
+from ..tables.describe import Described, Given, adapting, describe
+from ..tables.reading import rows_of
+from ..tables.target import Target, find_target
+from .progress import Progress, Silent
+from .reindex import reindex
+from .run_embedding import Embedding
+
+
+class RunOptions(TypedDict, total=False):
+    """What holds for one run, and is not kept; see :class:`kdb_fast.settings.ReindexOptions`."""
+
+    model_path: Path | None
+    batch_size: int
+    workers: int | None
+    force: bool
+    limit: int | None
+    wait: float
+    max_rejects: RejectLimit
+    min_fidelity: float | None
+
+
+def reindex_table(
+    url: str | DatabaseAddress,
+    table: str | None = None,
+    *,
+    text: Sequence[str] = (),
+    template: str | None = None,
+    filter: str | None = None,
+    key: Sequence[str] = (),
+    vector: str | None = None,
+    name: str | None = None,
+    state_schema: str | None = None,
+    model: str | None = None,
+    provider: str | None = None,
+    base_url: str | None = None,
+    dimensions: int | None = None,
+    precision: str | None = None,
+    progress: Progress | None = None,
+    **run: Unpack[RunOptions],
+) -> Receipt:
+    """Embed what is new or has changed in a table, and write the vectors into a column of it.
+
+    The description is kept in the database under a name; ``reindex_table(url, name="articles")`` does it again. What is
+    given then changes the description.
+
+    Args:
+        url: Of the database: ``postgresql://…``, ``sqlite:///file.db`` or ``embedded:DIR``.
+        table: What is read, as SQL names it: ``articles``, ``shop.articles``, ``"My Docs"."Big Table"``.
+        text: Columns that are embedded, or SQL expressions over the columns; joined by a blank line. All columns of
+            text where none is named.
+        template: The text with names of columns in braces, in place of ``text``.
+        filter: SQL condition that the rows meet; "" for all.
+        key: Columns by which a row is told from others; the primary key where none is named.
+        vector: Column of the vectors: ``vector(N)``, ``vector`` or ``halfvec(N)`` of pgvector; on SQLite a BLOB of
+            float32, little-endian, one after the other.
+        name: Under which the description is kept; the table's where there is none.
+        state_schema: PostgreSQL: schema of kdb-fast's own tables; where there are some, theirs.
+        model: As FastEmbed or the provider names it; the one that made the vectors where none is named, for a new
+            target all-MiniLM-L6-v2.
+        provider: ``fastembed`` or ``openai``.
+        base_url: Address of an API as OpenAI's.
+        dimensions: Length of a vector to ask an API for.
+        precision: ``fp32``, ``bf16``, ``int8`` or ``auto``.
+        progress: Shows a person what happens meanwhile.
+        run: What holds for this run only: ``force`` embeds all, ``limit`` reads at most so many rows, ``wait`` is how
+            many seconds another run is waited for, ``max_rejects`` when to give up; ``batch_size``, ``workers``,
+            ``model_path`` and ``min_fidelity`` as for the command.
+
+    Returns:
+        What the run has done; ``target`` says where the vectors are.
+
+    Raises:
+        UsageError: Arguments make no sense together.
+        SchemaError: A table, column, key or right is missing, or is not as it was described; nothing was written.
+        ModelError: The model is not to be had.
+        LockedError: Another run is writing the target.
+        DatabaseError: The database cannot be reached, or was lost.
+        KdbFastError: One of its other subclasses; ``receipt`` is set on it when the run had begun.
+    """
+    given: dict[str, Any] = {
+        "table": table,
+        "text": tuple(text) or None,
+        "template": template,
+        "filter": filter,
+        "key": tuple(key) or None,
+        "vector": vector,
+        "model": model,
+        "provider": provider or ("openai" if base_url else None),
+        "base_url": base_url,
+        "dimensions": dimensions,
+        "precision": precision,
+    }
+    known: Given = {field: value for field, value in given.items() if value is not None}  # type: ignore[assignment]
+    with opened(parse_address(url) if isinstance(url, str) else url) as address:
+        described, address = _describe(address, name or "", known, state_schema)
+        return _run(address, described, progress or Silent(), run)
+
+
+def _describe(
+    address: DatabaseAddress, name: str, given: Given, state_schema: str | None
+) -> tuple[Described, DatabaseAddress]:
+    """The target, and the address with the schema of our own tables."""
+
+    def work(connection: Any) -> tuple[Described, DatabaseAddress]:
+        rows = rows_of(connection, address.dialect)
+        schema = state_schema if address.dialect == "postgresql" else None
+        try:
+            home = find_target(rows, address.dialect, schema, plain=True)
+        except SchemaError:
+            if schema is None:
+                raise
+            shown = Target(schema).shown()
+            raise SchemaError(
+                f"There is no schema {shown} for kdb-fast's own tables.",
+                remedy=f"Let the owner of the database run: CREATE SCHEMA {shown};",
+            ) from None
+        described = describe(rows, address.dialect, name, given, targets.kept(rows, home))
+        if address.dialect == "postgresql":
+            from ..stores.postgresql.table_rights import check_table_rights
+
+            check_table_rights(rows, home, described.definition, described.columns)
+        return described, replace(address, schema=home.schema)
+
+    return read(address, work)
+
+
+def _run(address: DatabaseAddress, described: Described, progress: Progress, run: RunOptions) -> Receipt:
+    """The run of a target, which is kept as soon as nothing is in its way."""
+    definition = described.definition
+    for note in described.notes:
+        progress.note(note)
+
+    def begun(embedding: Embedding) -> None:
+        targets.keep(address, replace(definition, model=embedding.name, dimensions=embedding.dimensions))
+
+    with contextlib.ExitStack() as stack:
+        with adapting(described.before):
+            source = TableInput(definition, run.get("limit")).open(address)
+            stack.callback(source.close)
+            target = find_table_target(address, definition, source.selection)
+        of_api = definition.provider == "openai"
+        options = ReindexOptions(
+            **run,
+            model=definition.model or DEFAULT_MODEL,
+            provider=definition.provider,
+            base_url=definition.base_url or None,
+            dimensions=(definition.dimensions or target.vector.dimensions) if of_api else None,
+            precision=definition.precision,
+        )
+        return reindex(address, source, options, progress, target=target, begun=begun)

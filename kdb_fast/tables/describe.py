@@ -1,0 +1,293 @@
+"""From what was asked for to the definition of a target: names as the catalogue has them, and nothing is guessed.
+
+A target that is kept is looked at as if it were described now. What is not there any more is named with the command
+that says what is meant instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict
+
+from ..errors import SchemaError, UsageError
+from ..records import storable_key
+from .definition import Definition
+from .find_relation import find_relation, no_column, no_key
+from .names import or_nearest, split_identifier
+from .relation import Relation
+from .target import Dialect, Rows
+from .text import text_columns
+
+RESERVED = "kdb_"
+"""What names of KameleonDB's tables and of our own begin with."""
+
+
+class Given(TypedDict, total=False):
+    """What was asked for, of the fields of a :class:`.definition.Definition`; the rest is as it is kept.
+
+    ``table`` and ``into`` are SQL identifiers.
+    """
+
+    table: str
+    query: str
+    filter: str
+    key: tuple[str, ...]
+    text: tuple[str, ...]
+    template: str
+    vector: str
+    form: str
+    into: str
+    model: str
+    provider: str
+    base_url: str
+    dimensions: int
+    precision: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Described:
+    """A target.
+
+    Attributes:
+        definition: What will be kept.
+        before: As it was kept; None for a new one.
+        columns: Of the table that is read: those of the key and of the text, as far as they are named.
+        notes: What a person should know, a sentence each.
+    """
+
+    definition: Definition
+    before: Definition | None = None
+    columns: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def check_given(given: Given, *, create: bool = False) -> None:
+    """Raise UsageError for options that make no sense together."""
+
+    def both(one: str, other: str, remedy: str) -> None:
+        if given.get(one) and given.get(other):
+            raise UsageError(f"--{one} and --{other} exclude each other.", remedy=remedy)
+
+    both("table", "query", "Name the table, or give the SELECT that reads it.")
+    both("text", "template", "The template names the columns itself, in braces.")
+    both("filter", "query", "Put the condition into the query's WHERE.")
+    if given.get("query"):
+        if not given.get("into"):
+            raise UsageError(
+                "--query has no column that could be written.", remedy="Name a table for the vectors: --into NAME."
+            )
+        if not given.get("key"):
+            raise UsageError(
+                "--query needs --key COLUMN, by which its rows are told apart.", remedy="Repeat it for several columns."
+            )
+    if create and given.get("into"):
+        raise UsageError("--create belongs to --vector.", remedy="The table of --into is made where it is missing.")
+
+
+def describe(
+    rows: Rows, dialect: Dialect, name: str, given: Given, kept: Sequence[Definition], *, create: bool = False
+) -> Described:
+    """The target that was asked for.
+
+    Args:
+        rows: Runs statements on the database that is read.
+        dialect: Of the database that is written.
+        name: Of the target; '' for that of its table.
+        given: What was asked for; what is kept is changed by it.
+        kept: All targets of the database.
+        create: The column of the vectors may be missing.
+
+    Raises:
+        UsageError: Options make no sense together.
+        SchemaError: Something is not there, or not any more, or another target has the same place.
+    """
+    check_given(given, create=create)
+    relation = find_relation(rows, dialect, given["table"]) if "table" in given else None
+    into_schema, into = _place(rows, dialect, given["into"], relation) if "into" in given else (None, "")
+    name = name or into or (relation.name if relation else "")
+    before = find_kept(name, kept, dialect)
+    if before is None and not (relation or "query" in given):
+        raise no_target(name, kept)
+    wanted = replace(before or Definition(name=name), **_plain(given))
+    if relation is not None and before is None and not into and "vector" not in given:
+        raise UsageError(
+            f"Nothing says where the vectors of {relation.shown} go.",
+            remedy="Name a column of it for them: --vector COLUMN.",
+        )
+    if relation is not None:
+        wanted = replace(wanted, schema=relation.schema, table=relation.name, query="")
+    if "query" in given:
+        wanted = replace(wanted, schema=None, table="", filter="")
+    if into:
+        wanted = replace(wanted, into_schema=into_schema, into=into)
+    if "text" in given:
+        wanted = replace(wanted, template="")
+    if "template" in given:
+        wanted = replace(wanted, text=())
+    if "model" in given and "dimensions" not in given:
+        wanted = replace(wanted, dimensions=0)
+    if dialect == "sqlite" and not wanted.form:
+        wanted = replace(wanted, form="blob")
+    with adapting(before):
+        if relation is None and wanted.table:
+            relation = find_relation(rows, dialect, quoted(wanted.schema, wanted.table))
+        if relation is not None:
+            wanted = _checked(wanted, relation, dialect, create=create or "column" in wanted.created)
+    if before is not None:
+        _check_not_moved(rows, dialect, before, wanted)
+    _check_place(wanted, kept, dialect)
+    named = (name for name in (*wanted.key, *wanted.text) if relation is not None and relation.column(name))
+    return Described(wanted, before, tuple(named), tuple(_changes(before, wanted)))
+
+
+def find_kept(name: str, kept: Iterable[Definition], dialect: str) -> Definition | None:
+    """The target of this name; on SQLite in whatever case."""
+    if dialect == "sqlite":
+        return next((d for d in kept if d.name.lower() == name.lower()), None)
+    return next((d for d in kept if d.name == name), None)
+
+
+def no_target(name: str, kept: Sequence[Definition]) -> SchemaError:
+    """The error for a name that no target has."""
+    names = sorted(definition.name for definition in kept)
+    return SchemaError(
+        f"There is no target {storable_key(name)}{or_nearest(name, names)}",
+        remedy="Describe it: kdb-fast reindex --table TABLE --text COLUMN --vector COLUMN.",
+    )
+
+
+def quoted(schema: str | None, name: str) -> str:
+    """A table as SQL names it, whatever its name."""
+    return ".".join('"' + part.replace('"', '""') + '"' for part in (schema, name) if part is not None)
+
+
+def _plain(given: Given) -> dict[str, Any]:
+    """Without what must be looked up."""
+    return {name: value for name, value in given.items() if name not in ("table", "into")}
+
+
+@contextlib.contextmanager
+def adapting(before: Definition | None) -> Iterator[None]:
+    """Errors about a target that is kept say how it is described anew."""
+    try:
+        yield
+    except SchemaError as error:
+        if before is None:
+            raise
+        word = _word(before.name)
+        raise SchemaError(
+            f"The target {storable_key(before.name)} is not as it was described: {error.message}",
+            remedy=f"{error.remedy} Or say what it is now, such as: kdb-fast reindex {word} --table TABLE "
+            f"--text COLUMN --vector COLUMN; or forget it: kdb-fast targets drop {word}".lstrip(),
+        ) from None
+
+
+def _place(rows: Rows, dialect: Dialect, into: str, relation: Relation | None) -> tuple[str | None, str]:
+    """Schema and name of the table of ``--into``: without a schema it is beside the table that is read."""
+    schema, name = split_identifier(into, dialect)
+    if schema is None and dialect == "postgresql":
+        ((current,),) = rows("SELECT current_schema()::text", {})
+        schema = relation.schema if relation is not None and relation.schema is not None else current
+    return schema, name
+
+
+def _checked(wanted: Definition, relation: Relation, dialect: Dialect, *, create: bool) -> Definition:
+    """With the names of columns as the catalogue has them."""
+
+    def column(name: str) -> str:
+        found = relation.column(name)
+        if found is None:
+            raise no_column(relation, name)
+        return found.name
+
+    key = tuple(map(column, wanted.key))
+    if not key and not relation.keys:
+        raise no_key(relation, dialect)
+    key = key or tuple(part.name for part in relation.keys[0])
+    vector = wanted.vector
+    if not wanted.into and (relation.column(vector) or not create):
+        vector = column(vector)
+    text = wanted.text
+    if not text and not wanted.template:
+        text = text_columns(relation, (*key, *(() if wanted.into else (vector,))), provider=wanted.provider)
+    return replace(wanted, key=key, vector=vector, text=text)
+
+
+def _folded(name: str | None, dialect: Dialect) -> str:
+    """By which the database tells names apart."""
+    return (name or "").lower() if dialect == "sqlite" else name or ""
+
+
+def _written(definition: Definition, dialect: Dialect) -> tuple[str, str, str]:
+    """Schema, table and column of the vectors."""
+    schema, table = definition.place
+    return _folded(schema, dialect), _folded(table, dialect), _folded(definition.vector, dialect)
+
+
+def _check_not_moved(rows: Rows, dialect: Dialect, before: Definition, wanted: Definition) -> None:
+    """Raise SchemaError where a target's vectors would go elsewhere, unless its table or column is there no more."""
+    if _written(before, dialect) == _written(wanted, dialect) or _is_gone(rows, dialect, before):
+        return
+    raise SchemaError(
+        f"There is a target {storable_key(before.name)}: {before.shown}; this would be {wanted.shown}.",
+        remedy="Give this one a name of its own: --name NAME. Or forget the other: kdb-fast targets drop "
+        f"{_word(before.name)}",
+    )
+
+
+def _is_gone(rows: Rows, dialect: Dialect, definition: Definition) -> bool:
+    """Whether there is no table or column any more that the vectors of a target went to."""
+    try:
+        relation = find_relation(rows, dialect, quoted(*definition.place))
+    except SchemaError:
+        return True
+    return relation.column(definition.vector) is None
+
+
+def _check_place(wanted: Definition, kept: Iterable[Definition], dialect: Dialect) -> None:
+    """Raise SchemaError where another target has the same place: vectors of two would be mixed."""
+    schema, table, vector = _written(wanted, dialect)
+    if table.startswith(RESERVED):
+        raise SchemaError(
+            f"{wanted.written} is KameleonDB's or kdb-fast's own table.", remedy="Name another: --into NAME."
+        )
+    if wanted.into and (schema, table) == (_folded(wanted.schema, dialect), _folded(wanted.table, dialect)):
+        raise SchemaError(f"{wanted.written} is the table that is read.", remedy="Name another: --into NAME.")
+    for other in kept:
+        if _folded(other.name, dialect) == _folded(wanted.name, dialect):
+            continue
+        theirs = _written(other, dialect)
+        whole = bool(wanted.into or other.into)
+        if theirs[:2] == (schema, table) and (whole or theirs[2] == vector):
+            raise SchemaError(
+                f"{wanted.written}{'' if whole else f'.{wanted.vector}'} is written by the target "
+                f"{storable_key(other.name)} already.",
+                remedy=f"Run: kdb-fast reindex {_word(other.name)}; or forget that target: kdb-fast targets drop "
+                f"{_word(other.name)}",
+            )
+
+
+CHANGES = ("table", "query", "filter", "key", "text", "template", "vector", "model", "base_url", "precision", "source")
+"""Fields of a definition whose change is said."""
+
+
+def _changes(before: Definition | None, wanted: Definition) -> Iterator[str]:
+    if before is None:
+        return
+    for name in CHANGES:
+        old, new = (_shown(getattr(definition, name)) for definition in (before, wanted))
+        if old != new and not (name == "model" and not wanted.model):
+            yield f"The target {storable_key(wanted.name)} is changed: {name} {new or '—'} instead of {old or '—'}."
+
+
+def _word(name: str) -> str:
+    """A name in a command that can be typed."""
+    return shlex.quote(storable_key(name))
+
+
+def _shown(value: str | tuple[str, ...]) -> str:
+    return storable_key(value if isinstance(value, str) else ", ".join(value), 300)

@@ -1,0 +1,200 @@
+"""Tables of any kind on the command line, on both databases: real processes with a stub for the model."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import Commands
+from servers import eventually, execute
+from table_commands import DESCRIBED, Table
+
+from kdb_fast.cli.demo import sqlalchemy_url
+from kdb_fast.db.address import DatabaseAddress
+
+
+@pytest.fixture
+def table(commands: Commands, index: DatabaseAddress) -> Iterator[Table]:
+    yield Table(commands, index)
+    commands.clear()
+
+
+def test_a_column_is_filled_and_the_second_command_is_short(table: Table) -> None:
+    table.add(1, "a bicycle for rain", "bread at home", "")
+    first = table.run("reindex", *DESCRIBED)
+    assert "3 of 3 records written" in first
+    assert "target   articles: column embedding of" in first
+    assert "rows by id" in first
+    table.check(1, 2, 3)
+    second = table.run("reindex", "articles")
+    assert "nothing changed: 3 records are up to date" in second
+    table.add(4, "a fourth")
+    execute(table.address, "UPDATE articles SET body = 'another' WHERE id = 2")
+    receipt = table.json("reindex", "articles")
+    assert (receipt["read"], receipt["stored"], receipt["unchanged"]) == (4, 2, 2)
+    shown = "public.articles" if table.is_postgresql else "articles"
+    assert receipt["target"] == {"name": "articles", "table": shown, "column": "embedding", "key": ["id"]}
+    table.check(1, 2, 3, 4)
+
+
+def test_options_of_one_run(table: Table) -> None:
+    table.add(1, *(f"text {n}" for n in range(20)))
+    assert table.json("reindex", *DESCRIBED, "--limit", "5")["read"] == 5
+    assert table.json("reindex", "articles", "--expect-count", "20")["stored"] == 15
+    assert table.json("reindex", "articles", "--force")["stored"] == 20
+    missed = table.json("reindex", "articles", "--expect-count", "21+", code=3)
+    assert missed["warnings"] == ["20 records were read, expected at least 21."]
+    assert "kdb-fast: --limit is 0" in table.run("reindex", "articles", "--limit", "0", code=2)
+    shown = table.json("targets", "show", "articles")
+    assert (shown["rows"], shown["state"], shown["precision"]) == (20, "done", "fp32"), "none of these is kept"
+
+
+def test_only_some_rows_and_a_text_of_their_own(table: Table) -> None:
+    table.add(1, "one", "two", "three")
+    execute(table.address, "UPDATE articles SET lang = 'en' WHERE id > 1")
+    given = ("--table", "articles", "--template", "{title}: {body}", "--filter", "lang = 'en'", "--vector", "embedding")
+    assert table.json("reindex", *given)["stored"] == 2
+    assert table.vectors().keys() == {2, 3}
+    assert table.json("reindex", "articles", "--filter", "")["stored"] == 1
+    assert table.json("targets", "show", "articles")["template"] == "{title}: {body}"
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "says"),
+    [
+        (("--table", "articles"), 2, "Nothing says where the vectors of"),
+        (("--table", "articles", "--text", "title", "--template", "{title}", "--vector", "v"), 2, "exclude each other"),
+        (("--text", "title"), 2, "--text belongs to a table"),
+        (("--filter", "true", "--from", "x.jsonl", "--entity", "X"), 2, "--from and --filter exclude each other"),
+        (("--table", "articles", "--name", "x", "y"), 2, "--name and a NAME exclude each other"),
+        (("articels", "--text", "title"), 4, "There is no target articels"),
+        (("--name", "nothing"), 4, "There is no target nothing"),
+        (("--table", "artikles", "--text", "title", "--vector", "embedding"), 4, "nearest: "),
+        (("--table", "articles", "--text", "titel", "--vector", "embedding"), 4, "has no column titel; nearest: title"),
+        (("--table", "articles", "--vector", "embeding"), 4, "has no column embeding; nearest: embedding"),
+        (("--table", "articles", "--key", "idd", "--vector", "embedding"), 4, "has no column idd"),
+        (("--table", "articles", "--text", "id", "--vector", "embedding"), 4, "expected text"),
+        (("--table", "articles", "--filter", "lang ==", "--vector", "embedding"), 4, "--filter of"),
+        (("--table", "kdb_fast_runs", "--vector", "embedding"), 4, "kdb_fast_runs"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_nothing_is_kept(
+    commands: Commands, sqlite_database: DatabaseAddress, given: tuple[str, ...], code: int, says: str
+) -> None:
+    table = Table(commands, sqlite_database)
+    table.add(1, "one")
+    assert says in table.run("reindex", *given, code=code)
+    assert table.json("targets", "list") == {"targets": []}
+    assert table.vectors() == {}
+
+
+def test_what_is_refused_later_is_not_kept_either(commands: Commands, database: DatabaseAddress) -> None:
+    table = Table(commands, database)
+    table.add(1, "one")
+    execute(database, "ALTER TABLE articles ADD short vector(8), ADD number integer")
+    line = table.run("reindex", *DESCRIBED[:-1], "short", code=4)
+    assert "holds vectors of 8 dimensions; the model gives 384" in line
+    assert "expected vector or halfvec" in table.run("reindex", *DESCRIBED[:-1], "number", code=4)
+    assert table.json("targets", "list") == {"targets": []}
+
+
+def test_two_runs_exclude_each_other_and_another_column_is_free(table: Table, tmp_path: Path) -> None:
+    kind = "vector(384)" if table.is_postgresql else "BLOB"
+    execute(table.address, f"ALTER TABLE articles ADD COLUMN second {kind}")
+    table.add(1, *(f"text {n}" for n in range(30)), "gated")
+    gate = str(tmp_path)
+    running = table.start("reindex", *DESCRIBED, KDB_FAST_FAULT_DIR=gate)
+    eventually(lambda: table.json("targets", "list")["targets"] or running.poll() is not None)
+    assert table.json("targets", "show", "articles")["state"] == "running"
+    assert "holds the index" in table.run("reindex", "articles", code=6)
+    assert "holds the index" in table.run("targets", "drop", "articles", code=6)
+    execute(table.address, "UPDATE articles SET body = 'open' WHERE body = 'gated'")
+    other = table.json("reindex", *DESCRIBED[:-1], "second", "--name", "second")
+    assert (other["stored"], other["target"]["column"]) == (31, "second")
+    (tmp_path / "go").touch()
+    assert running.wait() == 0, running.err
+    assert len(table.vectors()) == 30, "the text that was changed meanwhile is not that of its vector"
+    assert table.json("reindex", "articles")["stored"] == 1
+    table.check(*range(1, 32))
+
+
+def test_ctrl_c_and_carry_on(table: Table, tmp_path: Path) -> None:
+    table.add(1, *(f"text {n}" for n in range(300)), "gated")
+    gate = str(tmp_path)
+    running = table.start("reindex", *DESCRIBED, "--workers", "2", LC_SECONDS='{"drain": 0.5}', KDB_FAST_FAULT_DIR=gate)
+    eventually(lambda: table.vectors() or running.poll() is not None)
+    running.send(signal.SIGINT)
+    assert running.wait() == 130, running.err
+    assert "To carry on: kdb-fast reindex --table articles" in running.err
+    written = len(table.vectors())
+    assert 0 < written <= 300
+    (tmp_path / "go").touch()
+    command = table.start("reindex", "articles", "--json", KDB_FAST_FAULT_DIR=gate)
+    assert command.wait() == 0, command.err
+    assert (command.receipt["unchanged"], command.receipt["stored"]) == (written, 301 - written)
+    table.check(*range(1, 302))
+
+
+def test_a_row_that_is_refused_is_listed_until_it_is_stored(table: Table) -> None:
+    if table.is_postgresql:
+        execute(table.address, "ALTER TABLE articles ADD CHECK (id <> 2 OR embedding IS NULL)")
+    table.add(1, "one", "two", "three")
+    if not table.is_postgresql:
+        execute(table.address, "UPDATE articles SET body = CAST(x'61ff62' AS TEXT) WHERE id = 2")
+    summary = table.run("reindex", *DESCRIBED, code=3)
+    assert "See the rejected records: kdb-fast rejects list --db" in summary
+    assert "--target articles" in summary
+    listed = table.json("rejects", "list", "--target", "articles")["rejects"]
+    assert [(row["target"], row["record_id"]) for row in listed] == [("articles", "2")]
+    assert "articles/2: " in table.run("rejects", "list")
+    assert table.json("status", "articles")["rejected"] == 1
+    if table.is_postgresql:
+        execute(table.address, "ALTER TABLE articles DROP CONSTRAINT articles_check")
+    else:
+        execute(table.address, "UPDATE articles SET body = 'two' WHERE id = 2")
+    assert table.json("reindex", "articles")["stored"] == 1
+    assert table.json("rejects", "list") == {"total": 0, "rejects": []}
+    assert "There is no target none" in table.run("rejects", "clear", "--target", "none", code=4)
+
+
+def test_what_a_person_sees_and_what_a_program_reads(table: Table) -> None:
+    table.add(1, "one")
+    table.run("reindex", *DESCRIBED, "--no-progress")
+    shown = table.run("status")
+    assert "no index of KameleonDB" in shown
+    assert "articles.embedding" in shown
+    assert [line.split()[0] for line in table.run("targets", "list").splitlines()] == ["target", "articles"]
+    lines = table.run("targets", "show", "articles").splitlines()
+    names = [line[:11].strip() for line in lines]
+    assert names == ["target", "reads", "text", "key", "vectors in", "model", "rows", "last run"]
+    assert table.json("status")["targets"] == table.json("targets", "list")["targets"]
+    assert table.run("status", "articles") == table.run("targets", "show", "articles")
+    quiet = table.start("reindex", "articles", "--json", "--no-progress")
+    assert (quiet.wait(), quiet.err) == (0, "")
+    assert json.loads(quiet.out)["unchanged"] == 1
+
+
+def test_help_lists_options_by_what_they_are_for(commands: Commands) -> None:
+    command = commands.start("reindex", "--help")
+    assert command.wait() == 0
+    titles = [line for line in command.out.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["Database:", "Any table:", "Records from a file, into KameleonDB's index:", "Model:", "Run:"]
+
+
+def test_uninstall_says_what_it_would_leave(table: Table) -> None:
+    table.add(1, "one")
+    table.run("reindex", *DESCRIBED)
+    looked = table.json("uninstall")
+    assert not looked["done"]
+    assert {name.rpartition(".")[2] for name in looked["removed"]} >= {"kdb_fast_runs", "kdb_fast_articles_state"}
+    assert "embedding: the vectors of the target articles" in looked["left"][0]
+    assert "Nothing was done" in table.run("uninstall")
+    assert table.json("uninstall", "--yes")["removed"] == looked["removed"]
+    assert table.json("uninstall")["removed"] == []
+    assert table.vectors().keys() == {1}
+    again = table.json("reindex", *DESCRIBED)
+    assert again["read"] == 1
+    assert sqlalchemy_url(table.address)

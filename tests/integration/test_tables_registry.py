@@ -1,0 +1,261 @@
+"""Targets that are kept: found by name, looked at again at each run, changed by what is given, and forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import poison_worker
+import pytest
+from commands import Commands
+from kameleon import close_kameleon, open_kameleon
+from servers import Server, execute, role_name
+from table_commands import DESCRIBED, Table
+
+import kdb_fast
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.embedding.models.lookup import Model
+from kdb_fast.engine import inline
+from kdb_fast.indexing import run_embedding
+from kdb_fast.indexing.tables import reindex_table
+from kdb_fast.receipt import TargetNames
+from kdb_fast.stores import targets
+from kdb_fast.tables.definition import Definition
+
+MODEL = Model("stub", Path(), "stub.onnx", 384, 512, "mean", True, ())
+
+
+@pytest.fixture
+def table(commands: Commands, index: DatabaseAddress) -> Iterator[Table]:
+    yield Table(commands, index)
+    commands.clear()
+
+
+@pytest.fixture
+def stubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stub for the model, in the runs of this process."""
+    monkeypatch.setattr(run_embedding, "resolve", lambda *args, **options: MODEL)
+    monkeypatch.setattr(inline, "Encoder", poison_worker.StubEncoder)
+
+
+Reindex = Callable[..., kdb_fast.Receipt]
+
+
+@pytest.fixture
+def run(stubs: None, table: Table) -> Reindex:
+    """The library's function on the table."""
+
+    def reindexed(which: str | None = None, /, **options: Any) -> kdb_fast.Receipt:
+        return reindex_table(table.address, which, **options)
+
+    return reindexed
+
+
+def test_the_library_does_what_the_command_does(run: Reindex, table: Table) -> None:
+    table.add(1, "one", "two")
+    receipt = run("articles", text=["title", "body"], vector="embedding")
+    shown = "public.articles" if table.is_postgresql else "articles"
+    assert (receipt.stored, receipt.target) == (2, TargetNames("articles", shown, "embedding", ("id",)))
+    assert run(name="articles").unchanged == 2
+    assert table.json("reindex", "articles")["unchanged"] == 2
+    table.check(1, 2)
+    (definition,) = targets.kept_in(table.address)[1]
+    assert (definition.text, definition.model, definition.dimensions) == (("title", "body"), "stub", 384)
+    assert kdb_fast.reindex_table is reindex_table
+    with pytest.raises(kdb_fast.SchemaError, match="There is no target other"):
+        run(name="other")
+
+
+def test_all_columns_of_text_are_the_default_and_stay_those(run: Reindex, table: Table) -> None:
+    table.add(1, "one")
+    assert run("articles", vector="embedding").stored == 1
+    execute(table.address, "ALTER TABLE articles ADD COLUMN more text")
+    execute(table.address, "UPDATE articles SET more = 'more'")
+    assert run(name="articles").unchanged == 1
+    (definition,) = targets.kept_in(table.address)[1]
+    assert definition.text == ("title", "body", "lang")
+
+
+def test_what_is_given_changes_what_is_kept(table: Table) -> None:
+    table.add(1, "one")
+    table.run("reindex", *DESCRIBED)
+    command = table.start("reindex", "articles", "--text", "body")
+    assert command.wait() == 0
+    assert "The target articles is changed: text body instead of title, body." in command.err
+    assert "1 of 1 records written" in command.out
+    assert table.json("targets", "show", "articles")["text"] == ["body"]
+    again = table.start("reindex", *DESCRIBED[:2], "--vector", "embedding")
+    assert again.wait() == 0
+    assert "changed" not in again.err, "what is not given stays as it is kept"
+    assert "nothing changed" in again.out
+
+
+def test_a_column_has_one_target_and_a_name_one_place(table: Table) -> None:
+    execute(table.address, "ALTER TABLE articles ADD COLUMN second " + ("vector" if table.is_postgresql else "BLOB"))
+    table.add(1, "one")
+    table.run("reindex", *DESCRIBED)
+    line = table.run("reindex", *DESCRIBED, "--name", "other", code=4)
+    assert "embedding is written by the target articles already. Run: kdb-fast reindex --db" in line
+    line = table.run("reindex", *DESCRIBED[:-1], "second", code=4)
+    assert "There is a target articles: the column embedding of" in line
+    assert "--name NAME" in line
+    assert table.json("reindex", *DESCRIBED[:-1], "second", "--name", "second")["stored"] == 1
+    assert [t["name"] for t in table.json("targets", "list")["targets"]] == ["articles", "second"]
+    line = table.run("reindex", "articles", "second", code=2)
+    assert "is brought up to date alone" in line
+
+
+def test_a_table_that_is_not_as_it_was_described(table: Table) -> None:
+    table.add(1, "one", "two")
+    table.run("reindex", *DESCRIBED)
+    execute(table.address, "ALTER TABLE articles RENAME COLUMN body TO content")
+    line = table.run("reindex", "articles", code=4)
+    assert "The target articles is not as it was described: " in line
+    assert "has no column body" in line
+    assert "Or say what it is now, such as: kdb-fast reindex --db" in line
+    receipt = table.json("reindex", "articles", "--text", "title", "--text", "content")
+    assert receipt["unchanged"] == 2, "the same text, under another name"
+    execute(table.address, "ALTER TABLE articles RENAME COLUMN embedding TO vec")
+    assert "has no column embedding" in table.run("reindex", "articles", code=4)
+    assert table.json("reindex", "articles", "--vector", "vec")["unchanged"] == 2
+    execute(table.address, "ALTER TABLE articles RENAME TO posts")
+    assert "There is no table" in table.run("reindex", "articles", code=4)
+    assert table.json("status", "articles")["rows"] is None
+    assert table.json("reindex", "articles", "--table", "posts")["unchanged"] == 2
+    assert table.json("status", "articles")["rows"] == 2
+
+
+def test_a_key_that_is_another_one(run: Reindex, table: Table) -> None:
+    table.add(1, "one")
+    run("articles", text=["body"], vector="embedding")
+    execute(table.address, "CREATE TABLE copied (uid text PRIMARY KEY, body text, embedding " + (
+        "vector)" if table.is_postgresql else "BLOB)"))  # fmt: skip
+    execute(table.address, "DROP TABLE articles")
+    execute(table.address, "ALTER TABLE copied RENAME TO articles")
+    with pytest.raises(kdb_fast.SchemaError, match=r"is not as it was described: .* has no column id"):
+        run(name="articles")
+    with pytest.raises(kdb_fast.SchemaError, match="was made for a key of the types"):
+        run(name="articles", key=["uid"])
+
+
+def test_dropping_forgets_all_but_the_vectors(table: Table) -> None:
+    table.add(1, "one", "two")
+    table.run("reindex", *DESCRIBED)
+    dropped = table.json("targets", "drop", "articles", "--with-vectors")
+    assert dropped["dropped"] == "articles"
+    assert [name.rpartition(".")[2] for name in dropped["removed"]] == ["kdb_fast_articles_state"]
+    assert table.vectors().keys() == {1, 2}, "the column was there"
+    assert table.json("targets", "list") == {"targets": []}
+    assert execute(table.address, "SELECT count(*) FROM kdb_fast_runs") == [(0,)]
+    assert "There is no target articles" in table.run("targets", "show", "articles", code=4)
+    assert "There is no target articles" in table.run("targets", "drop", "articles", code=4)
+
+
+def test_names_of_every_kind(table: Table) -> None:
+    odd = 'Big "Table" 100% {x}'
+    quoted = '"' + odd.replace('"', '""') + '"'
+    kind = "vector" if table.is_postgresql else "BLOB"
+    execute(table.address, f'CREATE TABLE {quoted} ("Key %" integer PRIMARY KEY, "te xt" text, "v%c" {kind})')
+    execute(table.address, f'INSERT INTO {quoted} ("Key %", "te xt") VALUES (1, \'one\')')
+    described = ("--table", quoted, "--text", "te xt", "--vector", "v%c")
+    assert table.json("reindex", *described)["stored"] == 1
+    assert table.json("reindex", odd)["unchanged"] == 1
+    (shown,) = table.json("targets", "list")["targets"]
+    assert (shown["name"], shown["rows"], shown["key"]) == (odd, 1, ["Key %"])
+    assert table.json("targets", "drop", odd)["dropped"] == odd
+
+
+def test_definitions_of_a_newer_version_are_refused(run: Reindex, table: Table) -> None:
+    table.add(1, "one")
+    run("articles", vector="embedding")
+    execute(
+        table.address,
+        'UPDATE kdb_fast_targets SET definition = replace(definition, \'"name"\', \'"of_later":1,"name"\')',
+    )
+    with pytest.raises(kdb_fast.SchemaError, match="was described by a newer kdb-fast, with of_later"):
+        run(name="articles")
+
+
+def test_no_password_is_kept(run: Reindex, table: Table) -> None:
+    table.add(1, "one")
+    run("articles", vector="embedding")
+    (text,) = execute(table.address, "SELECT definition FROM kdb_fast_targets")[0]
+    assert Definition.from_json(text).name == "articles"
+    assert "password" not in text
+
+
+def test_every_missing_right_is_named_with_its_grant(
+    postgres: Server, commands: Commands, database: DatabaseAddress
+) -> None:
+    table = Table(commands, database)
+    table.add(1, "one")
+    execute(database, "REVOKE ALL ON SCHEMA public FROM PUBLIC")
+    role = postgres.create_role(database, "USAGE ON SCHEMA public")
+    name = role_name(role)
+    line = table.run("reindex", *DESCRIBED, db=role, code=4)
+    assert f"The role {name} lacks rights for the target articles: " in line
+    for grant in ("CREATE ON SCHEMA public", "SELECT ON public.articles", 'UPDATE ("embedding") ON public.articles'):
+        assert f"GRANT {grant} TO {name};" in line
+    assert "--state-schema NAME" in line
+    assert execute(database, "SELECT relname FROM pg_class WHERE relname LIKE 'kdb\\_fast%'") == []
+
+    execute(database, f"CREATE SCHEMA ours AUTHORIZATION {name}")
+    execute(database, f"GRANT SELECT (id, title, body, embedding), UPDATE (embedding) ON articles TO {name}")
+    described = (*DESCRIBED, "--state-schema", "ours")
+    first = table.start("reindex", *described, "--json", db=role)
+    assert first.wait() == 0, first.err
+    assert (first.receipt["stored"], first.receipt["schema"]) == (1, "ours")
+    again = table.start("reindex", "articles", "--state-schema", "ours", "--json", db=role)
+    assert (again.wait(), again.receipt["unchanged"]) == (0, 1)
+    assert execute(database, "SELECT nspname FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace "
+                             "WHERE relname LIKE 'kdb\\_fast%' GROUP BY 1") == [("ours",)]  # fmt: skip
+    line = table.run("reindex", *DESCRIBED, "--state-schema", "nowhere", code=4)
+    assert "There is no schema nowhere" in line
+    assert "CREATE SCHEMA nowhere;" in line
+
+
+def test_our_tables_are_where_they_are_already(commands: Commands, database: DatabaseAddress) -> None:
+    table = Table(commands, database)
+    table.add(1, "one")
+    execute(database, "CREATE SCHEMA first")
+    execute(database, "CREATE SCHEMA shop")
+    execute(database, "CREATE TABLE shop.articles (LIKE public.articles INCLUDING ALL)")
+    table.run("reindex", *DESCRIBED)
+    path = replace(database, conninfo=f"{database.conninfo} options='-csearch_path=first,public'")
+    other = table.start(
+        "reindex", "--table", "shop.articles", "--vector", "embedding", "--name", "shop", "--json", db=path
+    )
+    assert other.wait() == 0, other.err
+    assert other.receipt["schema"] == "public"
+    line = table.run("reindex", "--table", "shop.articles", "--vector", "embedding", code=4)
+    assert "There is a target articles: the column embedding of public.articles" in line
+
+
+@pytest.mark.filterwarnings("ignore:The default datetime adapter is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_an_entity_of_the_same_name_keeps_its_meaning(
+    kind: str, stubs: None, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("kameleondb")
+    database = open_kameleon(kind, request, capsys, tmp_path)
+    try:
+        database.client.create_entity("Note", fields=[{"name": "text", "type": "text"}]).insert({"text": "fine"})
+        if database.is_postgresql:
+            database.execute("CREATE EXTENSION vector")
+        kind = "vector(384)" if database.is_postgresql else "BLOB"
+        database.execute(f"CREATE TABLE things (id integer PRIMARY KEY, body text, embedding {kind})")
+        database.execute("INSERT INTO things (id, body) VALUES (1, 'one'), (2, 'two')")
+        described = ("--table", "things", "--vector", "embedding", "--name", "Note", "--json", "--no-progress")
+        assert database.kdb_fast("reindex", *described).json["stored"] == 2
+        both = database.kdb_fast("reindex", "Note", "--json")
+        assert (both.code, both.json["stored"], both.json["target"]) == (0, 1, None)
+        assert "Note is an entity of KameleonDB, and that is brought up to date; for the target" in both.err
+        assert database.kdb_fast("reindex", "--name", "Note", "--json").json["unchanged"] == 2
+        status = database.kdb_fast("status")
+        assert ("1 records indexed" in status.out, "things.embedding" in status.out) == (True, True)
+        wrong = database.kdb_fast("reindex", "Nothing")
+        assert (wrong.code, "There is no entity 'Nothing'; found: Note" in wrong.err) == (4, True)
+    finally:
+        close_kameleon(database, request)
