@@ -61,6 +61,13 @@ def table_options(command: Callable[..., int]) -> Callable[..., int]:
             help="A column that tells rows apart; repeat it. Default: the primary key.",
         ),
         click.option("--vector", metavar="COLUMN", help="The column of the vectors."),
+        click.option("--create", is_flag=True, help="Add the column of --vector where it is missing."),
+        click.option(
+            "--replace", is_flag=True, help="Overwrite vectors that another program has written, for this run."
+        ),
+        click.option(
+            "--vacuum", is_flag=True, help="PostgreSQL: free what a run leaves behind of rows, while it goes on."
+        ),
         click.option(
             "--name",
             metavar="NAME",
@@ -80,6 +87,9 @@ class TableArguments:
     filter: str | None
     key: tuple[str, ...]
     vector: str | None
+    create: bool
+    replace: bool
+    vacuum: bool
     name: str | None
     state_schema: str | None
 
@@ -87,7 +97,7 @@ class TableArguments:
     def describing(self) -> list[str]:
         """The options that describe something and were given, as the command line writes them."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return [f"--{name}" for name, value in given.items() if value not in (None, ()) and name not in _NAMING]
+        return [f"--{name}" for name, value in given.items() if value not in (None, (), False) and name not in _NAMING]
 
     def check(self, names: tuple[str, ...], from_file: str | None) -> None:
         """Raise UsageError for what makes no sense beside each other."""
@@ -168,6 +178,9 @@ class TableArguments:
             filter=self.filter,
             key=self.key,
             vector=self.vector,
+            create=self.create,
+            replace=self.replace,
+            vacuum=self.vacuum,
             name=name or None,
             state_schema=self.state_schema,
             model=arguments.model,

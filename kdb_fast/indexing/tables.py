@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -15,13 +15,14 @@ from ..receipt import Receipt
 from ..settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
 from ..sources.table.input import TableInput
 from ..stores import targets
-from ..stores.find import find_table_target
+from ..stores.find import create_vector_column, find_table_target
+from ..tables.definition import Definition
 from ..tables.describe import Described, Given, adapting, describe
 from ..tables.reading import rows_of
 from ..tables.target import Target, find_target
 from .progress import Progress, Silent
 from .reindex import reindex
-from .run_embedding import Embedding
+from .run_embedding import Embedding, Records, find_embedding
 
 
 class RunOptions(TypedDict, total=False):
@@ -47,6 +48,9 @@ def reindex_table(
     key: Sequence[str] = (),
     vector: str | None = None,
     name: str | None = None,
+    create: bool = False,
+    replace: bool = False,
+    vacuum: bool = False,
     state_schema: str | None = None,
     model: str | None = None,
     provider: str | None = None,
@@ -72,6 +76,9 @@ def reindex_table(
         vector: Column of the vectors: ``vector(N)``, ``vector`` or ``halfvec(N)`` of pgvector; on SQLite a BLOB of
             float32, little-endian, one after the other.
         name: Under which the description is kept; the table's where there is none.
+        create: Add that column where it is missing.
+        replace: Overwrite vectors that another program has written, which else are left alone.
+        vacuum: PostgreSQL: free the versions of rows that are left behind, during the run.
         state_schema: PostgreSQL: schema of kdb-fast's own tables; where there are some, theirs.
         model: As FastEmbed or the provider names it; the one that made the vectors where none is named, for a new
             target all-MiniLM-L6-v2.
@@ -110,12 +117,12 @@ def reindex_table(
     }
     known: Given = {field: value for field, value in given.items() if value is not None}  # type: ignore[assignment]
     with opened(parse_address(url) if isinstance(url, str) else url) as address:
-        described, address = _describe(address, name or "", known, state_schema)
-        return _run(address, described, progress or Silent(), run)
+        described, address = _describe(address, name or "", known, state_schema, create)
+        return _run(address, described, progress or Silent(), run, {"replace": replace, "vacuum": vacuum})
 
 
 def _describe(
-    address: DatabaseAddress, name: str, given: Given, state_schema: str | None
+    address: DatabaseAddress, name: str, given: Given, state_schema: str | None, create: bool
 ) -> tuple[Described, DatabaseAddress]:
     """The target, and the address with the schema of our own tables."""
 
@@ -132,37 +139,59 @@ def _describe(
                 f"There is no schema {shown} for kdb-fast's own tables.",
                 remedy=f"Let the owner of the database run: CREATE SCHEMA {shown};",
             ) from None
-        described = describe(rows, address.dialect, name, given, targets.kept(rows, home))
+        described = describe(rows, address.dialect, name, given, targets.kept(rows, home), create=create)
         if address.dialect == "postgresql":
             from ..stores.postgresql.table_rights import check_table_rights
 
             check_table_rights(rows, home, described.definition, described.columns)
-        return described, replace(address, schema=home.schema)
+        return described, dataclasses.replace(address, schema=home.schema)
 
     return read(address, work)
 
 
-def _run(address: DatabaseAddress, described: Described, progress: Progress, run: RunOptions) -> Receipt:
-    """The run of a target, which is kept as soon as nothing is in its way."""
+def _run(
+    address: DatabaseAddress, described: Described, progress: Progress, run: RunOptions, writing: dict[str, bool]
+) -> Receipt:
+    """The run of a target, which is kept as soon as nothing is in its way.
+
+    Args:
+        writing: Of what holds for this run, that which the target knows.
+    """
     definition = described.definition
     for note in described.notes:
         progress.note(note)
-
-    def begun(embedding: Embedding) -> None:
-        targets.keep(address, replace(definition, model=embedding.name, dimensions=embedding.dimensions))
-
     with contextlib.ExitStack() as stack:
         with adapting(described.before):
             source = TableInput(definition, run.get("limit")).open(address)
-            stack.callback(source.close)
-            target = find_table_target(address, definition, source.selection)
-        of_api = definition.provider == "openai"
-        options = ReindexOptions(
-            **run,
-            model=definition.model or DEFAULT_MODEL,
-            provider=definition.provider,
-            base_url=definition.base_url or None,
-            dimensions=(definition.dimensions or target.vector.dimensions) if of_api else None,
-            precision=definition.precision,
-        )
-        return reindex(address, source, options, progress, target=target, begun=begun)
+        stack.callback(source.close)
+        options = _options(definition, run)
+        embedding: Embedding | None = None
+        if described.creates:
+            # Its type has the length of the vectors.
+            embedding = find_embedding(options, progress, Records(address, source, lambda: False, definition.identity))
+            stack.callback(embedding.close)
+            create_vector_column(address, definition, embedding.dimensions)
+        with adapting(described.before):
+            target = find_table_target(address, definition, source.selection, **writing)
+        if options.provider == "openai" and options.dimensions is None:
+            options = dataclasses.replace(options, dimensions=target.vector.dimensions)
+        if address.dialect == "sqlite":
+            definition = dataclasses.replace(definition, form=target.vector.type)
+
+        def begun(embedding: Embedding) -> None:
+            made = {"model": embedding.name, "dimensions": embedding.dimensions}
+            targets.keep(address, dataclasses.replace(definition, **made))
+
+        return reindex(address, source, options, progress, embedding, target=target, begun=begun)
+
+
+def _options(definition: Definition, run: RunOptions) -> ReindexOptions:
+    of_api = definition.provider == "openai"
+    return ReindexOptions(
+        **run,
+        model=definition.model or DEFAULT_MODEL,
+        provider=definition.provider,
+        base_url=definition.base_url or None,
+        dimensions=(definition.dimensions or None) if of_api else None,
+        precision=definition.precision,
+    )

@@ -55,12 +55,14 @@ class Described:
     Attributes:
         definition: What will be kept.
         before: As it was kept; None for a new one.
+        creates: The column of the vectors is missing, and is to be made.
         columns: Of the table that is read: those of the key and of the text, as far as they are named.
         notes: What a person should know, a sentence each.
     """
 
     definition: Definition
     before: Definition | None = None
+    creates: bool = False
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -130,18 +132,20 @@ def describe(
         wanted = replace(wanted, text=())
     if "model" in given and "dimensions" not in given:
         wanted = replace(wanted, dimensions=0)
-    if dialect == "sqlite" and not wanted.form:
-        wanted = replace(wanted, form="blob")
+    creates = False
     with adapting(before):
         if relation is None and wanted.table:
             relation = find_relation(rows, dialect, quoted(wanted.schema, wanted.table))
         if relation is not None:
-            wanted = _checked(wanted, relation, dialect, create=create or "column" in wanted.created)
+            creates = create and not wanted.into and relation.column(wanted.vector) is None
+            wanted = _checked(wanted, relation, dialect, creates=creates)
+    if creates:
+        wanted = replace(wanted, created=("column",))
     if before is not None:
         _check_not_moved(rows, dialect, before, wanted)
     _check_place(wanted, kept, dialect)
     named = (name for name in (*wanted.key, *wanted.text) if relation is not None and relation.column(name))
-    return Described(wanted, before, tuple(named), tuple(_changes(before, wanted)))
+    return Described(wanted, before, creates, tuple(named), tuple(_changes(before, wanted)))
 
 
 def find_kept(name: str, kept: Iterable[Definition], dialect: str) -> Definition | None:
@@ -195,7 +199,7 @@ def _place(rows: Rows, dialect: Dialect, into: str, relation: Relation | None) -
     return schema, name
 
 
-def _checked(wanted: Definition, relation: Relation, dialect: Dialect, *, create: bool) -> Definition:
+def _checked(wanted: Definition, relation: Relation, dialect: Dialect, *, creates: bool) -> Definition:
     """With the names of columns as the catalogue has them."""
 
     def column(name: str) -> str:
@@ -209,7 +213,7 @@ def _checked(wanted: Definition, relation: Relation, dialect: Dialect, *, create
         raise no_key(relation, dialect)
     key = key or tuple(part.name for part in relation.keys[0])
     vector = wanted.vector
-    if not wanted.into and (relation.column(vector) or not create):
+    if not wanted.into and not creates:
         vector = column(vector)
     text = wanted.text
     if not text and not wanted.template:

@@ -198,3 +198,26 @@ def test_uninstall_says_what_it_would_leave(table: Table) -> None:
     again = table.json("reindex", *DESCRIBED)
     assert again["read"] == 1
     assert sqlalchemy_url(table.address)
+
+
+def test_a_column_that_is_made_is_removed_with_its_target(table: Table) -> None:
+    table.add(1, "one")
+    described = (*DESCRIBED[:-1], "made")
+    assert "has no column made" in table.run("reindex", *described, code=4)
+    assert table.json("reindex", *described, "--create")["stored"] == 1
+    assert table.vectors("made").keys() == {1}
+    assert table.json("reindex", "articles")["unchanged"] == 1
+    removed = table.json("targets", "drop", "articles", "--with-vectors")["removed"]
+    assert [name.rpartition(".")[2] for name in removed] == ["kdb_fast_articles_state", "made"]
+    assert "has no column made" in table.run("reindex", *described, code=4)
+
+
+def test_vectors_of_another_program_are_kept_unless_replaced(table: Table) -> None:
+    table.add(1, "one", "two")
+    vector = "array_fill(1, ARRAY[384])::vector" if table.is_postgresql else "zeroblob(1536)"
+    execute(table.address, f"UPDATE articles SET embedding = {vector} WHERE id = 1")
+    summary = table.run("reindex", *DESCRIBED)
+    assert "1 with a vector of another program, left alone (--replace overwrites)" in summary
+    receipt = table.json("reindex", "articles", "--replace")
+    assert (receipt["stored"], receipt["unchanged"], receipt["foreign"]) == (1, 1, 0)
+    table.check(1, 2)

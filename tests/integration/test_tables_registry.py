@@ -196,7 +196,7 @@ def test_every_missing_right_is_named_with_its_grant(
     name = role_name(role)
     line = table.run("reindex", *DESCRIBED, db=role, code=4)
     assert f"The role {name} lacks rights for the target articles: " in line
-    for grant in ("CREATE ON SCHEMA public", "SELECT ON public.articles", 'UPDATE ("embedding") ON public.articles'):
+    for grant in ("CREATE ON SCHEMA public", "SELECT, UPDATE (embedding) ON public.articles"):
         assert f"GRANT {grant} TO {name};" in line
     assert "--state-schema NAME" in line
     assert execute(database, "SELECT relname FROM pg_class WHERE relname LIKE 'kdb\\_fast%'") == []

@@ -8,7 +8,7 @@ from ...errors import SchemaError
 from ...records import storable_key
 from ...tables.column_target import state_table
 from ...tables.definition import Definition
-from ...tables.target import MIGRATIONS, OWN, REJECTS, RUNS, STATE, TARGETS, Params, Rows, Target, identifier
+from ...tables.target import MIGRATIONS, OWN, REJECTS, RUNS, STATE, TARGETS, Params, Rows, Target
 
 WRITE = ("SELECT", "INSERT", "UPDATE", "DELETE")
 
@@ -89,7 +89,7 @@ def check_table_rights(rows: Rows, home: Target, definition: Definition, columns
             "(SELECT has_column_privilege(a.attrelid, a.attnum, 'UPDATE') FROM pg_catalog.pg_attribute a "  # noqa: S608 - parameters
             f"WHERE a.attrelid = {oid} AND a.attname = {named}::name)"
         )
-        rights.needed.append((may_update, f"UPDATE ({identifier(vector)})", definition.written))
+        rights.needed.append((may_update, f"UPDATE ({Target(vector).shown()})", definition.written))
     if home.pgvector is not None:
         rights.on_schema(home.pgvector, "USAGE")
     rights.needed.append(("has_database_privilege(current_database(), 'TEMP')", "TEMP", "DATABASE …"))
