@@ -60,7 +60,21 @@ def table_options(command: Callable[..., int]) -> Callable[..., int]:
             metavar="COLUMN",
             help="A column that tells rows apart; repeat it. Default: the primary key.",
         ),
-        click.option("--vector", metavar="COLUMN", help="The column of the vectors."),
+        click.option(
+            "--query", metavar="SQL", help="A SELECT that is read, instead of a table; needs --key and --into."
+        ),
+        click.option("--vector", metavar="COLUMN", help="The column of the vectors. [with --into: embedding]"),
+        click.option(
+            "--into", metavar="TABLE", help="A table for the vectors beside what is read; made where it is missing."
+        ),
+        click.option("--with-source", is_flag=True, help="With --into: make a view TABLE_with_source that joins both."),
+        click.option("--vec0", is_flag=True, help="With --into, on SQLite: a table of sqlite-vec."),
+        click.option(
+            "--source",
+            metavar="URL",
+            help="Another database that is read, such as a replica. Its password is not kept: use PGPASSWORD or "
+            "~/.pgpass.",
+        ),
         click.option("--create", is_flag=True, help="Add the column of --vector where it is missing."),
         click.option(
             "--replace", is_flag=True, help="Overwrite vectors that another program has written, for this run."
@@ -86,7 +100,12 @@ class TableArguments:
     template: str | None
     filter: str | None
     key: tuple[str, ...]
+    query: str | None
     vector: str | None
+    into: str | None
+    with_source: bool
+    vec0: bool
+    source: str | None
     create: bool
     replace: bool
     vacuum: bool
@@ -97,7 +116,11 @@ class TableArguments:
     def describing(self) -> list[str]:
         """The options that describe something and were given, as the command line writes them."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return [f"--{name}" for name, value in given.items() if value not in (None, (), False) and name not in _NAMING]
+        return [
+            f"--{name.replace('_', '-')}"
+            for name, value in given.items()
+            if value not in (None, (), False) and name not in _NAMING
+        ]
 
     def check(self, names: tuple[str, ...], from_file: str | None) -> None:
         """Raise UsageError for what makes no sense beside each other."""
@@ -105,7 +128,7 @@ class TableArguments:
             raise UsageError(f"--from and {(self.describing or ['--name'])[0]} exclude each other.")
         if self.name is not None and names:
             raise UsageError("--name and a NAME exclude each other.", remedy="Name the target once.")
-        if self.describing and not (self.table or self.name or names):
+        if self.describing and not (self.table or self.query or self.name or names):
             raise UsageError(
                 f"{self.describing[0]} belongs to a table.",
                 remedy="Name it with --table, or name the target that is to be changed.",
@@ -117,7 +140,7 @@ class TableArguments:
         Raises:
             UsageError: Several are.
         """
-        if self.name is not None or (self.table is not None and not names):
+        if self.name is not None or ((self.table or self.query) and not names):
             return self.name or ""
         if not names:
             return None
@@ -177,7 +200,12 @@ class TableArguments:
             template=self.template,
             filter=self.filter,
             key=self.key,
+            query=self.query,
             vector=self.vector,
+            into=self.into,
+            with_source=self.with_source,
+            vec0=self.vec0,
+            source=self.source,
             create=self.create,
             replace=self.replace,
             vacuum=self.vacuum,

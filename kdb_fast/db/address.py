@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from ..errors import DatabaseError, RefusedError, UsageError
 from ..paths import absolute_path, default_data_dir
@@ -235,12 +235,24 @@ def secrets_of(address: DatabaseAddress) -> set[str]:
     return {str(given[key]) for key in ("password", "sslpassword") if given.get(key)}
 
 
+def without_secrets(url: str) -> str:
+    """A database address that :func:`parse_address` reads, without the passwords of this one."""
+    address = parse_address(url)
+    if address.dialect == "sqlite":
+        return f"sqlite:///{quote(address.conninfo)}{'?mode=ro' if address.read_only else ''}"
+    if address.embedded_dir is not None:
+        return f"embedded:{address.embedded_dir}"
+    from psycopg.conninfo import conninfo_to_dict
+
+    parts = {name: str(value) for name, value in conninfo_to_dict(address.conninfo).items() if value is not None}
+    kept = {name: value for name, value in parts.items() if name not in SECRET_OPTIONS}
+    return f"postgresql://?{urlencode(kept, quote_via=quote)}"
+
+
 def redact(text: str, address: DatabaseAddress) -> str:
     """``text`` without the password of ``address``, in any of the forms libpq may quote it."""
     if address.dialect != "postgresql" or not address.conninfo:
         return text
-    from urllib.parse import quote
-
     secrets = secrets_of(address) | ({os.environ["PGPASSWORD"]} if os.environ.get("PGPASSWORD") else set())
     for secret in sorted(secrets, key=len, reverse=True):
         for form in {secret, quote(secret, safe=""), quote(secret)}:

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from ..db.address import DatabaseAddress, opened, parse_address
+from ..db.address import DatabaseAddress, opened, parse_address, without_secrets
 from ..db.reading import read
-from ..errors import SchemaError
+from ..errors import SchemaError, UsageError
 from ..receipt import Receipt
 from ..settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
 from ..sources.table.input import TableInput
 from ..stores import targets
-from ..stores.find import create_vector_column, find_table_target
+from ..stores.find import create_vector_column, find_table_target, make_view
 from ..tables.definition import Definition
-from ..tables.describe import Described, Given, adapting, describe
+from ..tables.describe import Described, Given, adapting, describe, find_kept
 from ..tables.reading import rows_of
 from ..tables.target import Target, find_target
 from .progress import Progress, Silent
@@ -46,7 +46,12 @@ def reindex_table(
     template: str | None = None,
     filter: str | None = None,
     key: Sequence[str] = (),
+    query: str | None = None,
     vector: str | None = None,
+    into: str | None = None,
+    with_source: bool = False,
+    vec0: bool = False,
+    source: str | None = None,
     name: str | None = None,
     create: bool = False,
     replace: bool = False,
@@ -60,7 +65,8 @@ def reindex_table(
     progress: Progress | None = None,
     **run: Unpack[RunOptions],
 ) -> Receipt:
-    """Embed what is new or has changed in a table, and write the vectors into a column of it.
+    """Embed what is new or has changed in a table or query, and write the vectors into a column of that table, or
+    into a table of vectors beside it.
 
     The description is kept in the database under a name; ``reindex_table(url, name="articles")`` does it again. What is
     given then changes the description.
@@ -73,8 +79,13 @@ def reindex_table(
         template: The text with names of columns in braces, in place of ``text``.
         filter: SQL condition that the rows meet; "" for all.
         key: Columns by which a row is told from others; the primary key where none is named.
+        query: A SELECT that is read, in place of a table; needs ``key`` and ``into``.
         vector: Column of the vectors: ``vector(N)``, ``vector`` or ``halfvec(N)`` of pgvector; on SQLite a BLOB of
-            float32, little-endian, one after the other.
+            float32, little-endian, one after the other, or JSON text.
+        into: The table of vectors beside what is read; made where it is missing, with the key of what is read.
+        with_source: Make a view ``<into>_with_source`` that joins it to what is read.
+        vec0: SQLite: ``into`` is a table of sqlite-vec.
+        source: Address of another database that is read, such as a replica; kept without its password.
         name: Under which the description is kept; the table's where there is none.
         create: Add that column where it is missing.
         replace: Overwrite vectors that another program has written, which else are left alone.
@@ -108,7 +119,11 @@ def reindex_table(
         "template": template,
         "filter": filter,
         "key": tuple(key) or None,
+        "query": query,
         "vector": vector,
+        "into": into,
+        "form": "vec0" if vec0 else None,
+        "source": without_secrets(source) if source else None,
         "model": model,
         "provider": provider or ("openai" if base_url else None),
         "base_url": base_url,
@@ -116,17 +131,26 @@ def reindex_table(
         "precision": precision,
     }
     known: Given = {field: value for field, value in given.items() if value is not None}  # type: ignore[assignment]
-    with opened(parse_address(url) if isinstance(url, str) else url) as address:
-        described, address = _describe(address, name or "", known, state_schema, create)
-        return _run(address, described, progress or Silent(), run, {"replace": replace, "vacuum": vacuum})
+    with contextlib.ExitStack() as stack:
+        written = stack.enter_context(opened(parse_address(url) if isinstance(url, str) else url))
+        written, home, kept = _home(written, state_schema)
+        elsewhere = source or _kept_source(name, kept, written.dialect)
+        read_from = stack.enter_context(opened(parse_address(elsewhere))) if elsewhere else None
+        described = _describe(written, read_from, home, kept, name or "", known, create)
+        writing = {"replace": replace, "vacuum": vacuum}
+        return _run(written, read_from, described, progress or Silent(), run, writing, with_source)
 
 
-def _describe(
-    address: DatabaseAddress, name: str, given: Given, state_schema: str | None, create: bool
-) -> tuple[Described, DatabaseAddress]:
-    """The target, and the address with the schema of our own tables."""
+def _kept_source(name: str | None, kept: Sequence[Definition], dialect: str) -> str:
+    """Address of the database that a target reads, where that is another."""
+    found = find_kept(name, kept, dialect) if name else None
+    return found.source if found else ""
 
-    def work(connection: Any) -> tuple[Described, DatabaseAddress]:
+
+def _home(address: DatabaseAddress, state_schema: str | None) -> tuple[DatabaseAddress, Target, list[Definition]]:
+    """The address with the schema of our own tables, where they are, and the targets that are kept there."""
+
+    def work(connection: Any) -> tuple[DatabaseAddress, Target, list[Definition]]:
         rows = rows_of(connection, address.dialect)
         schema = state_schema if address.dialect == "postgresql" else None
         try:
@@ -139,22 +163,57 @@ def _describe(
                 f"There is no schema {shown} for kdb-fast's own tables.",
                 remedy=f"Let the owner of the database run: CREATE SCHEMA {shown};",
             ) from None
-        described = describe(rows, address.dialect, name, given, targets.kept(rows, home), create=create)
-        if address.dialect == "postgresql":
+        return dataclasses.replace(address, schema=home.schema), home, targets.kept(rows, home)
+
+    return read(address, work)
+
+
+def _describe(
+    address: DatabaseAddress,
+    read_from: DatabaseAddress | None,
+    home: Target,
+    kept: Sequence[Definition],
+    name: str,
+    given: Given,
+    create: bool,
+) -> Described:
+    """The target, which this role may bring up to date."""
+    dialect = address.dialect
+    if read_from is not None and read_from.dialect != dialect:
+        raise UsageError(
+            f"--source is {read_from.display}, and what is written is {address.display}.",
+            remedy="Both must be PostgreSQL, or both SQLite.",
+        )
+
+    def work(connection: Any) -> Described:
+        rows = rows_of(connection, dialect)
+
+        def described(other: Any) -> Described:
+            return describe(rows, dialect, name, given, kept, create=create, read=rows_of(other, dialect))
+
+        found = described(connection) if read_from is None else read(read_from, described)
+        if dialect == "postgresql":
             from ..stores.postgresql.table_rights import check_table_rights
 
-            check_table_rights(rows, home, described.definition, described.columns)
-        return described, dataclasses.replace(address, schema=home.schema)
+            check_table_rights(rows, home, found.definition, found.columns)
+        return found
 
     return read(address, work)
 
 
 def _run(
-    address: DatabaseAddress, described: Described, progress: Progress, run: RunOptions, writing: dict[str, bool]
+    address: DatabaseAddress,
+    read_from: DatabaseAddress | None,
+    described: Described,
+    progress: Progress,
+    run: RunOptions,
+    writing: dict[str, bool],
+    with_source: bool,
 ) -> Receipt:
     """The run of a target, which is kept as soon as nothing is in its way.
 
     Args:
+        read_from: The database that is read, where that is another.
         writing: Of what holds for this run, that which the target knows.
     """
     definition = described.definition
@@ -162,7 +221,7 @@ def _run(
         progress.note(note)
     with contextlib.ExitStack() as stack:
         with adapting(described.before):
-            source = TableInput(definition, run.get("limit")).open(address)
+            source = TableInput(definition, run.get("limit"), read_from).open(address)
         stack.callback(source.close)
         options = _options(definition, run)
         embedding: Embedding | None = None
@@ -175,12 +234,15 @@ def _run(
             target = find_table_target(address, definition, source.selection, **writing)
         if options.provider == "openai" and options.dimensions is None:
             options = dataclasses.replace(options, dimensions=target.vector.dimensions)
-        if address.dialect == "sqlite":
+        if address.dialect == "sqlite" and definition.form != "vec0":
             definition = dataclasses.replace(definition, form=target.vector.type)
 
         def begun(embedding: Embedding) -> None:
-            made = {"model": embedding.name, "dimensions": embedding.dimensions}
-            targets.keep(address, dataclasses.replace(definition, **made))
+            made = definition.created
+            if with_source and make_view(address, target, source.selection.relation):
+                made = (*made, "view")
+            found = dataclasses.replace(definition, model=embedding.name, dimensions=embedding.dimensions, created=made)
+            targets.keep(address, found)
 
         return reindex(address, source, options, progress, embedding, target=target, begun=begun)
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..db.address import DatabaseAddress
+from ..errors import UsageError
 from ..tables.column_target import ColumnTarget
 from ..tables.definition import Definition
 from ..tables.describe import quoted
+from ..tables.relation import Relation
 from ..tables.selection import Selection
-from ..tables.target import Target
+from ..tables.table_target import TableTarget
+from ..tables.table_view import view_name, view_statement
+from ..tables.target import Target, columns_of
+from .targets import Change, write
 
 if TYPE_CHECKING:
     import sqlite3
@@ -28,7 +34,7 @@ def find_table_target(
     *,
     replace: bool = False,
     vacuum: bool = False,
-) -> ColumnTarget:
+) -> ColumnTarget | TableTarget:
     """What a run of this definition writes.
 
     Args:
@@ -41,6 +47,8 @@ def find_table_target(
         SchemaError: A run could not write it.
         DatabaseError: The database cannot be reached.
     """
+    if definition.into:
+        return _table_of_vectors(address, definition, selection)
     key = [column.name for column in selection.key]
     name, table, vector = definition.name, definition.table, definition.vector
     if address.dialect == "sqlite":
@@ -63,6 +71,31 @@ def find_table_target(
     )
 
 
+def _table_of_vectors(address: DatabaseAddress, definition: Definition, selection: Selection) -> TableTarget:
+    name, into, vector = definition.name, definition.into, definition.vector
+    source = None if definition.source else selection.relation
+    content = bool(definition.query or definition.chunk)
+    if address.dialect == "sqlite":
+        from .sqlite.table_find import find_table as find_in_file
+
+        vec0 = definition.form == "vec0"
+        return _in_file(
+            address,
+            lambda file: find_in_file(
+                file, name, into, key=selection.key, source=source, vector=vector, content=content, vec0=vec0
+            ),
+        )
+    from .postgresql.table_find import find_table
+
+    place = quoted(definition.into_schema, into)
+    return _in_postgresql(
+        address,
+        lambda cursor, home: find_table(
+            cursor, home, name, place, key=selection.key, source=source, vector=vector, content=content
+        ),
+    )
+
+
 def create_vector_column(address: DatabaseAddress, definition: Definition, dimensions: int) -> None:
     """Add the column of the vectors to the table, which has none of this name.
 
@@ -80,6 +113,26 @@ def create_vector_column(address: DatabaseAddress, definition: Definition, dimen
 
     place = quoted(definition.schema, table)
     _in_postgresql(address, lambda cursor, home: create_column(cursor, home, place, vector, dimensions))
+
+
+def make_view(address: DatabaseAddress, target: ColumnTarget | TableTarget, relation: Relation) -> bool:
+    """Make the view that joins a table of vectors to what it was made from; False where there is one.
+
+    Raises:
+        UsageError: There is no such table of vectors, or what is read has no name.
+        SchemaError: This role may not make it.
+    """
+    if not isinstance(target, TableTarget) or relation.kind == "query":
+        raise UsageError("--with-source belongs to --into, and to a table or view that is read.")
+    name = view_name(target)
+
+    def work(change: Change) -> bool:
+        if columns_of(change.rows, dataclasses.replace(change.home, schema=target.schema), (name,)):
+            return False
+        change.execute(view_statement(target, relation), {})
+        return True
+
+    return write(address, "making the view", work)
 
 
 def _in_file(address: DatabaseAddress, work: Callable[[sqlite3.Connection], T]) -> T:

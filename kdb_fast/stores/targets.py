@@ -16,6 +16,7 @@ from ..tables.definition import Definition
 from ..tables.describe import find_kept, no_target
 from ..tables.names import qualified
 from ..tables.reading import rows_of
+from ..tables.table_view import SUFFIX
 from ..tables.target import (
     REJECTS,
     RUNS,
@@ -247,6 +248,9 @@ def _removals(change: Change, definition: Definition, with_vectors: bool) -> Ite
         return
     schema, name = definition.place
     table = qualified(schema, name, home.dialect)
+    if "view" in definition.created:
+        view = f"{name}{SUFFIX}"
+        yield f"DROP VIEW IF EXISTS {qualified(schema, view, home.dialect)}", Target(schema).shown(view)
     if definition.into and "table" in definition.created:
         yield f"DROP TABLE IF EXISTS {table}", definition.written
     elif "column" in definition.created and definition.vector in columns_of(

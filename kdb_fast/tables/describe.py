@@ -91,24 +91,33 @@ def check_given(given: Given, *, create: bool = False) -> None:
 
 
 def describe(
-    rows: Rows, dialect: Dialect, name: str, given: Given, kept: Sequence[Definition], *, create: bool = False
+    rows: Rows,
+    dialect: Dialect,
+    name: str,
+    given: Given,
+    kept: Sequence[Definition],
+    *,
+    create: bool = False,
+    read: Rows | None = None,
 ) -> Described:
     """The target that was asked for.
 
     Args:
-        rows: Runs statements on the database that is read.
-        dialect: Of the database that is written.
+        rows: Runs statements on the database that is written.
+        dialect: Of that database.
         name: Of the target; '' for that of its table.
         given: What was asked for; what is kept is changed by it.
         kept: All targets of the database.
         create: The column of the vectors may be missing.
+        read: Runs statements on the database that is read, where that is another.
 
     Raises:
         UsageError: Options make no sense together.
         SchemaError: Something is not there, or not any more, or another target has the same place.
     """
     check_given(given, create=create)
-    relation = find_relation(rows, dialect, given["table"]) if "table" in given else None
+    read = read or rows
+    relation = find_relation(read, dialect, given["table"]) if "table" in given else None
     into_schema, into = _place(rows, dialect, given["into"], relation) if "into" in given else (None, "")
     name = name or into or (relation.name if relation else "")
     before = find_kept(name, kept, dialect)
@@ -118,14 +127,14 @@ def describe(
     if relation is not None and before is None and not into and "vector" not in given:
         raise UsageError(
             f"Nothing says where the vectors of {relation.shown} go.",
-            remedy="Name a column of it for them: --vector COLUMN.",
+            remedy="Name a column of it for them, --vector COLUMN, or a table of their own, --into NAME.",
         )
     if relation is not None:
         wanted = replace(wanted, schema=relation.schema, table=relation.name, query="")
     if "query" in given:
         wanted = replace(wanted, schema=None, table="", filter="")
     if into:
-        wanted = replace(wanted, into_schema=into_schema, into=into)
+        wanted = replace(wanted, into_schema=into_schema, into=into, created=("table",))
     if "text" in given:
         wanted = replace(wanted, template="")
     if "template" in given:
@@ -135,7 +144,7 @@ def describe(
     creates = False
     with adapting(before):
         if relation is None and wanted.table:
-            relation = find_relation(rows, dialect, quoted(wanted.schema, wanted.table))
+            relation = find_relation(read, dialect, quoted(wanted.schema, wanted.table))
         if relation is not None:
             creates = create and not wanted.into and relation.column(wanted.vector) is None
             wanted = _checked(wanted, relation, dialect, creates=creates)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import SchemaError
+from ..receipt import TargetNames
 from ..records import storable_key
 from .column_target import VectorColumn, state_table
 from .keyed_table import KeyedTable
@@ -62,6 +63,11 @@ class TableTarget(KeyedTable):
     def identity(self) -> str:
         """Under which runs and rejects are kept: the table itself, so that no other name leads to it beside."""
         return self.shown if self.schema is not None else self.shown.lower()  # SQLite compares names without case
+
+    @property
+    def names(self) -> TargetNames:
+        """As the receipt of a run has them."""
+        return TargetNames(self.name, self.shown, self.vector.name, tuple(key.name for key in self.key))
 
     @functools.cached_property
     def parts(self) -> dict[str, str]:
