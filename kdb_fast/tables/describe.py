@@ -77,15 +77,6 @@ def check_given(given: Given, *, create: bool = False) -> None:
     both("table", "query", "Name the table, or give the SELECT that reads it.")
     both("text", "template", "The template names the columns itself, in braces.")
     both("filter", "query", "Put the condition into the query's WHERE.")
-    if given.get("query"):
-        if not given.get("into"):
-            raise UsageError(
-                "--query has no column that could be written.", remedy="Name a table for the vectors: --into NAME."
-            )
-        if not given.get("key"):
-            raise UsageError(
-                "--query needs --key COLUMN, by which its rows are told apart.", remedy="Repeat it for several columns."
-            )
     if create and given.get("into"):
         raise UsageError("--create belongs to --vector.", remedy="The table of --into is made where it is missing.")
 
@@ -135,6 +126,14 @@ def describe(
         wanted = replace(wanted, schema=None, table="", filter="")
     if into:
         wanted = replace(wanted, into_schema=into_schema, into=into, created=("table",))
+    if wanted.query and not wanted.into:
+        raise UsageError(
+            "--query has no column that could be written.", remedy="Name a table for the vectors: --into NAME."
+        )
+    if wanted.query and not wanted.key:
+        raise UsageError(
+            "--query needs --key COLUMN, by which its rows are told apart.", remedy="Repeat it for several columns."
+        )
     if "text" in given:
         wanted = replace(wanted, template="")
     if "template" in given:

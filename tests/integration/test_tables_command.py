@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from commands import Commands
-from servers import eventually, execute
+from servers import Server, eventually, execute
 from table_commands import DESCRIBED, Table
 
 from kdb_fast.cli.demo import sqlalchemy_url
@@ -116,8 +117,6 @@ def test_two_runs_exclude_each_other_and_another_column_is_free(table: Table, tm
     assert (other["stored"], other["target"]["column"]) == (31, "second")
     (tmp_path / "go").touch()
     assert running.wait() == 0, running.err
-    assert len(table.vectors()) == 30, "the text that was changed meanwhile is not that of its vector"
-    assert table.json("reindex", "articles")["stored"] == 1
     table.check(*range(1, 32))
 
 
@@ -221,3 +220,68 @@ def test_vectors_of_another_program_are_kept_unless_replaced(table: Table) -> No
     receipt = table.json("reindex", "articles", "--replace")
     assert (receipt["stored"], receipt["unchanged"], receipt["foreign"]) == (1, 1, 0)
     table.check(1, 2)
+
+
+BESIDE = (*DESCRIBED[:-2], "--into", "article_vectors")
+
+
+def test_a_table_of_vectors_beside_the_table(table: Table) -> None:
+    table.add(1, "one", "two", "three")
+    first = table.run("reindex", *BESIDE, "--with-source")
+    assert "3 of 3 records written" in first
+    assert "target   article_vectors: column embedding of" in first
+    assert execute(table.address, "SELECT id FROM article_vectors ORDER BY 1") == [(1,), (2,), (3,)]
+    assert execute(table.address, "SELECT body FROM article_vectors_with_source WHERE id = 2") == [("two",)]
+    execute(table.address, "DELETE FROM articles WHERE id = 2")
+    execute(table.address, "UPDATE articles SET body = 'other' WHERE id = 3")
+    receipt = table.json("reindex", "article_vectors")
+    assert (receipt["stored"], receipt["unchanged"], receipt["read"]) == (1, 1, 2)
+    assert execute(table.address, "SELECT id FROM article_vectors ORDER BY 1") == [(1,), (3,)]
+    assert table.json("status", "article_vectors")["rows"] == 2
+    assert table.json("reindex", *DESCRIBED)["stored"] == 2, "a column of the same table is another target"
+    line = table.run("reindex", "--table", "articles", "--into", "article_vectors", "--name", "more", code=4)
+    assert "is written by the target article_vectors already" in line
+    line = table.run("reindex", "--table", "articles", "--into", "articles", "--name", "more", code=4)
+    assert "is the table that is read" in line
+    removed = table.json("targets", "drop", "article_vectors", "--with-vectors")["removed"]
+    assert [name.rpartition(".")[2] for name in removed] == ["article_vectors_with_source", "article_vectors"]
+    assert [t["name"] for t in table.json("targets", "list")["targets"]] == ["articles"]
+    assert len(execute(table.address, "SELECT id FROM articles")) == 2
+
+
+def test_a_query_is_read_into_a_table(table: Table) -> None:
+    table.add(1, "one", "two", "three")
+    query = ("--query", "SELECT id, title, body FROM articles WHERE id > 1")
+    assert "--query has no column that could be written" in table.run("reindex", *query, "--key", "id", code=2)
+    assert "--query needs --key" in table.run("reindex", *query, "--into", "chosen", code=2)
+    assert "exclude each other" in table.run("reindex", *query, *BESIDE, "--key", "id", code=2)
+    described = (*query, "--key", "id", "--into", "chosen")
+    line = table.run("reindex", *described, "--with-source", code=2)
+    assert "--with-source belongs to --into, and to a table" in line
+    assert table.json("targets", "list") == {"targets": []}
+    assert table.json("reindex", *described)["stored"] == 2
+    assert execute(table.address, "SELECT id, content FROM chosen ORDER BY 1")[1] == (3, "Title\n\nthree")
+    assert table.json("reindex", "chosen")["unchanged"] == 2
+    changed = table.json("reindex", "chosen", "--query", query[1].replace("> 1", "> 2"))
+    assert (changed["unchanged"], changed["deleted"]) == (1, 1)
+
+
+def test_another_database_is_read(
+    table: Table, postgres: Server, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    table.add(1, "one", "two")
+    if table.is_postgresql:
+        other = postgres.create_database()
+        execute(other, "CREATE EXTENSION vector")
+        request.addfinalizer(lambda: postgres.drop_database(other))
+    else:
+        other = replace(table.address, conninfo=str(tmp_path / "other.db"), display="other.db")
+    execute(other, "CREATE TABLE written (id integer)")
+    source = sqlalchemy_url(table.address)
+    command = table.start("reindex", *BESIDE, "--source", source, "--json", db=other)
+    assert command.wait() == 0, command.err
+    assert command.receipt["stored"] == 2
+    again = table.start("reindex", "article_vectors", "--json", db=other)
+    assert (again.wait(), again.receipt["unchanged"]) == (0, 2), again.err
+    assert execute(table.address, "SELECT 1 FROM articles WHERE embedding IS NOT NULL") == []
+    assert execute(other, "SELECT count(*) FROM article_vectors") == [(2,)]
