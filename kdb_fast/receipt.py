@@ -85,6 +85,11 @@ class Receipt:
         state: ``done``, ``stopped`` or ``failed``.
         input: Name of what was read, '' for an input that cannot be read again.
         read: Records read; the sum of the next five once the run is done.
+        stored: Records that were embedded and written.
+        unchanged: Records whose text and model are stored already.
+        reused: Records that were written with the vector of an equal text.
+        superseded: Records of which a newer one was read, or whose row another program has written meanwhile.
+        rejected: Records that could not be stored; ``kdb-fast rejects list`` says why.
         foreign: Of the unchanged those whose rows hold a vector of another program, which was left alone.
         empty: Records without text.
         deleted: Rows of the index that no record has any more.
@@ -92,11 +97,24 @@ class Receipt:
         lost_chars: Characters of these that it has not read, about; 0 for a provider's API, which does not tell.
         chunks: Pieces of the records that were written, where texts are cut into pieces.
         tokens: Tokens embedded; ``padded_tokens`` with the padding that was computed.
+        seconds: Of the whole run.
+        records_per_second: Records written, of the whole run; ``tokens_per_second`` likewise.
+        model: Its name.
+        dimensions: Length of the vectors.
         precision: That of the model; None for a provider's API.
+        fidelity: How close a lower precision came to fp32; None for fp32.
+        fingerprint: Differs as soon as anything differs that has a part in the vectors.
         document_prefix: What the model has read before each text.
         workers: Embedding processes, or requests in flight; 0 where this process embedded.
+        plan: Processes and memory, in words; ``flush_size`` those of a flush.
+        flushes: Transactions that have written.
+        bytes_written: Of texts and vectors.
         index: What was done with the vector index, and why.
+        phases: Seconds of each part.
+        peak_rss_bytes: Memory of all processes at most; ``peak_rss_by_process`` of each.
+        warnings: What a person should know.
         input_changed: The input was changed while it was read, so that records may have been missed.
+        version: Of kdb-fast.
     """
 
     run: int = 0

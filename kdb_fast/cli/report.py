@@ -231,7 +231,7 @@ def print_rejects(rows: Sequence[Mapping[str, Any]], limit: int) -> None:
         print("There are no rejected records.")
         return
     for row in rows[:limit]:
-        where = printable(row["target"] or row["entity"], 60)
+        where = printable(row.get("target") or row["entity"], 60)
         if row["record_id"]:
             where += f"/{printable(row['record_id'], 60)}"
         if row["line"]:

@@ -22,6 +22,7 @@ from ..stores.targets import find_in, kept_in
 from ..tables.definition import Definition
 from ..tables.index_table import IndexTable
 from ..tables.kdb_search import KDB_SEARCH
+from ..tables.key import KeyColumn
 from ..tables.reading import rows_of
 from ..tables.target import REJECTS, columns_of, find_target
 from .progress import Progress
@@ -31,7 +32,7 @@ Rows = list[dict[str, Any]]
 
 
 def list_all(address: DatabaseAddress, entity: str | None = None, target: str | None = None) -> Rows:
-    """Rejected records as :func:`list_rejects` gives them, each with ``target``: '' for KameleonDB's index.
+    """Rejected records as :func:`list_rejects` gives them, those of a target with its name as ``target``.
 
     Args:
         entity: Only those of this entity.
@@ -43,11 +44,11 @@ def list_all(address: DatabaseAddress, entity: str | None = None, target: str | 
     """
     rows: Rows = []
     if target is None:
-        rows = [{"target": "", **row} for row in list_rejects(address, entity)]
+        rows = list_rejects(address, entity)
     if entity is None:
         where, definitions = kept_in(address) if target is None else _one(address, target)
         for definition in definitions:
-            rows += [{"target": definition.name, **row} for row in list_rejects(where, kept_as=definition.identity)]
+            rows += [{"target": definition.name, **row} for row in list_rejects(where, index=_index_of(definition))]
     return rows
 
 
@@ -58,7 +59,7 @@ def clear_of(address: DatabaseAddress, target: str) -> int:
         SchemaError: There is no such target.
     """
     where, (definition,) = _one(address, target)
-    return clear_rejects(where, kept_as=definition.identity)
+    return clear_rejects(where, index=_index_of(definition))
 
 
 def _one(address: DatabaseAddress, name: str) -> tuple[DatabaseAddress, list[Definition]]:
@@ -66,9 +67,12 @@ def _one(address: DatabaseAddress, name: str) -> tuple[DatabaseAddress, list[Def
     return where, [definition]
 
 
-def list_rejects(
-    address: DatabaseAddress, entity: str | None = None, index: IndexTable = KDB_SEARCH, kept_as: str = ""
-) -> Rows:
+def _index_of(definition: Definition) -> IndexTable:
+    """What has the name under which the rejects of a target are kept."""
+    return IndexTable(definition.identity, (KeyColumn("key", "text", "key"),))
+
+
+def list_rejects(address: DatabaseAddress, entity: str | None = None, index: IndexTable = KDB_SEARCH) -> Rows:
     """The rejected records, those of the newest run first; [] where there has been no run.
 
     Each has ``entity``, ``record_id`` ('' for a line of an input that became no record), ``reason``, ``detail``,
@@ -77,7 +81,6 @@ def list_rejects(
     Args:
         entity: Only those of this entity.
         index: Only those of runs on this index.
-        kept_as: Only those of the target whose runs are kept under this name.
 
     Raises:
         DatabaseError: The database cannot be reached.
@@ -86,15 +89,11 @@ def list_rejects(
         from ..stores.sqlite.store import SQLiteStore
 
         def work(file: Any) -> Rows:
-            if not _is_there(file, address, index):
-                return []
-            store = SQLiteStore(file, index)
-            store.rename_target(kept_as)
-            return list(store.rejects(entity))
+            return list(SQLiteStore(file, index).rejects(entity)) if _is_there(file, address, index) else []
 
         rows = read(address, work)
     else:
-        with _opened(address, index, kept_as) as store:
+        with _opened(address, index) as store:
             rows = list(store.rejects(entity)) if store is not None else []
     for row in rows:
         row["line"] = row.pop("position")
@@ -102,9 +101,9 @@ def list_rejects(
     return rows
 
 
-def clear_rejects(address: DatabaseAddress, entity: str | None = None, kept_as: str = "") -> int:
+def clear_rejects(address: DatabaseAddress, entity: str | None = None, index: IndexTable = KDB_SEARCH) -> int:
     """Forget the rejected records of an entity or all; returns how many. The records themselves stay as they are."""
-    with _opened(address, kept_as=kept_as) as store:
+    with _opened(address, index) as store:
         return store.clear_rejects(entity=entity) if store is not None else 0
 
 
@@ -152,13 +151,12 @@ def retry_rejects(
 
 
 @contextlib.contextmanager
-def _opened(address: DatabaseAddress, index: IndexTable = KDB_SEARCH, kept_as: str = "") -> Iterator[Store | None]:
+def _opened(address: DatabaseAddress, index: IndexTable = KDB_SEARCH) -> Iterator[Store | None]:
     """The store, or None where no run has made its tables."""
     if not read(address, lambda connection: _is_there(connection, address, index)):
         yield None
         return
     with contextlib.closing(open_store(address, "rejects", target=index)) as store:
-        store.rename_target(kept_as)
         yield store
 
 

@@ -195,7 +195,7 @@ def _describe(
         if dialect == "postgresql":
             from ..stores.postgresql.table_rights import check_table_rights
 
-            check_table_rights(rows, home, found.definition, found.columns)
+            check_table_rights(rows, home, found.definition)
         return found
 
     return read(address, work)

@@ -163,10 +163,6 @@ class Store(ABC):
         """Where the tables are."""
         return Target()
 
-    @abstractmethod
-    def rename_target(self, name: str) -> None:
-        """Let runs, rejects and state be those that are kept under this name; '' for the table's own."""
-
     def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
         """The characters in ``texts`` that this database cannot hold; a record with one would be refused."""
         return frozenset()

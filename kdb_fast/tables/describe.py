@@ -56,14 +56,12 @@ class Described:
         definition: What will be kept.
         before: As it was kept; None for a new one.
         creates: The column of the vectors is missing, and is to be made.
-        columns: Of the table that is read: those of the key and of the text, as far as they are named.
         notes: What a person should know, a sentence each.
     """
 
     definition: Definition
     before: Definition | None = None
     creates: bool = False
-    columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -152,8 +150,7 @@ def describe(
     if before is not None:
         _check_not_moved(rows, dialect, before, wanted)
     _check_place(wanted, kept, dialect)
-    named = (name for name in (*wanted.key, *wanted.text) if relation is not None and relation.column(name))
-    return Described(wanted, before, creates, tuple(named), tuple(_changes(before, wanted)))
+    return Described(wanted, before, creates, tuple(_changes(before, wanted)))
 
 
 def find_kept(name: str, kept: Iterable[Definition], dialect: str) -> Definition | None:

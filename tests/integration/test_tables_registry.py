@@ -202,7 +202,7 @@ def test_every_missing_right_is_named_with_its_grant(
     assert execute(database, "SELECT relname FROM pg_class WHERE relname LIKE 'kdb\\_fast%'") == []
 
     execute(database, f"CREATE SCHEMA ours AUTHORIZATION {name}")
-    execute(database, f"GRANT SELECT (id, title, body, embedding), UPDATE (embedding) ON articles TO {name}")
+    execute(database, f"GRANT SELECT, UPDATE (embedding) ON articles TO {name}")
     described = (*DESCRIBED, "--state-schema", "ours")
     first = table.start("reindex", *described, "--json", db=role)
     assert first.wait() == 0, first.err

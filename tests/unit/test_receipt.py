@@ -9,12 +9,13 @@ import pytest
 
 from kdb_fast.accounting import Counts
 from kdb_fast.errors import KdbFastError, StoppedError, UnexpectedError
-from kdb_fast.receipt import FATES, Fidelity, InsertReceipt, Phases, Receipt, RejectedLine, Retried
+from kdb_fast.receipt import FATES, Fidelity, InsertReceipt, Phases, Receipt, RejectedLine, Retried, TargetNames
 from kdb_fast.stores.rejects import runs_of_input
 
 KEYS = [
-    "run", "schema", "state", "input", "read", "stored", "unchanged", "reused", "superseded", "rejected", "foreign",
-    "empty", "deleted", "truncated", "lost_chars", "chunks", "tokens", "padded_tokens", "seconds", "records_per_second",
+    "run", "schema", "target", "state", "input", "read", "stored", "unchanged", "reused", "superseded", "rejected",
+    "foreign", "empty", "deleted", "truncated", "lost_chars", "chunks", "tokens", "padded_tokens", "seconds",
+    "records_per_second",
     "tokens_per_second", "model", "dimensions", "precision", "document_prefix", "fidelity", "fingerprint", "workers",
     "plan", "flushes", "flush_size", "bytes_written", "index", "phases", "peak_rss_bytes", "peak_rss_by_process",
     "warnings", "input_changed", "version",
@@ -22,6 +23,7 @@ KEYS = [
 FULL = Receipt(
     run=7,
     schema="public",
+    target=TargetNames("articles", "shop.articles", "embedding", ("id", "lang")),
     state="done",
     input="/data/notes.jsonl",
     read=15,

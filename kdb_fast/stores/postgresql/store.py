@@ -106,9 +106,6 @@ class PostgreSQLStore(Store):
         """The session's connection, opened again if it was lost."""
         return self.session.connection()
 
-    def rename_target(self, name: str) -> None:
-        self.session.rename_target(name)
-
     def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
         return self.session.missing_characters(texts)
 

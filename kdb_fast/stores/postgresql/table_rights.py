@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from ...errors import SchemaError
 from ...records import storable_key
@@ -33,16 +33,6 @@ class _Rights:
         for right in rights:
             self.needed.append((f"has_table_privilege({oid}, {self.params(right)}::text)", right, shown))
 
-    def on_columns(self, schema: str, table: str, right: str, columns: Sequence[str]) -> None:
-        """One on the table, or on each of the columns."""
-        oid, named = self.oid(schema, table), self.params(list(columns))
-        each = (
-            f"(SELECT bool_and(has_column_privilege(a.attrelid, a.attnum, {self.params(right)}::text)) "  # noqa: S608 - parameters
-            f"FROM pg_catalog.pg_attribute a WHERE a.attrelid = {oid} AND a.attname = ANY ({named}::text[]))"
-        )
-        whole = f"has_table_privilege({oid}, {self.params(right)}::text)"
-        self.needed.append((f"({whole} OR {each})", right, Target(schema).shown(table)))
-
     def on_schema(self, schema: str, right: str, unless: str = "false") -> None:
         has = f"has_schema_privilege({self.params(schema)}::name, {self.params(right)}::text)"
         self.needed.append((f"({unless} OR {has})", right, f"SCHEMA {Target(schema).shown()}"))
@@ -57,13 +47,12 @@ class _Rights:
         return lacking
 
 
-def check_table_rights(rows: Rows, home: Target, definition: Definition, columns: Sequence[str]) -> None:
+def check_table_rights(rows: Rows, home: Target, definition: Definition) -> None:
     """Raise SchemaError where this role may not do what a run of a target does; names every right, with its GRANT.
 
     Args:
         rows: Runs statements on the database that is written.
         home: Where our own tables are.
-        columns: Of the table that is read: those of the key and of the text.
     """
     rights, schema = _Rights(), str(home.schema)
     own = [*OWN, *([] if definition.into else [state_table(definition.name)])]
@@ -74,7 +63,7 @@ def check_table_rights(rows: Rows, home: Target, definition: Definition, columns
         rights.on_table(schema, table, WRITE)
     rights.on_table(schema, MIGRATIONS, ["SELECT"])
     if definition.table and not definition.source:
-        rights.on_columns(str(definition.schema), definition.table, "SELECT", columns)
+        rights.on_table(str(definition.schema), definition.table, ["SELECT"])
     if definition.into:
         into_schema = str(definition.into_schema)
         rights.on_schema(into_schema, "USAGE")
@@ -82,7 +71,7 @@ def check_table_rights(rows: Rows, home: Target, definition: Definition, columns
         rights.on_table(into_schema, definition.into, WRITE)
     else:
         vector = definition.vector
-        rights.on_columns(str(definition.schema), definition.table, "SELECT", [*columns, vector])
+        rights.on_table(str(definition.schema), definition.table, ["SELECT"])
         oid = rights.oid(str(definition.schema), definition.table)
         named = rights.params(vector)
         may_update = (

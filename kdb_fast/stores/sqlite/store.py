@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from ...db.address import DatabaseAddress
@@ -70,9 +69,6 @@ class SQLiteStore(Store):
     @property
     def target(self) -> Target:
         return self._target
-
-    def rename_target(self, name: str) -> None:
-        self._target = replace(self._target, kept_as=name)
 
     @classmethod
     def open(cls, address: DatabaseAddress, *, must_exist: bool = True, index: IndexTable = KDB_SEARCH) -> SQLiteStore:
