@@ -94,7 +94,7 @@ class Target:
     @property
     def grouped(self) -> bool:
         """Whether a key is a group of records and one of it: KameleonDB's entity and id."""
-        return not self.kept_as and len(self.index.key) == 2
+        return len(self.index.key) == 2
 
     @property
     def dialect(self) -> Dialect:
