@@ -15,6 +15,7 @@ from ...tables.pieces import PieceOf, piece_of
 from ...tables.table_target import TableTarget
 from ..base import FlushSlot, RunSpec
 from .flush import Group
+from .foreign_key import Reference
 from .table_flush import STAGED_KEY, TableWriter, staged_words
 
 if TYPE_CHECKING:
@@ -62,9 +63,16 @@ class ChunkWriter(TableWriter):
     """
 
     def __init__(
-        self, cursor: psycopg.Cursor[tuple[Any, ...]], target: TableTarget, run: RunSpec, now: int, *, pieces: int = 1
+        self,
+        cursor: psycopg.Cursor[tuple[Any, ...]],
+        target: TableTarget,
+        run: RunSpec,
+        now: int,
+        *,
+        reference: Reference,
+        pieces: int = 1,
     ) -> None:
-        super().__init__(cursor, target, run, now, merge_all=True, pieces=pieces)
+        super().__init__(cursor, target, run, now, reference=reference, merge_all=True, pieces=pieces)
         self.whole: set[int] = set()
         self._staged: list[PieceOf] = []
         self._gone: list[int] = []
@@ -78,7 +86,7 @@ class ChunkWriter(TableWriter):
             names=target.each_key("key_{number}"),
             same_row=target.same_key("t.{column}", "k.key_{number}"),
             tsvector=f", {staged_words(target.keyword)}" if target.keyword else "",
-            has_record=target.has_record(STAGED_KEY) if target.source else "true",
+            has_record=self._has_record or "true",
         )
 
     def _create_staging(self) -> bytes:

@@ -65,7 +65,7 @@ class PostgreSQLChunkStore(PostgreSQLTableStore):
         self.session.retrying("clearing pieces", lambda: self.session.connection().execute(statement))
 
     def _writer(self, cursor: Cursor, run: RunSpec, now: int) -> FlushWriter:
-        return ChunkWriter(cursor, self.table, run, now, pieces=self._pieces)
+        return ChunkWriter(cursor, self.table, run, now, reference=self._find_reference(cursor), pieces=self._pieces)
 
     def _refused(self, slots: Sequence[FlushSlot], rows: Iterable[tuple[int, int, str, str]]) -> list[Reject]:
         return refused_pieces(slots, rows)

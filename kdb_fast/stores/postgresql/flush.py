@@ -115,10 +115,6 @@ class RowsDroppedError(Exception):
     """The server took fewer rows than it was given, without an error."""
 
 
-class NotInBinaryError(Exception):
-    """A key that has no binary form: the server is to read it."""
-
-
 class FlushWriter:
     """Rows of one flush on their way into the tables, within the flush's transaction.
 
@@ -182,30 +178,38 @@ class FlushWriter:
                 group.append((flush_slot, rows))
 
     def write(self, careful: bool) -> None:
-        import psycopg
+        """Write all rows.
 
+        Args:
+            careful: A row of them is refused: it is to be found.
+        """
         fresh, existing = self._fresh, self._existing
-        if fresh and not careful and not self._merge_all:
-            wanted = total = _count(fresh)
-            try:
-                with self.cursor.connection.transaction():
-                    for part in _parts(fresh, self._pieces):
-                        wanted -= self._copy(self.copy_table, self._table_rows, part)
-                    if wanted:
-                        raise RowsDroppedError
-                self.rows += total
-                fresh = []
-            except (
-                psycopg.errors.UniqueViolation,
-                psycopg.errors.ForeignKeyViolation,
-                RowsDroppedError,
-                NotInBinaryError,
-            ):
-                # Somebody else indexed one of these since the parent looked: merge decides whose is newer.
-                # Or what it refers to was deleted, or a trigger dropped rows: merge tells which.
-                self.met_conflict = True
+        if fresh and not careful and not self._merge_all and self._copy_fresh(fresh):
+            fresh = []
         if fresh or existing:
             self._merge([*fresh, *existing], careful)
+
+    def _copy_fresh(self, groups: list[Group]) -> bool:
+        """Copy rows straight into the table; False where that cannot be, and they are to be merged."""
+        import psycopg
+
+        try:
+            with self.cursor.connection.transaction():
+                self._copy_all(groups)
+        except (psycopg.errors.UniqueViolation, RowsDroppedError):
+            # Somebody else indexed one of these since the parent looked: merge decides whose is newer.
+            # Or a trigger dropped rows: merge tells which.
+            self.met_conflict = True
+            return False
+        return True
+
+    def _copy_all(self, groups: list[Group]) -> None:
+        wanted = total = _count(groups)
+        for part in _parts(groups, self._pieces):
+            wanted -= self._copy(self.copy_table, self._table_rows, part)
+        if wanted:
+            raise RowsDroppedError
+        self.rows += total
 
     def _merge(self, groups: list[Group], careful: bool) -> None:
         if careful:

@@ -8,7 +8,7 @@ which holds up no writer.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...db.pg_errors import kind_of, primary_message
 from ...db.retrying import ErrorKind
@@ -49,6 +49,31 @@ FROM pg_class s, pg_class t WHERE s.oid = to_regclass(%(source)s) AND t.oid = to
 ADD = "ALTER TABLE {table} ADD FOREIGN KEY ({columns}) REFERENCES {source} ({columns}) ON DELETE CASCADE NOT VALID"
 DELETE_ORPHANS = "DELETE FROM {table} t WHERE NOT {living}"
 VALIDATE = "ALTER TABLE {table} VALIDATE CONSTRAINT {name}"
+
+
+MAY_LOCK = "SELECT has_any_column_privilege(to_regclass(%(source)s), 'UPDATE')"
+
+
+class Reference(NamedTuple):
+    """What holds for each row that is written.
+
+    Attributes:
+        exists: There is a foreign key: the server checks it, and locks the record.
+        lockable: This role may lock records itself, and so leave out those that another program has locked.
+    """
+
+    exists: bool = False
+    lockable: bool = False
+
+
+def find_reference(cursor: Cursor, target: TableTarget) -> Reference:
+    """Whether the table refers to the one that is read by now."""
+    if target.source is None:
+        return Reference()
+    parameters = _parameters(target)
+    exists = cursor.execute(FOUND.encode(), parameters).fetchone() is not None
+    (lockable,) = cursor.execute(MAY_LOCK, parameters).fetchone() or (False,)
+    return Reference(exists, bool(lockable))
 
 
 def _parameters(target: TableTarget) -> dict[str, Any]:

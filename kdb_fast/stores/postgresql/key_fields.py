@@ -7,12 +7,15 @@ import struct
 from collections.abc import Callable, Sequence
 
 from . import pgcopy
-from .flush import NotInBinaryError
 
 Fields = Callable[[Sequence[bytes]], list[bytes]]
 """Values as text → fields of COPY, with their length. Raises NotInBinaryError where one is none of the type."""
 
 UUID_DIGITS = 32
+
+
+class NotInBinaryError(Exception):
+    """A key that has no binary form: the server is to read it."""
 
 
 def key_fields(type_name: str) -> Fields | None:

@@ -15,7 +15,7 @@ from ...tables.column_target import VectorColumn
 from ...tables.hidden_rows import check_unfiltered
 from ...tables.key import KeyColumn
 from ...tables.relation import Relation
-from ...tables.table_target import CHUNK_COLUMNS, CONTENT, TSVECTOR, TableTarget, check_columns, check_names
+from ...tables.table_target import CHUNK_COLUMNS, CONTENT, TSVECTOR, VERSION, TableTarget, check_columns, check_names
 from ...tables.target import Target, identifier, rows_on
 from .check import RELATIONS
 from .foreign_key import why_no_foreign_key
@@ -60,7 +60,10 @@ MAY_CREATE = "SELECT has_schema_privilege(oid, 'CREATE'), current_user::text FRO
 CREATE = "CREATE TABLE {table} AS SELECT {keys}, {others}{from_source} WITH NO DATA"
 """Made from the table that is read, so that the keys have its types and collations."""
 
-CONSTRAIN = "ALTER TABLE {table} ADD PRIMARY KEY ({unique}), {not_null}"
+CONSTRAIN = (
+    "ALTER TABLE {table} ADD PRIMARY KEY ({unique}), {not_null}, "
+    f"ALTER {VERSION} SET DEFAULT pg_current_xact_id()::xid"
+)
 
 OTHERS = {
     **dict.fromkeys(CHUNK_COLUMNS, "integer"),
@@ -71,6 +74,7 @@ OTHERS = {
     "kdb_fast_run": "bigint",
     "kdb_fast_at": "timestamp with time zone",
     TSVECTOR: "tsvector",
+    VERSION: "xid",
 }
 """Columns that a run writes, with their types, beside key and vectors."""
 
@@ -182,7 +186,7 @@ def _create(cursor: Cursor, target: TableTarget, dimensions: int) -> None:
             f"The model gives {dimensions} dimensions; pgvector's vector holds at most {MAX_DIMENSIONS}.",
             remedy="Choose another --model, or ask an API for fewer: --dimensions N.",
         )
-    made = [name for name in target.written if name != TSVECTOR]
+    made = [*(name for name in target.written if name != TSVECTOR), VERSION]
     others = ", ".join(f"NULL::{types[name]} AS {target.column(name)}" for name in made)
     read = target.source is not None
     keys = target.each_key("t.{column}" if read else "NULL::{type} AS {column}")
@@ -213,7 +217,8 @@ def _check(cursor: Cursor, target: TableTarget, dimensions: int) -> None:
     columns = {row[0]: row[1:] for row in cursor.execute(COLUMNS.encode(), (target.regclass,))}
     vector = cursor.execute(target.home.statement("SELECT format_type('{vector}'::regtype, -1)")).fetchone()
     cursor.execute("SELECT set_config('search_path', %s, true)", (path,))
-    wanted = {key.name: key.type for key in target.key} | {name: OTHERS.get(name, "") for name in target.written}
+    wanted = {key.name: key.type for key in target.key}
+    wanted |= {name: OTHERS.get(name, "") for name in (*target.written, VERSION)}
     wanted[target.vector.name] = vector[0] if vector else ""
     if TSVECTOR not in columns:
         wanted.pop(TSVECTOR, None)  # it is added

@@ -18,6 +18,7 @@ from ...tables.table_target import TableTarget
 from ..base import RunSpec
 from . import pgcopy
 from .flush import FlushWriter, Group
+from .foreign_key import Reference
 from .key_fields import key_fields
 from .keyword import tsvector_of
 
@@ -33,19 +34,19 @@ WRITE = """
 INSERT INTO {table} AS t ({columns}, {written})
 SELECT {typed_keys}, <content>s.vector, s.hash, s.seal, %(fingerprint)s::text, %(run)s, now(){tsvector}
 FROM {staging} s {living} ORDER BY {typed_keys}
-ON CONFLICT ({columns}) DO UPDATE SET {changes}
+ON CONFLICT ({columns}) DO UPDATE SET {changes}, kdb_fast_version = EXCLUDED.kdb_fast_version
 """
 UNWRITTEN_ROWS = """
 SELECT s.slot, s.row, {gone} FROM {staging} s
 WHERE NOT EXISTS (SELECT FROM {table} t WHERE {same_row} AND t.kdb_fast_run = %(run)s AND t.kdb_fast_at = now())
 ORDER BY 1, 2
 """
-"""Slot and row, and whether the record is gone: else something has kept the row from being written."""
+"""Slot and row, and whether the record is gone or locked: else something has kept the row from being written."""
 
 DELETE = "DELETE FROM {table} t USING unnest({arrays}) AS k({names}) WHERE {same_row}"
 
-RACES = 3
-"""How often rows are written again without those whose record was deleted in that very moment."""
+LOCK = " FOR KEY SHARE OF r SKIP LOCKED"
+"""As the foreign key will lock a record, without waiting for another program that is deleting it."""
 
 STAGED_KEY = "s.key_{number}::{type}"
 
@@ -62,16 +63,20 @@ class TableWriter(FlushWriter):
         run: RunSpec,
         now: int,
         *,
+        reference: Reference,
         merge_all: bool,
         pieces: int = 1,
     ) -> None:
         fields = [key_fields(key.type) for key in target.key]
         self._key_fields = [field for field in fields if field is not None]
-        # What the server makes of a text, COPY cannot say.
-        merge_all = merge_all or len(self._key_fields) < len(fields) or bool(target.keyword)
+        # What the server makes of a text, COPY cannot say; and a foreign key might refuse all of it for one row.
+        merge_all |= len(self._key_fields) < len(fields) or bool(target.keyword) or reference.exists
         super().__init__(cursor, target.home, run, now, merge_all=merge_all, pieces=pieces)
         self._target = target
         self._statement = target.statement
+        self._has_record = ""
+        if target.source:
+            self._has_record = target.has_record(STAGED_KEY, LOCK if reference.exists and reference.lockable else "")
         self._constant = (
             pgcopy.text_field(run.fingerprint) + pgcopy.int_field(run.number, 8) + pgcopy.timestamp_field(now)
         )
@@ -87,30 +92,27 @@ class TableWriter(FlushWriter):
     def _staged_keys(self) -> str:
         return self._target.each_key("key_{number}")
 
-    def _merge_staged(self, staged: int, parameters: dict[str, Any]) -> int:
-        import psycopg
+    def _copy_fresh(self, groups: list[Group]) -> bool:
+        """Without a savepoint, so that the rows are the transaction's own: that is how they are known again."""
+        self._copy_all(groups)
+        return True
 
+    def _merge_staged(self, staged: int, parameters: dict[str, Any]) -> int:
         target = self._target
         statement = self._statement(
             WRITE.replace("<content>", "s.content, " if target.content else ""),
             tsvector=f", {staged_words(target.keyword)}" if target.keyword else "",
             typed_keys=target.each_key(STAGED_KEY),
-            living=f"WHERE {target.has_record(STAGED_KEY)}" if target.source else "",
+            living=f"WHERE {self._has_record}" if target.source else "",
             changes=", ".join(f"{name} = EXCLUDED.{name}" for name in map(target.column, target.written)),
         )
-        for _ in range(RACES if target.source else 0):
-            try:
-                with self.cursor.connection.transaction():
-                    return self.cursor.execute(statement, parameters).rowcount
-            except psycopg.errors.ForeignKeyViolation:
-                continue  # a record was deleted between the statement's look and its check of the key
         return self.cursor.execute(statement, parameters).rowcount
 
     def _unwritten(self, parameters: dict[str, Any]) -> list[tuple[Any, ...]]:
         target = self._target
         statement = self._statement(
             UNWRITTEN_ROWS,
-            gone=f"NOT {target.has_record(STAGED_KEY)}" if target.source else "false",
+            gone=f"NOT {self._has_record}" if target.source else "false",
             same_row=target.same_key("t.{column}", STAGED_KEY),
         )
         return self.cursor.execute(statement, parameters).fetchall()

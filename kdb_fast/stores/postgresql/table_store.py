@@ -10,18 +10,19 @@ from ...db.address import DatabaseAddress
 from ...db.pg_errors import kind_of, primary_message
 from ...db.retrying import ErrorKind
 from ...faults import fault
-from ...records import Key
+from ...records import Key, Reject
 from ...tables.hidden_rows import HiddenRowsError
 from ...tables.index_policy import IndexOutcome
 from ...tables.key import KeyColumn, text_arrays
 from ...tables.table_target import TSVECTOR, TableTarget
 from ...tables.target import LiveRows, Params, Target, rows_on
-from ..base import FlushSlot, RunSpec, Stored, version_of_text
+from ..base import FlushResult, FlushSlot, RunSpec, Stored, version_of_text
 from . import prepare as pg_prepare
 from . import rejects as pg_rejects
-from .flush import FlushWriter
-from .foreign_key import refer
+from .flush import FlushWriter, RowsDroppedError
+from .foreign_key import Reference, find_reference, refer
 from .indexed import Indexed
+from .key_fields import NotInBinaryError
 from .keyword import finish_table
 from .prepare import PRUNE_BATCH
 from .session import LIMITS
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 LOOK_UP = """
 SELECT k.i, f.* FROM unnest({arrays}) WITH ORDINALITY AS k({names}, i), LATERAL (
   SELECT t.kdb_fast_hash,
-    CASE WHEN t.kdb_fast_seal = sha256({pgvector}vector_send(t.{embedding})) THEN t.kdb_fast_fingerprint END
+    CASE WHEN t.kdb_fast_version = t.xmin OR t.kdb_fast_seal = sha256({pgvector}vector_send(t.{embedding}))
+      THEN t.kdb_fast_fingerprint END
   FROM {table} t WHERE {same_row} OFFSET 0) f
 """
 """Key by key (OFFSET keeps it so). A vector that another program has written is not ours, whatever stands beside it."""
@@ -50,6 +52,9 @@ ALTERED = """
 SELECT count(*) FROM {table} t WHERE t.kdb_fast_run = %s
 AND t.kdb_fast_seal IS DISTINCT FROM sha256({pgvector}vector_send(t.{embedding}))
 """
+
+CONFLICTS = 2
+"""How often a flush meets one before the rows at fault are looked for."""
 
 TRIGGERS = """
 SELECT string_agg(DISTINCT tgname::text, ', ') FROM pg_trigger
@@ -75,6 +80,7 @@ class PostgreSQLTableStore(PostgreSQLStore):
     ) -> None:
         super().__init__(address, role, retry_seconds=retry_seconds, patient=patient, limits=limits)
         self.session.rename_target(table.identity)
+        self._reference: Reference | None = None
         # Where the extension is, this session knows: it may have been made since the table was found.
         self.table = replace(table, home=self.session.target)
 
@@ -86,7 +92,7 @@ class PostgreSQLTableStore(PostgreSQLStore):
 
     def prepare(self, dimensions: int, wait: float = 0.0) -> tuple[str, ...]:
         def make(cursor: Cursor, home: Target) -> tuple[str, ...]:
-            self.table = replace(self.table, home=home)
+            self.table, self._reference = replace(self.table, home=home), None
             return self._prepare_table(cursor, dimensions)
 
         return pg_prepare.prepare(self.session, make, wait, ())
@@ -125,7 +131,7 @@ class PostgreSQLTableStore(PostgreSQLStore):
                 return []
             return [
                 f"{count:,} rows of {table.shown} do not hold the vector that was written (trigger {names}, or another "
-                "program): they are embedded again by the next run."
+                "program)."
             ]
 
         return self.session.retrying("looking at what was stored", work)
@@ -138,6 +144,7 @@ class PostgreSQLTableStore(PostgreSQLStore):
 
     def finish_index(self, beat: Callable[[str], None], run: RunSpec | None = None) -> IndexOutcome:
         beat("adding the foreign key")
+        self._reference = None
         warnings = refer(self.session, self.table)
         outcome = super().finish_index(beat, run)
         if self.table.keyword:
@@ -181,7 +188,42 @@ class PostgreSQLTableStore(PostgreSQLStore):
         return {keys[i - 1]: Stored(text, fingerprint, version_of_text(text)) for i, text, fingerprint in rows}
 
     def _writer(self, cursor: Cursor, run: RunSpec, now: int) -> FlushWriter:
-        return TableWriter(cursor, self.table, run, now, merge_all=self._merge_all, pieces=self._pieces)
+        return TableWriter(
+            cursor,
+            self.table,
+            run,
+            now,
+            reference=self._find_reference(cursor),
+            merge_all=self._merge_all,
+            pieces=self._pieces,
+        )
+
+    def _find_reference(self, cursor: Cursor) -> Reference:
+        """Asked for once, in the first flush."""
+        if self._reference is None:
+            self._reference = find_reference(cursor, self.table)
+        return self._reference
+
+    def _flush_once(
+        self,
+        run: RunSpec,
+        number: int,
+        slots: Sequence[FlushSlot],
+        rejects: Sequence[Reject],
+        deletes: Sequence[Key],
+        careful: bool,
+    ) -> FlushResult:
+        import psycopg
+
+        conflicts = psycopg.errors.UniqueViolation, psycopg.errors.ForeignKeyViolation
+        for _ in range(0 if careful else CONFLICTS):
+            try:
+                return super()._flush_once(run, number, slots, rejects, deletes, careful)
+            except (*conflicts, RowsDroppedError, NotInBinaryError):
+                # A row is there that was not when the parent looked, a record was deleted in that very moment, or a
+                # trigger dropped a row: the merge, with its look at each, tells which.
+                self._merge_all = True
+        return super()._flush_once(run, number, slots, rejects, deletes, careful)
 
     def _delete(self, cursor: Cursor, keys: Sequence[Key]) -> int:
         return delete_keys(cursor, self.table, keys)

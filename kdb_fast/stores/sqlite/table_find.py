@@ -33,7 +33,7 @@ OTHERS = {
 """Columns that a run writes, with their types, beside key and vectors."""
 
 CREATE = "CREATE TABLE {table} ({definitions}, {unique} ({unique_columns}){refers})"
-CREATE_VEC0 = "CREATE VIRTUAL TABLE {table} USING vec0({embedding} float[{dimensions}] distance_metric=cosine)"
+CREATE_VEC0 = "CREATE VIRTUAL TABLE {table} USING vec0({vector} float[{dimensions}] distance_metric=cosine)"
 CREATE_KNOWN = "CREATE TABLE IF NOT EXISTS {known} ({key} INTEGER PRIMARY KEY, {others})"
 """What is known of the rows of a table of sqlite-vec."""
 
@@ -115,6 +115,12 @@ def _check_vec0(connection: sqlite3.Connection, target: TableTarget) -> None:
             + ("texts in pieces have several." if target.chunked else f"the key is {_key_shown(target)}."),
             remedy="Leave out --vec0 for a plain table.",
         )
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", target.vector.name):
+        raise SchemaError(
+            f"A table of sqlite-vec cannot have vectors in a column {storable_key(target.vector.name)}: its names have "
+            "letters, digits and _ only.",
+            remedy="Give the vectors another column: --vector NAME.",
+        )
     load_vec0(connection)
 
 
@@ -189,7 +195,9 @@ def _prepare_vec0(connection: sqlite3.Connection, target: TableTarget, dimension
     """Make the table of sqlite-vec and that of what is known of its rows, or check them."""
     row = connection.execute("SELECT sql FROM sqlite_master WHERE name = ? COLLATE NOCASE", (target.table,)).fetchone()
     if row is None:
-        connection.execute(target.statement(CREATE_VEC0, dimensions=str(int(dimensions))).decode())
+        connection.execute(
+            target.statement(CREATE_VEC0, vector=target.vector.name, dimensions=str(int(dimensions))).decode()
+        )
     else:
         declared = re.search(r"using\s+vec0\b.*\[(\d+)\]", str(row[0]), re.IGNORECASE | re.DOTALL)
         if declared is None or int(declared[1]) != dimensions:
