@@ -30,6 +30,8 @@ CONTENDERS = {
     "way": "ways:way",
     "column": "tables:column",
     "column_again": "tables:column_again",
+    "beside": "tables:beside",
+    "loading_beside": "tables:loading_beside",
     "update_executemany": "tables:update_executemany",
     "update_staging": "tables:update_staging",
     "fill": "find:fill",

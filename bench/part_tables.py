@@ -26,12 +26,20 @@ def run(options: Options) -> Result:
     with session(options) as s:
         written = _written(s)
         keep, defer = _indexed(s)
+        beside, example, beside_sqlite = _beside(s)
         again = {name: _again(s, name) for name in ("PostgreSQL", "SQLite")}
     ours, executemany, staging = written.values()
     requirements = [
         _after_start(ours, executemany, 1.4, "column target, every row, against executemany UPDATEs"),
         _after_start(ours, staging, 0.75, "column target, every row, against a COPY'd staging table"),
     ]
+    requirements.append(
+        _after_start(beside, example, 0.75, "table target, first load, against pgvector's loading example")
+    )
+    rates = [run["records"] / run["seconds_after_start"] for run in beside_sqlite.runs]
+    requirements.append(
+        Requirement("SQLite table target, first load, after the start", spread(rates), 30_000.0, unit=" rows/s")
+    )
     faster = pairwise(keep.values("seconds"), defer.values("seconds"))
     text = "column target with an HNSW index, every row changed, index ready again: deferred against live"
     requirements.append(Requirement(text, faster, 3.0, unit="×"))
@@ -65,6 +73,15 @@ def run(options: Options) -> Result:
                 [[*_row(o), "" if o is ours else _ratio(ours, o).text(2, "×")] for o in written.values()],
             ),
             Table(
+                "A first load into a table of vectors beside it, with its foreign key",
+                ("contender", "rows", "seconds", "rows/s", "times as fast, after the start"),
+                [
+                    [*_row(beside), ""],
+                    [*_row(example), _ratio(beside, example).text(2, "×")],
+                    [*_row(beside_sqlite), ""],
+                ],
+            ),
+            Table(
                 "Every row changed, with an HNSW index, until it is ready again",
                 ("contender", "rows", "seconds", "rows/s", "times as fast"),
                 [[*_row(keep), ""], [*_row(defer), faster.text(2, "×")]],
@@ -78,7 +95,8 @@ def run(options: Options) -> Result:
         requirements=requirements,
         chart=("Rows a second", "rows/s",
                [Bar(o.contender.label, spread(o.rates), o.contender.ours) for o in written.values()]),
-        raw={"written": raw(written.values()), "indexed": raw([keep, defer]), "again": raw(all_again)},
+        raw={"written": raw(written.values()), "beside": raw([beside, example, beside_sqlite]),
+             "indexed": raw([keep, defer]), "again": raw(all_again)},
     )  # fmt: skip
 
 
@@ -93,6 +111,26 @@ def _written(s: Session) -> dict[str, Outcome]:
         s.runs,
         s.reset,
     )
+
+
+def _beside(s: Session) -> tuple[Outcome, Outcome, Outcome]:
+    params = s.dataset("contacts", s.options.size(ROWS, 400)).params()
+    beside, example = alternate(
+        [
+            Contender("kdb-fast, table of vectors", "beside", {**params, "conninfo": s.conninfo}, ours=True),
+            Contender("pgvector's loading example", "loading_beside", {**params, "conninfo": s.conninfo}),
+        ],
+        s.runs,
+        s.reset,
+    ).values()
+    file = s.work / "beside.db"
+    in_file = {**params, "conninfo": f"sqlite:///{file}"}
+    (beside_sqlite,) = alternate(
+        [Contender("kdb-fast, table of vectors, SQLite", "beside", in_file, ours=True)],
+        s.runs,
+        lambda: file.unlink(missing_ok=True),
+    ).values()
+    return beside, example, beside_sqlite
 
 
 def _indexed(s: Session) -> tuple[Outcome, Outcome]:

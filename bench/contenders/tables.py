@@ -15,10 +15,15 @@ from kdb_fast.resources import peak_rss_bytes
 from kdb_fast.settings import ReindexOptions
 from kdb_fast.sources.table.input import TableInput
 from kdb_fast.stores.postgresql import column_find as pg_find
+from kdb_fast.stores.postgresql import table_find as pg_table_find
 from kdb_fast.stores.postgresql.session import PgSession
 from kdb_fast.stores.sqlite import column_find as sqlite_find
+from kdb_fast.stores.sqlite import table_find as sqlite_table_find
 from kdb_fast.tables.column_target import ColumnTarget, column_text
 from kdb_fast.tables.definition import Definition
+from kdb_fast.tables.find_relation import find_relation
+from kdb_fast.tables.table_target import TableTarget
+from kdb_fast.tables.target import rows_on
 
 from .. import data, database, free_encoder, vectors
 from ..watched import Watch, watched
@@ -34,6 +39,7 @@ NOTE = (
     "EXCLUDED.fingerprint, text_hash = EXCLUDED.text_hash, vector_hash = EXCLUDED.vector_hash, at = EXCLUDED.at"
 )
 HNSW = "CREATE INDEX kdb_articles_hnsw ON kdb_articles USING hnsw (embedding vector_cosine_ops)"
+BESIDE = "kdb_article_vectors"
 FINGERPRINT = "0123456789abcdef"
 TEXT_CHARS = 200
 
@@ -64,6 +70,47 @@ def column_again(params: dict[str, Any]) -> dict[str, Any]:
         _execute(params["conninfo"], f"UPDATE kdb_articles SET body = body || ' changed' WHERE id % {every} = 0")
     seconds, _ = _reindex(params)
     return {"seconds": seconds, "records": count, "parent_rss_bytes": peak_rss_bytes()}
+
+
+def beside(params: dict[str, Any]) -> dict[str, Any]:
+    """kdb-fast into a table of vectors beside the table, which is made; its foreign key is validated in the end."""
+    count = _filled(params)
+    address = database.address_of(params["conninfo"])
+    with watched(worker_target=free_encoder.run) as watch:
+        started = time.perf_counter()
+        reindex(
+            address, TableInput(_definition(address, BESIDE)), ReindexOptions(index="none"), target=_beside(address)
+        )
+        seconds = time.perf_counter() - started
+        ended = time.monotonic()
+    _verify(params, count, BESIDE)
+    assert watch.ready_at is not None
+    # With what comes after the last COMMIT: the foreign key.
+    after_start = ended - watch.ready_at
+    return {"seconds": seconds, "records": count, "seconds_after_start": after_start}
+
+
+def loading_beside(params: dict[str, Any]) -> dict[str, Any]:
+    """pgvector-python's published example of bulk loading, with a key, and a foreign key that is validated in the end.
+
+    The rows are ready beforehand.
+    """
+    count = _filled(params)
+    with database.connect(params["conninfo"]) as connection:
+        rows = [(key, vector) for page in _pages(connection) for key, _, _, vector in page]
+        started = time.perf_counter()
+        connection.execute(f"CREATE TABLE {BESIDE} (id bigint PRIMARY KEY, embedding vector({database.DIMENSIONS}))")
+        with connection.cursor().copy(f"COPY {BESIDE} (id, embedding) FROM STDIN WITH (FORMAT BINARY)") as copy:
+            copy.set_types(("int8", "vector"))
+            for row in rows:
+                copy.write_row(row)
+                # As in the example: keeps libpq's buffer small.
+                while connection.pgconn.flush() == 1:
+                    pass
+        connection.execute(f"ALTER TABLE {BESIDE} ADD FOREIGN KEY (id) REFERENCES kdb_articles ON DELETE CASCADE")
+        seconds = time.perf_counter() - started
+    _verify(params, count, BESIDE)
+    return {"seconds": seconds, "records": count}
 
 
 def update_executemany(params: dict[str, Any]) -> dict[str, Any]:
@@ -150,15 +197,31 @@ def _filled(params: dict[str, Any]) -> int:
 
 def _reindex(params: dict[str, Any]) -> tuple[float, Watch]:
     address = database.address_of(params["conninfo"])
-    definition = Definition(
-        name="bench", schema=None if address.dialect == "sqlite" else "public", table="kdb_articles", text=("body",)
-    )
+    definition = _definition(address)
     with watched(worker_target=free_encoder.run) as watch:
         started = time.perf_counter()
         options = ReindexOptions(index=params.get("index"))
         reindex(address, TableInput(definition), options, target=_target(address))
         seconds = time.perf_counter() - started
     return seconds, watch
+
+
+def _definition(address: DatabaseAddress, into: str = "") -> Definition:
+    schema = None if address.dialect == "sqlite" else "public"
+    return Definition(name="bench", schema=schema, table="kdb_articles", text=("body",), into=into)
+
+
+def _beside(address: DatabaseAddress) -> TableTarget:
+    if address.dialect == "sqlite":
+        with contextlib.closing(connect_sqlite(address)) as connection:
+            relation = find_relation(rows_on(connection, "sqlite"), "sqlite", "kdb_articles")
+            return sqlite_table_find.find_table(connection, "bench", BESIDE, key=relation.keys[0], source=relation)
+    session = PgSession(address, "bench")
+    with contextlib.closing(session), session.transaction() as cursor:
+        relation = find_relation(rows_on(cursor, "postgresql"), "postgresql", "public.kdb_articles")
+        return pg_table_find.find_table(
+            cursor, session.target, "bench", f"public.{BESIDE}", key=relation.keys[0], source=relation
+        )
 
 
 def _target(address: DatabaseAddress) -> ColumnTarget:
@@ -188,14 +251,14 @@ def _execute(conninfo: str, statement: str) -> None:
         connection.execute(statement.encode())
 
 
-def _verify(params: dict[str, Any], count: int) -> None:
+def _verify(params: dict[str, Any], count: int, table: str = "kdb_articles") -> None:
     """That every row has a vector."""
     if params["conninfo"].startswith("sqlite:"):
         with contextlib.closing(_sqlite(params["conninfo"])) as file:
-            (found,) = file.execute("SELECT count(embedding) FROM kdb_articles").fetchone()
+            (found,) = file.execute(f"SELECT count(embedding) FROM {table}").fetchone()
             assert found == count, f"{found} vectors were written, expected {count}"
         return
     with database.connect(params["conninfo"]) as connection:
-        row = connection.execute("SELECT count(embedding) FROM kdb_articles").fetchone()
+        row = connection.execute(f"SELECT count(embedding) FROM {table}".encode()).fetchone()
         assert row is not None
         assert row[0] == count, f"{row[0]} vectors were written, expected {count}"
