@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..records import MAX_CONTENT_BYTES
 from .key import KeyColumn
 from .names import qualified
 from .relation import Relation
@@ -64,9 +65,15 @@ class Selection:
 
     @property
     def text_as_text(self) -> str:
-        """The text of a row, as a value that is text."""
+        """The text of a row, as a value that is text; what is kept of none (:func:`~kdb_fast.records.cut_content`) need
+        not be sent."""
         text = self.escaped(self.text)
-        return f"({text})::text" if self.dialect == "postgresql" else f"CAST(({text}) AS text)"
+        # SQLite's functions end a text at a NUL, which makes it a bad one.
+        return (
+            f"pg_catalog.left(({text})::text, {MAX_CONTENT_BYTES})"
+            if self.dialect == "postgresql"
+            else f"CAST(({text}) AS text)"
+        )
 
     @property
     def order(self) -> str:
@@ -139,7 +146,7 @@ class Selection:
     def __call__(self, rows: Rows, target: Target, entity: str, params: Params) -> str:
         """The condition that the row ``s`` of a table of vectors still has a row here: see
         :data:`~kdb_fast.tables.target.LiveRows`. Its key has the columns of this one."""
-        if self.dialect == "sqlite" and self.relation.kind in ("view", "query"):
+        if self.dialect == "sqlite" and not self.paged:
             # Asked once, and not for every row.
             own = ", ".join(f"s.{identifier(key.name, self.dialect)}" for key in self.key)
             return f"({own}) IN (SELECT {self.selected_key} FROM {self.source()})"  # noqa: S608

@@ -16,7 +16,7 @@ from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.db.reading import open_connection
 from kdb_fast.errors import DatabaseError, SchemaError, UsageError
 from kdb_fast.indexing.reindex import reindex
-from kdb_fast.records import Key, Record, Reject
+from kdb_fast.records import MAX_CONTENT_BYTES, Key, Record, Reject
 from kdb_fast.settings import ReindexOptions
 from kdb_fast.sources.table.input import TableInput
 from kdb_fast.sources.table.source import TableSource
@@ -26,6 +26,11 @@ from kdb_fast.tables.relation import Relation
 from kdb_fast.tables.selection import Selection
 from kdb_fast.tables.target import ALL, Params, Target, rows_on
 from kdb_fast.tables.text import text_columns, text_expression
+
+CUT_OFF = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+    "WHERE application_name = 'kdb-fast/reader' AND datname = current_database()"
+)
 
 
 class Texts(dict[Key, str]):
@@ -141,11 +146,17 @@ def test_a_query_is_read_once(articles: DatabaseAddress) -> None:
     assert found == {key(articles, 0): "Title 6", key(articles, 1): "Title 4", key(articles, 2): "Title 5"}
 
 
-@pytest.mark.parametrize("kind", ["view", "aggregate", "materialised"])
-def test_views_are_read(articles: DatabaseAddress, kind: str) -> None:
-    what = "MATERIALIZED VIEW" if kind == "materialised" and articles.dialect == "postgresql" else "VIEW"
-    tail = "GROUP BY id, title, body" if kind == "aggregate" else ""
-    execute(articles, f"CREATE {what} chosen AS SELECT id, title, body FROM articles WHERE id < 6 {tail}")
+def test_views_are_read(articles: DatabaseAddress) -> None:
+    for kind in ("view", "aggregate", "materialised"):
+        what = "MATERIALIZED VIEW" if kind == "materialised" and articles.dialect == "postgresql" else "VIEW"
+        tail = "GROUP BY id, title, body" if kind == "aggregate" else ""
+        execute(articles, f"CREATE {what} chosen AS SELECT id, title, body FROM articles WHERE id < 6 {tail}")
+        check_view(articles, kind)
+        execute(articles, f"DROP {what} chosen")
+
+
+def check_view(articles: DatabaseAddress, kind: str) -> None:
+    """The view ``chosen`` is read; a simple one by key."""
     found = texts(articles, "chosen", key=("id",), into="v", text=("title",))
     assert found == {key(articles, n): f"Title {n}" for n in range(1, 6)}
     with contextlib.closing(opened(articles, "chosen", key=("id",), into="v", text=("title",))) as source:
@@ -429,8 +440,13 @@ def test_a_run_finds_its_rows_again_by_such_keys(index: DatabaseAddress, into: s
 ODD = ["My Docs", '"Big" Table', "100%", "%s {v} %(p)s", "é ß 日本", "select", "a'b\\", "x" * 60]
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_odd_names(index: DatabaseAddress, name: str) -> None:
+def test_odd_names(index: DatabaseAddress) -> None:
+    for name in ODD:
+        check_odd_name(index, name)
+
+
+def check_odd_name(index: DatabaseAddress, name: str) -> None:
+    """A schema, a table and columns of this name are read."""
     quoted = '"' + name.replace('"', '""') + '"'
     table = f"{quoted}.{quoted}" if index.dialect == "postgresql" else quoted
     statements = (
@@ -493,8 +509,7 @@ def test_identifiers_of_sqlite(sqlite_database: DatabaseAddress, tmp_path: Any) 
         for written in ("articles", "OTHER.Articles"):
             found = find_relation(rows_on(connection, "sqlite"), "sqlite", written)
             assert (found.schema, found.name, len(found.keys)) == ("other", "articles", 1)
-        (_, text) = ("", text_expression(found, (), "", "sqlite"))
-        selection = Selection("sqlite", found, found.keys[0], text)
+        selection = Selection("sqlite", found, found.keys[0], text_expression(found, (), "", "sqlite"))
         connection.execute("INSERT INTO other.articles VALUES (1, 'text')")
         statement = f"SELECT {selection.selected} FROM {selection.source()} ORDER BY {selection.order}"
         assert connection.execute(statement).fetchall() == [(1, "text")]
@@ -712,19 +727,30 @@ def test_paid_texts_are_named(articles: DatabaseAddress) -> None:
     assert text_columns(relation, ["body"], provider="openai") == ("title",)
 
 
+def test_a_connection_that_is_lost_between_two_pages_is_made_again(database: DatabaseAddress) -> None:
+    execute(database, "CREATE TABLE notes (id int PRIMARY KEY, body text)")
+    execute(database, "INSERT INTO notes SELECT n, 'x' FROM generate_series(1, 9) n")
+    with contextlib.closing(opened(database, "notes")) as source:
+        pages = source.pages()
+        assert len(next(pages)) == 3
+        execute(database, CUT_OFF)
+        assert sum(map(len, pages)) == 6
+
+
 def test_a_query_that_is_cut_off_says_so(database: DatabaseAddress) -> None:
-    execute(
-        database, "CREATE TABLE notes (id int, body text); INSERT INTO notes SELECT n, 'x' FROM generate_series(1, 9) n"
-    )
-    with contextlib.closing(opened(database, query="SELECT * FROM notes", key=("id",), into="v")) as source:
+    query = "SELECT n AS id, 'x' AS body FROM generate_series(1, 9) n"
+    with contextlib.closing(opened(database, query=query, key=("id",), into="v")) as source:
         pages = source.pages()
         next(pages)
-        execute(
-            database,
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'kdb-fast/reader'",
-        )
+        execute(database, CUT_OFF)
         with pytest.raises(DatabaseError, match="lost while reading the query"):
             list(pages)
+
+
+def test_long_texts_are_cut_where_they_are_read(database: DatabaseAddress) -> None:
+    execute(database, "CREATE TABLE notes (id int PRIMARY KEY, body text)")
+    execute(database, "INSERT INTO notes SELECT n, repeat('é', n) FROM unnest(ARRAY[10, 2000000]) n")
+    assert [len(text) for text in texts(database, "notes").values()] == [10, MAX_CONTENT_BYTES]
 
 
 def test_a_query_writes_nothing(database: DatabaseAddress) -> None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from ...db.address import DatabaseAddress
 from ...tables.definition import Definition
+from ..base import PAGE_ROWS
 from ..reader import Reader
 from .select import select
-from .source import PAGE_ROWS, TableSource
+from .source import TableSource
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ...tables.names import or_nearest, qualified
 from ...tables.relation import Relation
 from ...tables.selection import Selection
 from ...tables.target import Dialect, Target, rows_on
-from ...tables.text import is_expression, text_expression
+from ...tables.text import is_expression, text_columns, text_expression
 from ..reader import Reader
 
 NO_RIGHT = "42501"
@@ -45,7 +45,11 @@ def select(reader: Reader, definition: Definition) -> Selection:
             remedy="Name a table for the vectors: --into NAME",
         )
     key, indexed = _key(relation, definition.key, dialect)
-    text = text_expression(relation, definition.text, definition.template, dialect)
+    names = definition.text
+    if not names and not definition.template:
+        vector = () if definition.into else (definition.vector,)
+        names = text_columns(relation, (*(part.name for part in key), *vector), provider=definition.provider)
+    text = text_expression(relation, names, definition.template, dialect)
     selection = Selection(dialect, relation, key, text, definition.filter, query, indexed)
     _check_expressions(reader, selection, definition.text)
     if indexed:

@@ -14,15 +14,12 @@ from ...tables.key import text_arrays
 from ...tables.known_rows import KnownRows, register
 from ...tables.selection import Selection
 from ...tables.target import ALL, Params
-from ..base import Source
+from ..base import PAGE_ROWS, Source
 from ..reader import ONLY_READING, Reader
 from .select import check_unique
 
-FIRST_PAGE_ROWS = 250
+FIRST_PAGE_ROWS = 100
 """Rows of the first page, before the size of a record is known. Each further one has at most twice as many."""
-
-PAGE_ROWS = 4000
-"""Most rows of a page, which one query gives."""
 
 PAGE_BYTES = 8 << 20
 """Characters of the texts of one page, about: long texts make smaller pages."""
