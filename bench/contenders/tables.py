@@ -47,8 +47,8 @@ TEXT_CHARS = 200
 def column(params: dict[str, Any]) -> dict[str, Any]:
     """kdb-fast over every row of a table; process start included.
 
-    With ``index`` each row has a vector by then and there is an HNSW index over them, all texts have changed, and that
-    is what is done with the index: ``keep`` or ``defer``.
+    No index is made where there is none. With ``index`` each row has a vector by then and there is an HNSW index over
+    them, all texts have changed, and that is what is done with the index: ``keep`` or ``defer``.
     """
     count = _filled(params)
     if params.get("index"):
@@ -56,7 +56,7 @@ def column(params: dict[str, Any]) -> dict[str, Any]:
         _execute(params["conninfo"], "UPDATE kdb_articles SET body = body || ' changed'")
         _execute(params["conninfo"], "VACUUM ANALYZE kdb_articles")
         _execute(params["conninfo"], HNSW)
-    seconds, watch = _reindex(params)
+    seconds, watch = _reindex(params, params.get("index", "none"))
     _verify(params, count)
     _execute(params["conninfo"], "VACUUM ANALYZE")
     return {"seconds": seconds, "records": count, "seconds_after_start": watch.seconds_after_start}
@@ -195,12 +195,12 @@ def _filled(params: dict[str, Any]) -> int:
     return int(params["records"])
 
 
-def _reindex(params: dict[str, Any]) -> tuple[float, Watch]:
+def _reindex(params: dict[str, Any], index: str = "none") -> tuple[float, Watch]:
     address = database.address_of(params["conninfo"])
     definition = _definition(address)
     with watched(worker_target=free_encoder.run) as watch:
         started = time.perf_counter()
-        options = ReindexOptions(index=params.get("index"))
+        options = ReindexOptions(index=index if address.dialect == "postgresql" else None)
         reindex(address, TableInput(definition), options, target=_target(address))
         seconds = time.perf_counter() - started
     return seconds, watch
