@@ -10,7 +10,7 @@ from .models import models_group
 from .options import database_option, json_option, no_progress_option
 from .rejects import rejects_group
 from .searching import search_command, status_command
-from .tables import targets_group, uninstall_command
+from .targets import targets_group, uninstall_command
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 

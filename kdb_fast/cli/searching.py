@@ -9,7 +9,8 @@ import click
 
 from .console import complain
 from .options import BASE_URL_HELP, database_option, json_option, opened_database
-from .tables import in_schema, show_target, state_schema_option
+from .tables import in_schema, state_schema_option
+from .targets import show_target
 
 
 @click.command("search")

@@ -1,9 +1,8 @@
-"""Tables of any kind on the command line: the options of ``reindex`` that describe a target, and ``targets``."""
+"""Tables of any kind on the command line: the options of ``reindex`` that describe a target."""
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,10 @@ import click
 
 from ..errors import UsageError
 from ..records import storable_key
+from ..settings import INDEX_POLICIES
 from .console import shell_word
 from .groups import group
-from .options import F, RunArguments, database_option, json_option, opened_database, provider_of
+from .options import F, RunArguments, provider_of
 
 if TYPE_CHECKING:
     from ..db.address import DatabaseAddress
@@ -75,6 +75,25 @@ def table_options(command: Callable[..., int]) -> Callable[..., int]:
             help="Another database that is read, such as a replica. Its password is not kept: use PGPASSWORD or "
             "~/.pgpass.",
         ),
+        click.option("--chunk", type=int, metavar="TOKENS", help="With --into: cut texts into pieces of so long."),
+        click.option("--overlap", type=int, metavar="TOKENS", help="Tokens that two neighbouring pieces share."),
+        click.option(
+            "--document-prefix",
+            metavar="TEXT",
+            help="Read before each text by the model. Default: what it asks for.",
+        ),
+        click.option("--query-prefix", metavar="TEXT", help="Read before each query by the model."),
+        click.option("--keyword/--no-keyword", default=None, help="Keep the words of the texts, for keyword search."),
+        click.option(
+            "--language",
+            metavar="NAME",
+            help="Of --keyword. Default: the database's; on SQLite english or simple.",
+        ),
+        click.option(
+            "--index",
+            type=click.Choice(INDEX_POLICIES),
+            help="What is done with the indexes of the vectors; none: make none. Default: keep.",
+        ),
         click.option("--create", is_flag=True, help="Add the column of --vector where it is missing."),
         click.option(
             "--replace", is_flag=True, help="Overwrite vectors that another program has written, for this run."
@@ -106,6 +125,13 @@ class TableArguments:
     with_source: bool
     vec0: bool
     source: str | None
+    chunk: int | None
+    overlap: int | None
+    document_prefix: str | None
+    query_prefix: str | None
+    keyword: bool | None
+    language: str | None
+    index: str | None
     create: bool
     replace: bool
     vacuum: bool
@@ -119,7 +145,7 @@ class TableArguments:
         return [
             f"--{name.replace('_', '-')}"
             for name, value in given.items()
-            if value not in (None, (), False) and name not in _NAMING
+            if value not in (None, ()) and (value is not False or name == "keyword") and name not in _NAMING
         ]
 
     def check(self, names: tuple[str, ...], from_file: str | None) -> None:
@@ -206,6 +232,13 @@ class TableArguments:
             with_source=self.with_source,
             vec0=self.vec0,
             source=self.source,
+            chunk=self.chunk,
+            overlap=self.overlap,
+            document_prefix=self.document_prefix,
+            query_prefix=self.query_prefix,
+            keyword=self.keyword,
+            language=self.language,
+            index=self.index,
             create=self.create,
             replace=self.replace,
             vacuum=self.vacuum,
@@ -228,99 +261,3 @@ _NAMING = ("name", "state_schema")
 def in_schema(address: DatabaseAddress, schema: str | None) -> DatabaseAddress:
     """The address with the schema of our own tables, where one is named."""
     return address if schema is None or address.dialect == "sqlite" else replace(address, schema=schema)
-
-
-@click.group("targets")
-def targets_group() -> None:
-    """List, show and forget the tables whose vectors are kept up to date: the targets of `reindex --table`."""
-
-
-@targets_group.command("list")
-@database_option
-@state_schema_option
-@json_option
-def targets_list(db: str | None, state_schema: str | None, as_json: bool) -> None:
-    """List all targets with their rows that have a vector, and their newest run."""
-    from ..stores.targets import statuses_in
-    from .report import print_targets
-
-    with opened_database(db, reads=True) as address:
-        found = statuses_in(in_schema(address, state_schema))
-    if as_json:
-        print(json.dumps({"targets": [target.as_json() for target in found]}, default=str))
-    else:
-        print_targets([target.as_json() for target in found])
-
-
-@targets_group.command("show")
-@click.argument("name")
-@database_option
-@state_schema_option
-@json_option
-def targets_show(name: str, db: str | None, state_schema: str | None, as_json: bool) -> None:
-    """Show how a target was described, and what there is of it."""
-    show_target(name, db, state_schema, as_json)
-
-
-def show_target(name: str, db: str | None, state_schema: str | None, as_json: bool) -> None:
-    """Print one target."""
-    from ..stores.targets import statuses_in
-    from .report import print_target
-
-    with opened_database(db, reads=True) as address:
-        (found,) = statuses_in(in_schema(address, state_schema), name)
-    if as_json:
-        print(json.dumps(found.as_json(), default=str))
-    else:
-        print_target(found.as_json())
-
-
-@targets_group.command("drop")
-@click.argument("name")
-@database_option
-@state_schema_option
-@click.option(
-    "--with-vectors", is_flag=True, help="Also the table or column of the vectors, where kdb-fast has made it."
-)
-@json_option
-def targets_drop(name: str, db: str | None, state_schema: str | None, with_vectors: bool, as_json: bool) -> None:
-    """Forget a target: its description, its runs and rejects, and what is known of its vectors.
-
-    The vectors stay. They are then another program's: a target that is described anew leaves them alone.
-    """
-    from ..stores.targets import find_in, forget
-
-    with opened_database(db, reads=True) as address:
-        where, definition = find_in(in_schema(address, state_schema), name)
-        removed = forget(where, definition, with_vectors=with_vectors)
-    if as_json:
-        print(json.dumps({"dropped": definition.name, "removed": removed}))
-    else:
-        print(f"{storable_key(definition.name)} is forgotten" + "".join(f"; removed {name}" for name in removed))
-
-
-@click.command("uninstall")
-@database_option
-@state_schema_option
-@click.option("--yes", is_flag=True, help="Do it; without, only say what would be removed and what would be left.")
-@json_option
-def uninstall_command(db: str | None, state_schema: str | None, yes: bool, as_json: bool) -> None:
-    """Remove kdb-fast's own tables from a database: runs, rejects, targets and what is known of their vectors.
-
-    Your tables and all vectors stay; the columns and tables that kdb-fast has made for vectors are named, with what
-    removes them. Before it, `targets drop NAME --with-vectors` removes those of one target.
-    """
-    from ..stores.uninstall import look, uninstall
-
-    with opened_database(db, reads=True) as address:
-        found = (uninstall if yes else look)(in_schema(address, state_schema))
-        name = address.display
-    if as_json:
-        print(json.dumps({"done": yes, **found._asdict()}))
-        return
-    what = "removed" if yes else "would be removed"
-    print(f"{name}: {what}: {', '.join(found.removed) or 'nothing'}")
-    for left in found.left:
-        print(f"  stays: {left}")
-    if found.removed and not yes:
-        print("  Nothing was done. To do it: the same with --yes")

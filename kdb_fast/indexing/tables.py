@@ -10,16 +10,18 @@ from typing import Any, TypedDict, Unpack
 
 from ..db.address import DatabaseAddress, opened, parse_address, without_secrets
 from ..db.reading import read
+from ..embedding.prefixes import prefixes_of
 from ..errors import SchemaError, UsageError
 from ..receipt import Receipt
 from ..settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
 from ..sources.table.input import TableInput
 from ..stores import targets
-from ..stores.find import create_vector_column, find_table_target, make_view
+from ..stores.find import create_vector_column, find_table_target, keyword_of, make_view
 from ..tables.definition import Definition
 from ..tables.describe import Described, Given, adapting, describe, find_kept
+from ..tables.names import qualified
 from ..tables.reading import rows_of
-from ..tables.target import Target, find_target
+from ..tables.target import Dialect, Rows, Target, find_target, identifier
 from .progress import Progress, Silent
 from .reindex import reindex
 from .run_embedding import Embedding, Records, find_embedding
@@ -53,6 +55,13 @@ def reindex_table(
     vec0: bool = False,
     source: str | None = None,
     name: str | None = None,
+    chunk: int | None = None,
+    overlap: int | None = None,
+    document_prefix: str | None = None,
+    query_prefix: str | None = None,
+    keyword: bool | None = None,
+    language: str | None = None,
+    index: str | None = None,
     create: bool = False,
     replace: bool = False,
     vacuum: bool = False,
@@ -87,6 +96,15 @@ def reindex_table(
         vec0: SQLite: ``into`` is a table of sqlite-vec.
         source: Address of another database that is read, such as a replica; kept without its password.
         name: Under which the description is kept; the table's where there is none.
+        chunk: With ``into``: texts are cut into pieces of so many tokens, each with a vector of its own; 0 for whole.
+        overlap: Tokens that two neighbouring pieces share.
+        document_prefix: What the model reads before each text; "" for nothing. For a new target what its makers ask
+            for, except where the column holds vectors already.
+        query_prefix: Likewise, before each query.
+        keyword: Keyword search: keep the words of the texts beside the vectors.
+        language: Of keyword search: a text search configuration of PostgreSQL; on SQLite ``english``, ``simple`` or a
+            tokenizer of FTS5. The database's own where none is named.
+        index: What is done with the indexes of the vectors: ``keep``, ``defer``, ``concurrently`` or ``none``.
         create: Add that column where it is missing.
         replace: Overwrite vectors that another program has written, which else are left alone.
         vacuum: PostgreSQL: free the versions of rows that are left behind, during the run.
@@ -123,6 +141,11 @@ def reindex_table(
         "vector": vector,
         "into": into,
         "form": "vec0" if vec0 else None,
+        "chunk": chunk,
+        "overlap": overlap if overlap is not None or chunk is None else 0,
+        "document_prefix": document_prefix,
+        "query_prefix": query_prefix,
+        "index": index,
         "source": without_secrets(source) if source else None,
         "model": model,
         "provider": provider or ("openai" if base_url else None),
@@ -134,6 +157,10 @@ def reindex_table(
     with contextlib.ExitStack() as stack:
         written = stack.enter_context(opened(parse_address(url) if isinstance(url, str) else url))
         written, home, kept = _home(written, state_schema)
+        if keyword is not None or language is not None:
+            if keyword is False and language is not None:
+                raise UsageError("--language belongs to --keyword.")
+            known["keyword"] = "" if keyword is False else keyword_of(written, language or "")
         elsewhere = source or _kept_source(name, kept, written.dialect)
         read_from = stack.enter_context(opened(parse_address(elsewhere))) if elsewhere else None
         described = _describe(written, read_from, home, kept, name or "", known, create)
@@ -192,6 +219,7 @@ def _describe(
             return describe(rows, dialect, name, given, kept, create=create, read=rows_of(other, dialect))
 
         found = described(connection) if read_from is None else read(read_from, described)
+        found = _with_prefixes(rows, found, given, dialect)
         if dialect == "postgresql":
             from ..stores.postgresql.table_rights import check_table_rights
 
@@ -199,6 +227,34 @@ def _describe(
         return found
 
     return read(address, work)
+
+
+def _with_prefixes(rows: Rows, described: Described, given: Given, dialect: Dialect) -> Described:
+    """With what the makers of the model ask for, where nothing else is said and the vectors are for our own searches.
+
+    Other programs embed their queries for a column that they have filled without it.
+    """
+    definition, before = described.definition, described.before
+    asked = prefixes_of(definition.model)
+    chosen = {"document_prefix", "query_prefix"} & given.keys()
+    changed = before is None or ("model" in given and before.model != definition.model)
+    ours = definition.into or described.creates or (before and (before.document_prefix or before.query_prefix))
+    if chosen or not changed or not (ours or (asked.source and _is_empty(rows, definition, dialect))):
+        return described
+    wanted = dataclasses.replace(definition, document_prefix=asked.document, query_prefix=asked.query)
+    notes = described.notes
+    if asked.source:
+        notes += (
+            f"{definition.model} reads {asked.document!r} before each text and {asked.query!r} before each query, as "
+            f"{asked.source} says; for nothing: --document-prefix '' --query-prefix ''",
+        )
+    return dataclasses.replace(described, definition=wanted, notes=notes)
+
+
+def _is_empty(rows: Rows, definition: Definition, dialect: Dialect) -> bool:
+    """Whether the column of the vectors holds none."""
+    table, column = qualified(*definition.place, dialect), identifier(definition.vector, dialect)
+    return not rows(f"SELECT 1 FROM {table} WHERE {column} IS NOT NULL LIMIT 1", {})  # noqa: S608 - names
 
 
 def _run(
@@ -256,4 +312,8 @@ def _options(definition: Definition, run: RunOptions) -> ReindexOptions:
         base_url=definition.base_url or None,
         dimensions=(definition.dimensions or None) if of_api else None,
         precision=definition.precision,
+        chunk=definition.chunk,
+        overlap=definition.overlap,
+        document_prefix=definition.document_prefix,
+        index=definition.index or None,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from ..db.address import DatabaseAddress
 from ..errors import UsageError
@@ -56,44 +56,81 @@ def find_table_target(
 
         return _in_file(
             address,
-            lambda file: find_in_file(
-                file, name, table, text=selection.text, vector=vector, form=definition.form, key=key, replace=replace
+            lambda file: dataclasses.replace(
+                find_in_file(
+                    file, name, table, text=selection.text, vector=vector, form=definition.form, key=key,
+                    replace=replace,
+                ),
+                keyword=definition.keyword,
             ),
-        )
+        )  # fmt: skip
     from .postgresql.column_find import find_column
 
     place = quoted(definition.schema, table)
     return _in_postgresql(
         address,
-        lambda cursor, home: find_column(
-            cursor, home, name, place, text=selection.text, vector=vector, key=key, replace=replace, vacuum=vacuum
+        lambda cursor, home: dataclasses.replace(
+            find_column(
+                cursor, home, name, place, text=selection.text, vector=vector, key=key, replace=replace, vacuum=vacuum
+            ),
+            keyword=definition.keyword,
         ),
     )
 
 
 def _table_of_vectors(address: DatabaseAddress, definition: Definition, selection: Selection) -> TableTarget:
-    name, into, vector = definition.name, definition.into, definition.vector
-    source = None if definition.source else selection.relation
-    content = bool(definition.query or definition.chunk)
+    name, into, source = definition.name, definition.into, None if definition.source else selection.relation
+    parts = _Parts(
+        vector=definition.vector,
+        content=bool(definition.query or definition.chunk),
+        chunked=bool(definition.chunk),
+        keyword=definition.keyword,
+        text=selection.text if source is not None else "",
+    )
     if address.dialect == "sqlite":
         from .sqlite.table_find import find_table as find_in_file
 
         vec0 = definition.form == "vec0"
         return _in_file(
             address,
-            lambda file: find_in_file(
-                file, name, into, key=selection.key, source=source, vector=vector, content=content, vec0=vec0
-            ),
+            lambda file: find_in_file(file, name, into, key=selection.key, source=source, vec0=vec0, **parts),
         )
     from .postgresql.table_find import find_table
 
     place = quoted(definition.into_schema, into)
     return _in_postgresql(
         address,
-        lambda cursor, home: find_table(
-            cursor, home, name, place, key=selection.key, source=source, vector=vector, content=content
-        ),
+        lambda cursor, home: find_table(cursor, home, name, place, key=selection.key, source=source, **parts),
     )
+
+
+class _Parts(TypedDict):
+    """What a table of vectors has beside its key; see :class:`~kdb_fast.tables.table_target.TableTarget`."""
+
+    vector: str
+    content: bool
+    chunked: bool
+    keyword: str
+    text: str
+
+
+def keyword_of(address: DatabaseAddress, language: str) -> str:
+    """What keyword search in a language is made with: a text search configuration of PostgreSQL, or a tokenizer.
+
+    Args:
+        language: '' for the database's own.
+
+    Raises:
+        SchemaError: There is none.
+        DatabaseError: The database cannot be reached.
+    """
+    if address.dialect == "sqlite":
+        from .sqlite.keyword import find_tokenizer
+
+        return _in_file(address, lambda file: find_tokenizer(file, language))
+    from .postgresql.keyword import find_configuration
+
+    return _in_postgresql(address, lambda cursor, home: find_configuration(cursor, language))
 
 
 def create_vector_column(address: DatabaseAddress, definition: Definition, dimensions: int) -> None:

@@ -101,7 +101,7 @@ def as_dictionary(row: Sequence[Any], target: Target, storable: Callable[..., st
     """
     names = len(NAMES) - 2
     key = key_of_json(row[0]) if len(row) == 1 + names else row[:2]
-    entity, record_id = key if target.grouped else ("", ", ".join(map(str, key)))
+    entity, record_id = key if target.grouped and len(key) == 2 else ("", ", ".join(map(str, key)))
     *rest, digest = row[-names:]
     return dict(zip(NAMES, (storable(entity), storable(record_id), *rest, bytes(digest).hex()), strict=True))
 

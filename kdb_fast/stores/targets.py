@@ -14,6 +14,7 @@ from ..records import storable_key
 from ..tables.column_target import state_table
 from ..tables.definition import Definition
 from ..tables.describe import find_kept, no_target
+from ..tables.keyword import full_text_of
 from ..tables.names import qualified
 from ..tables.reading import rows_of
 from ..tables.table_view import SUFFIX
@@ -237,11 +238,9 @@ def _check_indexes(change: Change, definition: Definition) -> None:
 def _removals(change: Change, definition: Definition, with_vectors: bool) -> Iterator[tuple[str, str]]:
     """Statements that remove a target's tables, each with what it removes."""
     home = change.home
-    own = [state_table(definition.name)]
-    if home.dialect == "sqlite":
-        own.append(f"kdb_fast_{definition.name}_fts")
-    there = columns_of(change.rows, home, own)
-    for table in own:
+    own = [state_table(definition.name), state_table(definition.name, "pieces")]
+    there = columns_of(change.rows, home, [full_text_of(own[0]), *own])
+    for table in there if home.dialect == "sqlite" else own:
         if table in there:
             yield f"DROP TABLE {home.table(table)}", home.shown(table)
     if not with_vectors:
@@ -252,6 +251,8 @@ def _removals(change: Change, definition: Definition, with_vectors: bool) -> Ite
         view = f"{name}{SUFFIX}"
         yield f"DROP VIEW IF EXISTS {qualified(schema, view, home.dialect)}", Target(schema).shown(view)
     if definition.into and "table" in definition.created:
+        if home.dialect == "sqlite" and definition.keyword:
+            yield f"DROP TABLE IF EXISTS {home.table(full_text_of(name))}", full_text_of(name)
         yield f"DROP TABLE IF EXISTS {table}", definition.written
     elif "column" in definition.created and definition.vector in columns_of(
         change.rows, replace(home, schema=schema), (name,)

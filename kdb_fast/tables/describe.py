@@ -45,6 +45,12 @@ class Given(TypedDict, total=False):
     base_url: str
     dimensions: int
     precision: str
+    chunk: int
+    overlap: int
+    document_prefix: str
+    query_prefix: str
+    keyword: str
+    index: str
     source: str
 
 
@@ -132,6 +138,8 @@ def describe(
         raise UsageError(
             "--query needs --key COLUMN, by which its rows are told apart.", remedy="Repeat it for several columns."
         )
+    if wanted.chunk and not wanted.into:
+        raise UsageError("--chunk has no place for several vectors of a row.", remedy="Name a table: --into NAME.")
     if "text" in given:
         wanted = replace(wanted, template="")
     if "template" in given:
@@ -280,7 +288,25 @@ def _check_place(wanted: Definition, kept: Iterable[Definition], dialect: Dialec
             )
 
 
-CHANGES = ("table", "query", "filter", "key", "text", "template", "vector", "model", "base_url", "precision", "source")
+CHANGES = (
+    "table",
+    "query",
+    "filter",
+    "key",
+    "text",
+    "template",
+    "vector",
+    "model",
+    "base_url",
+    "precision",
+    "chunk",
+    "overlap",
+    "document_prefix",
+    "query_prefix",
+    "keyword",
+    "index",
+    "source",
+)
 """Fields of a definition whose change is said."""
 
 
@@ -298,5 +324,5 @@ def _word(name: str) -> str:
     return shlex.quote(storable_key(name))
 
 
-def _shown(value: str | tuple[str, ...]) -> str:
-    return storable_key(value if isinstance(value, str) else ", ".join(value), 300)
+def _shown(value: str | int | tuple[str, ...]) -> str:
+    return storable_key(", ".join(value) if isinstance(value, tuple) else str(value or ""), 300)
