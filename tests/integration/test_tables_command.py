@@ -285,3 +285,36 @@ def test_another_database_is_read(
     assert (again.wait(), again.receipt["unchanged"]) == (0, 2), again.err
     assert execute(table.address, "SELECT 1 FROM articles WHERE embedding IS NOT NULL") == []
     assert execute(other, "SELECT count(*) FROM article_vectors") == [(2,)]
+
+
+def test_what_belongs_to_a_target_is_kept_with_it(table: Table) -> None:
+    table.add(1, "one", "two")
+    given = ("--document-prefix", "passage: ", "--query-prefix", "query: ", "--keyword", "--index", "none")
+    assert table.json("reindex", *DESCRIBED, *given)["stored"] == 2
+    shown = table.json("targets", "show", "articles")
+    assert (shown["document_prefix"], shown["query_prefix"], shown["index"]) == ("passage: ", "query: ", "none")
+    assert shown["keyword"] == ("pg_catalog.english" if table.is_postgresql else "unicode61")
+    again = table.json("reindex", "articles")
+    assert (again["unchanged"], again["document_prefix"]) == (2, "passage: ")
+    assert table.json("reindex", "articles", "--document-prefix", "")["stored"] == 2, "another fingerprint"
+    assert table.json("reindex", "articles", "--no-keyword")["unchanged"] == 2
+    assert table.json("targets", "show", "articles")["keyword"] == ""
+    line = table.run("reindex", "articles", "--no-keyword", "--language", "x", code=2)
+    assert "--language belongs to --keyword" in line
+    assert "klingon" in table.run("reindex", "articles", "--language", "klingon", code=4)
+    assert "--chunk has no place" in table.run("reindex", "articles", "--chunk", "200", code=2)
+    assert len(table.json("targets", "drop", "articles")["removed"]) >= 1
+    left = "sqlite_master" if not table.is_postgresql else "(SELECT relname AS name FROM pg_class) c"
+    assert execute(table.address, f"SELECT name FROM {left} WHERE name LIKE 'kdb_fast_articles_state%'") == []
+
+
+def test_prefixes_that_a_model_asks_for_are_those_of_new_targets(table: Table) -> None:
+    table.add(1, "one")
+    model = ("--model", "intfloat/multilingual-e5-large")
+    first = table.start("reindex", *DESCRIBED, *model, "--json")
+    assert first.wait() == 0, first.err
+    assert "reads 'passage: ' before each text" in first.err
+    assert first.receipt["document_prefix"] == "passage: "
+    table.run("targets", "drop", "articles")
+    full = table.json("reindex", *DESCRIBED, *model, "--replace")
+    assert full["document_prefix"] == "", "another program may embed its queries for what is there"
