@@ -6,6 +6,7 @@ is a character like others. What is no row becomes a Reject in its place, and th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections import deque
@@ -39,6 +40,8 @@ class DelimitedRows(Rows):
         UsageError: There is no line with the names of the columns.
         OSError: Reading failed.
     """
+
+    only_text = True
 
     def __init__(self, stream: BinaryIO, delimiter: str | None = None) -> None:
         self._lines = _Lines(stream)
@@ -79,33 +82,43 @@ class DelimitedRows(Rows):
     def _rows(self) -> Iterator[tuple[int, list[str] | Reject, bytes]]:
         """Number of the line where a row begins, its fields, and its bytes."""
         lines, delimiter = self._lines, self._delimiter
-        for number, raw in lines:
-            if isinstance(raw, Reject):
-                yield number, raw, b""
+        while line := lines.more():
+            number = lines.number
+            if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                yield number, lines.skip(line), b""
                 continue
-            quoted = b'"' in raw and self._quoted.search(raw) is not None
-            if quoted:
-                whole = self._whole(number, raw)
-                if isinstance(whole, Reject):
-                    yield number, whole, b""
-                    continue
-                raw = whole
-            raw = raw.removesuffix(b"\n").removesuffix(b"\r")
+            raw = line.removesuffix(b"\n").removesuffix(b"\r")
             if not raw:
                 continue
-            try:
-                text = raw.decode()
-            except UnicodeDecodeError as error:
-                yield number, _reject("not_utf8", f"byte {error.start + 1} of the row is not valid UTF-8", raw), b""
-                continue
-            yield number, self._fields(text) if quoted else text.split(delimiter), raw
+            fields: list[str] | None = None
+            if b'"' in raw:
+                fields = self._fields(raw)
+                if fields is None:
+                    whole = self._whole(number, line)
+                    if isinstance(whole, Reject):
+                        yield number, whole, b""
+                        continue
+                    raw = whole.removesuffix(b"\n").removesuffix(b"\r")
+                    fields = self._fields(raw)
+            else:
+                with contextlib.suppress(UnicodeDecodeError):
+                    fields = raw.decode().split(delimiter)
+            yield number, _not_utf8(raw) if fields is None else fields, raw
 
-    def _fields(self, text: str) -> list[str]:
-        """The fields of a row of which some are in quotes."""
-        found = self._field.findall(text)
+    def _fields(self, raw: bytes) -> list[str] | None:
+        """The fields of a row of which some are in quotes; None where one in quotes goes on, or bytes are no UTF-8."""
+        try:
+            found = self._field.findall(raw.decode())
+        except UnicodeDecodeError:
+            return None
         if len(found) > 1 and not found[-2][2]:
             found.pop()  # what follows the last field is empty
-        return [quoted.replace('""', '"') if quoted else plain for quoted, plain, _ in found]
+        fields = []
+        for quoted, plain, _ in found:
+            if plain.startswith('"'):
+                return None
+            fields.append(plain or quoted.replace('""', '"'))
+        return fields
 
     def _whole(self, number: int, line: bytes) -> bytes | Reject:
         """The row that begins with a line; with an error only that line is taken from the input."""
@@ -151,12 +164,16 @@ class DelimitedRows(Rows):
 
 
 class _Lines:
-    """The lines of a stream with their numbers, of which some may be given back."""
+    """The lines of a stream, of which some may be given back.
+
+    Attributes:
+        number: Of the line that was taken last.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._back: deque[bytes] = deque()
-        self._number = 0
+        self.number = 0
 
     def first(self) -> bytes:
         """The first line that is not blank, without byte order mark. It stays in the input."""
@@ -167,28 +184,32 @@ class _Lines:
             self.give_back([line])
         return line
 
-    def __iter__(self) -> Iterator[tuple[int, bytes | Reject]]:
-        while line := self.more():
-            number = self._number
-            if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-                yield number, skip_line(self._stream, line)
-            else:
-                yield number, line
-
     def more(self) -> bytes:
         """The next line; b'' at the end."""
         line = self._back.popleft() if self._back else self._stream.readline(MAX_LINE_BYTES + 1)
-        self._number += bool(line)
+        self.number += bool(line)
         return line
+
+    def skip(self, line: bytes) -> Reject:
+        """Read the rest of a line that is too long, of which this is the beginning; what became of it."""
+        return skip_line(self._stream, line)
 
     def give_back(self, lines: Sequence[bytes]) -> None:
         """These lines, the last that were taken, are read again."""
         self._back.extendleft(reversed(lines))
-        self._number -= len(lines)
+        self.number -= len(lines)
 
 
 def _unquoted(line: str) -> str:
     return re.sub('"[^"]*"', "", line)
+
+
+def _not_utf8(raw: bytes) -> Reject:
+    try:
+        raw.decode()
+        raise AssertionError("it is UTF-8")
+    except UnicodeDecodeError as error:
+        return _reject("not_utf8", f"byte {error.start + 1} of the row is not valid UTF-8", raw)
 
 
 def _reject(reason: str, detail: str, raw: bytes) -> Reject:

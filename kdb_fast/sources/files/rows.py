@@ -19,10 +19,12 @@ class Rows(ABC):
     Attributes:
         columns: Names of the columns; None where each row has its own.
         total: How many rows there are; None where that is not known before they are read.
+        only_text: Every value is text.
     """
 
     columns: tuple[str, ...] | None = None
     total: int | None = None
+    only_text = False
 
     @abstractmethod
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:

@@ -66,6 +66,7 @@ class FileSource(RecordFile):
             check_columns(rows, names, text)
         self._columns = tuple(dict.fromkeys([*names, *text]))
         self._fields = TextFields(text, names, lists=True)
+        self._names = tuple(dict.fromkeys(text)) if rows.only_text else ()
         self._unfit = unfit_for(self._key)
         self._unknown: Key = ("",) * len(names)
 
@@ -78,7 +79,7 @@ class FileSource(RecordFile):
         return self._total if self._total is None or self._limit is None else min(self._total, self._limit)
 
     def warnings(self) -> list[str]:
-        return [*super().warnings(), *self._fields.warnings()]
+        return [*super().warnings(), *(() if self._names else self._fields.warnings())]
 
     def close(self) -> None:
         self._rows.close()
@@ -98,9 +99,13 @@ class FileSource(RecordFile):
             if isinstance(part, tuple):
                 return Reject(self._unknown, *part, hashlib.sha256(raw).digest(), position)
             key.append(part)
-        texts, fault = self._fields.of(data)
-        if fault:
-            return Reject(tuple(key), "wrong_type", fault, hashlib.sha256(raw).digest(), position)
+        texts: list[tuple[str, str | None]]
+        if self._names:
+            texts = [(name, data[name]) for name in self._names]  # a third of the time
+        else:
+            texts, fault = self._fields.of(data)
+            if fault:
+                return Reject(tuple(key), "wrong_type", fault, hashlib.sha256(raw).digest(), position)
         record = Record(tuple(key), self._text(texts), None, position)
         # One without any of the fields is rejected as a record without text: a mistyped name must remove nothing.
         if record.content or not texts or self._unfit(record._replace(content="text")):
