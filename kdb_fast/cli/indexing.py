@@ -22,7 +22,7 @@ from .options import (
     provider_option,
     run_options,
 )
-from .tables import TableArguments, table_options
+from .tables import FileArguments, TableArguments, table_options
 
 if TYPE_CHECKING:
     from ..receipt import Receipt
@@ -33,12 +33,21 @@ if TYPE_CHECKING:
 @group("Database", database_option)
 @table_options
 @group(
-    "Records from a file, into KameleonDB's index",
-    click.option("--from", "from_file", metavar="FILE", help="Read a JSON Lines file (- for standard input)."),
-    click.option("--entity", help="With --from: the entity that the records belong to."),
-    click.option("--id-field", default="id", show_default=True, help="With --from: the field that holds the key."),
+    "A file",
     click.option(
-        "--field", "fields", multiple=True, help="With --from: a field to embed; repeat it. Default: all text."
+        "--from",
+        "from_file",
+        metavar="FILE",
+        help="Read a file (- for standard input): with --into CSV, TSV, Parquet or JSON, packed or not; with --entity "
+        "JSON Lines, into KameleonDB's index.",
+    ),
+    click.option("--format", "file_format", metavar="FORMAT", help="csv, tsv, json or parquet. Default: as it looks."),
+    click.option("--delimiter", metavar="CHARACTER", help="Between the fields of CSV. Default: as it looks."),
+    click.option("--encoding", metavar="NAME", help="Of the file, with --into. Default: UTF-8."),
+    click.option("--entity", help="The entity of KameleonDB that the records belong to."),
+    click.option("--id-field", default="id", show_default=True, help="With --entity: the field that holds the key."),
+    click.option(
+        "--field", "fields", multiple=True, help="With --entity: a field to embed; repeat it. Default: all text."
     ),
 )
 @run_options(
@@ -73,6 +82,9 @@ def reindex_command(
     table: TableArguments,
     names: tuple[str, ...],
     from_file: str | None,
+    file_format: str | None,
+    delimiter: str | None,
+    encoding: str | None,
     entity: str | None,
     id_field: str,
     fields: tuple[str, ...],
@@ -107,17 +119,16 @@ def reindex_command(
     expected = ExpectedCount.parse(expect_count) if expect_count is not None else None
     if from_file is None and (entity or fields):
         raise UsageError("--entity and --field belong to --from.", remedy="Name entities of KameleonDB as arguments.")
-    if from_file is not None and (names or not entity):
-        raise UsageError("--from needs --entity NAME, and takes no entity arguments.")
-    table.check(names, from_file)
+    file = FileArguments(from_file, file_format, delimiter, encoding)
+    table.check(names, file, entity)
     from ..indexing.reindex import reindex
     from ..sources import SourceSpec
     from .report import print_receipt
 
     with arguments.running() as (address, progress):
-        target = table.find_name(address, names, progress) if from_file is None else None
+        target = table.find_name(address, names, progress, file) if entity is None else None
         if target is not None:
-            receipt = table.reindex(address, target, arguments, options, precision, progress)
+            receipt = table.reindex(address, target, arguments, options, precision, progress, file)
         else:
             if from_file is not None:
                 from ..db.sqlite_connection import create_sqlite

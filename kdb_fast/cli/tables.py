@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -110,6 +110,15 @@ def table_options(command: Callable[..., int]) -> Callable[..., int]:
     )(functools.update_wrapper(called, command))
 
 
+class FileArguments(NamedTuple):
+    """What the options that describe a file were given."""
+
+    path: str | None
+    format: str | None
+    delimiter: str | None
+    encoding: str | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TableArguments:
     """What the options that describe a target were given."""
@@ -148,25 +157,40 @@ class TableArguments:
             if value not in (None, ()) and (value is not False or name == "keyword") and name not in _NAMING
         ]
 
-    def check(self, names: tuple[str, ...], from_file: str | None) -> None:
+    def check(self, names: tuple[str, ...], file: FileArguments, entity: str | None) -> None:
         """Raise UsageError for what makes no sense beside each other."""
-        if from_file is not None and (self.describing or self.name):
-            raise UsageError(f"--from and {(self.describing or ['--name'])[0]} exclude each other.")
+        for option, value in (("format", file.format), ("delimiter", file.delimiter), ("encoding", file.encoding)):
+            if value is not None and (file.path is None or entity is not None):
+                raise UsageError(f"--{option} belongs to --from with --into.")
+        if entity is not None:
+            if names:
+                raise UsageError("--from with --entity NAME takes no entity arguments.")
+            if self.describing or self.name:
+                raise UsageError(f"--entity and {(self.describing or ['--name'])[0]} exclude each other.")
+            return
+        if file.path is not None:
+            for option, given in (("table", self.table), ("query", self.query), ("filter", self.filter)):
+                if given is not None:
+                    raise UsageError(f"--from and --{option} exclude each other.")
+            if not (self.into or self.name or len(names) == 1):
+                raise UsageError("--from needs --entity NAME, or --into TABLE for a table of vectors.")
         if self.name is not None and names:
             raise UsageError("--name and a NAME exclude each other.", remedy="Name the target once.")
-        if self.describing and not (self.table or self.query or self.name or names):
+        if self.describing and not (self.table or self.query or file.path or self.name or names):
             raise UsageError(
                 f"{self.describing[0]} belongs to a table.",
                 remedy="Name it with --table, or name the target that is to be changed.",
             )
 
-    def find_name(self, address: DatabaseAddress, names: tuple[str, ...], progress: Progress) -> str | None:
+    def find_name(
+        self, address: DatabaseAddress, names: tuple[str, ...], progress: Progress, file: FileArguments
+    ) -> str | None:
         """Name of the target that is meant, '' for that of its table; None where entities of KameleonDB are meant.
 
         Raises:
             UsageError: Several are.
         """
-        if self.name is not None or ((self.table or self.query) and not names):
+        if self.name is not None or ((self.table or self.query or file.path) and not names):
             return self.name or ""
         if not names:
             return None
@@ -181,7 +205,7 @@ class TableArguments:
                 f"{storable_key(found[0].name)} is a target, which is brought up to date alone.",
                 remedy=f"Run: kdb-fast reindex {shell_word(found[0].name)}",
             )
-        if self.describing:
+        if self.describing or file.path is not None:
             if not found:
                 raise no_target(names[0], kept)
             return found[0].name
@@ -206,6 +230,7 @@ class TableArguments:
         options: ReindexOptions,
         precision: str | None,
         progress: Progress,
+        file: FileArguments,
     ) -> Receipt:
         """The run.
 
@@ -232,6 +257,10 @@ class TableArguments:
             with_source=self.with_source,
             vec0=self.vec0,
             source=self.source,
+            from_file=file.path,
+            file_format=file.format,
+            delimiter=file.delimiter,
+            encoding=file.encoding,
             chunk=self.chunk,
             overlap=self.overlap,
             document_prefix=self.document_prefix,

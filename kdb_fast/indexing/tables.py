@@ -10,11 +10,12 @@ from typing import Any, TypedDict, Unpack
 
 from ..db.address import DatabaseAddress, opened, parse_address, without_secrets
 from ..db.reading import read
+from ..db.sqlite_connection import create_sqlite
 from ..embedding.prefixes import prefixes_of
 from ..errors import SchemaError, UsageError
 from ..receipt import Receipt
 from ..settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
-from ..sources.table.input import TableInput
+from ..sources.files.columns import key_columns
 from ..stores import targets
 from ..stores.find import create_vector_column, find_table_target, keyword_of, make_view
 from ..tables.definition import Definition
@@ -25,6 +26,7 @@ from ..tables.target import Dialect, Rows, Target, find_target, identifier
 from .progress import Progress, Silent
 from .reindex import reindex
 from .run_embedding import Embedding, Records, find_embedding
+from .table_reading import FileRead, open_source
 
 
 class RunOptions(TypedDict, total=False):
@@ -38,6 +40,13 @@ class RunOptions(TypedDict, total=False):
     wait: float
     max_rejects: RejectLimit
     min_fidelity: float | None
+
+
+class Writing(TypedDict):
+    """What holds for one run and the target knows; see :class:`~kdb_fast.tables.column_target.ColumnTarget`."""
+
+    replace: bool
+    vacuum: bool
 
 
 def reindex_table(
@@ -54,6 +63,10 @@ def reindex_table(
     with_source: bool = False,
     vec0: bool = False,
     source: str | None = None,
+    from_file: str | Path | None = None,
+    file_format: str | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
     name: str | None = None,
     chunk: int | None = None,
     overlap: int | None = None,
@@ -96,6 +109,11 @@ def reindex_table(
         vec0: SQLite: ``into`` is a table of sqlite-vec.
         source: Address of another database that is read, such as a replica; kept without its password.
         name: Under which the description is kept; the table's where there is none.
+        from_file: A file that is read, in place of a table, with ``into``: CSV, TSV, Parquet, JSON Lines or a JSON
+            array, packed or not; ``-`` for standard input. A column of ``key`` is of text, or as ``id:bigint`` says.
+        file_format: ``csv``, ``tsv``, ``json`` or ``parquet``, where neither name nor content tell it.
+        delimiter: Between the fields of CSV, where it is not found out.
+        encoding: Of a text; UTF-8 where none is named.
         chunk: With ``into``: texts are cut into pieces of so many tokens, each with a vector of its own; 0 for whole.
         overlap: Tokens that two neighbouring pieces share.
         document_prefix: What the model reads before each text; "" for nothing. For a new target what its makers ask
@@ -156,6 +174,12 @@ def reindex_table(
     known: Given = {field: value for field, value in given.items() if value is not None}  # type: ignore[assignment]
     with contextlib.ExitStack() as stack:
         written = stack.enter_context(opened(parse_address(url) if isinstance(url, str) else url))
+        file = None
+        if from_file is not None:
+            create_sqlite(written)
+            file = FileRead(str(from_file), key_columns(key, written.dialect), file_format, delimiter, encoding)
+            if key or not name:
+                known["key"] = tuple(column.name for column in file.key)
         written, home, kept = _home(written, state_schema)
         if keyword is not None or language is not None:
             if keyword is False and language is not None:
@@ -163,9 +187,9 @@ def reindex_table(
             known["keyword"] = "" if keyword is False else keyword_of(written, language or "")
         elsewhere = source or _kept_source(name, kept, written.dialect)
         read_from = stack.enter_context(opened(parse_address(elsewhere))) if elsewhere else None
-        described = _describe(written, read_from, home, kept, name or "", known, create)
-        writing = {"replace": replace, "vacuum": vacuum}
-        return _run(written, read_from, described, progress or Silent(), run, writing, with_source)
+        described = _describe(written, read_from, home, kept, name or "", known, create, file is not None)
+        writing = Writing(replace=replace, vacuum=vacuum)
+        return _run(written, read_from, file, described, progress or Silent(), run, writing, with_source)
 
 
 def _kept_source(name: str | None, kept: Sequence[Definition], dialect: str) -> str:
@@ -203,6 +227,7 @@ def _describe(
     name: str,
     given: Given,
     create: bool,
+    from_file: bool,
 ) -> Described:
     """The target, which this role may bring up to date."""
     dialect = address.dialect
@@ -216,7 +241,9 @@ def _describe(
         rows = rows_of(connection, dialect)
 
         def described(other: Any) -> Described:
-            return describe(rows, dialect, name, given, kept, create=create, read=rows_of(other, dialect))
+            return describe(
+                rows, dialect, name, given, kept, create=create, read=rows_of(other, dialect), from_file=from_file
+            )
 
         found = described(connection) if read_from is None else read(read_from, described)
         found = _with_prefixes(rows, found, given, dialect)
@@ -260,16 +287,18 @@ def _is_empty(rows: Rows, definition: Definition, dialect: Dialect) -> bool:
 def _run(
     address: DatabaseAddress,
     read_from: DatabaseAddress | None,
+    file: FileRead | None,
     described: Described,
     progress: Progress,
     run: RunOptions,
-    writing: dict[str, bool],
+    writing: Writing,
     with_source: bool,
 ) -> Receipt:
     """The run of a target, which is kept as soon as nothing is in its way.
 
     Args:
         read_from: The database that is read, where that is another.
+        file: What is read, where that is a file.
         writing: Of what holds for this run, that which the target knows.
     """
     definition = described.definition
@@ -277,7 +306,7 @@ def _run(
         progress.note(note)
     with contextlib.ExitStack() as stack:
         with adapting(described.before):
-            source = TableInput(definition, run.get("limit"), read_from).open(address)
+            source, what = open_source(address, read_from, file, definition, run.get("limit"))
         stack.callback(source.close)
         options = _options(definition, run)
         embedding: Embedding | None = None
@@ -287,7 +316,7 @@ def _run(
             stack.callback(embedding.close)
             create_vector_column(address, definition, embedding.dimensions)
         with adapting(described.before):
-            target = find_table_target(address, definition, source.selection, **writing)
+            target = find_table_target(address, definition, *what, **writing)
         if options.provider == "openai" and options.dimensions is None:
             options = dataclasses.replace(options, dimensions=target.vector.dimensions)
         if address.dialect == "sqlite" and definition.form != "vec0":
@@ -295,7 +324,7 @@ def _run(
 
         def begun(embedding: Embedding) -> None:
             made = definition.created
-            if with_source and make_view(address, target, source.selection.relation):
+            if with_source and make_view(address, target, what.relation):
                 made = (*made, "view")
             found = dataclasses.replace(definition, model=embedding.name, dimensions=embedding.dimensions, created=made)
             targets.keep(address, found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from ..db.address import DatabaseAddress
@@ -12,8 +12,8 @@ from ..errors import UsageError
 from ..tables.column_target import ColumnTarget
 from ..tables.definition import Definition
 from ..tables.describe import quoted
+from ..tables.key import KeyColumn
 from ..tables.relation import Relation
-from ..tables.selection import Selection
 from ..tables.table_target import TableTarget
 from ..tables.table_view import view_name, view_statement
 from ..tables.target import Target, columns_of
@@ -30,7 +30,9 @@ T = TypeVar("T")
 def find_table_target(
     address: DatabaseAddress,
     definition: Definition,
-    selection: Selection,
+    key: Sequence[KeyColumn],
+    relation: Relation | None,
+    text: str,
     *,
     replace: bool = False,
     vacuum: bool = False,
@@ -39,7 +41,9 @@ def find_table_target(
 
     Args:
         address: With the schema of our own tables.
-        selection: What is read.
+        key: By which the rows that are read are told apart.
+        relation: What is read; None for a file.
+        text: SQL expression of a row's text.
         replace: Vectors of other programs are overwritten.
         vacuum: PostgreSQL: free the versions of rows that are left behind, during the run.
 
@@ -48,8 +52,8 @@ def find_table_target(
         DatabaseError: The database cannot be reached.
     """
     if definition.into:
-        return _table_of_vectors(address, definition, selection)
-    key = [column.name for column in selection.key]
+        return _table_of_vectors(address, definition, key, relation, text)
+    names = [column.name for column in key]
     name, table, vector = definition.name, definition.table, definition.vector
     if address.dialect == "sqlite":
         from .sqlite.column_find import find_column as find_in_file
@@ -58,7 +62,7 @@ def find_table_target(
             address,
             lambda file: dataclasses.replace(
                 find_in_file(
-                    file, name, table, text=selection.text, vector=vector, form=definition.form, key=key,
+                    file, name, table, text=text, vector=vector, form=definition.form, key=names,
                     replace=replace,
                 ),
                 keyword=definition.keyword,
@@ -70,22 +74,22 @@ def find_table_target(
     return _in_postgresql(
         address,
         lambda cursor, home: dataclasses.replace(
-            find_column(
-                cursor, home, name, place, text=selection.text, vector=vector, key=key, replace=replace, vacuum=vacuum
-            ),
+            find_column(cursor, home, name, place, text=text, vector=vector, key=names, replace=replace, vacuum=vacuum),
             keyword=definition.keyword,
         ),
     )
 
 
-def _table_of_vectors(address: DatabaseAddress, definition: Definition, selection: Selection) -> TableTarget:
-    name, into, source = definition.name, definition.into, None if definition.source else selection.relation
+def _table_of_vectors(
+    address: DatabaseAddress, definition: Definition, key: Sequence[KeyColumn], relation: Relation | None, text: str
+) -> TableTarget:
+    name, into, source = definition.name, definition.into, None if definition.source else relation
     parts = _Parts(
         vector=definition.vector,
-        content=bool(definition.query or definition.chunk),
+        content=bool(relation is None or definition.query or definition.chunk),
         chunked=bool(definition.chunk),
         keyword=definition.keyword,
-        text=selection.text if source is not None else "",
+        text=text if source is not None else "",
     )
     if address.dialect == "sqlite":
         from .sqlite.table_find import find_table as find_in_file
@@ -93,14 +97,14 @@ def _table_of_vectors(address: DatabaseAddress, definition: Definition, selectio
         vec0 = definition.form == "vec0"
         return _in_file(
             address,
-            lambda file: find_in_file(file, name, into, key=selection.key, source=source, vec0=vec0, **parts),
+            lambda file: find_in_file(file, name, into, key=key, source=source, vec0=vec0, **parts),
         )
     from .postgresql.table_find import find_table
 
     place = quoted(definition.into_schema, into)
     return _in_postgresql(
         address,
-        lambda cursor, home: find_table(cursor, home, name, place, key=selection.key, source=source, **parts),
+        lambda cursor, home: find_table(cursor, home, name, place, key=key, source=source, **parts),
     )
 
 
@@ -152,14 +156,14 @@ def create_vector_column(address: DatabaseAddress, definition: Definition, dimen
     _in_postgresql(address, lambda cursor, home: create_column(cursor, home, place, vector, dimensions))
 
 
-def make_view(address: DatabaseAddress, target: ColumnTarget | TableTarget, relation: Relation) -> bool:
+def make_view(address: DatabaseAddress, target: ColumnTarget | TableTarget, relation: Relation | None) -> bool:
     """Make the view that joins a table of vectors to what it was made from; False where there is one.
 
     Raises:
         UsageError: There is no such table of vectors, or what is read has no name.
         SchemaError: This role may not make it.
     """
-    if not isinstance(target, TableTarget) or relation.kind == "query":
+    if not isinstance(target, TableTarget) or relation is None or relation.kind == "query":
         raise UsageError("--with-source belongs to --into, and to a table or view that is read.")
     name = view_name(target)
 

@@ -94,6 +94,7 @@ def describe(
     *,
     create: bool = False,
     read: Rows | None = None,
+    from_file: bool = False,
 ) -> Described:
     """The target that was asked for.
 
@@ -105,6 +106,7 @@ def describe(
         kept: All targets of the database.
         create: The column of the vectors may be missing.
         read: Runs statements on the database that is read, where that is another.
+        from_file: A file is read.
 
     Raises:
         UsageError: Options make no sense together.
@@ -116,8 +118,9 @@ def describe(
     into_schema, into = _place(rows, dialect, given["into"], relation) if "into" in given else (None, "")
     name = name or into or (relation.name if relation else "")
     before = find_kept(name, kept, dialect)
-    if before is None and not (relation or "query" in given):
+    if before is None and not (relation or "query" in given or from_file):
         raise no_target(name, kept)
+    _check_file(before, from_file)
     wanted = replace(before or Definition(name=name), **_plain(given))
     if relation is not None and before is None and not into and "vector" not in given:
         raise UsageError(
@@ -159,6 +162,22 @@ def describe(
         _check_not_moved(rows, dialect, before, wanted)
     _check_place(wanted, kept, dialect)
     return Described(wanted, before, creates, tuple(_changes(before, wanted)))
+
+
+def _check_file(before: Definition | None, from_file: bool) -> None:
+    """Raise UsageError where a target of files is given none, or another one a file."""
+    if before is None or from_file == (not (before.table or before.query)):
+        return
+    word = _word(before.name)
+    if from_file:
+        raise UsageError(
+            f"The target {storable_key(before.name)} reads {before.read}, not a file.",
+            remedy="Give the vectors of the file another table: --into NAME.",
+        )
+    raise UsageError(
+        f"The target {storable_key(before.name)} is filled from files.",
+        remedy=f"Name one: kdb-fast reindex {word} --from FILE",
+    )
 
 
 def find_kept(name: str, kept: Iterable[Definition], dialect: str) -> Definition | None:

@@ -69,7 +69,9 @@ def test_only_some_rows_and_a_text_of_their_own(table: Table) -> None:
         (("--table", "articles"), 2, "Nothing says where the vectors of"),
         (("--table", "articles", "--text", "title", "--template", "{title}", "--vector", "v"), 2, "exclude each other"),
         (("--text", "title"), 2, "--text belongs to a table"),
-        (("--filter", "true", "--from", "x.jsonl", "--entity", "X"), 2, "--from and --filter exclude each other"),
+        (("--filter", "true", "--from", "x.jsonl", "--entity", "X"), 2, "--entity and --filter exclude each other"),
+        (("--filter", "true", "--from", "x.csv", "--into", "X"), 2, "--from and --filter exclude each other"),
+        (("--format", "csv", "--into", "X"), 2, "--format belongs to --from with --into"),
         (("--table", "articles", "--name", "x", "y"), 2, "--name and a NAME exclude each other"),
         (("articels", "--text", "title"), 4, "There is no target articels"),
         (("--name", "nothing"), 4, "There is no target nothing"),
@@ -180,7 +182,7 @@ def test_help_lists_options_by_what_they_are_for(commands: Commands) -> None:
     command = commands.start("reindex", "--help")
     assert command.wait() == 0
     titles = [line for line in command.out.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["Database:", "Any table:", "Records from a file, into KameleonDB's index:", "Model:", "Run:"]
+    assert titles == ["Database:", "Any table:", "A file:", "Model:", "Run:"]
 
 
 def test_uninstall_says_what_it_would_leave(table: Table) -> None:
@@ -318,3 +320,24 @@ def test_prefixes_that_a_model_asks_for_are_those_of_new_targets(table: Table) -
     table.run("targets", "drop", "articles")
     full = table.json("reindex", *DESCRIBED, *model, "--replace")
     assert full["document_prefix"] == "", "another program may embed its queries for what is there"
+
+
+def test_a_file_is_read_into_a_table_of_vectors(table: Table, tmp_path: Path) -> None:
+    file = tmp_path / "notes.csv"
+    file.write_text('id,title,body\n1,One,first\n2,Two,"second, line"\nx,Bad,third\n')
+    given = ("--from", str(file), "--into", "notes", "--key", "id:bigint", "--text", "title", "--text", "body")
+    first = table.json("reindex", *given, "--max-rejects", "5", code=3)
+    assert (first["stored"], first["rejected"], first["target"]["key"]) == (2, 1, ["id"])
+    (reject,) = table.json("rejects", "list", "--target", "notes")["rejects"]
+    assert reject["line"] == 4
+    file.write_text('id,title,body\n1,One,first\n2,Two,"another"\n3,Three,third\n')
+    second = table.json("reindex", "notes", "--from", str(file))
+    assert (second["stored"], second["unchanged"], second["rejected"]) == (2, 1, 0)
+    assert table.json("rejects", "list")["rejects"] == []
+    assert execute(table.address, "SELECT id, content FROM notes ORDER BY 1")[1] == (2, "Two\n\nanother")
+    line = table.run("reindex", "notes", code=2)
+    assert "The target notes is filled from files. Name one: kdb-fast reindex --db" in line
+    assert "--from needs --entity NAME, or --into TABLE" in table.run("reindex", "--from", str(file), code=2)
+    table.add(1, "one")
+    table.run("reindex", *DESCRIBED)
+    assert "not a file" in table.run("reindex", "articles", "--from", str(file), code=2)
