@@ -139,6 +139,19 @@ def filled(index: DatabaseAddress) -> Filled:
     return fill(index, COLUMNS[index.dialect])
 
 
+@pytest.fixture(scope="module", params=["postgresql", "sqlite"])
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Filled]:
+    """The same for tests that only read."""
+    if request.param == "sqlite":
+        path = tmp_path_factory.mktemp("shared") / "index.db"
+        yield fill(DatabaseAddress("sqlite", str(path), f"sqlite:///{path}"), COLUMNS["sqlite"])
+        return
+    server = request.getfixturevalue("postgres")
+    address = server.create_database()
+    yield fill(address, COLUMNS["postgresql"])
+    server.drop_database(address)
+
+
 def fill(address: DatabaseAddress, columns: str, *, rows: int = ROWS, model: str = MODEL) -> Filled:
     """A table ``articles`` with ``rows`` rows, each with a vector of ``model``."""
     articles = Articles(address, columns)
@@ -184,17 +197,17 @@ def agree(results: Sequence[TableResult], expected: Mapping[Any, float], limit: 
         assert result.similarity == pytest.approx(expected[result.key["id"]], abs=1e-5)
 
 
-def test_nearest_rows_in_their_order_with_text_and_columns(filled: Filled) -> None:
-    results = filled.search("a query", columns=("lang", ODD))
-    agree(results, cosines(filled.texts, "a query"))
+def test_nearest_rows_in_their_order_with_text_and_columns(shared: Filled) -> None:
+    results = shared.search("a query", columns=("lang", ODD))
+    agree(results, cosines(shared.texts, "a query"))
     first = results[0]
     number = first.key["id"]
-    assert first.matched_text == filled.texts[number]
-    assert first.columns == {"lang": filled.lang(number), ODD: number * 2}
+    assert first.matched_text == shared.texts[number]
+    assert first.columns == {"lang": shared.lang(number), ODD: number * 2}
     assert first.score == pytest.approx(1 / 61)
     assert first.chunk is None
-    agree(filled.search("a query", limit=1), cosines(filled.texts, "a query"), 1)
-    assert len(filled.search("a query", limit=1000)) == ROWS
+    agree(shared.search("a query", limit=1), cosines(shared.texts, "a query"), 1)
+    assert len(shared.search("a query", limit=1000)) == ROWS
 
 
 @pytest.mark.parametrize(
@@ -209,10 +222,10 @@ def test_nearest_rows_in_their_order_with_text_and_columns(filled: Filled) -> No
         ("false", lambda n: False),
     ],
 )
-def test_condition(filled: Filled, where: str, meets: Callable[[int], bool]) -> None:
-    where = where.replace("{articles}", filled.articles.name)
-    texts = {n: text for n, text in filled.texts.items() if meets(n)}
-    agree(filled.search("a query", where=where), cosines(texts, "a query"))
+def test_condition(shared: Filled, where: str, meets: Callable[[int], bool]) -> None:
+    where = where.replace("{articles}", shared.articles.name)
+    texts = {n: text for n, text in shared.texts.items() if meets(n)}
+    agree(shared.search("a query", where=where), cosines(texts, "a query"))
 
 
 @pytest.mark.parametrize(
@@ -225,12 +238,12 @@ def test_condition(filled: Filled, where: str, meets: Callable[[int], bool]) -> 
         ("id = :x", ""),
     ],
 )
-def test_condition_that_does_not_parse_is_one_line(filled: Filled, where: str, says: str) -> None:
+def test_condition_that_does_not_parse_is_one_line(shared: Filled, where: str, says: str) -> None:
     with pytest.raises(UsageError, match="--where is no condition over the columns of the source: ") as caught:
-        filled.search("a query", where=where)
+        shared.search("a query", where=where)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert filled.search("a query")
+    assert shared.search("a query")
 
 
 def test_condition_that_fails_on_a_row(database: DatabaseAddress) -> None:
@@ -249,9 +262,9 @@ def test_condition_can_write_nothing(database: DatabaseAddress) -> None:
 
 
 @pytest.mark.parametrize("name", ["lnag", "", "embedding, id"])
-def test_column_that_is_not_there(filled: Filled, name: str) -> None:
+def test_column_that_is_not_there(shared: Filled, name: str) -> None:
     with pytest.raises(UsageError, match="The source has no column") as caught:
-        filled.search("a query", columns=(name,))
+        shared.search("a query", columns=(name,))
     assert ("nearest: lang" in str(caught.value)) == (name == "lnag")
 
 
@@ -301,15 +314,15 @@ def test_nothing_was_embedded(index: DatabaseAddress) -> None:
     assert ids(found.results) == [1]
 
 
-def test_query_that_says_nothing(filled: Filled) -> None:
-    assert filled.search(" -- ") == []
+def test_query_that_says_nothing(shared: Filled) -> None:
+    assert shared.search(" -- ") == []
 
 
-def test_query_prefix_is_read_before_the_query(filled: Filled, stub_models: list[str]) -> None:
-    definition = defined(filled.articles, query_prefix="query: ")
-    found = search_definition(filled.articles.address, definition, Question(query="text 7"))
+def test_query_prefix_is_read_before_the_query(shared: Filled, stub_models: list[str]) -> None:
+    definition = defined(shared.articles, query_prefix="query: ")
+    found = search_definition(shared.articles.address, definition, Question(query="text 7"))
     assert stub_models == ["query: text 7"]
-    agree(found.results, cosines(filled.texts, "query: text 7"))
+    agree(found.results, cosines(shared.texts, "query: text 7"))
 
 
 def test_query_of_another_length_is_refused(index: DatabaseAddress, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,10 +410,10 @@ def test_key_of_several_columns(index: DatabaseAddress) -> None:
     assert found[0].key.keys() == {"id", "lang"}
 
 
-def test_rows_that_left_the_filter_are_not_found(filled: Filled) -> None:
-    definition = defined(filled.articles, filter="id % 2 = 1 -- odd ones")
-    found = search_definition(filled.articles.address, definition, Question(query="a query", where="id < 100"))
-    texts = {n: t for n, t in filled.texts.items() if n % 2 and n < 100}
+def test_rows_that_left_the_filter_are_not_found(shared: Filled) -> None:
+    definition = defined(shared.articles, filter="id % 2 = 1 -- odd ones")
+    found = search_definition(shared.articles.address, definition, Question(query="a query", where="id < 100"))
+    texts = {n: t for n, t in shared.texts.items() if n % 2 and n < 100}
     agree(found.results, cosines(texts, "a query"))
 
 
@@ -718,13 +731,13 @@ def finish(filled: Filled, kind: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["hybrid", "keyword"])
-def test_keyword_search_that_is_not_there_is_refused(filled: Filled, mode: Any) -> None:
+def test_keyword_search_that_is_not_there_is_refused(shared: Filled, mode: Any) -> None:
     with pytest.raises(SchemaError, match=f"articles has no keyword search, which the mode {mode} needs") as caught:
-        filled.search("a query", mode=mode)
+        shared.search("a query", mode=mode)
     assert "kdb-fast reindex articles --keyword" in str(caught.value)
     with pytest.raises(SchemaError, match="The query excludes pump, which needs keyword search"):
-        filled.search("a query -pump")
-    outcome = filled.ask("a query")
+        shared.search("a query -pump")
+    outcome = shared.ask("a query")
     assert outcome.mode == "vector"
     assert outcome.notes == ["by meaning only: To search by keyword, too: kdb-fast reindex articles --keyword"]
 

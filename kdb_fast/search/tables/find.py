@@ -8,7 +8,6 @@ from typing import Any
 from ...db.address import DatabaseAddress
 from ...errors import SchemaError
 from ...records import storable_key
-from ...stores.postgresql.column_find import COLUMN, VECTOR_TYPES
 from ...tables.column_target import ColumnTarget, VectorColumn, state_table
 from ...tables.definition import Definition
 from ...tables.find_relation import find_relation
@@ -21,6 +20,14 @@ from ...tables.table_target import CHUNK_COLUMNS, SEAL, TableTarget
 from ...tables.target import Target, find_target
 from ...tables.text import text_expression
 from .searched import SearchedTable
+
+VECTOR = """
+SELECT b.typname::text, CASE WHEN t.typtype = 'd' THEN t.typtypmod ELSE a.atttypmod END,
+  format('%%I.%%I', n.nspname, b.typname || '_send')
+FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+JOIN pg_type b ON b.oid = coalesce(nullif(t.typbasetype, 0), t.oid) JOIN pg_namespace n ON n.oid = b.typnamespace
+WHERE a.attrelid = to_regclass(%s) AND a.attname = %s
+"""
 
 
 def find_searched(connection: Any, address: DatabaseAddress, definition: Definition) -> SearchedTable:
@@ -141,9 +148,8 @@ def _vector(connection: Any, home: Target, definition: Definition, table: Relati
     if home.dialect == "sqlite":
         form = "json" if definition.form == "json" else "blob"
         return VectorColumn(column.name, form, definition.dimensions or None)
-    cursor = connection.execute(COLUMN.encode(), (table.regclass, column.name))
-    kind, _, modifier, _, _, sender, *_ = cursor.fetchone()
-    if kind not in VECTOR_TYPES:
+    kind, modifier, sender = connection.execute(VECTOR.encode(), (table.regclass, column.name)).fetchone()
+    if kind not in ("vector", "halfvec"):
         raise SchemaError(
             f"{table.shown}.{storable_key(name)} is of type {column.type}; expected vector or halfvec.",
             remedy="Was the column made anew? Describe the target again: kdb-fast reindex --table … --vector ….",
