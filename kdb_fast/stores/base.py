@@ -148,8 +148,9 @@ class Store(ABC):
     """What is done with the indexes of the vectors where nothing else is asked for."""
     on_wait: Callable[[str], None]
     """Called with what is being waited for, before each pause."""
-    deletes_first = False
-    """A flush deletes before it writes: a record in pieces may be written by a later one than that of its first."""
+    in_pieces = False
+    """A row is a piece of a record (:mod:`..tables.pieces`). A flush then deletes before it writes, since a record may
+    be written by a later one than that of its first piece."""
     encoding: str = "UTF8"
     """What the database keeps texts in, as PostgreSQL names it; any but UTF8 holds some characters only."""
 

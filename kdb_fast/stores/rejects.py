@@ -106,28 +106,24 @@ def as_dictionary(row: Sequence[Any], target: Target, storable: Callable[..., st
     return dict(zip(NAMES, (storable(entity), storable(record_id), *rest, bytes(digest).hex()), strict=True))
 
 
-def refused(slots: Sequence[FlushSlot], rows: Iterable[tuple[int, int, str, str]]) -> list[Reject]:
+def refused(
+    slots: Sequence[FlushSlot], rows: Iterable[tuple[int, int, str, str]], *, in_pieces: bool = False
+) -> list[Reject]:
     """Rejects for rows that the database has refused.
 
     Args:
         rows: (slot, row, reason, detail) of each.
+        in_pieces: A row is a piece of a record, which is rejected.
     """
     by_number = {flush_slot.slot.number: flush_slot.slot for flush_slot in slots}
     found = []
     for slot, row, reason, detail in rows:
-        key, content = by_number[slot].raw_rows()[row]
-        found.append(Reject(decode_key(key), reason, detail, hashlib.sha256(content).digest()))
+        raw, content = by_number[slot].raw_rows()[row]
+        key, digest = decode_key(raw), hashlib.sha256(content).digest()
+        if in_pieces:
+            key, digest = record_key(key), piece_of(key).content_hash
+        found.append(Reject(key, reason, detail, digest))
     return found
-
-
-def refused_pieces(slots: Sequence[FlushSlot], rows: Iterable[tuple[int, int, str, str]]) -> list[Reject]:
-    """:func:`refused` where a row is a piece of a record: the record is rejected, once."""
-    found: dict[int, Reject] = {}
-    for reject in refused(slots, rows):
-        piece = piece_of(reject.key)
-        whole = reject._replace(key=record_key(reject.key), content_hash=piece.content_hash)
-        found.setdefault(piece.revision, whole)
-    return list(found.values())
 
 
 def runs_of_input(receipts: Iterable[tuple[int, str | None]], name: str) -> list[int]:

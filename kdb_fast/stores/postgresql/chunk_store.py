@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ...records import Reject, decode_key, encode_key
 from ...tables.index_policy import IndexOutcome
-from ...tables.pieces import piece_of, record_key
-from ..base import FlushSlot, RunSpec
-from ..rejects import refused_pieces
+from ..base import RunSpec
 from .chunk_flush import ChunkWriter
 from .flush import FlushWriter
 from .table_store import PostgreSQLTableStore
@@ -35,13 +32,15 @@ MAKE_ASIDE = (
     "CREATE TABLE {aside} AS SELECT {columns}, {written}, 0::int8 AS {revision} FROM {table} WITH NO DATA; "
     "CREATE INDEX ON {aside} ({revision})"
 )
+TRUNCATE_ASIDE = "TRUNCATE {aside}"
+"""Gives back the room of all pieces that were put aside. Waits for whoever reads the table, such as pg_dump."""
 CLEAR_ASIDE = "DELETE FROM {aside}"
 
 
 class PostgreSQLChunkStore(PostgreSQLTableStore):
     """Writes records in pieces, each record whole or not at all."""
 
-    deletes_first = True
+    in_pieces = True
     look_up = LOOK_UP
 
     def _prepare_table(self, cursor: Cursor, dimensions: int) -> tuple[str, ...]:
@@ -61,19 +60,17 @@ class PostgreSQLChunkStore(PostgreSQLTableStore):
         return super().finish_index(beat, run)
 
     def _clear_aside(self) -> None:
-        statement = self.table.statement(CLEAR_ASIDE)
-        self.session.retrying("clearing pieces", lambda: self.session.connection().execute(statement))
+        self.session.retrying("clearing pieces", self._clear_once)
+
+    def _clear_once(self) -> None:
+        import psycopg
+
+        try:
+            with self.session.transaction() as cursor:
+                cursor.execute("SET LOCAL lock_timeout = '1s'")
+                cursor.execute(self.table.statement(TRUNCATE_ASIDE))
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.InsufficientPrivilege):
+            self.session.connection().execute(self.table.statement(CLEAR_ASIDE))
 
     def _writer(self, cursor: Cursor, run: RunSpec, now: int) -> FlushWriter:
         return ChunkWriter(cursor, self.table, run, now, reference=self._find_reference(cursor), pieces=self._pieces)
-
-    def _refused(self, slots: Sequence[FlushSlot], rows: Iterable[tuple[int, int, str, str]]) -> list[Reject]:
-        return refused_pieces(slots, rows)
-
-    def _stored_keys(self, slots: Sequence[FlushSlot], writer: FlushWriter) -> Iterator[bytes]:
-        assert isinstance(writer, ChunkWriter)
-        for flush_slot in slots:
-            for key in {raw for raw, _ in flush_slot.slot.raw_rows()}:
-                decoded = decode_key(key)
-                if piece_of(decoded).revision in writer.whole:
-                    yield encode_key(record_key(decoded))

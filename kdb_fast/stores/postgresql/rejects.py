@@ -6,9 +6,11 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...records import Key, Reject, encode_key, key_of_json
+from ...records import Key, Reject, decode_key, encode_key, key_of_json
+from ...tables.pieces import record_key
 from ...tables.target import REJECTS, Target
 from .. import rejects as shared
+from ..base import FlushSlot
 from .check import column_names
 from .session import PgSession
 
@@ -48,15 +50,25 @@ def forget_stored(
     target: Target,
     run: int,
     rejects: dict[bytes, bytes],
-    keys: Iterable[bytes],
+    slots: Sequence[FlushSlot],
+    unwritten: set[tuple[int, int]],
+    in_pieces: bool = False,
 ) -> None:
     """A record that a run has stored is no longer rejected; what this run itself rejected stays.
 
     Args:
         rejects: Those of other runs.
-        keys: Of the records that it has stored, encoded.
+        unwritten: (slot, row) of the slots' rows that were not stored.
+        in_pieces: A row is a piece of a record. One that is not whole yet may be rejected again by a later flush.
     """
-    stored = [digest for key in keys if (digest := rejects.get(key)) is not None]
+    stored = [
+        digest
+        for block, skip, _ in slots
+        for row, (key, _) in enumerate(block.raw_rows())
+        if row not in skip
+        and (block.number, row) not in unwritten
+        and (digest := rejects.get(encode_key(record_key(decode_key(key))) if in_pieces else key)) is not None
+    ]
     if stored:
         cursor.execute(target.statement(f"{DELETE} AND key_hash = ANY(%s) AND run <> %s"), (target.name, stored, run))
 

@@ -301,7 +301,7 @@ class PostgreSQLStore(Store):
             if careful:
                 # A row that only the COMMIT would refuse could not be found by halving.
                 cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
-            deleted = self._delete(cursor, deletes) if self.deletes_first else 0
+            deleted = self._delete(cursor, deletes) if self.in_pieces else 0
             writer = self._writer(cursor, run, now)
             for flush_slot in slots:
                 writer.add(flush_slot)
@@ -309,15 +309,16 @@ class PostgreSQLStore(Store):
             writer.write(careful)
             self._merge_all = self._merge_all or writer.met_conflict
             fault("store.after_copy")
-            if not self.deletes_first:
+            if not self.in_pieces:
                 deleted = self._delete(cursor, deletes)
-            all_rejects = [*rejects, *self._refused(slots, writer.rejected)]
+            all_rejects = [*rejects, *refused(slots, writer.rejected, in_pieces=self.in_pieces)]
             if all_rejects:
                 pg_rejects.write(cursor, self.session, run.number, all_rejects)
             if self._rejects is None or self._rejects[0] != run.number:
                 self._rejects = run.number, pg_rejects.of_other_runs(cursor, target, run.number)
             if others := self._rejects[1]:
-                pg_rejects.forget_stored(cursor, target, run.number, others, self._stored_keys(slots, writer))
+                unwritten = {*writer.superseded, *(refusal[:2] for refusal in writer.rejected)}
+                pg_rejects.forget_stored(cursor, target, run.number, others, slots, unwritten, self.in_pieces)
             result = FlushResult(writer.rows, writer.bytes, deleted, tuple(writer.superseded), tuple(writer.rejected))
             result = earlier.plus(result)
             if last:
@@ -334,18 +335,6 @@ class PostgreSQLStore(Store):
         """What takes the rows of one flush into the tables."""
         sealed = bool(self._seal_column())
         return FlushWriter(cursor, self.target, run, now, merge_all=self._merge_all, pieces=self._pieces, sealed=sealed)
-
-    def _refused(self, slots: Sequence[FlushSlot], rows: Iterable[tuple[int, int, str, str]]) -> list[Reject]:
-        """Rejects for rows that the database has refused."""
-        return refused(slots, rows)
-
-    def _stored_keys(self, slots: Sequence[FlushSlot], writer: FlushWriter) -> Iterator[bytes]:
-        """Keys, encoded, of the records that a flush has stored."""
-        unwritten = {*writer.superseded, *(refusal[:2] for refusal in writer.rejected)}
-        for block, skip, _ in slots:
-            for row, (key, _) in enumerate(block.raw_rows()):
-                if row not in skip and (block.number, row) not in unwritten:
-                    yield key
 
     def _delete(self, cursor: Cursor, keys: Sequence[Key]) -> int:
         """Rows whose records have no text any more leave the index; how many there were."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from ...db.sqlite_errors import translated
 from ...db.sqlite_session import transaction
-from ...records import Key, Reject
+from ...records import Key
 from ...tables.index_policy import IndexOutcome
 from ...tables.target import identifier
-from ..base import FlushSlot, RunSpec, Stored, version_of_text
-from ..rejects import refused_pieces
+from ..base import RunSpec
 from .chunk_flush import ChunkWriter
 from .flush import RowWriter
+from .table_rows import Found
 from .table_store import SQLiteTableStore
 
 MAKE_ASIDE = (
@@ -25,7 +25,7 @@ CLEAR_ASIDE = "DELETE FROM {aside}"
 class SQLiteChunkStore(SQLiteTableStore):
     """Writes records in pieces, each record whole or not at all."""
 
-    deletes_first = True
+    in_pieces = True
 
     def _prepare_table(self, dimensions: int) -> tuple[str, ...]:
         notes = super()._prepare_table(dimensions)
@@ -47,15 +47,8 @@ class SQLiteChunkStore(SQLiteTableStore):
         with translated("clearing pieces"), transaction(self._connection):
             self._connection.execute(self.table.statement(CLEAR_ASIDE).decode())
 
-    def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
-        with translated("looking up what is stored"):
-            return {
-                key: Stored(found.text_hash, found.fingerprint, version_of_text(found.text_hash))
-                for key, found in self._rows.find_whole(keys).items()
-            }
+    def _find(self, keys: Sequence[Key]) -> dict[Key, Found]:
+        return self._rows.find_whole(keys)
 
     def _writer(self, run: RunSpec, *, force: bool = False, vectors: bool = True) -> RowWriter:
         return ChunkWriter(self._connection, self.table, self._rows, run)
-
-    def _refused(self, slots: Sequence[FlushSlot], rows: Iterable[tuple[int, int, str, str]]) -> list[Reject]:
-        return refused_pieces(slots, rows)

@@ -211,17 +211,17 @@ class SQLiteStore(Store):
             before = sqlite_runs.fence(self._connection, run.number, number)
             if before is not None:
                 return before
-            deleted = self._delete(deletes) if self.deletes_first else 0
+            deleted = self._delete(deletes) if self.in_pieces else 0
             writer = self._writer(run)
             fault("store.before_copy")
             for flush_slot in slots:
                 writer.write(flush_slot)
             writer.finish()
             fault("store.after_copy")
-            if not self.deletes_first:
+            if not self.in_pieces:
                 deleted = self._delete(deletes)
             sqlite_rejects.forget_stored(self._connection, self.target, run.number, writer.stored)
-            all_rejects = [*rejects, *self._refused(slots, writer.rejected)]
+            all_rejects = [*rejects, *refused(slots, writer.rejected, in_pieces=self.in_pieces)]
             sqlite_rejects.write(self._connection, self.target, run.number, all_rejects)
             result = FlushResult(writer.rows, writer.bytes, deleted, tuple(writer.superseded), tuple(writer.rejected))
             result = earlier.plus(result)
@@ -257,10 +257,6 @@ class SQLiteStore(Store):
             writer.finish()
             self._delete(deletes)
             sqlite_rejects.forget_stored(self._connection, self.target, run.number, writer.stored)
-
-    def _refused(self, slots: Sequence[FlushSlot], rows: Iterable[tuple[int, int, str, str]]) -> list[Reject]:
-        """Rejects for rows that the database has refused."""
-        return refused(slots, rows)
 
     def _delete(self, keys: Sequence[Key]) -> int:
         return sqlite_prune.delete_records(self._connection, self._target, self._full_text, keys)

@@ -27,11 +27,11 @@ from .prune import PRUNE_KEYS
 from .store import SQLiteStore
 from .table_find import load_vec0, prepare_table
 from .table_flush import TableWriter
-from .table_rows import TableRows
+from .table_rows import Found, TableRows
 
 TRIGGERS = "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ? COLLATE NOCASE ORDER BY name"
 
-OF_RUN = "SELECT {columns} FROM {known} WHERE kdb_fast_run = ?"
+OF_RUN = "SELECT DISTINCT {columns} FROM {known} WHERE kdb_fast_run = ?"
 
 DEAD = "SELECT {row_keys} FROM {known} s WHERE NOT {live} LIMIT {batch}"
 
@@ -93,7 +93,7 @@ class SQLiteTableStore(SQLiteStore):
             written = self._connection.execute(self.table.statement(OF_RUN).decode(), (run,))
             count = 0
             while part := written.fetchmany(PRUNE_KEYS):
-                count += sum(found.fingerprint is None for found in self._rows.find(part).values())
+                count += sum(found.fingerprint is None for found in self._find(part).values())
         if not count:
             return []
         return [
@@ -126,8 +126,12 @@ class SQLiteTableStore(SQLiteStore):
         with translated("looking up what is stored"):
             return {
                 key: Stored(found.text_hash, found.fingerprint, version_of_text(found.text_hash))
-                for key, found in self._rows.find(keys).items()
+                for key, found in self._find(keys).items()
             }
+
+    def _find(self, keys: Sequence[Key]) -> dict[Key, Found]:
+        """What is known of the records that have these keys."""
+        return self._rows.find(keys)
 
     def _writer(self, run: RunSpec, *, force: bool = False, vectors: bool = True) -> RowWriter:
         return TableWriter(self._connection, self.table, self._rows, run)
