@@ -23,6 +23,7 @@ from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.receipt import Receipt
 from kdb_fast.records import Record, content_hash
 from kdb_fast.settings import ReindexOptions
+from kdb_fast.stores import open_store
 from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec, Store
 from kdb_fast.tables.pieces import PieceOf, piece_key
 from kdb_fast.tables.table_target import TableTarget
@@ -239,6 +240,24 @@ def test_what_a_killed_run_left_is_cleared_by_the_next(articles: Articles) -> No
             writer.flush(writer.piece(0, "one two", 0, 1))
             store.end_run(run.number, state, {})
     assert aside(articles) == 1
+
+
+def test_table_that_was_made_anew_gets_a_place_for_its_pieces(articles: Articles) -> None:
+    articles.add("one")
+    for dimensions, vector in ((DIMENSIONS, "embedding"), (DIMENSIONS + 1, "embedding"), (DIMENSIONS, "other")):
+        execute(articles.address, "DROP TABLE IF EXISTS article_vectors")
+        with contextlib.closing(
+            open_store(articles.address, "test", target=target_of(articles, vector=vector))
+        ) as store:
+            store.prepare(dimensions)
+            run = store.begin_run(fingerprint="f", model="m", dimensions=dimensions, wait=0)
+            slot = Slab.local(SlabShape(1, 1, dimensions)).slots[0]
+            for piece in range(2):
+                slot.put(1, [Writer(articles, store, run).piece(0, "one two", piece, 1)], [NO_VALUE])
+                slot.vectors[:] = 1.0
+                assert store.flush(run, next(_numbers), [FlushSlot(slot, frozenset())], [], []).rejected == ()
+            store.end_run(run.number, "done", {})
+        assert execute(articles.address, "SELECT count(*) FROM article_vectors") == [(2,)]
 
 
 # -- whole runs --------------------------------------------------------------------------------------------

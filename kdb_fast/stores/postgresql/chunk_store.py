@@ -27,11 +27,18 @@ WHERE f.text_hash IS NOT NULL
 """
 """A record is known where all of its pieces are there, as they were written."""
 
-IS_THERE = "SELECT to_regclass(%s) IS NOT NULL"
+IS_THERE = """
+SELECT to_regclass(%(aside)s) IS NOT NULL, NOT EXISTS (
+  SELECT attname, atttypid, atttypmod FROM pg_attribute
+  WHERE attrelid = to_regclass(%(table)s) AND attname = ANY(%(columns)s::text[])
+  EXCEPT SELECT attname, atttypid, atttypmod FROM pg_attribute WHERE attrelid = to_regclass(%(aside)s))
+"""
+"""Whether there is a table for pieces, and of the columns that the table of vectors has now."""
 MAKE_ASIDE = (
     "CREATE TABLE {aside} AS SELECT {columns}, {written}, 0::int8 AS {revision} FROM {table} WITH NO DATA; "
     "CREATE INDEX ON {aside} ({revision})"
 )
+DROP_ASIDE = "DROP TABLE {aside}"
 TRUNCATE_ASIDE = "TRUNCATE {aside}"
 """Gives back the room of all pieces that were put aside. Waits for whoever reads the table, such as pg_dump."""
 CLEAR_ASIDE = "DELETE FROM {aside}"
@@ -46,7 +53,12 @@ class PostgreSQLChunkStore(PostgreSQLTableStore):
     def _prepare_table(self, cursor: Cursor, dimensions: int) -> tuple[str, ...]:
         notes = super()._prepare_table(cursor, dimensions)
         table = self.table
-        if cursor.execute(IS_THERE, (table.home.regclass(table.aside),)).fetchone() != (True,):
+        columns = [*(key.name for key in table.key), *table.written]
+        names = {"aside": table.home.regclass(table.aside), "table": table.regclass, "columns": columns}
+        is_there, fits = cursor.execute(IS_THERE.encode(), names).fetchone() or (False, False)
+        if is_there and not fits:
+            cursor.execute(table.statement(DROP_ASIDE))
+        if not (is_there and fits):
             cursor.execute(table.statement(MAKE_ASIDE))
         return notes
 

@@ -8,17 +8,21 @@ from ...db.sqlite_errors import translated
 from ...db.sqlite_session import transaction
 from ...records import Key
 from ...tables.index_policy import IndexOutcome
+from ...tables.table_target import REVISION
 from ...tables.target import identifier
 from ..base import RunSpec
+from .check import columns
 from .chunk_flush import ChunkWriter
 from .flush import RowWriter
 from .table_rows import Found
 from .table_store import SQLiteTableStore
 
 MAKE_ASIDE = (
-    "CREATE TABLE IF NOT EXISTS {aside} AS SELECT {columns}, {written}, 0 AS {revision} FROM {table} WHERE false",
-    "CREATE INDEX IF NOT EXISTS {aside_index} ON {aside} ({revision})",
+    "CREATE TABLE {aside} ({columns}, {written}, {revision})",
+    "CREATE INDEX {aside_index} ON {aside} ({revision})",
 )
+"""Columns without a type keep values as they are."""
+DROP_ASIDE = "DROP TABLE IF EXISTS {aside}"
 CLEAR_ASIDE = "DELETE FROM {aside}"
 
 
@@ -29,9 +33,12 @@ class SQLiteChunkStore(SQLiteTableStore):
 
     def _prepare_table(self, dimensions: int) -> tuple[str, ...]:
         notes = super()._prepare_table(dimensions)
-        for statement in MAKE_ASIDE:
-            index = identifier(f"{self.table.aside}_revision", "sqlite")
-            self._connection.execute(self.table.statement(statement, aside_index=index).decode())
+        table = self.table
+        wanted = {name.lower() for name in (*(key.name for key in table.key), *table.written, REVISION)}
+        if columns(self._connection, table.aside).keys() != wanted:
+            index = identifier(f"{table.aside}_revision", "sqlite")
+            for statement in (DROP_ASIDE, *MAKE_ASIDE):
+                self._connection.execute(table.statement(statement, aside_index=index).decode())
         return notes
 
     def begin_run(self, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
