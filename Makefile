@@ -29,7 +29,7 @@ unit:           ## Only the tests without processes and servers
 	@tools/setup dev
 	@.venv/bin/pytest tests/unit
 
-elsewhere:      ## Only the tests on another PostgreSQL, as another user, of the wheel on other Pythons
+elsewhere:      ## Only the tests on another PostgreSQL, as another user, of the wheel on other Pythons, with other packages
 	@tools/setup dev
 	@.venv/bin/python tools/elsewhere.py
 

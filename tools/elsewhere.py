@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""The tests that need another server, another user or another Python: tools/elsewhere.py [server] [user] [wheel]
+"""The tests that need another server, user or Python, or other packages: tools/elsewhere.py [PART]…
 
 server  the store's tests and the main job's on the oldest PostgreSQL and pgvector that a package brings (pgserver)
 user    a part of the tests as an ordinary user, where root runs them
 wheel   a wheel is built, installed in environments of the oldest and the newest Python that is there, and used
+recipes other packages' indexes get the vectors of another model, and the packages find by them
 
 What cannot be done on this machine is left out, and one line says why. Run by `make test`, with the Python of .venv.
 """
@@ -52,6 +53,9 @@ USER_TESTS = (
 
 USER = "nobody"
 OLDEST_PYTHON = (3, 11)
+
+PACKAGES = ("langchain-postgres", "llama-index-vector-stores-postgres", "sqlite-vec", "psycopg[binary]")
+"""Whose indexes the recipes of docs/tables.md give another model."""
 
 
 def say(text: str) -> None:
@@ -216,6 +220,30 @@ def try_wheel(python: str, built: Path, environment: Path, pip: list[str]) -> No
         assert answer["results"][0]["id"] == "7", answer
 
 
+# -- other packages ----------------------------------------------------------------------------------------
+
+
+def recipes() -> int:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-qq"]
+    with tempfile.TemporaryDirectory(prefix="kdb-fast-recipes-", ignore_cleanup_errors=True) as name:
+        environment = Path(name) / "venv"
+        python = environment / "bin" / "python"
+        subprocess.run([loading_python(), "-m", "venv", "--without-pip", str(environment)], check=True)
+        # They pin SQLAlchemy and pgvector below those that kdb-fast is tested with.
+        subprocess.run([*pip, "--python", str(python), "install", "--no-compile", *PACKAGES], check=True)
+        say(f"recipes with {', '.join(PACKAGES)}")
+        return pytest("tests/integration/test_recipes.py", env={**os.environ, "KDB_FAST_RECIPES": str(python)})
+
+
+def loading_python() -> str:
+    """A Python whose sqlite3 loads extensions, if there is one: many builds do not."""
+    for python in ("/usr/bin/python3", *pythons().values()):
+        code = "import venv, sqlite3; print(hasattr(sqlite3.Connection, 'enable_load_extension'))"
+        if Path(python).exists() and output(python, "-c", code) == "True":
+            return python
+    return sys.executable
+
+
 def output(*command: object, check: bool = False) -> str:
     """What a command prints; '' if it fails.
 
@@ -239,7 +267,7 @@ def output(*command: object, check: bool = False) -> str:
 
 
 def main() -> int:
-    parts = {"server": server, "user": user, "wheel": wheel}
+    parts = {"server": server, "user": user, "wheel": wheel, "recipes": recipes}
     wanted = sys.argv[1:] or list(parts)
     if unknown := [name for name in wanted if name not in parts]:
         say(f"unknown: {' '.join(unknown)}; there are {', '.join(parts)}")
