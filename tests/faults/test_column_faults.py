@@ -68,7 +68,7 @@ def test_fault_at_any_point(index: DatabaseAddress, commands: Commands) -> None:
     check_nothing_left(index)
 
 
-INDEX_FAULTS = ("store.index_dropped:1:kill", "store.index_build:2:kill", "pipeline.finish:1:kill")
+INDEX_FAULTS = ("store.index_dropped:1:kill", "pipeline.finish:1:kill")
 """In the writer, and in the process of the run, whose indexes the next one builds."""
 
 
