@@ -236,7 +236,8 @@ class Catalog:
                 raise SchemaError(
                     f"There are no KameleonDB tables in {display}{schema}: found no {' and no '.join(missing)}; "
                     f"expected {', '.join(TABLES)}.",
-                    remedy="Is --db the right database? For records in a file, name it with --from.",
+                    remedy="Is --db the right database? For records in a file, name it with --from; for any other "
+                    "table: --table.",
                 )
             entities = _entities(rows, target)
         active = {entity.name: entity for entity in entities if entity.active}

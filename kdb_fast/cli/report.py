@@ -147,25 +147,20 @@ def print_targets(targets: Sequence[Mapping[str, Any]]) -> None:
     Args:
         targets: As :meth:`kdb_fast.stores.targets.TargetStatus.as_json` gives each.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     if not targets:
         print("There are no targets. Describe one: kdb-fast reindex --table TABLE --text COLUMN --vector COLUMN")
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("target")
-    table.add_column("vectors in")
-    for name in ("rows", "rejected"):
-        table.add_column(name, justify="right")
-    table.add_column("last run")
+    lines = [("target", "vectors in", "rows", "rejected", "last run")]
     for values in targets:
-        place = _place(values)
         rows = "?" if values["rows"] is None else f"{values['rows']:,}"
         run = values["run"]
         last = f"{values['state']}, {str(run['started_at'])[:19]}" if run else "never"
-        table.add_row(printable(values["name"], 60), printable(place), rows, f"{values['rejected']:,}", last)
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+        lines.append((printable(values["name"], 60), printable(_place(values)), rows, f"{values['rejected']:,}", last))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for name, place, rows, rejected, last in lines:
+        print(
+            f"{name:<{widths[0]}}  {place:<{widths[1]}}  {rows:>{widths[2]}}  {rejected:>{widths[3]}}  {last}".rstrip()
+        )
 
 
 def _place(values: Mapping[str, Any]) -> str:
@@ -186,6 +181,12 @@ def print_target(values: Mapping[str, Any]) -> None:
         "vectors in": _place(values),
         "model": f"{values['model']}, {values['dimensions']} dimensions, {values['precision']}"
         + (f", {values['provider']} {values['base_url']}".rstrip() if values["provider"] != "fastembed" else ""),
+        "pieces": f"of {values['chunk']} tokens, {values['overlap']} of them shared" if values["chunk"] else "",
+        "prefixes": f"{values['document_prefix']!r} before texts, {values['query_prefix']!r} before queries"
+        if values["document_prefix"] or values["query_prefix"]
+        else "",
+        "keywords": values["keyword"],
+        "indexes": values["index"],
         "rows": "the table or column is not there" if values["rows"] is None else f"{values['rows']:,} with a vector",
         "rejected": f"{values['rejected']:,}" if values["rejected"] else "",
         "last run": f"{run['run']}, {run['state']}, began {str(run['started_at'])[:19]}" if run else "never",

@@ -130,10 +130,14 @@ def check_state(target: ColumnTarget, found: Mapping[str, str], table: str) -> N
     wanted = {f"key_{number}": key.type for number, key in enumerate(target.key, 1)}
     have = {name: kind for name, kind in found.items() if name.startswith("key_")}
     if have != wanted or not found.keys() >= set(STATE_COLUMNS):
+        remedy = f"Run: DROP TABLE {table}; kdb-fast then knows none of the vectors: embed all again with --replace."
+        if have.keys() == wanted.keys() and target.home.dialect == "postgresql":
+            changes = ", ".join(f"ALTER {name} TYPE {kind}" for name, kind in wanted.items() if have[name] != kind)
+            remedy = f"If it holds the same keys, run: ALTER TABLE {table} {changes};"
         raise SchemaError(
             f"The table {target.home.shown(target.state)} was made for a key of the types "
             f"{', '.join(have.values()) or '—'}; that of {target.shown} is of {', '.join(wanted.values())}.",
-            remedy=f"Run: DROP TABLE {table}; then all of {target.shown} is embedded again.",
+            remedy=remedy,
         )
 
 

@@ -16,6 +16,9 @@ from table_commands import DESCRIBED, Table
 from kdb_fast.cli.demo import sqlalchemy_url
 from kdb_fast.db.address import DatabaseAddress
 
+in_a_file = pytest.mark.parametrize("index", ["sqlite"], indirect=True)
+"""What is alike on both databases."""
+
 
 @pytest.fixture
 def table(commands: Commands, index: DatabaseAddress) -> Iterator[Table]:
@@ -53,6 +56,7 @@ def test_options_of_one_run(table: Table) -> None:
     assert (shown["rows"], shown["state"], shown["precision"]) == (20, "done", "fp32"), "none of these is kept"
 
 
+@in_a_file
 def test_only_some_rows_and_a_text_of_their_own(table: Table) -> None:
     table.add(1, "one", "two", "three")
     execute(table.address, "UPDATE articles SET lang = 'en' WHERE id > 1")
@@ -161,6 +165,7 @@ def test_a_row_that_is_refused_is_listed_until_it_is_stored(table: Table) -> Non
     assert "There is no target none" in table.run("rejects", "clear", "--target", "none", code=4)
 
 
+@in_a_file
 def test_what_a_person_sees_and_what_a_program_reads(table: Table) -> None:
     table.add(1, "one")
     table.run("reindex", *DESCRIBED, "--no-progress")
@@ -310,6 +315,7 @@ def test_what_belongs_to_a_target_is_kept_with_it(table: Table) -> None:
     assert execute(table.address, f"SELECT name FROM {left} WHERE name LIKE 'kdb_fast_articles_state%'") == []
 
 
+@in_a_file
 def test_prefixes_that_a_model_asks_for_are_those_of_new_targets(table: Table) -> None:
     table.add(1, "one")
     model = ("--model", "intfloat/multilingual-e5-large")
@@ -322,6 +328,7 @@ def test_prefixes_that_a_model_asks_for_are_those_of_new_targets(table: Table) -
     assert full["document_prefix"] == "", "another program may embed its queries for what is there"
 
 
+@in_a_file
 def test_a_file_is_read_into_a_table_of_vectors(table: Table, tmp_path: Path) -> None:
     file = tmp_path / "notes.csv"
     file.write_text('id,title,body\n1,One,first\n2,Two,"second, line"\nx,Bad,third\n')

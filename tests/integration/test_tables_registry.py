@@ -15,7 +15,7 @@ from servers import Server, execute, role_name
 from table_commands import DESCRIBED, Table
 
 import kdb_fast
-from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.db.address import DatabaseAddress, parse_address, without_secrets
 from kdb_fast.embedding.models.lookup import Model
 from kdb_fast.engine import inline
 from kdb_fast.indexing import run_embedding
@@ -25,6 +25,10 @@ from kdb_fast.stores import targets
 from kdb_fast.tables.definition import Definition
 
 MODEL = Model("stub", Path(), "stub.onnx", 384, 512, "mean", True, ())
+
+
+in_a_file = pytest.mark.parametrize("index", ["sqlite"], indirect=True)
+"""What is alike on both databases."""
 
 
 @pytest.fixture
@@ -68,6 +72,7 @@ def test_the_library_does_what_the_command_does(run: Reindex, table: Table) -> N
         run(name="other")
 
 
+@in_a_file
 def test_all_columns_of_text_are_the_default_and_stay_those(run: Reindex, table: Table) -> None:
     table.add(1, "one")
     assert run("articles", vector="embedding").stored == 1
@@ -78,6 +83,7 @@ def test_all_columns_of_text_are_the_default_and_stay_those(run: Reindex, table:
     assert definition.text == ("title", "body", "lang")
 
 
+@in_a_file
 def test_what_is_given_changes_what_is_kept(table: Table) -> None:
     table.add(1, "one")
     table.run("reindex", *DESCRIBED)
@@ -127,6 +133,7 @@ def test_a_table_that_is_not_as_it_was_described(table: Table) -> None:
     assert table.json("status", "articles")["rows"] == 2
 
 
+@in_a_file
 def test_a_key_that_is_another_one(run: Reindex, table: Table) -> None:
     table.add(1, "one")
     run("articles", text=["body"], vector="embedding")
@@ -167,6 +174,7 @@ def test_names_of_every_kind(table: Table) -> None:
     assert table.json("targets", "drop", odd)["dropped"] == odd
 
 
+@in_a_file
 def test_definitions_of_a_newer_version_are_refused(run: Reindex, table: Table) -> None:
     table.add(1, "one")
     run("articles", vector="embedding")
@@ -178,6 +186,7 @@ def test_definitions_of_a_newer_version_are_refused(run: Reindex, table: Table) 
         run(name="articles")
 
 
+@in_a_file
 def test_no_password_is_kept(run: Reindex, table: Table) -> None:
     table.add(1, "one")
     run("articles", vector="embedding")
@@ -259,3 +268,25 @@ def test_an_entity_of_the_same_name_keeps_its_meaning(
         assert (wrong.code, "There is no entity 'Nothing'; found: Note" in wrong.err) == (4, True)
     finally:
         close_kameleon(database, request)
+
+
+def test_a_key_of_another_type_is_named_with_what_adapts_it(commands: Commands, database: DatabaseAddress) -> None:
+    table = Table(commands, database)
+    table.add(1, "one")
+    table.run("reindex", *DESCRIBED)
+    execute(database, "ALTER TABLE articles ALTER COLUMN id TYPE text")
+    line = table.run("reindex", "articles", code=4)
+    adapt = "ALTER TABLE public.kdb_fast_articles_state ALTER key_1 TYPE text;"
+    assert adapt in line.replace('"', "")
+    execute(database, adapt)
+    assert table.json("reindex", "articles")["unchanged"] == 1
+
+
+def test_another_database_is_remembered_without_its_password() -> None:
+    kept = without_secrets("postgresql://me:s%40cret@db.example:5433/shop?sslmode=require")
+    assert "s@cret" not in kept
+    assert "s%40cret" not in kept
+    again = parse_address(kept)
+    assert again.display == "postgresql://db.example:5433/shop"
+    assert "sslmode=require" in again.conninfo
+    assert parse_address(without_secrets("sqlite:///a b.db?mode=ro")).read_only
