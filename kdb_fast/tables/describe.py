@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 from ..errors import SchemaError, UsageError
 from ..records import storable_key
 from .definition import Definition
-from .find_relation import find_relation, no_column, no_key
+from .find_relation import find_relation, no_column, no_key, no_place
 from .names import or_nearest, split_identifier
 from .relation import Relation
 from .target import Dialect, Rows
@@ -240,6 +240,8 @@ def _checked(wanted: Definition, relation: Relation, dialect: Dialect, *, create
             raise no_column(relation, name)
         return found.name
 
+    if not wanted.into and not relation.is_table:
+        raise no_place(relation)
     key = tuple(map(column, wanted.key))
     if not key and not relation.keys:
         raise no_key(relation, dialect)

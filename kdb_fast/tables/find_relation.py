@@ -196,8 +196,21 @@ def key_of(relation: Relation, wanted: Sequence[str] = ()) -> tuple[KeyColumn, .
     return next((key for key in relation.keys if not wanted or names == {part.name for part in key}), None)
 
 
+def no_place(relation: Relation) -> SchemaError:
+    """The error for a relation whose rows cannot be updated, where a column of it is to hold the vectors."""
+    return SchemaError(
+        f"{relation.shown} is a {relation.kind}: its rows have no place for a vector.",
+        remedy="Name a table for the vectors: --into NAME",
+    )
+
+
 def no_key(relation: Relation, dialect: Dialect, wanted: Sequence[str] = ()) -> SchemaError:
-    """The error for a table in which a row could not be found again, with what to add."""
+    """The error for a relation in which a row could not be found again, with what to add."""
+    if not relation.is_table:
+        return SchemaError(
+            f"Nothing says which columns tell the rows of {relation.shown} apart.",
+            remedy="Name the column, or each of several: --key id",
+        )
     shown, names = relation.shown, ", ".join(identifier(name, "sqlite") for name in wanted)
     if wanted:
         found = f"{shown} has no unique index on ({', '.join(map(storable_key, wanted))})"
@@ -302,6 +315,13 @@ def _sqlite_relation(rows: Rows, schema: str | None, name: str, kind: str, state
         declared = "" if strict and declared.upper() == "ANY" else declared or ""
         is_text = affinity(declared) == "TEXT"
         columns[column] = Column(column, declared, is_text, hidden in GENERATED, bool(not_null), value_type=declared)
+    untyped = [column for column, found_as in columns.items() if not found_as.type]
+    if untyped:
+        # It may hold anything: the first row tells.
+        kinds = ", ".join(f"typeof({identifier(column, 'sqlite')})" for column in untyped)
+        first = rows(f"SELECT {kinds} FROM {qualified(schema, name, 'sqlite')} LIMIT 1", {})  # noqa: S608 - quoted
+        for column, found_as in zip(untyped, first[0] if first else (), strict=bool(first)):
+            columns[column] = replace(columns[column], is_text=found_as == "text")
     keys: list[tuple[KeyColumn, ...]] = []
     indexes = rows(INDEXES, place)
     primary = [column for column, _, _, part, _ in found if part]

@@ -44,7 +44,7 @@ def text_columns(
     if not names:
         raise SchemaError(
             f"{relation.shown} has no column of text beside its key.",
-            remedy="Name what is to be embedded, as an SQL expression: --text \"payload->>'data'\".",
+            remedy="Name what is to be embedded, a column or an SQL expression: --text \"payload->>'data'\"",
         )
     if len(names) > 1 and provider != "fastembed":
         raise UsageError(

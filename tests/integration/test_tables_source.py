@@ -611,6 +611,41 @@ def test_kinds_of_relations(database: DatabaseAddress) -> None:
         assert len(Texts(source)) == 30
 
 
+def test_kinds_of_tables_of_sqlite(sqlite_database: DatabaseAddress) -> None:
+    for statement in (
+        "CREATE TABLE strict (k ANY PRIMARY KEY, body TEXT) STRICT",
+        "INSERT INTO strict VALUES (1, 'a'), ('1', 'b'), (x'31', 'c')",
+        "CREATE TABLE falling (k INTEGER PRIMARY KEY DESC, body TEXT)",  # which is not the number of the row
+        "INSERT INTO falling VALUES (1, 'a'), (2, 'b')",
+        "CREATE TABLE numbered (body TEXT, made TEXT GENERATED ALWAYS AS (upper(body)), k INTEGER PRIMARY KEY)",
+        "INSERT INTO numbered (k, body) VALUES (1, 'a'), (2, 'b')",
+        "CREATE TABLE none (body TEXT)",
+        "CREATE VIRTUAL TABLE docs USING fts5(body, k UNINDEXED)",
+        "INSERT INTO docs VALUES ('a', 1), ('b', 2)",
+    ):
+        execute(sqlite_database, statement)
+    assert texts(sqlite_database, "strict", page_rows=1) == {(1,): "a", ("1",): "b", (b"1",): "c"}
+    assert texts(sqlite_database, "falling", page_rows=1) == {(1,): "a", (2,): "b"}
+    assert texts(sqlite_database, "numbered") == {(1,): "a", (2,): "b"}
+    said = refused(sqlite_database, "none")
+    assert "with id INTEGER PRIMARY KEY: VACUUM may number the rows of this one anew." in said
+    assert "docs is a virtual table: its rows have no place" in refused(sqlite_database, "docs", key=("k",))
+    assert texts(sqlite_database, "docs", key=("k",), into="v") == {(1,): "a", (2,): "b"}
+    query = "SELECT rowid AS id, body FROM docs"
+    assert texts(sqlite_database, query=query, key=("id",), into="v") == {(1,): "a", (2,): "b"}
+
+
+def test_an_index_of_another_collation_than_its_column(index: DatabaseAddress) -> None:
+    collations = ('"C"', '"default"') if index.dialect == "postgresql" else ("BINARY", "NOCASE")
+    execute(index, f"CREATE TABLE words (word text COLLATE {collations[1]} NOT NULL, body text)")
+    execute(index, f"CREATE UNIQUE INDEX word_index ON words (word COLLATE {collations[0]})")
+    for word in ("b", "A", "a", "B"):
+        execute(index, "INSERT INTO words VALUES (%s, 'text')", word)
+    with contextlib.closing(opened(index, "words", text=("body",), page_rows=1)) as source:
+        assert [word for (word,) in Texts(source)] == ["A", "B", "a", "b"]
+        assert "COLLATE" in source.selection.order
+
+
 def test_a_table_that_others_inherit_from_has_no_key_of_its_own(database: DatabaseAddress) -> None:
     execute(database, "CREATE TABLE parent (id int PRIMARY KEY, body text); CREATE TABLE child () INHERITS (parent)")
     execute(database, "INSERT INTO parent VALUES (1, 'a'); INSERT INTO child VALUES (1, 'b')")

@@ -12,7 +12,7 @@ from ...db import pg_errors, pg_settings
 from ...errors import KdbFastError, SchemaError
 from ...records import storable_key
 from ...tables.definition import Definition
-from ...tables.find_relation import EMPTY_KEY, describe_query, find_relation, key_of, no_key
+from ...tables.find_relation import EMPTY_KEY, describe_query, find_relation, key_of, no_key, no_place
 from ...tables.key import KeyColumn
 from ...tables.names import or_nearest, qualified
 from ...tables.relation import Relation
@@ -40,10 +40,7 @@ def select(reader: Reader, definition: Definition) -> Selection:
     query = definition.query.strip().rstrip(";").rstrip()
     relation = _relation(reader, definition, query)
     if not relation.is_table and not definition.into:
-        raise SchemaError(
-            f"{relation.shown} is a {relation.kind}: its rows have no place for a vector.",
-            remedy="Name a table for the vectors: --into NAME",
-        )
+        raise no_place(relation)
     key, indexed = _key(relation, definition.key, dialect)
     names = definition.text
     if not names and not definition.template:
@@ -81,13 +78,8 @@ def _key(relation: Relation, wanted: Sequence[str], dialect: Dialect) -> tuple[t
     """The columns of the key, and whether they are those of a unique index."""
     if (key := key_of(relation, wanted)) is not None:
         return key, True
-    if relation.is_table:
+    if relation.is_table or not wanted:
         raise no_key(relation, dialect, wanted)
-    if not wanted:
-        raise SchemaError(
-            f"Nothing says which columns tell the rows of {relation.shown} apart.",
-            remedy="Name the column, or each of several: --key id",
-        )
     columns = [column for column in map(relation.column, wanted) if column is not None]
     typed = dialect == "sqlite"
     return tuple(KeyColumn(c.name, c.value_type, c.name, None, EMPTY_KEY, typed=typed) for c in columns), False

@@ -13,7 +13,7 @@ from ...db.retrying import ErrorKind
 from ...errors import SchemaError
 from ...records import storable_key
 from ...tables.column_target import ColumnTarget, VectorColumn, check_state, unreadable_text
-from ...tables.find_relation import find_relation, key_of, no_column, no_key
+from ...tables.find_relation import find_relation, key_of, no_column, no_key, no_place
 from ...tables.hidden_rows import check_unfiltered
 from ...tables.names import qualified
 from ...tables.relation import Relation
@@ -86,10 +86,7 @@ def find_column(
     """
     relation = find_relation(rows_on(cursor, "postgresql"), "postgresql", table)
     if not relation.is_table:
-        raise SchemaError(
-            f"{relation.shown} is a {relation.kind}; expected a table, whose rows can be updated.",
-            remedy="Name the table that has the column.",
-        )
+        raise no_place(relation)
     keys = key_of(relation, key)
     if keys is None:
         raise no_key(relation, "postgresql", key)

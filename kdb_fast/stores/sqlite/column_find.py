@@ -14,7 +14,7 @@ from ...db.sqlite_errors import kind_of
 from ...errors import SchemaError
 from ...records import storable_key
 from ...tables.column_target import ColumnTarget, VectorColumn, check_state, unreadable_text
-from ...tables.find_relation import find_relation, key_of, no_column, no_key
+from ...tables.find_relation import find_relation, key_of, no_column, no_key, no_place
 from ...tables.names import qualified
 from ...tables.relation import Column
 from ...tables.target import Target, rows_on
@@ -55,10 +55,7 @@ def find_column(
     relation = find_relation(rows_on(connection, "sqlite"), "sqlite", qualified("main", table, "sqlite"))
     shown = relation.shown
     if not relation.is_table:
-        raise SchemaError(
-            f"{shown} is a {relation.kind}; expected a table, whose rows can be updated.",
-            remedy="Name the table that has the column.",
-        )
+        raise no_place(relation)
     found = relation.column(vector)
     if found is None:
         raise no_column(relation, vector)
