@@ -183,6 +183,7 @@ def _filled(params: dict[str, Any]) -> int:
     texts = (f"{i}: {f'{text} ' * 5}"[:TEXT_CHARS] for i, text in enumerate(read))
     if params["conninfo"].startswith("sqlite:"):
         with contextlib.closing(_sqlite(params["conninfo"])) as connection, connection:
+            connection.execute("BEGIN")
             connection.execute(TABLE.format(vector="BLOB").replace("bigint", "INTEGER"))
             connection.executemany("INSERT INTO kdb_articles (id, body) VALUES (?, ?)", enumerate(texts))
         return int(params["records"])
@@ -243,7 +244,7 @@ def _sqlite(conninfo: str) -> Any:
 def _execute(conninfo: str, statement: str) -> None:
     if conninfo.startswith("sqlite:"):
         with contextlib.closing(_sqlite(conninfo)) as connection, connection:
-            if not statement.startswith("VACUUM"):
+            if statement.startswith("UPDATE"):
                 connection.execute(statement)
         return
     with database.connect(conninfo) as connection:
