@@ -215,11 +215,14 @@ class ArticleSource(TableSource):
         if not complete:
             self.live_rows = None
         self._between = between
+        self.sent = 0
+        """Records in all pages."""
         self.again: list[Key] = []
         """Keys that were read again."""
 
     def pages(self) -> Iterator[list[Record | Reject]]:
         for number, page in enumerate(super().pages()):
+            self.sent += len(page)
             yield page
             self._between(number)
 

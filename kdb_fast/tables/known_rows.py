@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from ..records import MAX_CONTENT_BYTES
+from .column_target import text_bytes
 
-SQLITE_FUNCTION = "kdb_fast_is_known"
+SAME_TEXT = "kdb_fast_same_text"
+SAME_VECTOR = "kdb_fast_same_vector"
+"""Functions of an SQLite connection: whether a value, as bytes, has the noted hash."""
 
 
 class KnownRows(NamedTuple):
@@ -16,21 +21,33 @@ class KnownRows(NamedTuple):
 
     Attributes:
         join: To be written after the table: what is known of each of its rows, if anything is.
-        unchanged: Whether a row needs nothing: text and vector are those that were noted, and the fingerprint is the
-            run's. True or false.
+        ours: Whether a row has a vector of the run's fingerprint that is the one that was noted; or NULL.
+        text_hash: The noted SHA-256 of its text, with which it needs nothing; or NULL.
     """
 
     join: str
-    unchanged: str
+    ours: str
+    text_hash: str
+
+    def unchanged(self, text: str, dialect: str) -> str:
+        """Whether a row needs nothing, true or false.
+
+        Args:
+            text: SQL expression of its text.
+        """
+        if dialect == "postgresql":
+            return f"coalesce({self.ours} AND {self.text_hash} = sha256({text_bytes(text)}), false)"
+        return f"ifnull({self.ours} AND {SAME_TEXT}(CAST(({text}) AS BLOB), {self.text_hash}), false)"
 
 
 def register(connection: sqlite3.Connection) -> None:
-    """Make the function that :class:`KnownRows` uses known to an SQLite connection."""
-    connection.create_function(SQLITE_FUNCTION, 4, _is_known, deterministic=True)
+    """Make the functions that :class:`KnownRows` uses known to an SQLite connection."""
+    for name, hash_of in ((SAME_TEXT, text_hash_of), (SAME_VECTOR, value_hash_of)):
+        connection.create_function(name, 2, partial(_is_same, hash_of), deterministic=True)
 
 
-def _is_known(text: bytes | None, text_hash: bytes | None, vector: bytes | None, vector_hash: bytes | None) -> bool:
-    return text_hash is not None and text_hash_of(text) == text_hash and value_hash_of(vector) == vector_hash
+def _is_same(hash_of: Callable[[bytes | None], bytes | None], value: bytes | None, noted: bytes | None) -> bool:
+    return noted is not None and hash_of(value) == noted
 
 
 def text_hash_of(text: bytes | None) -> bytes | None:

@@ -11,13 +11,16 @@ from typing import Any
 
 import psycopg
 import pytest
-from articles import Articles
+from articles import Articles, ArticleSource
 from column_writer import DIMENSIONS, Writer, begun, vector_of
 from servers import execute
 
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.db.sqlite_connection import connect_sqlite
 from kdb_fast.errors import SchemaError
+from kdb_fast.indexing.reindex import reindex
+from kdb_fast.records import MAX_CONTENT_BYTES
+from kdb_fast.settings import ReindexOptions
 from kdb_fast.stores.flush_parts import LOCK_SECONDS
 from kdb_fast.stores.postgresql import column_find as pg_find
 from kdb_fast.stores.postgresql.column_store import PostgreSQLColumnStore
@@ -244,6 +247,33 @@ def test_vectors_are_known_again_after(articles: Articles, event: str) -> None:
             execute(articles.address, "DROP TABLE copied")
     with begun(articles.address, articles.target()) as writer:
         assert writer.fingerprints(*keys) == ["f", "f"]
+
+
+# -- nothing has changed ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("loaded_once")
+@pytest.mark.parametrize("into", [False, True])
+def test_rows_that_need_nothing_are_only_counted(articles: Articles, into: bool) -> None:
+    """By the database itself: neither their texts nor their keys are records. Of any target, in the same way."""
+    articles.add(*(f"text {number}" for number in range(30)), "z" * (MAX_CONTENT_BYTES + 1), None)
+
+    def run(**options: Any) -> tuple[int, int, int]:
+        source = ArticleSource(articles.address, articles.target(), page_rows=8)
+        target = articles.into() if into else articles.target()
+        receipt = reindex(articles.address, source, ReindexOptions(**options), target=target)
+        assert receipt.read == 31
+        return receipt.written, receipt.unchanged, source.sent
+
+    assert run() == (31, 0, 31)
+    assert run() == (0, 31, 0)
+    articles.set(3, "changed")
+    assert run() == (1, 30, 1)
+    if articles.postgresql:  # another version of each row, and the same texts and vectors
+        table = "article_vectors" if into else articles.name
+        execute(articles.address, f"UPDATE {table} SET embedding = embedding")
+    assert run() == (0, 31, 0)
+    assert run(force=True) == (31, 0, 31)
 
 
 # -- columns -----------------------------------------------------------------------------------------------

@@ -207,9 +207,10 @@ class TableSource(Source):
         selection, known = self.selection, self._known
         if known is None:
             return f"SELECT {selection.selected} FROM {selection.source('', *conditions)}"  # noqa: S608
+        unchanged = known.unchanged(selection.text, selection.dialect)
         if not self._postgresql:
-            return f"SELECT {selection.selected}, {known.unchanged} FROM {selection.source(known.join, *conditions)}"  # noqa: S608
-        join = f"{known.join} CROSS JOIN LATERAL (SELECT {known.unchanged} AS kdb_fast_same OFFSET 0) kdb_fast_u"
+            return f"SELECT {selection.selected}, {unchanged} FROM {selection.source(known.join, *conditions)}"  # noqa: S608
+        join = f"{known.join} CROSS JOIN LATERAL (SELECT {unchanged} AS kdb_fast_same OFFSET 0) kdb_fast_u"
         text = f"CASE WHEN NOT kdb_fast_same THEN {selection.text_as_text} END"
         return f"SELECT {selection.selected_key}, {text}, kdb_fast_same FROM {selection.source(join, *conditions)}"  # noqa: S608
 

@@ -12,7 +12,7 @@ from ...db.pg_errors import kind_of
 from ...db.retrying import ErrorKind
 from ...faults import fault
 from ...records import Key, Reject, storable_key
-from ...tables.column_target import ColumnTarget, altered_rows
+from ...tables.column_target import COUNT, ColumnTarget, altered_rows
 from ...tables.index_policy import IndexOutcome, IndexPolicy
 from ...tables.key import KeyColumn, text_arrays
 from ...tables.known_rows import KnownRows
@@ -56,10 +56,9 @@ KNOWN = (
     "WHERE {same_state} OFFSET 0) kdb_fast_kept ON true"
 )
 """Key by key (OFFSET keeps it so): a page of the table must not be joined with all of the state."""
-UNCHANGED = (
-    "coalesce(kdb_fast_kept_model = '{fingerprint}' AND kdb_fast_kept_text = sha256({text}) "
-    "AND t.{embedding} IS NOT NULL AND (kdb_fast_kept_version = t.xmin "
-    "OR kdb_fast_kept_vector = sha256({sender}(t.{embedding}))), false)"
+KNOWN_OURS = (
+    "kdb_fast_kept_model = '{fingerprint}' AND t.{embedding} IS NOT NULL AND (kdb_fast_kept_version = t.xmin "
+    "OR kdb_fast_kept_vector = sha256({sender}(t.{embedding})))"
 )
 
 FORGET_VANISHED = "DELETE FROM {state} st WHERE NOT EXISTS (SELECT FROM {table} t WHERE {same_row})"
@@ -173,11 +172,10 @@ class PostgreSQLColumnStore(PostgreSQLStore):
             return cursor.execute(self.column.statement(FORGET_VANISHED, same_row=same_row)).rowcount
 
     def count(self, entity: str | None = None) -> int:
-        """Rows that have a vector, whoever wrote it."""
+        """Rows with a vector that we know of; where there is none, with any."""
 
         def work() -> int:
-            statement = self.column.statement("SELECT count(*) FROM {table} t WHERE t.{embedding} IS NOT NULL")
-            row = self.session.connection().execute(statement, ()).fetchone()
+            row = self.session.connection().execute(self.column.statement(COUNT), ()).fetchone()
             return int(row[0]) if row else 0
 
         return self.session.retrying("counting rows", work)
@@ -185,7 +183,8 @@ class PostgreSQLColumnStore(PostgreSQLStore):
     def known_rows(self, fingerprint: str) -> KnownRows:
         column = self.column
         join = column.statement(KNOWN, same_state=column.same_key("t.{column}", "kdb_fast_state.key_{number}"))
-        return KnownRows(join.decode(), column.statement(UNCHANGED, fingerprint=fingerprint).decode())
+        ours = column.statement(KNOWN_OURS, fingerprint=fingerprint)
+        return KnownRows(join.decode(), ours.decode(), "kdb_fast_kept_text")
 
     # -- reading and writing ---------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from ...records import Key, Reject
 from ...tables.hidden_rows import HiddenRowsError
 from ...tables.index_policy import IndexOutcome
 from ...tables.key import KeyColumn, text_arrays
+from ...tables.known_rows import KnownRows
 from ...tables.table_target import TSVECTOR, TableTarget
 from ...tables.target import LiveRows, Params, Target, rows_on
 from ..base import FlushResult, FlushSlot, RunSpec, Stored, version_of_text
@@ -43,6 +44,14 @@ SELECT k.i, f.* FROM unnest({arrays}) WITH ORDINALITY AS k({names}, i), LATERAL 
   FROM {table} t WHERE {same_row} OFFSET 0) f
 """
 """Key by key (OFFSET keeps it so). A vector that another program has written is not ours, whatever stands beside it."""
+
+KNOWN = (
+    "LEFT JOIN LATERAL (SELECT kdb_fast_v.kdb_fast_hash AS kdb_fast_kept_text, kdb_fast_v.kdb_fast_fingerprint = "
+    "'{fingerprint}' AND (kdb_fast_v.kdb_fast_version = kdb_fast_v.xmin OR kdb_fast_v.kdb_fast_seal = "
+    "sha256({pgvector}vector_send(kdb_fast_v.{embedding}))) AS kdb_fast_ours FROM {table} kdb_fast_v WHERE {same_row} "
+    "OFFSET 0) kdb_fast_kept ON true"
+)
+"""Key by key, as LOOK_UP."""
 
 PRUNE = """
 DELETE FROM {table} t USING (SELECT {row_keys} FROM {table} s WHERE NOT {live} LIMIT {batch}) gone WHERE {same_row}
@@ -158,6 +167,13 @@ class PostgreSQLTableStore(PostgreSQLStore):
             return int(row[0]) if row else 0
 
         return self.session.retrying("counting rows", work)
+
+    def known_rows(self, fingerprint: str) -> KnownRows | None:
+        if self.table.chunked:
+            return None  # a record has several rows
+        same_row = self.table.same_key("kdb_fast_v.{column}", "t.{column}")
+        join = self.table.statement(KNOWN, fingerprint=fingerprint, same_row=same_row)
+        return KnownRows(join.decode(), "kdb_fast_ours", "kdb_fast_kept_text")
 
     # -- reading and writing ---------------------------------------------------------------------------
 

@@ -15,10 +15,10 @@ from ...db.sqlite_errors import translated
 from ...db.sqlite_session import transaction
 from ...faults import fault
 from ...records import Key, Reject, storable_key
-from ...tables.column_target import ColumnTarget, altered_rows
+from ...tables.column_target import COUNT, ColumnTarget, altered_rows
 from ...tables.index_policy import IndexAction, IndexOutcome
 from ...tables.key import KeyColumn
-from ...tables.known_rows import SQLITE_FUNCTION, KnownRows
+from ...tables.known_rows import SAME_VECTOR, KnownRows
 from ...tables.target import LiveRows, Target
 from ..base import FlushResult, FlushSlot, RunSpec, Stored, version_of_text
 from ..flush_parts import PartSize, first_part
@@ -33,9 +33,8 @@ KNOWN = (
     "LEFT JOIN (SELECT {kept}, fingerprint AS kdb_fast_kept_model, text_hash AS kdb_fast_kept_text, "
     "vector_hash AS kdb_fast_kept_vector FROM {state}) kdb_fast_kept ON {same_state}"
 )
-UNCHANGED = (
-    "(kdb_fast_kept_model IS '{fingerprint}' AND {is_known}({text}, kdb_fast_kept_text, CAST(t.{embedding} AS BLOB), "
-    "kdb_fast_kept_vector))"
+KNOWN_OURS = (
+    "kdb_fast_kept_model = '{fingerprint}' AND {same_vector}(CAST(t.{embedding} AS BLOB), kdb_fast_kept_vector)"
 )
 
 FORGET_VANISHED = "DELETE FROM {state} AS st WHERE NOT EXISTS (SELECT 1 FROM {table} t WHERE {same_row})"
@@ -154,10 +153,9 @@ class SQLiteColumnStore(SQLiteStore):
         fill_in(self._connection, select, fill, beat)
 
     def count(self, entity: str | None = None) -> int:
-        """Rows that have a vector, whoever wrote it."""
+        """Rows with a vector that we know of; where there is none, with any."""
         with translated("counting rows"):
-            statement = self.column.statement("SELECT count(*) FROM {table} t WHERE t.{embedding} IS NOT NULL")
-            return int(self._connection.execute(statement.decode()).fetchone()[0])
+            return int(self._connection.execute(self.column.statement(COUNT).decode()).fetchone()[0])
 
     def known_rows(self, fingerprint: str) -> KnownRows:
         column = self.column
@@ -165,7 +163,8 @@ class SQLiteColumnStore(SQLiteStore):
         kept = column.each_key("key_{number} AS kdb_fast_kept_{number}")
         return KnownRows(
             column.statement(KNOWN, kept=kept, same_state=same_state).decode(),
-            column.statement(UNCHANGED, fingerprint=fingerprint, is_known=SQLITE_FUNCTION).decode(),
+            column.statement(KNOWN_OURS, fingerprint=fingerprint, same_vector=SAME_VECTOR).decode(),
+            "kdb_fast_kept_text",
         )
 
     # -- reading and writing ---------------------------------------------------------------------------

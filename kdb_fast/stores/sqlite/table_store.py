@@ -17,6 +17,7 @@ from ...records import Key, storable_key
 from ...tables.hidden_rows import HiddenRowsError
 from ...tables.index_policy import IndexAction, IndexOutcome
 from ...tables.key import KeyColumn
+from ...tables.known_rows import SAME_VECTOR, KnownRows
 from ...tables.table_target import TableTarget
 from ...tables.target import LiveRows, Params, Target, rows_on
 from ..base import FlushSlot, RunSpec, Stored, version_of_text
@@ -30,6 +31,13 @@ from .table_flush import TableWriter
 from .table_rows import Found, TableRows
 
 TRIGGERS = "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ? COLLATE NOCASE ORDER BY name"
+
+KNOWN = (
+    "LEFT JOIN (SELECT {kept_keys}, kdb_fast_hash AS kdb_fast_kept_text, kdb_fast_seal AS kdb_fast_kept_vector, "
+    "kdb_fast_fingerprint AS kdb_fast_kept_model, CAST({embedding} AS BLOB) AS kdb_fast_vector FROM {table}) "
+    "kdb_fast_kept ON {same_row}"
+)
+KNOWN_OURS = "kdb_fast_kept_model = '{fingerprint}' AND {same_vector}(kdb_fast_vector, kdb_fast_kept_vector)"
 
 OF_RUN = "SELECT DISTINCT {columns} FROM {known} WHERE kdb_fast_run = ?"
 
@@ -119,6 +127,18 @@ class SQLiteTableStore(SQLiteStore):
         with translated("counting rows"):
             row = self._connection.execute(self.table.statement("SELECT count(*) FROM {known}").decode()).fetchone()
             return int(row[0])
+
+    def known_rows(self, fingerprint: str) -> KnownRows | None:
+        table = self.table
+        if table.chunked or table.vec0:
+            return None  # a record has several rows; what is known lies in another table than the vectors
+        join = table.statement(
+            KNOWN,
+            kept_keys=table.each_key("{column} AS kdb_fast_kept_{number}"),
+            same_row=table.same_key("kdb_fast_kept.kdb_fast_kept_{number}", "t.{column}"),
+        )
+        ours = table.statement(KNOWN_OURS, fingerprint=fingerprint, same_vector=SAME_VECTOR)
+        return KnownRows(join.decode(), ours.decode(), "kdb_fast_kept_text")
 
     # -- reading and writing ---------------------------------------------------------------------------
 
