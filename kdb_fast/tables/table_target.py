@@ -150,6 +150,14 @@ def check_columns(target: TableTarget, found: Mapping[str, str], wanted: Mapping
             f"{target.shown} is another program's table: it has no column {', '.join(STATE_COLUMNS[:2])} ….",
             remedy="Give the vectors a table of their own: --into NAME. Or a column of it: --vector NAME.",
         )
+    in_pieces = CHUNK_COLUMNS[-1] in found
+    if in_pieces != target.chunked:
+        rows = ("a piece of a text", "a whole text")
+        raise SchemaError(
+            f"A row of {target.shown} is {rows[not in_pieces]}; this run writes {rows[not target.chunked]} into each.",
+            remedy=f"{'Give' if in_pieces else 'Leave out'} --chunk. Or write into another table, --into NAME, or run: "
+            f"DROP TABLE {target.shown}; then all is embedded again.",
+        )
     differing = [
         f"{storable_key(name)} is {f'of type {found[name]}' if name in found else 'missing'}, expected {kind}"
         for name, kind in wanted.items()

@@ -18,6 +18,7 @@ from kdb_fast.embedding.chunking import Splitter
 from kdb_fast.embedding.models.files import Model
 from kdb_fast.errors import SchemaError, UsageError
 from kdb_fast.indexing.reindex import reindex
+from kdb_fast.indexing.tables import reindex_table
 from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.receipt import Receipt
@@ -225,6 +226,30 @@ def test_deleted_record_may_come_back_in_the_same_flush(writer: Writer) -> None:
     assert writer.texts() == {}
 
 
+def test_keyword_search_finds_the_pieces_that_are_there(articles: Articles) -> None:
+    articles.add("one")
+    keyword = "simple" if articles.postgresql else "unicode61"
+    with begun(articles.address, target_of(articles, keyword=keyword)) as (store, run):
+        writer = Writer(articles, store, run)
+        writer.put(0, "a lamp stood here", 1)
+        writer.flush(writer.piece(0, "an orbit elsewhere", 0, 2), writer.piece(0, "an orbit elsewhere", 2, 2))
+        assert words(articles, "lamp") == [(1,)]
+        writer.flush(writer.piece(0, "an orbit elsewhere", 1, 2))
+        assert (words(articles, "lamp"), words(articles, "orbit"), words(articles, "elsewhere")) == ([], [(1,)], [(2,)])
+
+
+def words(articles: Articles, word: str) -> list[tuple[Any, ...]]:
+    """Numbers of the pieces that have a word."""
+    if articles.postgresql:
+        found = "SELECT chunk FROM article_vectors WHERE tsv @@ to_tsquery('simple', %s)"
+    else:
+        found = (
+            "SELECT chunk FROM article_vectors WHERE kdb_fast_number IN "
+            "(SELECT rowid FROM article_vectors_fts WHERE article_vectors_fts MATCH %s)"
+        )
+    return execute(articles.address, found, word)
+
+
 def test_flush_is_written_once(writer: Writer) -> None:
     first = writer.flush(writer.piece(0, "one two", 0, 1), number=7777)
     assert writer.flush(writer.piece(0, "one two", 0, 1), number=7777) == first
@@ -357,6 +382,24 @@ def test_without_pieces_what_is_lost_is_told_with_the_option(articles: Articles)
 def test_table_of_sqlite_vec_has_no_pieces(sqlite_database: DatabaseAddress) -> None:
     with pytest.raises(SchemaError, match="texts in pieces have several"):
         target_of(Articles(sqlite_database, "id INTEGER PRIMARY KEY, body TEXT, embedding BLOB"), vec0=True)
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_kept_target_goes_on_in_pieces(articles: Articles, check: Callable[..., int]) -> None:
+    articles.add(*(long_text(n, 6) for n in range(3)))
+    table, address = articles.name, articles.address
+    into = "public.article_vectors" if articles.postgresql else "article_vectors"
+    options: dict[str, Any] = {"text": ["body"], "into": into, "name": "articles"}
+    first = reindex_table(address, table, chunk=SIZE, overlap=OVERLAP, **options)
+    assert numbers(first) == {"stored": 3, "chunks": check()}
+    assert numbers(reindex_table(address, name="articles")) == {"unchanged": 3}
+    with pytest.raises(SchemaError, match="is a piece of a text; this run writes a whole text into each") as caught:
+        reindex_table(address, name="articles", chunk=0)
+    assert caught.value.remedy.startswith("Give --chunk.")
+    execute(address, "DROP TABLE article_vectors")
+    assert numbers(reindex_table(address, name="articles", chunk=0)) == {"stored": 3}
+    with pytest.raises(SchemaError, match="is a whole text; this run writes a piece of a text into each"):
+        reindex_table(address, name="articles", chunk=SIZE)
 
 
 def test_what_cannot_be_cut_is_refused(articles: Articles, minilm: Model) -> None:
