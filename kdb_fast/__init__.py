@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from .receipt import Receipt
     from .search.engine import SearchEngine
     from .search.results import IndexStatus, SearchResult
+    from .search.tables.results import TableResult
+    from .search.tables.search import search_table
 
 __version__ = "0.1.0"
 
@@ -67,9 +69,11 @@ __all__ = [
     "SearchResult",
     "SearchWarning",
     "StoppedError",
+    "TableResult",
     "UsageError",
     "get_provider",
     "reindex_table",
+    "search_table",
 ]
 
 _FROM = {
@@ -77,6 +81,8 @@ _FROM = {
     "indexing.tables": ("reindex_table",),
     "receipt": ("Receipt",),
     "search.results": ("IndexStatus", "SearchResult"),
+    "search.tables.results": ("TableResult",),
+    "search.tables.search": ("search_table",),
     "embedding.providers.fastembed": ("FastEmbedProvider",),
     "embedding.providers.openai.provider": ("OpenAIProvider",),
     "embedding.providers.factory": ("get_provider",),

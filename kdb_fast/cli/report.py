@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..receipt import InsertReceipt, Receipt, Retried
 from ..records import storable_key
 from ..tables.target import Target
 from .bars import clock
 from .console import shell_word, with_database
+
+if TYPE_CHECKING:
+    from ..search.tables.results import TableResult
 
 SHOWN_CHARS = 100
 """Characters of a text in a list of results."""
@@ -104,6 +107,20 @@ def print_results(query: str, results: Sequence[Mapping[str, Any]]) -> None:
     for number, result in enumerate(results, 1):
         print(f"{number:>3}. {result['score']:.4f}  {printable(result['entity'], 40)}/{printable(result['id'], 40)}")
         print(f"     {printable(result['matched_text'])}")
+
+
+def print_table_results(results: Sequence[TableResult]) -> None:
+    """Results of the search of a table, best first."""
+    if not results:
+        print("no results")
+        return
+    for number, result in enumerate(results, 1):
+        key = ", ".join(f"{printable(name, 40)} {printable(str(value), 60)}" for name, value in result.key.items())
+        piece = f", characters {result.chunk.start} to {result.chunk.end}" if result.chunk else ""
+        print(f"{number:>3}. {result.score:.4f}  {key}{piece}")
+        print(f"     {printable(result.matched_text)}")
+        for name, value in result.columns.items():
+            print(f"     {printable(name, 40)}: {printable(str(value))}")
 
 
 def print_status(status: Mapping[str, Any], database: str) -> None:

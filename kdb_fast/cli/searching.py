@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import json
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import UsageError
 from .console import complain
 from .options import BASE_URL_HELP, database_option, json_option, opened_database
 from .tables import in_schema, state_schema_option
 from .targets import show_target
 
+if TYPE_CHECKING:
+    from ..db.address import DatabaseAddress
+    from ..search.tables.search import Mode, Question
+
 
 @click.command("search")
-@click.argument("query")
+@click.argument("query", nargs=-1, required=True, metavar="[NAME] QUERY")
 @database_option
 @click.option("--entity", "entities", multiple=True, help="Only this entity; repeat it for several.")
-@click.option("--mode", type=click.Choice(["hybrid", "vector", "keyword"]), default="hybrid", show_default=True)
+@click.option(
+    "--mode",
+    type=click.Choice(["hybrid", "vector", "keyword"]),
+    help="Default: hybrid; vector for a table without keyword search.",
+)
 @click.option("--limit", default=10, show_default=True)
-@click.option("--where", metavar="JSON", help='Exact values of fields, such as {"city": "Oslo"}.')
+@click.option(
+    "--where",
+    metavar="JSON|SQL",
+    help='Exact values of fields, such as {"city": "Oslo"}; for a table an SQL condition over the columns of its '
+    "source, such as \"published AND lang = 'en'\".",
+)
+@click.option("--columns", metavar="A,B", help="For a table: columns to show with each result, with commas between.")
 @click.option(
     "--min-score",
     default=0.0,
@@ -31,47 +51,123 @@ from .targets import show_target
 @click.option("--model-path", type=click.Path(path_type=Path, file_okay=False), help="Directory of a model.")
 @click.option("--provider", type=click.Choice(["fastembed", "openai"]), help="Default: the one of the index's model.")
 @click.option("--base-url", metavar="URL", help=BASE_URL_HELP)
+@state_schema_option
 @json_option
 def search_command(
-    query: str,
+    query: tuple[str, ...],
     db: str | None,
     entities: tuple[str, ...],
-    mode: str,
+    mode: Mode | None,
     limit: int,
     where: str | None,
+    columns: str | None,
     min_score: float,
-    model: str | None,
-    model_path: Path | None,
-    provider: str | None,
-    base_url: str | None,
+    state_schema: str | None,
     as_json: bool,
+    **of_model: Any,
 ) -> None:
-    """Search the index by meaning, by keyword, or both (reciprocal rank fusion).
+    """Search the index by meaning, by keyword, or both (reciprocal rank fusion). With NAME, that of a target (see
+    kdb-fast targets list): the table that was embedded under this name.
 
     In QUERY, "two words" in quotes stay together, -word excludes (after --: kdb-fast search -- "-word …"), and or
     means either. A record that holds an identifier of the query (ERR_CONN_1111, nginx.conf, "a phrase") comes first.
     """
-    from ..search.commands import run_search
     from ..search.retrieval import check_query
+
+    *names, text = query
+    if len(names) > 1:
+        raise UsageError(
+            f"{len(query)} arguments; expected a query, or the name of a target and a query.",
+            remedy=f"Put the query in quotes: kdb-fast search {shlex.quote(' '.join(query))}",
+        )
+    check_query(text, mode or "hybrid", min_score)
+    if names and entities:
+        raise UsageError("--entity is for KameleonDB's index.", remedy="Give a condition: --where SQL.")
+    if not names and (columns is not None or state_schema is not None):
+        raise UsageError(
+            f"--{'state-schema' if columns is None else 'columns'} is for a table.",
+            remedy='Name the target before the query: kdb-fast search NAME "QUERY"',
+        )
+    with opened_database(db, reads=True) as address:
+        if names:
+            from ..search.tables.search import Question
+
+            question = Question(
+                query=text,
+                mode=mode,
+                where=where or "",
+                columns=tuple(name.strip() for name in columns.split(",")) if columns else (),
+                limit=limit,
+                min_score=min_score,
+                **of_model,
+            )
+            _search_table(in_schema(address, state_schema), names[0], question, as_json)
+        else:
+            _search_index(address, text, mode or "hybrid", entities, limit, where, min_score, as_json, of_model)
+
+
+def _search_table(address: DatabaseAddress, name: str, question: Question, as_json: bool) -> None:
+    from ..search.tables.search import search_kept
+    from .report import print_table_results, printable
+
+    found = search_kept(address, name, question)
+    for part in found.left_out:
+        complain(f"warning: {printable(str(part), 1000)}")
+    if as_json:
+        results = [asdict(result) for result in found.results]
+        left_out = [part._asdict() for part in found.left_out]
+        answer = {"query": question.query, "target": name, "mode": found.mode, "results": results}
+        print(json.dumps({**_plain(answer), "left_out": left_out, "notes": found.notes}))
+        return
+    for note in found.notes:
+        complain(f"note: {printable(note, 1000)}")
+    print_table_results(found.results)
+
+
+def _plain(value: Any) -> Any:
+    """A value of a database as JSON has it; what it has no form for as text."""
+    if isinstance(value, dict):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if hasattr(value, "_asdict"):
+        return value._asdict()
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, (bytes, memoryview)):
+        return bytes(value).hex()
+    known = value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
+    return value if known else str(value)
+
+
+def _search_index(
+    address: DatabaseAddress,
+    query: str,
+    mode: str,
+    entities: tuple[str, ...],
+    limit: int,
+    where: str | None,
+    min_score: float,
+    as_json: bool,
+    of_model: Mapping[str, Any],
+) -> None:
+    """Search KameleonDB's index."""
+    from ..search.commands import run_search
     from ..search.scope import parse_where
     from .report import print_results, printable
 
-    check_query(query, mode, min_score)
-    with opened_database(db, reads=True) as address:
-        results, missed = run_search(
-            address,
-            query,
-            mode=mode,
-            entities=entities,
-            limit=limit,
-            where=parse_where(where),
-            min_score=min_score,
-            model_name=model,
-            model_path=model_path,
-            provider=provider,
-            base_url=base_url,
-            alone=bool(click.get_current_context().obj),
-        )
+    results, missed = run_search(
+        address,
+        query,
+        mode=mode,
+        entities=entities,
+        limit=limit,
+        where=parse_where(where),
+        min_score=min_score,
+        model_name=of_model["model"],
+        model_path=of_model["model_path"],
+        provider=of_model["provider"],
+        base_url=of_model["base_url"],
+        alone=bool(click.get_current_context().obj),
+    )
     for part in missed:
         complain(f"warning: {printable(str(part), 1000)}")
     if as_json:

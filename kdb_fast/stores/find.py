@@ -86,7 +86,8 @@ def _table_of_vectors(
     name, into, source = definition.name, definition.into, None if definition.source else relation
     parts = _Parts(
         vector=definition.vector,
-        content=bool(relation is None or definition.query or definition.chunk),
+        # Where it cannot be read beside the vectors.
+        content=bool(relation is None or definition.query or definition.chunk or definition.source),
         chunked=bool(definition.chunk),
         keyword=definition.keyword,
         text=text if source is not None else "",

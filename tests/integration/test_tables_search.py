@@ -6,17 +6,22 @@ import contextlib
 import datetime
 import hashlib
 import itertools
+import json
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
 from articles import Articles
+from psycopg.conninfo import conninfo_to_dict
 from servers import Vector, database_name, execute
 
+import kdb_fast
+from kdb_fast.cli import run, searching
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.db.sqlite_connection import connect_sqlite
 from kdb_fast.errors import SchemaError, UsageError
@@ -27,9 +32,9 @@ from kdb_fast.records import Key, Record
 from kdb_fast.search import query_model
 from kdb_fast.search.tables import postgresql as pg_reader
 from kdb_fast.search.tables.indexes import uses
-from kdb_fast.search.tables.results import Outcome, TableResult
+from kdb_fast.search.tables.results import Chunk, Outcome, TableResult
 from kdb_fast.search.tables.search import Question, search_definition
-from kdb_fast.stores import open_store
+from kdb_fast.stores import open_store, targets
 from kdb_fast.stores.base import FlushSlot, TargetTable
 from kdb_fast.stores.postgresql import keyword as pg_keyword
 from kdb_fast.stores.postgresql import table_find as pg_table
@@ -756,3 +761,74 @@ def test_language_that_is_not_there(index: DatabaseAddress) -> None:
         assert pg_keyword.find_configuration(cursor, "") == "pg_catalog.simple"
         with pytest.raises(SchemaError, match="no text search configuration germen; nearest: german"):
             pg_keyword.find_configuration(cursor, "germen")
+
+
+# -- a target that is kept, from the library and the command line ------------------------------------------
+
+
+def test_search_of_a_target_by_its_name(index: DatabaseAddress, capsys: pytest.CaptureFixture[str]) -> None:
+    filled = worded(index, "column")
+    targets.keep(index, filled.definition)
+    found = kdb_fast.search_table(
+        index, "articles", "noisy pump", mode="keyword", where="id <> 5", columns=["lang"], limit=1
+    )
+    assert [(r.key, r.matched_text, r.columns) for r in found] == [({"id": 0}, TEXTS[0], {"lang": "en"})]
+
+    command = ["search", "--db", as_url(index), "articles", "noisy pump", "--where", "id <> 5", "--columns", "lang, id"]
+    assert run([*command, "--mode", "keyword", "--limit", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "id 0" in out
+    assert "lang: en" in out
+    assert TEXTS[0] in out
+    assert run([*command, "--json", "--mode", "keyword", "--min-score", "0.01"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["target"], answer["mode"], answer["left_out"], answer["notes"]) == ("articles", "keyword", [], [])
+    assert answer["results"][0] == {
+        "key": {"id": 0},
+        "score": pytest.approx(1 / 61),
+        "similarity": None,
+        "matched_text": TEXTS[0],
+        "columns": {"lang": "en", "id": 0},
+        "chunk": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["articls", "pump"], "There is no target articls; nearest: articles."),
+        (["noisy", "pump", "valve"], "Put the query in quotes: kdb-fast search"),
+        (["articles", "pump", "--entity", "Note"], "--entity is for KameleonDB's index."),
+        (["pump", "--columns", "lang"], "--columns is for a table."),
+        (["articles", "pump", "--where", "nope"], "--where is no condition over the columns of the source"),
+        (["articles", " "], "The query is blank"),
+    ],
+)
+def test_command_that_makes_no_sense(
+    shared: Filled, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    address = shared.articles.address
+    targets.keep(address, shared.definition)
+    assert run(["search", "--db", as_url(address), *arguments]) in (2, 4)
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def as_url(address: DatabaseAddress) -> str:
+    """For ``--db``."""
+    if address.dialect == "sqlite":
+        return address.display
+    parts = conninfo_to_dict(address.conninfo)
+    return f"postgresql:///{parts.pop('dbname')}?{urlencode(parts)}"
+
+
+def test_values_that_json_does_not_have() -> None:
+    values = {"a": b"\x01\xff", "b": float("nan"), "c": (1, datetime.date(2020, 1, 2)), "d": None, "e": Chunk(1, 2, 3)}
+    assert searching._plain(values) == {
+        "a": "01ff",
+        "b": "nan",
+        "c": [1, "2020-01-02"],
+        "d": None,
+        "e": {"number": 1, "start": 2, "end": 3},
+    }

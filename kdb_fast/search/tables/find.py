@@ -40,7 +40,7 @@ def find_searched(connection: Any, address: DatabaseAddress, definition: Definit
         SchemaError: Something is not there, or not any more.
     """
     rows = rows_of(connection, address.dialect)
-    home = find_target(rows, address.dialect, address.schema)
+    home = find_target(rows, address.dialect, address.schema, plain=True)
     elsewhere = bool(definition.source)
     read = None
     if definition.table and not elsewhere:

@@ -7,17 +7,19 @@ still there. A vector of another program, or one that was written over ours, is 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...db import pg_settings
-from ...db.address import DatabaseAddress
+from ...db.address import DatabaseAddress, opened, parse_address
 from ...db.reading import read
-from ...errors import SchemaError, UsageError
+from ...errors import SchemaError, SearchWarning, UsageError
 from ...origins import Maker, Origin, QueryVector
 from ...records import Key, storable_key
+from ...stores import targets
 from ...tables.definition import Definition
 from ..query import Query, parse_query, why_blank
 from ..readers.ranking import Hit
@@ -82,6 +84,72 @@ class Question:
     def names_model(self) -> bool:
         """Whether it says which model has made the vectors."""
         return any((self.model, self.model_path, self.base_url))
+
+
+def search_table(
+    url: str | DatabaseAddress,
+    name: str,
+    query: str,
+    *,
+    mode: Mode | None = None,
+    where: str = "",
+    columns: Sequence[str] = (),
+    limit: int = 10,
+    min_score: float = 0.0,
+    model: str | None = None,
+    model_path: Path | None = None,
+    provider: str | None = None,
+    base_url: str | None = None,
+    state_schema: str | None = None,
+) -> list[TableResult]:
+    """Search a table that :func:`kdb_fast.reindex_table` has embedded.
+
+    Args:
+        url: Of the database: ``postgresql://…``, ``sqlite:///file.db`` or ``embedded:DIR``.
+        name: Of the target, as it is kept.
+        state_schema: PostgreSQL: the schema of kdb-fast's own tables, where the session's search path does not lead to
+            it.
+
+    Others: see :class:`Question`.
+
+    Returns:
+        The records that answer the query best, best first; [] for a query that says nothing.
+
+    Raises:
+        UsageError: An argument makes no sense, such as a condition that does not parse.
+        SchemaError: There is no such target, it is not what it was, holds no vector, or has no keyword search.
+        ModelError: The model of its vectors is not to be had.
+        DatabaseError: The database cannot be reached, or cannot answer.
+        ProviderError: The API that embeds the query does not answer.
+
+    Warns:
+        SearchWarning: Rows could not be compared with the query.
+    """
+    question = Question(
+        query=query,
+        mode=mode,
+        where=where,
+        columns=tuple(columns),
+        limit=limit,
+        min_score=min_score,
+        model=model,
+        model_path=model_path,
+        provider=provider,
+        base_url=base_url,
+    )
+    with opened(parse_address(url) if isinstance(url, str) else url, create=False) as address:
+        if state_schema is not None and address.dialect == "postgresql":
+            address = replace(address, schema=state_schema)
+        outcome = search_kept(address, name, question)
+    for part in outcome.left_out:
+        warnings.warn(str(part), SearchWarning, stacklevel=2)
+    return outcome.results
+
+
+def search_kept(address: DatabaseAddress, name: str, question: Question) -> Outcome:
+    """The records of the target of this name that answer a question best; see :func:`search_definition`."""
+    where, definition = targets.find_in(address, name)
+    return search_definition(where, definition, question)
 
 
 def search_definition(address: DatabaseAddress, definition: Definition, question: Question) -> Outcome:
