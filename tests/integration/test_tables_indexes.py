@@ -357,7 +357,7 @@ def test_lists_are_made_again_after_a_change_of_the_model(articles: Articles) ->
     execute(articles.address, KINDS["ivfflat"] + KINDS["hnsw"])
     fill(articles)
     before, first = snapshot(articles.address), files(articles.address)
-    assert finished(articles).text == "built again lists for the vectors of the new model"
+    assert finished(articles).text == "built again lists for the vectors of this model"
     second = files(articles.address)
     assert second["lists"] != first["lists"]
     assert second["near"] == first["near"]
@@ -367,6 +367,16 @@ def test_lists_are_made_again_after_a_change_of_the_model(articles: Articles) ->
     assert finished(articles, IndexPolicy.DEFER, model="g").text.startswith("built again lists")
     assert files(articles.address)["lists"] != second["lists"]
     assert snapshot(articles.address) == before
+
+
+def test_lists_that_were_made_of_this_models_vectors_are_left_alone(articles: Articles) -> None:
+    finished(articles)
+    fill(articles)
+    execute(articles.address, KINDS["ivfflat"])
+    before = files(articles.address)
+    assert finished(articles).text == "kept"
+    assert files(articles.address) == before
+    assert finished(articles, model="g").text.startswith("built again lists")
 
 
 def test_lists_are_left_alone_while_nothing_was_written(articles: Articles) -> None:
@@ -389,7 +399,7 @@ def test_an_index_is_exchanged_beside_its_readers(articles: Articles) -> None:
     execute(articles.address, KINDS["hnsw"].replace("near", "near_ccnew"))
     invalidate(articles.address, "shop.near_ccnew")
     text = finished(articles, IndexPolicy.CONCURRENTLY).text
-    assert text == "built again bits, head, near, same for the vectors of the new model"
+    assert text == "built again bits, head, near, same for the vectors of this model"
     assert snapshot(articles.address) == before
     second = files(articles.address)
     assert all(second[name] != first[name] for name in ("near", "head", "bits", "same"))
@@ -428,7 +438,8 @@ def test_a_table_without_an_index_gets_one(
     assert finished(articles, policy, dimensions=dimensions).text == f"{shown}: one is made from {ROWS} rows on"
     fill(articles, 1, dimensions, first=ROWS)
     assert finished(articles, IndexPolicy.NONE, dimensions=dimensions).text == f"{shown}: --index none"
-    assert finished(articles, policy, dimensions=dimensions).text == "built articles_embedding_idx"
+    text = finished(articles, policy, dimensions=dimensions).text
+    assert text == "built articles_embedding_idx (HNSW for the cosine, since there was none)"
     (made,) = [row for row in snapshot(database) if row[1] == "articles_embedding_idx"]
     assert made[2].endswith(using)
     assert made[3]
@@ -484,7 +495,7 @@ def test_a_table_of_vectors_gets_one_and_has_it_built_again(articles: Articles) 
             articles.address,
             f"INSERT INTO {target.shown} SELECT id, embedding, '', '', 'f', 1, now() FROM shop.articles",
         )
-        assert store.finish_index(no_beat, run).text == "built article_vectors_embedding_idx"
+        assert store.finish_index(no_beat, run).text.startswith("built article_vectors_embedding_idx (HNSW")
         execute(articles.address, f"CREATE INDEX lists ON {target.shown} USING ivfflat (embedding vector_l2_ops)")
         statement = "SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = to_regclass(%s) ORDER BY 1"
         before = execute(articles.address, statement, target.shown)

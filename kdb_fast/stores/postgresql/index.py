@@ -154,6 +154,7 @@ def _finish(session: PgSession, indexed: Indexed, run: RunSpec | None, builder: 
         if isinstance(missing, SearchIndex):
             tree.dropped.append(missing)
         if not tree.unfinished() and not outdated and not builder.has_built:
+            _note_model(cursor, tree, run)
             forget(cursor, indexed.home)
             return _nothing_to_build(tree, missing)
         reason = obstacle(cursor, indexed, tree.dropped)
@@ -187,12 +188,13 @@ def _finish(session: PgSession, indexed: Indexed, run: RunSpec | None, builder: 
             found = built.found(index)
             if found is not None and (found.comment, found.statistics) == (None, {}):
                 complete(cursor, index, found.name)  # one that was built beside others
-        if run is not None and _follows_model(built, run):
-            note_built_for(cursor, indexed.home, run.fingerprint)
+        _note_model(cursor, built, run)
         forget(cursor, indexed.home)
     with session.transaction() as cursor:
         cursor.execute("SET LOCAL statement_timeout = 0")
         cursor.execute(f"ANALYZE (SKIP_LOCKED) {indexed.qualified}".encode())
+    if isinstance(missing, SearchIndex):
+        outcome = replace(outcome, detail=f"{outcome.detail} (HNSW for the cosine, since there was none)")
     return replace(outcome, live=live)
 
 
@@ -228,10 +230,21 @@ def _follows_model(tree: IndexTree, run: RunSpec) -> list[SearchIndex]:
 
 def _find_outdated(cursor: Cursor, tree: IndexTree, run: RunSpec | None) -> list[SearchIndex]:
     """Indexes that were built for other vectors than this run, or an unfinished one before it, has written."""
-    home = tree.indexed.home
     found = [] if run is None else _follows_model(tree, run)
-    if not found or run is None or built_for(cursor, home) == run.fingerprint:
-        return []
+    return found if found and run is not None and _has_changed_model(cursor, tree, run) else []
+
+
+def _has_changed_model(cursor: Cursor, tree: IndexTree, run: RunSpec) -> bool:
+    home = tree.indexed.home
+    if built_for(cursor, home) == run.fingerprint:
+        return False
     statement = "SELECT FROM {kdb_fast_runs} WHERE target = %s AND fingerprint = %s AND last_flush > 0 LIMIT 1"
-    written = cursor.execute(home.statement(statement), (home.name, run.fingerprint)).fetchone()
-    return found if written is not None else []
+    return cursor.execute(home.statement(statement), (home.name, run.fingerprint)).fetchone() is not None
+
+
+def _note_model(cursor: Cursor, tree: IndexTree, run: RunSpec | None) -> None:
+    """Whatever index there is now, or is made by the next run, is one of this run's vectors."""
+    if run is None or (tree.indexed.standard and not _follows_model(tree, run)):
+        return
+    if _has_changed_model(cursor, tree, run):
+        note_built_for(cursor, tree.indexed.home, run.fingerprint)

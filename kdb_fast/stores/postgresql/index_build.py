@@ -264,7 +264,7 @@ class IndexBuilder:
                 f"{', '.join(invalid)}: looked at after building, the index is not there or not valid. Another session "
                 "may have changed it; run the same command again."
             )
-        again = ", ".join(self._again) + (" for the vectors of the new model" if self._again else "")
+        again = ", ".join(self._again) + (" for the vectors of this model" if self._again else "")
         action = IndexAction.BUILT if self.has_built else IndexAction.KEPT
         return IndexOutcome(action, text, invalid, tuple(self._warnings), again)
 
