@@ -199,7 +199,7 @@ class TableArguments:
         from ..stores.targets import kept_in
         from ..tables.describe import find_kept, no_target
 
-        _, kept = kept_in(in_schema(address, self.state_schema))
+        _, kept = kept_in(in_schema(address, self.state_schema), required=False)
         found = [target for name in names if (target := find_kept(name, kept, address.dialect))]
         if found and len(names) > 1:
             raise UsageError(

@@ -46,7 +46,7 @@ def list_all(address: DatabaseAddress, entity: str | None = None, target: str | 
     if target is None:
         rows = list_rejects(address, entity)
     if entity is None:
-        where, definitions = kept_in(address) if target is None else _one(address, target)
+        where, definitions = kept_in(address, required=False) if target is None else _one(address, target)
         for definition in definitions:
             rows += [{"target": definition.name, **row} for row in list_rejects(where, index=_index_of(definition))]
     return rows

@@ -214,7 +214,7 @@ def _home(address: DatabaseAddress, state_schema: str | None) -> tuple[DatabaseA
                 f"There is no schema {shown} for kdb-fast's own tables.",
                 remedy=f"Let the owner of the database run: CREATE SCHEMA {shown};",
             ) from None
-        return dataclasses.replace(address, schema=home.schema), home, targets.kept(rows, home)
+        return dataclasses.replace(address, schema=home.schema), home, targets.kept(rows, home, required=False)
 
     return read(address, work)
 
@@ -305,7 +305,7 @@ def _run(
     for note in described.notes:
         progress.note(note)
     with contextlib.ExitStack() as stack:
-        with adapting(described.before):
+        with adapting(described.as_kept):
             source, what = open_source(address, read_from, file, definition, run.get("limit"))
         stack.callback(source.close)
         options = _options(definition, run)
@@ -315,7 +315,7 @@ def _run(
             embedding = find_embedding(options, progress, Records(address, source, lambda: False, definition.identity))
             stack.callback(embedding.close)
             create_vector_column(address, definition, embedding.dimensions)
-        with adapting(described.before):
+        with adapting(described.as_kept):
             target = find_table_target(address, definition, *what, **writing)
         if options.provider == "openai" and options.dimensions is None:
             options = dataclasses.replace(options, dimensions=target.vector.dimensions)

@@ -190,7 +190,7 @@ def run_status(address: DatabaseAddress) -> dict[str, Any]:
         rows = rows_of(connection, address.dialect)
         schema = find_target(rows, address.dialect).schema
         home = find_target(rows, address.dialect, address.schema, plain=True)
-        targets = target_statuses(rows, home, kept(rows, home))
+        targets = target_statuses(rows, home, kept(rows, home, required=False))
         return statuses(connection, address.dialect, None), last_run(connection, address.dialect), schema, targets
 
     rows, run, schema, targets = read(address, work)

@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 LIST = "SELECT definition FROM {kdb_fast_targets} ORDER BY name"
 
+MAY_READ = "SELECT has_table_privilege(%(table)s, 'SELECT')"
+
 KEEP = (
     "INSERT INTO {kdb_fast_targets} (name, definition) VALUES ({name}, {definition}) ON CONFLICT (name) DO UPDATE "
     "SET definition = excluded.definition, updated_at = {now} "
@@ -50,19 +52,27 @@ DROPPED_INDEXES = "SELECT 1 FROM {kdb_fast_state} WHERE key = {key}"
 FORGET = "DELETE FROM {kdb_fast_targets} WHERE name = {name}"
 
 
-def kept(rows: Rows, home: Target) -> list[Definition]:
+def kept(rows: Rows, home: Target, *, required: bool = True) -> list[Definition]:
     """All targets that are kept, by name; [] where there is no table of them.
+
+    Args:
+        required: Also where this role may not read the table it is [] otherwise: who reads KameleonDB's index need not.
 
     Raises:
         SchemaError: One was described by a newer kdb-fast, or this role may not read the table.
     """
     if TARGETS not in columns_of(rows, home, (TARGETS,)):
         return []
+    if not required and home.dialect == "postgresql" and not rows(MAY_READ, {"table": home.regclass(TARGETS)})[0][0]:
+        return []
     return [Definition.from_json(definition) for (definition,) in rows(home.text(LIST), {})]
 
 
-def kept_in(address: DatabaseAddress) -> tuple[DatabaseAddress, list[Definition]]:
+def kept_in(address: DatabaseAddress, *, required: bool = True) -> tuple[DatabaseAddress, list[Definition]]:
     """The targets that are kept in a database, and its address with the schema of our own tables.
+
+    Args:
+        required: As for :func:`kept`.
 
     Raises:
         DatabaseError: The database cannot be reached.
@@ -72,7 +82,7 @@ def kept_in(address: DatabaseAddress) -> tuple[DatabaseAddress, list[Definition]
     def work(connection: Any) -> tuple[DatabaseAddress, list[Definition]]:
         rows = rows_of(connection, address.dialect)
         home = find_target(rows, address.dialect, address.schema, plain=True)
-        return replace(address, schema=home.schema), kept(rows, home)
+        return replace(address, schema=home.schema), kept(rows, home, required=required)
 
     return read(address, work)
 

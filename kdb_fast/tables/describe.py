@@ -61,12 +61,14 @@ class Described:
     Attributes:
         definition: What will be kept.
         before: As it was kept; None for a new one.
+        as_kept: The same, where none of its names was given anew: what is not there has changed in the database.
         creates: The column of the vectors is missing, and is to be made.
         notes: What a person should know, a sentence each.
     """
 
     definition: Definition
     before: Definition | None = None
+    as_kept: Definition | None = None
     creates: bool = False
     notes: tuple[str, ...] = ()
 
@@ -149,8 +151,8 @@ def describe(
         wanted = replace(wanted, text=())
     if "model" in given and "dimensions" not in given:
         wanted = replace(wanted, dimensions=0)
-    creates = False
-    with adapting(before):
+    creates, as_kept = False, None if given.keys() & NAMES else before
+    with adapting(as_kept):
         if relation is None and wanted.table:
             relation = find_relation(read, dialect, quoted(wanted.schema, wanted.table))
         if relation is not None:
@@ -161,7 +163,7 @@ def describe(
     if before is not None:
         _check_not_moved(rows, dialect, before, wanted)
     _check_place(wanted, kept, dialect)
-    return Described(wanted, before, creates, tuple(_changes(before, wanted)))
+    return Described(wanted, before, as_kept, creates, tuple(_changes(before, wanted)))
 
 
 def _check_file(before: Definition | None, from_file: bool) -> None:
@@ -308,6 +310,9 @@ def _check_place(wanted: Definition, kept: Iterable[Definition], dialect: Dialec
                 f"{_word(other.name)}",
             )
 
+
+NAMES = frozenset({"table", "query", "filter", "key", "text", "template", "vector", "into", "source"})
+"""Fields of a definition that are about what there is in the database."""
 
 CHANGES = (
     "table",

@@ -11,6 +11,7 @@ import poison_worker
 import pytest
 from commands import Commands
 from kameleon import close_kameleon, open_kameleon
+from openai_server import OpenAIServer
 from servers import Server, execute, role_name
 from table_commands import DESCRIBED, Table
 
@@ -290,3 +291,35 @@ def test_another_database_is_remembered_without_its_password() -> None:
     assert again.display == "postgresql://db.example:5433/shop"
     assert "sslmode=require" in again.conninfo
     assert parse_address(without_secrets("sqlite:///a b.db?mode=ro")).read_only
+
+
+def test_a_server_makes_the_vectors_and_is_remembered(table: Table) -> None:
+    table.add(1, "one", "two")
+    execute(table.address, f"ALTER TABLE articles ADD made {'vector(64)' if table.is_postgresql else 'BLOB'}")
+    with OpenAIServer(key=None) as server:
+        given: dict[str, Any] = {"vector": "made", "base_url": server.url, "model": "text-embedding-3-small"}
+        with pytest.raises(kdb_fast.UsageError, match="several columns of text"):
+            reindex_table(table.address, "articles", **given)
+        assert reindex_table(table.address, "articles", text=["body"], **given).stored == 2
+        assert reindex_table(table.address, name="articles").unchanged == 2
+        table.add(3, "three")
+        again = reindex_table(table.address, name="articles")
+        assert (again.stored, again.model) == (1, "text-embedding-3-small")
+        (definition,) = targets.kept_in(table.address)[1]
+        assert (definition.provider, definition.base_url) == ("openai", server.url)
+        assert definition.dimensions == 64
+
+
+def test_who_reads_kameleondbs_index_needs_no_right_on_targets(
+    postgres: Server, commands: Commands, database: DatabaseAddress
+) -> None:
+    table = Table(commands, database)
+    table.add(1, "one")
+    table.run("reindex", *DESCRIBED)
+    role = postgres.create_role(
+        database, "SELECT ON kdb_fast_runs, kdb_fast_rejects, kdb_fast_migrations, kdb_fast_state"
+    )
+    assert "0 records indexed" in table.run("status", db=role)
+    assert "permission denied for table kdb_fast_targets" in table.run("targets", "list", db=role, code=4)
+    line = table.run("reindex", *DESCRIBED, db=role, code=4)
+    assert f"GRANT SELECT, INSERT, UPDATE, DELETE ON public.kdb_fast_targets TO {role_name(role)};" in line
