@@ -29,7 +29,8 @@ FULL = os.environ.get("KDB_FAST_FAULT_LOOP") == "full"
 KILLED, LOCKED, DEFECT = -9, 6, 70
 """Exit codes."""
 
-ROWS = 60
+ROWS = 110
+"""So that most flushes have more than one part."""
 
 
 def start(commands: Commands, articles: Articles, *options: str, **environment: str) -> Command:
@@ -49,18 +50,18 @@ def test_fault_at_any_point(index: DatabaseAddress, commands: Commands) -> None:
     assert finished(commands, articles)["stored"] == ROWS
     faults = FAULTS if FULL else FAULTS[index.dialect == "sqlite" :: 2]
     for count, fault in enumerate(faults):
-        another = "UPDATE {} SET body = CAST(id AS text) || ' for the ' || CAST(%s AS text) || 'th time' WHERE id < 40"
+        another = "UPDATE {} SET body = CAST(id AS text) || ' for the ' || CAST(%s AS text) || 'th time' WHERE id < 90"
         execute(index, another.format(articles.name), count)
-        articles.set(50 + count % 10, None)
-        articles.set(50 + (count - 1) % 10, "has its text again")
-        articles.set_vector(45, poison_worker.vector_of("theirs"))
+        articles.set(100 + count % 10, None)
+        articles.set(100 + (count - 1) % 10, "has its text again")
+        articles.set_vector(95, poison_worker.vector_of("theirs"))
         command = start(commands, articles, KDB_FAST_FAULT=fault)
         assert command.wait() in (0, KILLED, DEFECT), f"{fault}: {command.out}{command.err}"
         assert commands.fired(), fault
         if command.wait() != 0:
             eventually(lambda: not commands.processes())
             finished(commands, articles)
-        articles.check(poison_worker.vector_of, foreign={45: "theirs"})
+        articles.check(poison_worker.vector_of, foreign={95: "theirs"})
     again = finished(commands, articles)
     assert (again["unchanged"], again["read"], len(articles.state())) == (ROWS - 1,) * 3
     assert again["foreign"] == 1
