@@ -146,9 +146,7 @@ def _growth(target: ColumnTarget, size: int, growth: int, wide: bool) -> list[st
     )
     text += " (done between the parts)." if target.vacuum else " (--vacuum does so meanwhile)."
     if wide:
-        text += (
-            " Its rows are wide: a table of vectors beside it (--into) is written faster, in half the bytes."
-        )
+        text += " Its rows are wide: a table of vectors beside it (--into) is written faster, in half the bytes."
     return [text]
 
 
