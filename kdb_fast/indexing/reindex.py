@@ -11,7 +11,7 @@ from dataclasses import replace
 from .. import __version__
 from ..accounting import Counts
 from ..db.address import DatabaseAddress
-from ..errors import KdbFastError, StoppedError, UnexpectedError
+from ..errors import KdbFastError, StoppedError, UnexpectedError, UsageError
 from ..receipt import Phases, Receipt
 from ..resources import collecting_rarely, peak_rss_bytes
 from ..settings import ReindexOptions
@@ -57,6 +57,8 @@ def reindex(
     Raises:
         KdbFastError: One of its subclasses; ``receipt`` is set on it when the run had begun.
     """
+    if (isinstance(target, TableTarget) and target.chunked) != bool(options.chunk):
+        raise UsageError("Pieces of texts (--chunk) need a table of vectors with a row for each, and that needs them.")
     progress = progress or Silent()
     started = time.monotonic()
     with contextlib.ExitStack() as stack:

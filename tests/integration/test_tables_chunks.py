@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -379,6 +381,24 @@ def test_without_pieces_what_is_lost_is_told_with_the_option(articles: Articles)
     assert reindex(articles.address, source, ReindexOptions(force=True), target=articles.target()).warnings == ()
 
 
+@pytest.mark.usefixtures("loaded_once")
+def test_file_in_which_a_key_comes_twice(index: DatabaseAddress, tmp_path: Path) -> None:
+    if index.dialect == "postgresql":
+        execute(index, "CREATE EXTENSION vector")
+    file = tmp_path / "notes.jsonl"
+    texts = [("a", long_text(1, 9)), ("b", "short"), ("a", long_text(2, 5)), ("c", long_text(1, 9))]
+    file.write_text("".join(json.dumps({"id": key, "body": text}) + "\n" for key, text in texts))
+    options: dict[str, Any] = {"key": ["id"], "text": ["body"], "into": "notes", "chunk": SIZE}
+    receipt = reindex_table(index, from_file=file, **options)
+    assert (receipt.read, receipt.superseded, receipt.stored + receipt.reused) == (4, 1, 3)
+    found: dict[str, str] = {}
+    for key, start, content in execute(index, "SELECT id, start_char, content FROM notes ORDER BY id, chunk"):
+        found[key] = found.get(key, "").ljust(start) + content
+    assert found == dict(texts)
+    again = reindex_table(index, from_file=file, **options)
+    assert (again.stored + again.reused, again.unchanged, again.superseded) == (0, 3, 1)
+
+
 def test_table_of_sqlite_vec_has_no_pieces(sqlite_database: DatabaseAddress) -> None:
     with pytest.raises(SchemaError, match="texts in pieces have several"):
         target_of(Articles(sqlite_database, "id INTEGER PRIMARY KEY, body TEXT, embedding BLOB"), vec0=True)
@@ -412,6 +432,15 @@ def test_what_cannot_be_cut_is_refused(articles: Articles, minilm: Model) -> Non
     ):
         with pytest.raises(UsageError, match=message):
             ReindexOptions(**options)
+    source = ArticleSource(articles.address, articles.target())
+    for settings, target in (
+        (ReindexOptions(chunk=40), articles.into()),
+        (ReindexOptions(chunk=40), articles.target()),
+        (ReindexOptions(), target_of(articles)),
+    ):
+        with pytest.raises(UsageError, match="need a table of vectors with a row for each"):
+            reindex(articles.address, source, settings, target=target)
+    source.close()
     with pytest.raises(UsageError, match=f"reads at most {minilm.max_tokens} tokens"):
         run_of(articles, minilm.max_tokens + 1)
     with contextlib.suppress(Exception):

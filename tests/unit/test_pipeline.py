@@ -563,7 +563,7 @@ WITH_EMPTIED = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(ITEMS, INITIAL, SETUPS)
 def test_a_record_in_pieces_is_stored_whole_and_counted_once(
     items: list[Item], initial: dict[Key, tuple[str, str | None]], setup: Setup

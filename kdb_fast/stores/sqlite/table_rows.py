@@ -92,7 +92,8 @@ class TableRows:
         """:meth:`find` of records in pieces: one is known where all of its pieces are there as they were written."""
         same_row = self._target.same_key("t.{column}", KEY_VALUE)
         pieces: dict[Key, list[tuple[Any, ...]]] = {}
-        for key, *piece in self._for_keys(keys, FIND_PIECES, same_row=same_row, vector=self._vector):
+        each = list(dict.fromkeys(keys))
+        for key, *piece in self._for_keys(each, FIND_PIECES, same_row=same_row, vector=self._vector):
             pieces.setdefault(key, []).append(tuple(piece))
         return {key: _whole(found) for key, found in pieces.items()}
 
