@@ -26,9 +26,10 @@ def run(options: Options) -> Result:
     with session(options) as s:
         written = _written(s)
         keep, defer = _indexed(s)
-        beside, example, beside_sqlite = _beside(s)
+        loads = _beside(s)
         again = {name: _again(s, name) for name in ("PostgreSQL", "SQLite")}
     ours, executemany, staging = written.values()
+    beside, example, _, beside_sqlite = loads.values()
     requirements = [
         _after_start(ours, executemany, 1.4, "column target, every row, against executemany UPDATEs"),
         _after_start(ours, staging, 0.75, "column target, every row, against a COPY'd staging table"),
@@ -65,6 +66,9 @@ def run(options: Options) -> Result:
             "run could tell what has changed; kdb-fast also compares the text at the write, locks no row for longer "
             "than 0.3 s, checks every vector and records its run. The last column leaves out the start of its "
             "processes.",
+            "The loading example has rows, vectors and hashes ready in memory, and one transaction; kdb-fast also "
+            "reads the texts, and hashes them and the vectors. Both validate the foreign key in the end, within their "
+            "time.",
         ],
         [
             Table(
@@ -75,11 +79,7 @@ def run(options: Options) -> Result:
             Table(
                 "A first load into a table of vectors beside it, with its foreign key",
                 ("contender", "rows", "seconds", "rows/s", "times as fast, after the start"),
-                [
-                    [*_row(beside), ""],
-                    [*_row(example), _ratio(beside, example).text(2, "×")],
-                    [*_row(beside_sqlite), ""],
-                ],
+                [[*_row(o), "" if o.contender.ours else _ratio(beside, o).text(2, "×")] for o in loads.values()],
             ),
             Table(
                 "Every row changed, with an HNSW index, until it is ready again",
@@ -95,7 +95,7 @@ def run(options: Options) -> Result:
         requirements=requirements,
         chart=("Rows a second", "rows/s",
                [Bar(o.contender.label, spread(o.rates), o.contender.ours) for o in written.values()]),
-        raw={"written": raw(written.values()), "beside": raw([beside, example, beside_sqlite]),
+        raw={"written": raw(written.values()), "beside": raw(loads.values()),
              "indexed": raw([keep, defer]), "again": raw(all_again)},
     )  # fmt: skip
 
@@ -113,24 +113,25 @@ def _written(s: Session) -> dict[str, Outcome]:
     )
 
 
-def _beside(s: Session) -> tuple[Outcome, Outcome, Outcome]:
+def _beside(s: Session) -> dict[str, Outcome]:
     params = s.dataset("contacts", s.options.size(ROWS, 400)).params()
-    beside, example = alternate(
+    server, file = {**params, "conninfo": s.conninfo}, s.work / "beside.db"
+    in_file = {**params, "conninfo": f"sqlite:///{file}"}
+
+    def reset() -> None:
+        s.reset()
+        file.unlink(missing_ok=True)
+
+    return alternate(
         [
-            Contender("kdb-fast, table of vectors", "beside", {**params, "conninfo": s.conninfo}, ours=True),
-            Contender("pgvector's loading example", "loading_beside", {**params, "conninfo": s.conninfo}),
+            Contender("kdb-fast", "beside", server, ours=True),
+            Contender("pgvector's loading example, the same columns", "loading_beside", {**server, "noted": True}),
+            Contender("pgvector's loading example, key and vector only", "loading_beside", server),
+            Contender("kdb-fast, SQLite", "beside", in_file, ours=True),
         ],
         s.runs,
-        s.reset,
-    ).values()
-    file = s.work / "beside.db"
-    in_file = {**params, "conninfo": f"sqlite:///{file}"}
-    (beside_sqlite,) = alternate(
-        [Contender("kdb-fast, table of vectors, SQLite", "beside", in_file, ours=True)],
-        s.runs,
-        lambda: file.unlink(missing_ok=True),
-    ).values()
-    return beside, example, beside_sqlite
+        reset,
+    )
 
 
 def _indexed(s: Session) -> tuple[Outcome, Outcome]:

@@ -77,6 +77,7 @@ class Articles:
         """
         read = self.target(key=options.pop("key", ()))
         source = Relation(read.schema, read.table, kind, keys=(read.key,))
+        options = {"text": read.text, **options}
         if not self.postgresql:
             table = into.strip('"').replace('""', '"')
             with contextlib.closing(connect_sqlite(self.address)) as connection:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 from kdb_fast.db.address import DatabaseAddress
@@ -93,15 +94,25 @@ def beside(params: dict[str, Any]) -> dict[str, Any]:
 def loading_beside(params: dict[str, Any]) -> dict[str, Any]:
     """pgvector-python's published example of bulk loading, with a key, and a foreign key that is validated in the end.
 
-    The rows are ready beforehand.
+    The rows are ready beforehand. With ``noted`` they have the columns that :func:`beside` fills, too.
     """
     count = _filled(params)
+    columns = {"id": "bigint PRIMARY KEY", "embedding": f"vector({database.DIMENSIONS})"}
+    if params.get("noted"):
+        columns |= {"text_hash": "bytea", "vector_hash": "bytea", "fingerprint": "varchar(64)", "run": "bigint"}
+        columns["at"] = "timestamptz"
+    now = datetime.now(UTC)
     with database.connect(params["conninfo"]) as connection:
-        rows = [(key, vector) for page in _pages(connection) for key, _, _, vector in page]
+        pages = _pages(connection)
+        rows = [
+            (key, vector, text, sha, FINGERPRINT, 1, now)[: len(columns)] for p in pages for key, text, sha, vector in p
+        ]
         started = time.perf_counter()
-        connection.execute(f"CREATE TABLE {BESIDE} (id bigint PRIMARY KEY, embedding vector({database.DIMENSIONS}))")
-        with connection.cursor().copy(f"COPY {BESIDE} (id, embedding) FROM STDIN WITH (FORMAT BINARY)") as copy:
-            copy.set_types(("int8", "vector"))
+        definitions = ", ".join(f"{name} {kind}" for name, kind in columns.items())
+        connection.execute(f"CREATE TABLE {BESIDE} ({definitions})".encode())
+        statement = f"COPY {BESIDE} ({', '.join(columns)}) FROM STDIN WITH (FORMAT BINARY)"
+        with connection.cursor().copy(statement.encode()) as copy:
+            copy.set_types(("int8", "vector", "bytea", "bytea", "varchar", "int8", "timestamptz")[: len(columns)])
             for row in rows:
                 copy.write_row(row)
                 # As in the example: keeps libpq's buffer small.

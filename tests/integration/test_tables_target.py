@@ -23,6 +23,7 @@ from kdb_fast.records import Key, content_hash
 from kdb_fast.settings import ReindexOptions
 from kdb_fast.stores import open_store
 from kdb_fast.stores.postgresql import foreign_key
+from kdb_fast.stores.postgresql.table_store import PostgreSQLTableStore
 from kdb_fast.stores.sqlite.table_store import SQLiteTableStore
 from kdb_fast.tables.hidden_rows import HiddenRowsError
 from kdb_fast.tables.relation import Column, Relation
@@ -490,6 +491,23 @@ def test_view_with_what_was_read(articles: Articles, begin: Open) -> None:
     assert row[:4] == (0, "en", "one", None)
     assert row[4] is not None
     execute(articles.address, drop_statement(target))
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_unchanged_rows_are_known_without_their_texts(articles: Articles, oracle: Oracle) -> None:
+    """The database itself compares; what another program has written to the vectors it tells, too."""
+    articles.add(*TEXTS, "100% {text}")
+    assert reindexed(articles) == {"stored": 41}
+    store = PostgreSQLTableStore if articles.postgresql else SQLiteTableStore
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "lookup", None)
+        assert reindexed(articles) == {"unchanged": 41}
+    value: Any = oracle.vector("theirs")
+    value = value.tobytes() if not articles.postgresql else str(value.tolist())
+    execute(articles.address, "UPDATE article_vectors SET embedding = %s WHERE id = 7", value)
+    articles.set(8, "another")
+    assert reindexed(articles) == {"stored": 2, "unchanged": 39}
+    check(articles, oracle.vector)
 
 
 # -- tables of sqlite-vec ----------------------------------------------------------------------------------
