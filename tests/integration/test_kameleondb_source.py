@@ -523,7 +523,7 @@ class TestPostgreSQL:
             next(pages)
             self.terminate(notes)
             stranger = make_conninfo(notes.address.conninfo, user="nobody")
-            monkeypatch.setattr(source, "_address", replace(notes.address, conninfo=stranger))
+            monkeypatch.setattr(source._reader, "address", replace(notes.address, conninfo=stranger))
             with pytest.raises(DatabaseError, match=r"did not come back for 0\.5 s") as lost:
                 next(pages)
         assert "carries on" in lost.value.remedy
@@ -537,14 +537,14 @@ class TestPostgreSQL:
             with pytest.raises(DatabaseError, match="cancelled each time while reading records") as told:
                 next(source.pages())
             assert "statement_timeout" in told.value.remedy
-            close = source.close
+            close = source._reader.close
 
             def release() -> None:
                 """Before the next attempt."""
                 other.rollback()
                 close()
 
-            monkeypatch.setattr(source, "close", release)
+            monkeypatch.setattr(source._reader, "close", release)
             assert next(source.pages())
 
     def test_a_count_that_takes_too_long_is_estimated(self, notes: Database, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -557,7 +557,7 @@ class TestPostgreSQL:
         ):
             # The count waits for this lock until its time is up; the holder itself may ask the planner.
             other.execute("LOCK TABLE kdb_records IN ACCESS EXCLUSIVE MODE")
-            monkeypatch.setattr(source, "_fetch", rows_on(other, "postgresql"))
+            monkeypatch.setattr(source._reader, "fetch", rows_on(other, "postgresql"))
             assert source.estimate() == 250
 
     def test_a_user_who_may_not_read_is_told_so(self, notes: Database, postgres: Server) -> None:
