@@ -24,7 +24,7 @@ from kdb_fast.indexing.tables import reindex_table
 from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.receipt import Receipt
-from kdb_fast.records import Record, content_hash
+from kdb_fast.records import Record, Reject, content_hash
 from kdb_fast.settings import ReindexOptions
 from kdb_fast.stores import open_store
 from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec, Store
@@ -185,6 +185,22 @@ def test_bad_piece_rejects_its_record_and_no_other(writer: Writer) -> None:
     assert aside(writer.articles) == 0
     writer.put(0, "a good text", 4)
     assert writer.texts() == {0: "a good text", 1: "fine here"}
+
+
+def test_record_that_is_stored_is_no_longer_rejected(articles: Articles) -> None:
+    articles.add("one", "two")
+    wrong = [Reject(articles.key(n), "why", "so it is", content_hash("one two")) for n in range(2)]
+    for number in range(2):
+        with begun(articles.address, target_of(articles)) as (store, run):
+            writer = Writer(articles, store, run)
+            if not number:
+                store.flush(run, next(_numbers), [], wrong, [])
+                assert len(list(store.rejects())) == 2
+            else:
+                writer.flush(writer.piece(0, "one two", 0, 1), writer.piece(1, "one", 0, 2))
+                writer.flush(writer.piece(0, "one two", 1, 1))
+                assert list(store.rejects()) == []
+            store.end_run(run.number, "done", {})
 
 
 def test_record_that_a_trigger_leaves_out_is_rejected(writer: Writer) -> None:
