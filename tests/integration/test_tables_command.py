@@ -44,6 +44,7 @@ def test_a_column_is_filled_and_the_second_command_is_short(table: Table) -> Non
     table.check(1, 2, 3, 4)
 
 
+@in_a_file
 def test_options_of_one_run(table: Table) -> None:
     table.add(1, *(f"text {n}" for n in range(20)))
     assert table.json("reindex", *DESCRIBED, "--limit", "5")["read"] == 5
@@ -126,6 +127,7 @@ def test_two_runs_exclude_each_other_and_another_column_is_free(table: Table, tm
     table.check(*range(1, 32))
 
 
+@in_a_file
 def test_ctrl_c_and_carry_on(table: Table, tmp_path: Path) -> None:
     table.add(1, *(f"text {n}" for n in range(300)), "gated")
     gate = str(tmp_path)

@@ -99,6 +99,7 @@ def test_what_is_given_changes_what_is_kept(table: Table) -> None:
     assert "nothing changed" in again.out
 
 
+@in_a_file
 def test_a_column_has_one_target_and_a_name_one_place(table: Table) -> None:
     execute(table.address, "ALTER TABLE articles ADD COLUMN second " + ("vector" if table.is_postgresql else "BLOB"))
     table.add(1, "one")
@@ -148,6 +149,7 @@ def test_a_key_that_is_another_one(run: Reindex, table: Table) -> None:
         run(name="articles", key=["uid"])
 
 
+@in_a_file
 def test_dropping_forgets_all_but_the_vectors(table: Table) -> None:
     table.add(1, "one", "two")
     table.run("reindex", *DESCRIBED)
