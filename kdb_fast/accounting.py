@@ -56,6 +56,16 @@ class Counts:
         """Records whose vector is in the index since this run."""
         return self.stored + self.reused
 
+    @property
+    def to_write(self) -> int:
+        """Records whose vector is in the index since this run, or will be."""
+        return self.read - self.unchanged - self.rejected - self.superseded
+
+    def gone(self, records: int) -> None:
+        """Count records that were not there any more when they were read again."""
+        self.read += records
+        self.superseded += records
+
     def add(self, fate: Fate, records: int = 1) -> None:
         """Count records whose fate is settled."""
         setattr(self, fate.value, getattr(self, fate.value) + records)

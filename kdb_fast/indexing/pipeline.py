@@ -49,6 +49,9 @@ PASSES = 3
 PAUSE_SECONDS = 0.5
 """Before such a record is read again: a transaction that holds its row may end."""
 
+ReadAgain = Callable[[list[Key]], list[Record | Reject]]
+"""Gives the records of these keys as they are now."""
+
 DRAIN_SECONDS = 6.0
 """A run that is being stopped waits so long for its last flushes: a container is killed ten seconds after SIGTERM.
 What is not written by then is embedded again by the next run."""
@@ -138,7 +141,7 @@ class Pipeline:
         pages: Iterable[list[Record | Reject]],
         emptied: Callable[[], list[Key]] = lambda: [],
         unchanged: Callable[[], int] = lambda: 0,
-        again: Callable[[list[Key]], list[Record | Reject]] | None = None,
+        again: ReadAgain | None = None,
     ) -> None:
         """Read all pages and write everything that must be written.
 
@@ -197,9 +200,7 @@ class Pipeline:
         while self._unfinished():
             self._pump(1.0, last=True)
 
-    def _take_again(
-        self, again: Callable[[list[Key]], list[Record | Reject]], emptied: Callable[[], list[Key]]
-    ) -> None:
+    def _take_again(self, again: ReadAgain, emptied: Callable[[], list[Key]]) -> None:
         """Take the records again of which another program has written the row, or held it locked."""
         self._intake.begin_again()
         for number in range(2, PASSES + 1):
@@ -208,12 +209,9 @@ class Pipeline:
                 return
             self.flushes.reads_again = number < PASSES
             time.sleep(PAUSE_SECONDS)
-            for start in range(0, len(pending), PAGE_ROWS):
-                keys = pending[start : start + PAGE_ROWS]
+            for keys in (pending[i : i + PAGE_ROWS] for i in range(0, len(pending), PAGE_ROWS)):
                 page, empty = again(keys), emptied()
-                gone = len(keys) - len(page) - len(empty)
-                self.counts.read += gone
-                self.counts.superseded += gone
+                self.counts.gone(len(keys) - len(page) - len(empty))
                 self._take(page, empty)
             self._write_all()
 
@@ -347,15 +345,9 @@ class Pipeline:
         if self.index.deferred or self._stopping or not self._store.has_vector_index:
             return False
         counts = self.counts
-        decision = decide(
-            rows_in_index=self._intake.rows_at_start or 0,
-            estimate=self._estimate,
-            read=counts.read,
-            to_write=counts.read - counts.unchanged - counts.rejected - counts.superseded,
-            written=counts.written,
-            policy=self._index_policy,
-        )
-        self.index.decided(decision)
+        written = (counts.read, counts.to_write, counts.written)
+        rows = self._intake.rows_at_start or 0
+        self.index.decided(decide(rows, self._estimate, *written, policy=self._index_policy))
         if self.index.deferred:
             engine.writer.request(PrepareIndex())
         return self.index.deferred

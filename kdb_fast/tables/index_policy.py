@@ -125,7 +125,6 @@ class IndexOutcome:
 
 
 def decide(
-    *,
     rows_in_index: int,
     estimate: int | None,
     read: int,

@@ -233,7 +233,7 @@ class PostgreSQLColumnStore(PostgreSQLStore):
         done, rest = FlushResult(), list(slots)
         while True:
             # A part in which rows are refused is halved again and again, within its transaction.
-            part, rest = first_part(rest, min(self._part.rows, FIRST_ROWS) if careful else self._part.rows)
+            part, rest = first_part(rest, min(self._part.rows, FIRST_ROWS // 2) if careful else self._part.rows)
             if rest:
                 done = self._write(run, number, part, (), (), careful, earlier=done, last=False)
             else:
