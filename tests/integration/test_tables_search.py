@@ -28,7 +28,7 @@ from kdb_fast.errors import SchemaError, UsageError
 from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.origins import Maker
-from kdb_fast.records import Key, Record
+from kdb_fast.records import Key, Record, content_hash
 from kdb_fast.search import query_model
 from kdb_fast.search.tables import postgresql as pg_reader
 from kdb_fast.search.tables.indexes import uses
@@ -44,6 +44,7 @@ from kdb_fast.stores.sqlite import table_find as sqlite_table
 from kdb_fast.tables.definition import Definition
 from kdb_fast.tables.find_relation import find_relation
 from kdb_fast.tables.key import KeyColumn
+from kdb_fast.tables.pieces import PieceOf, piece_key
 from kdb_fast.tables.table_target import TableTarget
 from kdb_fast.tables.target import rows_on
 
@@ -351,6 +352,17 @@ def test_other_types_of_columns(database: DatabaseAddress, columns: str) -> None
         execute(database, "UPDATE shop.articles SET embedding = '[1,2,3]' WHERE id = 0")  # of another length
         texts = {n: t for n, t in filled.texts.items() if n}
         agree(filled.search("a query", model=MODEL), cosines(texts, "a query"))
+
+
+def test_pgvector_outside_of_the_search_path(database: DatabaseAddress) -> None:
+    execute(database, "CREATE SCHEMA ext")
+    execute(database, "CREATE EXTENSION vector SCHEMA ext")
+    execute(database, f"ALTER DATABASE {database_name(database)} SET enable_sort = off")
+    filled = fill_plain(database, "id int PRIMARY KEY, body text, embedding ext.vector(8)")
+    index = "USING hnsw ((ext.subvector(embedding, 1, 6)::ext.halfvec(6)) ext.halfvec_l2_ops)"
+    execute(database, f"CREATE INDEX ON shop.articles {index}")
+    agree(filled.search("a query", where="id < 5"), cosines({n: filled.texts[n] for n in range(5)}, "a query"))
+    assert filled.search("a query")
 
 
 def test_json_vectors(sqlite_database: DatabaseAddress) -> None:
@@ -744,7 +756,7 @@ def test_keyword_search_that_is_not_there_is_refused(shared: Filled, mode: Any) 
         shared.search("a query -pump")
     outcome = shared.ask("a query")
     assert outcome.mode == "vector"
-    assert outcome.notes == ["by meaning only: To search by keyword, too: kdb-fast reindex articles --keyword"]
+    assert outcome.notes == ["By meaning only. To search by keyword, too: kdb-fast reindex articles --keyword"]
 
 
 def test_language_that_is_not_there(index: DatabaseAddress) -> None:
@@ -761,6 +773,60 @@ def test_language_that_is_not_there(index: DatabaseAddress) -> None:
         assert pg_keyword.find_configuration(cursor, "") == "pg_catalog.simple"
         with pytest.raises(SchemaError, match="no text search configuration germen; nearest: german"):
             pg_keyword.find_configuration(cursor, "germen")
+
+
+PIECES = {
+    0: ("about pumps and their parts", "a quiet one", "noisy ones"),
+    1: ("water",),
+    2: ("a valve", "ERR-1234 and noisy pumps"),
+}
+
+
+def test_one_result_a_record_with_the_piece_that_matched(index: DatabaseAddress) -> None:
+    articles = Articles(index, COLUMNS[index.dialect])
+    keys: dict[Key, str] = {}
+    for number, pieces in PIECES.items():
+        whole = " ".join(pieces)
+        execute(index, f"INSERT INTO {articles.name} (id, body) VALUES (%s, %s)", number, whole)
+        for i, piece in enumerate(pieces):
+            start = whole.index(piece)
+            of = PieceOf(number, i, len(pieces), start, start + len(piece), content_hash(whole))
+            keys[piece_key(as_key(index, number), of)] = piece
+    keyword = with_keyword(index)
+    definition = defined(
+        articles,
+        into="article_vectors",
+        into_schema="shop" if articles.postgresql else None,
+        keyword=keyword,
+        chunk=32,
+    )
+    filled = Filled(articles, definition, {})
+    find = into_target if articles.postgresql else into_target_on_sqlite
+    embed(index, find(filled, keyword=keyword, chunked=True), keys)
+
+    texts = {(n, i): piece for n, pieces in PIECES.items() for i, piece in enumerate(pieces)}
+    nearest: dict[int, tuple[int, float]] = {}
+    for (number, i), cosine in cosines(texts, "a query").items():
+        nearest.setdefault(number, (i, cosine))
+    found = filled.search("a query", mode="vector", columns=("id",))
+    assert [(r.key["id"], r.chunk.number if r.chunk else None) for r in found] == [
+        (number, i) for number, (i, _) in nearest.items()
+    ]
+    for result in found:
+        number = result.key["id"]
+        assert result.chunk is not None
+        assert result.matched_text == PIECES[number][result.chunk.number]
+        assert " ".join(PIECES[number])[result.chunk.start : result.chunk.end] == result.matched_text
+        assert result.columns == {"id": number}
+        assert result.similarity == pytest.approx(nearest[number][1], abs=1e-5)
+
+    by_keyword = filled.search("noisy", mode="keyword")
+    assert {(r.key["id"], r.chunk.number if r.chunk else None) for r in by_keyword} == {(0, 2), (2, 1)}
+    assert [(r.key["id"], r.matched_text) for r in filled.search("ERR-1234", mode="keyword")] == [(2, PIECES[2][1])]
+    # No result holds an excluded word, in whatever piece.
+    assert ids(filled.search("pumps -noisy", mode="keyword")) == []
+    assert ids(filled.search("pumps -noisy", mode="vector")) == [1]
+    assert set(ids(filled.search("noisy pumps"))) == {0, 1, 2}
 
 
 # -- a target that is kept, from the library and the command line ------------------------------------------

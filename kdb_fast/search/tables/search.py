@@ -176,7 +176,7 @@ def search_connected(connection: Any, address: DatabaseAddress, definition: Defi
         reader = open_table_reader(connection, table)
         columns = reader.check(question.where, question.columns)
         origins = reader.origins()
-    notes = [] if question.mode or definition.keyword else [f"by meaning only: {_no_keyword(definition)}"]
+    notes = [] if question.mode or definition.keyword else [f"By meaning only. {_no_keyword(definition)}"]
     if why_blank(words, mode):
         return Outcome([], mode, notes=notes)
     vectors: list[tuple[Vector, Wanted]] = []
