@@ -212,13 +212,7 @@ def test_indexes_of_partitions_are_built_again_exactly(partitioned: Articles, po
 
 @pytest.mark.parametrize(
     ("policy", "after"),
-    [
-        (IndexPolicy.DEFER, 2),
-        (IndexPolicy.DEFER, 3),
-        (IndexPolicy.KEEP, 1),
-        (IndexPolicy.KEEP, 2),
-        (IndexPolicy.KEEP, 3),
-    ],
+    [(IndexPolicy.DEFER, 2), (IndexPolicy.KEEP, 1), (IndexPolicy.KEEP, 3)],
 )
 def test_a_run_that_is_killed_between_is_completed_by_the_next(
     partitioned: Articles, monkeypatch: pytest.MonkeyPatch, policy: IndexPolicy, after: int
