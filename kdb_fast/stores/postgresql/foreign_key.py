@@ -1,8 +1,8 @@
 """PostgreSQL: the foreign key of a table of vectors, by which a row goes with its record.
 
 Rows are loaded without one: to check each of them costs more than to write it. After the load the key is added NOT
-VALID, which locks both tables for an instant; rows whose record was deleted meanwhile go; then all are checked at once,
-which holds up no writer.
+VALID, which locks both tables for an instant; then all rows are checked at once, which holds up no writer. Where a
+record was deleted meanwhile, the rows without one go, and they are checked again.
 """
 
 from __future__ import annotations
@@ -141,17 +141,25 @@ def _refer(session: PgSession, target: TableTarget) -> tuple[str, ...]:
                 found = cursor.execute(FOUND.encode(), _parameters(target)).fetchone()
         if found is None or found[1]:
             return ()
-        with session.transaction() as cursor:
-            cursor.execute("SET LOCAL statement_timeout = 0; SET LOCAL row_security = off")
-            cursor.execute(target.statement(DELETE_ORPHANS, living=target.has_record("t.{column}")))
-        with session.transaction() as cursor:
-            cursor.execute("SET LOCAL statement_timeout = 0; SET LOCAL row_security = off")
-            cursor.execute(target.statement(VALIDATE, name=target.column(found[0])))
+        try:
+            _validate(session, target, found[0])
+        except psycopg.errors.ForeignKeyViolation:
+            with session.transaction() as cursor:
+                cursor.execute("SET LOCAL statement_timeout = 0; SET LOCAL row_security = off")
+                cursor.execute(target.statement(DELETE_ORPHANS, living=target.has_record("t.{column}")))
+            _validate(session, target, found[0])
     except psycopg.Error as error:
         if kind_of(error) not in (ErrorKind.REFUSED, ErrorKind.DATA):
             raise
         return (f"The foreign key of {target.shown} is not in force for all its rows: {primary_message(error)}.",)
     return ()
+
+
+def _validate(session: PgSession, target: TableTarget, name: str) -> None:
+    """Have all rows checked."""
+    with session.transaction() as cursor:
+        cursor.execute("SET LOCAL statement_timeout = 0; SET LOCAL row_security = off")
+        cursor.execute(target.statement(VALIDATE, name=target.column(name)))
 
 
 def _add(session: PgSession, target: TableTarget) -> bool:
