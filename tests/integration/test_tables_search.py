@@ -531,7 +531,7 @@ def into_target(filled: Filled, **options: Any) -> TableTarget:
     with contextlib.closing(PgSession(address, "test")) as session, session.transaction() as cursor:
         source = find_relation(rows_on(cursor, "postgresql"), "postgresql", "shop.articles")
         return pg_table.find_table(
-            cursor, session.target, "articles", "shop.article_vectors", source=source, text="body", **wanted
+            cursor, session.target, "beside", "shop.article_vectors", source=source, text="body", **wanted
         )
 
 
@@ -539,7 +539,7 @@ def into_target_on_sqlite(filled: Filled, **options: Any) -> TableTarget:
     with contextlib.closing(connect_sqlite(filled.articles.address)) as connection:
         source = find_relation(rows_on(connection, "sqlite"), "sqlite", "articles")
         return sqlite_table.find_table(
-            connection, "articles", "article_vectors", key=source.keys[0], source=source, text="body", **options
+            connection, "beside", "article_vectors", key=source.keys[0], source=source, text="body", **options
         )
 
 
@@ -553,6 +553,7 @@ def into(filled: Filled, **options: Any) -> Filled:
     embed(address, target, {as_key(address, n): text for n, text in filled.texts.items()})
     definition = defined(
         articles,
+        name="beside",
         into="article_vectors",
         into_schema="shop" if articles.postgresql else None,
         keyword=options.get("keyword", ""),
@@ -795,6 +796,7 @@ def test_one_result_a_record_with_the_piece_that_matched(index: DatabaseAddress)
     keyword = with_keyword(index)
     definition = defined(
         articles,
+        name="beside",
         into="article_vectors",
         into_schema="shop" if articles.postgresql else None,
         keyword=keyword,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...db.address import DatabaseAddress
+from ...db.sqlite_vec import why_no_sqlite_vec
 from ...errors import SchemaError
 from ...records import storable_key
 from ...tables.column_target import ColumnTarget, VectorColumn, state_table
@@ -41,6 +42,11 @@ def find_searched(connection: Any, address: DatabaseAddress, definition: Definit
     """
     rows = rows_of(connection, address.dialect)
     home = find_target(rows, address.dialect, address.schema, plain=True)
+    if definition.form == "vec0" and (why := why_no_sqlite_vec(connection)):
+        raise SchemaError(
+            f"{storable_key(definition.into)} is a table of sqlite-vec, which cannot be read: {why}.",
+            remedy="pip install 'kdb-fast[sqlite-vec]', with a Python whose sqlite3 may load extensions.",
+        )
     elsewhere = bool(definition.source)
     read = None
     if definition.table and not elsewhere:

@@ -18,8 +18,6 @@ import numpy.typing as npt
 from ...db import sqlite_errors
 from ...db.retrying import ErrorKind
 from ...db.sqlite import KEYS_PER_QUERY, batches
-from ...db.sqlite_vec import why_no_sqlite_vec
-from ...errors import SchemaError
 from ...records import Key, key_json, key_of_json
 from ...tables.keyword import NUMBER
 from ...tables.target import Params
@@ -92,11 +90,6 @@ class SqliteTableReader(TableReader):
     def __init__(self, connection: Any, table: SearchedTable) -> None:
         super().__init__(connection, table)
         connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
-        if table.vec0 and (why := why_no_sqlite_vec(connection)):
-            raise SchemaError(
-                f"{table.shown} is a table of sqlite-vec, which cannot be read: {why}.",
-                remedy="pip install 'kdb-fast[sqlite-vec]', with a Python whose sqlite3 may load extensions.",
-            )
 
     def _nearest(self, vector: npt.NDArray[np.float32], wanted: Wanted, limit: int) -> list[Hit]:
         unit = (vector / np.linalg.norm(vector.astype(np.float64))).astype(np.float32)
