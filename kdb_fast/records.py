@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -164,3 +165,8 @@ def storable_key(value: object, limit: int = 200) -> str:
     cut = text[: limit + 1]
     safe = "".join(c if c.isprintable() and not "\ud800" <= c <= "\udfff" else ascii(c)[1:-1] for c in cut)
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"
+
+
+def command_word(name: str) -> str:
+    """A name in a command that can be typed."""
+    return shlex.quote(storable_key(name))

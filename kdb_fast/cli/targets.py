@@ -78,6 +78,8 @@ def targets_drop(name: str, db: str | None, state_schema: str | None, with_vecto
         print(json.dumps({"dropped": definition.name, "removed": removed}))
     else:
         print(f"{storable_key(definition.name)} is forgotten" + "".join(f"; removed {name}" for name in removed))
+        if not (with_vectors and {"table", "column"} & set(definition.created)):
+            print(f"  stays: {definition.place_shown}{', which kdb-fast has not made' if with_vectors else ''}")
 
 
 @click.command("uninstall")

@@ -10,7 +10,9 @@ from ..db.reading import read
 from ..records import storable_key
 from ..tables.definition import Definition
 from ..tables.kdb_search import KDB_SEARCH
+from ..tables.keyword import full_text_of
 from ..tables.reading import rows_of
+from ..tables.table_view import SUFFIX
 from ..tables.target import Rows, Target, columns_of, find_target
 from .runs import locked
 from .targets import Change, kept, write
@@ -91,7 +93,7 @@ def _own_tables(rows: Rows, home: Target) -> list[str]:
 
 
 def _left(rows: Rows, home: Target) -> list[str]:
-    left = [_vectors(definition) for definition in kept(rows, home)]
+    left = [_vectors(definition, home) for definition in kept(rows, home)]
     index = replace(home, index=KDB_SEARCH)
     columns = columns_of(rows, index, (KDB_SEARCH.name,)).get(KDB_SEARCH.name, frozenset())
     if columns:
@@ -105,10 +107,16 @@ def _left(rows: Rows, home: Target) -> list[str]:
     return left
 
 
-def _vectors(definition: Definition) -> str:
+def _vectors(definition: Definition, home: Target) -> str:
     """The vectors of a target."""
     name = storable_key(definition.name)
     if definition.into:
-        return f"{definition.written}: the table of vectors of the target {name}: DROP TABLE {definition.written};"
-    shown = f"{definition.written}.{storable_key(definition.vector)}: the vectors of the target {name}"
+        (schema, table), removes = definition.place, ""
+        if "view" in definition.created:
+            removes += f" DROP VIEW {Target(schema).shown(table + SUFFIX)};"
+        if home.dialect == "sqlite" and definition.keyword:
+            removes += f" DROP TABLE {Target(schema).shown(full_text_of(table))};"
+        removes += f" DROP TABLE {definition.written};"
+        return f"{definition.written}: the table of vectors of the target {name}:{removes}"
+    shown = f"{definition.place_shown}: the vectors of the target {name}"
     return f"{shown}, in a column that kdb-fast has made" if "column" in definition.created else shown

@@ -86,6 +86,11 @@ class Definition:
         return Target(schema).shown(table)
 
     @property
+    def place_shown(self) -> str:
+        """The table of vectors, or the column, for a message."""
+        return self.written if self.into else f"{self.written}.{storable_key(self.vector)}"
+
+    @property
     def identity(self) -> str:
         """Under which its runs and rejects are kept: the place itself, so that no other name leads to it beside."""
         name = self.written if self.into else f"{self.written}.{self.vector}"

@@ -7,13 +7,12 @@ that says what is meant instead.
 from __future__ import annotations
 
 import contextlib
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 from ..errors import SchemaError, UsageError
-from ..records import storable_key
+from ..records import command_word, storable_key
 from .definition import Definition
 from .find_relation import find_relation, no_column, no_key, no_place
 from .names import or_nearest, split_identifier
@@ -170,7 +169,7 @@ def _check_file(before: Definition | None, from_file: bool) -> None:
     """Raise UsageError where a target of files is given none, or another one a file."""
     if before is None or from_file == (not (before.table or before.query)):
         return
-    word = _word(before.name)
+    word = command_word(before.name)
     if from_file:
         raise UsageError(
             f"The target {storable_key(before.name)} reads {before.read}, not a file.",
@@ -216,7 +215,7 @@ def adapting(before: Definition | None) -> Iterator[None]:
     except SchemaError as error:
         if before is None:
             raise
-        word = _word(before.name)
+        word = command_word(before.name)
         raise SchemaError(
             f"The target {storable_key(before.name)} is not as it was described: {error.message}",
             remedy=f"{error.remedy} Or say what it is now, such as: kdb-fast reindex {word} --table TABLE "
@@ -236,10 +235,10 @@ def _place(rows: Rows, dialect: Dialect, into: str, relation: Relation | None) -
 def _checked(wanted: Definition, relation: Relation, dialect: Dialect, *, creates: bool) -> Definition:
     """With the names of columns as the catalogue has them."""
 
-    def column(name: str) -> str:
+    def column(name: str, remedy: str = "") -> str:
         found = relation.column(name)
         if found is None:
-            raise no_column(relation, name)
+            raise no_column(relation, name, remedy)
         return found.name
 
     if not wanted.into and not relation.is_table:
@@ -250,7 +249,7 @@ def _checked(wanted: Definition, relation: Relation, dialect: Dialect, *, create
     key = key or tuple(part.name for part in relation.keys[0])
     vector = wanted.vector
     if not wanted.into and not creates:
-        vector = column(vector)
+        vector = column(vector, "To add it for the vectors: --create.")
     text = wanted.text
     if not text and not wanted.template:
         text = text_columns(relation, (*key, *(() if wanted.into else (vector,))), provider=wanted.provider)
@@ -275,7 +274,7 @@ def _check_not_moved(rows: Rows, dialect: Dialect, before: Definition, wanted: D
     raise SchemaError(
         f"There is a target {storable_key(before.name)}: {before.shown}; this would be {wanted.shown}.",
         remedy="Give this one a name of its own: --name NAME. Or forget the other: kdb-fast targets drop "
-        f"{_word(before.name)}",
+        f"{command_word(before.name)}",
     )
 
 
@@ -306,8 +305,8 @@ def _check_place(wanted: Definition, kept: Iterable[Definition], dialect: Dialec
             raise SchemaError(
                 f"{wanted.written}{'' if whole else f'.{wanted.vector}'} is written by the target "
                 f"{storable_key(other.name)} already.",
-                remedy=f"Run: kdb-fast reindex {_word(other.name)}; or forget that target: kdb-fast targets drop "
-                f"{_word(other.name)}",
+                remedy=f"Run: kdb-fast reindex {command_word(other.name)}; or forget that target: "
+                f"kdb-fast targets drop {command_word(other.name)}",
             )
 
 
@@ -343,11 +342,6 @@ def _changes(before: Definition | None, wanted: Definition) -> Iterator[str]:
         old, new = (_shown(getattr(definition, name)) for definition in (before, wanted))
         if old != new and not (name == "model" and not wanted.model):
             yield f"The target {storable_key(wanted.name)} is changed: {name} {new or '—'} instead of {old or '—'}."
-
-
-def _word(name: str) -> str:
-    """A name in a command that can be typed."""
-    return shlex.quote(storable_key(name))
 
 
 def _shown(value: str | int | tuple[str, ...]) -> str:

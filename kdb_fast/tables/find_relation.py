@@ -173,10 +173,10 @@ def describe_query(connection: Any, dialect: Dialect, query: str) -> Relation:
     return Relation(None, "", "query", tuple(Column(*column) for column in columns))
 
 
-def no_column(relation: Relation, name: str) -> SchemaError:
+def no_column(relation: Relation, name: str, remedy: str = "") -> SchemaError:
     """The error for a name that is no column's."""
     others = or_nearest(name, (column.name for column in relation.columns))
-    return SchemaError(f"{relation.shown} has no column {storable_key(name)}{others}")
+    return SchemaError(f"{relation.shown} has no column {storable_key(name)}{others}", remedy=remedy)
 
 
 def key_of(relation: Relation, wanted: Sequence[str] = ()) -> tuple[KeyColumn, ...] | None:
@@ -237,7 +237,8 @@ def _none(shown: str, name: str, others: Sequence[tuple[str, str]]) -> SchemaErr
     """
     near = list(dict.fromkeys(other.lower() for other in nearest(name, (other for other, _ in others))))
     found = [as_shown for wanted in near for other, as_shown in others if other.lower() == wanted]
-    return SchemaError(f"There is no table {shown}{ends_with(found[:NEAREST])}")
+    theirs = [as_shown for other, as_shown in others if not other.startswith("kdb_")]
+    return SchemaError(f"There is no table {shown}{ends_with(found[:NEAREST], theirs)}")
 
 
 # -- PostgreSQL --------------------------------------------------------------------------------------------

@@ -13,6 +13,9 @@ from .target import Dialect, identifier
 NEAREST = 3
 """Names that a message proposes."""
 
+SEVERAL = 8
+"""Names that it shows where none is like the one that was given."""
+
 _PARTS = {
     "postgresql": r'"(?:[^"\0]|"")+"|[A-Za-z_\u0080-\U0010ffff][\w$\u0080-\U0010ffff]*',
     "sqlite": r'"(?:[^"\0]|"")+"|`(?:[^`\0]|``)+`|\[[^\]\0]+\]|[A-Za-z_\u0080-\U0010ffff][\w$\u0080-\U0010ffff]*',
@@ -51,6 +54,13 @@ def qualified(schema: str | None, name: str, dialect: Dialect) -> str:
     return table if schema is None else f"{identifier(schema, dialect)}.{table}"
 
 
+def as_one_expression(condition: str) -> str:
+    """An expression that is refused unless the condition is one: ``a) OR (b`` would be two where it stands in brackets,
+    and what is joined to it would join the second only. The condition may end in a comment.
+    """
+    return f"CASE WHEN {condition}\nTHEN 1 END"
+
+
 def nearest(name: str, names: Iterable[str]) -> list[str]:
     """Those of the names that are most like this one, the nearest first; compared without case."""
     known: dict[str, list[str]] = {}
@@ -61,10 +71,16 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
 
 
 def or_nearest(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence about a name that is not there: the nearest ones, or '.'."""
-    return ends_with(nearest(name, names))
+    """The end of a sentence about a name that is not there: the nearest ones, else some that are, or '.'."""
+    known = list(names)
+    return ends_with(nearest(name, known), known)
 
 
-def ends_with(found: Sequence[str]) -> str:
-    """The end of a sentence: these names, or '.'."""
-    return f"; nearest: {', '.join(map(storable_key, found))}." if found else "."
+def ends_with(found: Sequence[str], others: Sequence[str] = ()) -> str:
+    """The end of a sentence: these names, else some of the others, or '.'."""
+    if found:
+        return f"; nearest: {', '.join(map(storable_key, found))}."
+    if not others:
+        return "."
+    more = ", …" if len(others) > SEVERAL else "."
+    return f"; there {'is' if len(others) == 1 else 'are'}: {', '.join(map(storable_key, others[:SEVERAL]))}{more}"

@@ -225,7 +225,7 @@ def find_target(
         raise SchemaError(
             "No schema of the session's search_path exists and may be used by this role."
             if schema is None
-            else f"The schema {storable_key(schema)} does not exist any more.",
+            else f"There is no schema {storable_key(schema)}.",
             remedy="Create the schema, let its owner GRANT USAGE on it, or set another search_path.",
         )
     return Target(found[0][0], found[0][1], index)

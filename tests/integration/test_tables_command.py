@@ -83,9 +83,15 @@ def test_only_some_rows_and_a_text_of_their_own(table: Table) -> None:
         (("--table", "artikles", "--text", "title", "--vector", "embedding"), 4, "nearest: "),
         (("--table", "articles", "--text", "titel", "--vector", "embedding"), 4, "has no column titel; nearest: title"),
         (("--table", "articles", "--vector", "embeding"), 4, "has no column embeding; nearest: embedding"),
+        (
+            ("--table", "articles", "--vector", "emb2"),
+            4,
+            "has no column emb2; there are: id, title, body, lang, embedding. To add it for the vectors: --create.",
+        ),
         (("--table", "articles", "--key", "idd", "--vector", "embedding"), 4, "has no column idd"),
         (("--table", "articles", "--text", "id", "--vector", "embedding"), 4, "expected text"),
         (("--table", "articles", "--filter", "lang ==", "--vector", "embedding"), 4, "--filter of"),
+        (("--table", "articles", "--filter", "true) OR (true", "--vector", "embedding"), 4, "--filter of"),
         (("--table", "kdb_fast_runs", "--vector", "embedding"), 4, "kdb_fast_runs"),
     ],
 )

@@ -174,7 +174,8 @@ def test_names_of_every_kind(table: Table) -> None:
     assert table.json("reindex", odd)["unchanged"] == 1
     (shown,) = table.json("targets", "list")["targets"]
     assert (shown["name"], shown["rows"], shown["key"]) == (odd, 1, ["Key %"])
-    assert table.json("targets", "drop", odd)["dropped"] == odd
+    assert "'Big \"Table\" 100% {x}' --keyword" in table.run("search", odd, "x", "--mode", "keyword", code=4)
+    assert "stays: " in table.run("targets", "drop", odd)
 
 
 @in_a_file

@@ -865,6 +865,8 @@ def test_search_of_a_target_by_its_name(index: DatabaseAddress, capsys: pytest.C
     ("arguments", "says"),
     [
         (["articls", "pump"], "There is no target articls; nearest: articles."),
+        (["nothing", "pump"], "There is no target nothing; there is: articles."),
+        (["articles", "pump", "--where", "true) OR (true"], "--where is no condition over the columns of the source"),
         (["noisy", "pump", "valve"], "Put the query in quotes: kdb-fast search"),
         (["articles", "pump", "--entity", "Note"], "--entity is for KameleonDB's index."),
         (["pump", "--columns", "lang"], "--columns is for a table."),

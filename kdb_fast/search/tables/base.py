@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import SchemaError, UsageError
 from ...origins import Origin
-from ...records import Key, storable_key
-from ...tables.names import or_nearest
+from ...records import Key, command_word, storable_key
+from ...tables.names import as_one_expression, or_nearest
 from ...tables.target import RUNS, Params, columns_of
 from ..query import Query, Term
 from ..readers.ranking import Hit, KeywordRanking
@@ -99,6 +99,8 @@ class TableReader(KeywordRanking[Wanted]):
         """
         table = self._table
         try:
+            if where:
+                self._checked(self._select(as_one_expression(where), "") + " LIMIT 0")
             self._checked(self._select(table.each_key("{column}"), where) + " LIMIT 0")
         except Exception as error:
             if where and (complaint := self._complaint(error)):
@@ -290,7 +292,7 @@ def nothing_embedded(table: SearchedTable) -> SchemaError:
     """The error for a target without any vector of ours."""
     return SchemaError(
         f"Of {table.shown} no vector is known to be of any model.",
-        remedy=f"Embed it: kdb-fast reindex {storable_key(table.name)}. To search the vectors of another program name "
+        remedy=f"Embed it: kdb-fast reindex {command_word(table.name)}. To search the vectors of another program name "
         "their model: --model.",
     )
 

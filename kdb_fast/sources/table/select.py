@@ -14,7 +14,7 @@ from ...records import storable_key
 from ...tables.definition import Definition
 from ...tables.find_relation import EMPTY_KEY, describe_query, find_relation, key_of, no_key, no_place
 from ...tables.key import KeyColumn
-from ...tables.names import or_nearest, qualified
+from ...tables.names import as_one_expression, or_nearest, qualified
 from ...tables.relation import Relation
 from ...tables.selection import Selection
 from ...tables.target import Dialect, Target, rows_on
@@ -111,6 +111,9 @@ def _refused(reader: Reader, selection: Selection) -> str | None:
     """Why the rows cannot be read; None where they can."""
     relation = selection.relation
     try:
+        if selection.filter:
+            whole = as_one_expression(selection.escaped(selection.filter))
+            reader.fetch(f"SELECT {whole} FROM {selection.rows} t LIMIT 0", {})  # noqa: S608
         reader.fetch(f"SELECT {selection.selected} FROM {selection.source()} LIMIT 0", {})  # noqa: S608
     except SchemaError as error:
         cause = error.__cause__ or error
