@@ -469,10 +469,10 @@ UNION ALL SELECT name, sql, 0, NULL, 0 FROM sqlite_master WHERE tbl_name = 'kdb_
             assert json.loads(embedding) == pytest.approx(np.frombuffer(vector, "<f4").tolist(), abs=1e-8)
 
     def read_only(self) -> Store:
-        from kdb_fast.stores.sqlite.store import SQLiteStore
+        from kdb_fast.stores.sqlite.index_store import SQLiteIndexStore
 
         connection = sqlite3.connect(f"file:{self.address.conninfo}?mode=ro", uri=True)
-        return SQLiteStore(self.stack.enter_context(contextlib.closing(connection)))
+        return SQLiteIndexStore(self.stack.enter_context(contextlib.closing(connection)))
 
     def index(self, key: str, text: str, *, full_text: bool = True) -> None:
         self.execute("BEGIN IMMEDIATE")

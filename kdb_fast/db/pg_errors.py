@@ -53,7 +53,6 @@ READ_ONLY = "25006"
 NO_RIGHT = "42501"
 
 REASONS = {
-    "22000": "bad_vector",  # what pgvector says of one
     "22001": "too_long",
     "22021": "bad_encoding",
     "22P05": "bad_encoding",

@@ -86,10 +86,10 @@ def list_rejects(address: DatabaseAddress, entity: str | None = None, index: Ind
         DatabaseError: The database cannot be reached.
     """
     if address.dialect == "sqlite":
-        from ..stores.sqlite.store import SQLiteStore
+        from ..stores.sqlite.index_store import SQLiteIndexStore
 
         def work(file: Any) -> Rows:
-            return list(SQLiteStore(file, index).rejects(entity)) if _is_there(file, address, index) else []
+            return list(SQLiteIndexStore(file, index).rejects(entity)) if _is_there(file, address, index) else []
 
         rows = read(address, work)
     else:

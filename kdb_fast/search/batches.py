@@ -25,7 +25,7 @@ from ..errors import ProviderInputError, RecordError
 from ..ipc.row_block import NO_VALUE, ROW_REASONS
 from ..ipc.slab import BLOB_BYTES, Row, Slab, SlabShape, Slot
 from ..records import Key, Record, content_hash, cut_content, shown_key
-from ..stores.base import FlushSlot, RunSpec, Store
+from ..stores.base import FlushSlot, IndexStore, RunSpec
 from ..tables.kdb_search import unfit
 
 CHUNK_ROWS = 4096
@@ -136,7 +136,7 @@ class BatchWriter:
 
     def __init__(
         self,
-        store: Store,
+        store: IndexStore,
         run: RunSpec,
         encoder: Callable[[], SlotEncoder] | None,
         spec: EncoderSpec | None = None,

@@ -18,14 +18,14 @@ from ..db.address import DatabaseAddress, opened
 from ..db.pg_connection import connect_postgresql
 from ..db.retrying import ErrorKind
 from ..errors import DatabaseError, SchemaError, UsageError
-from ..stores.base import Store
+from ..stores.base import IndexStore
 from ..tables.kdb_search import KDB_SEARCH
 from .reading_connections import ReadingConnections, check_usable, close_quietly
 
 if TYPE_CHECKING:
     import psycopg
 
-    from ..stores.postgresql.store import PostgreSQLStore
+    from ..stores.postgresql.index_store import PostgreSQLIndexStore
 
 T = TypeVar("T")
 
@@ -75,14 +75,14 @@ class Connections:
         self._address = address
         if address.embedded_dir is not None:
             self._address = replace(self._closing.enter_context(opened(address)), display=address.display)
-        self._store: Store | None = None
+        self._store: IndexStore | None = None
         self._prepared: _Prepared | None = None
         self.reading = ReadingConnections(self._address, self._open, shared, self._lock)
 
     # -- writing ---------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[Store]:
+    def writing(self) -> Iterator[IndexStore]:
         """The store within one transaction, which an exception rolls back; one user at a time.
 
         Raises:
@@ -124,7 +124,7 @@ class Connections:
         if dimensions is not None:
             self.reading.read(lambda connection, reader: _check_dimensions(connection, dimensions))
 
-    def _prepare_elsewhere(self, store: PostgreSQLStore) -> None:
+    def _prepare_elsewhere(self, store: PostgreSQLIndexStore) -> None:
         """Create what is missing where this connection's search path leads to another schema than the first one's did.
 
         An application may set one path for each tenant; each has an index of its own.
@@ -133,17 +133,19 @@ class Connections:
         if first is not None and store.target.schema != first.schema and not store.is_prepared():
             store.prepare(first.dimensions or store.column_dimensions() or first.otherwise)
 
-    def _sqlite_store(self) -> Store:
-        from ..stores.sqlite.store import SQLiteStore
+    def _sqlite_store(self) -> IndexStore:
+        from ..stores.sqlite.index_store import SQLiteIndexStore
 
         if self._shared is not None:
             check_usable(self._shared)
         if self._store is None:
-            own = self._shared is None
-            self._store = SQLiteStore.open(self._address, must_exist=False) if own else SQLiteStore(self._shared)  # type: ignore[arg-type]
+            if self._shared is None:
+                self._store = SQLiteIndexStore.open(self._address, must_exist=False)
+            else:
+                self._store = SQLiteIndexStore(self._shared)
         return self._store
 
-    def _begun(self, stack: contextlib.ExitStack) -> Store:
+    def _begun(self, stack: contextlib.ExitStack) -> IndexStore:
         """The store with its transaction entered into ``stack``."""
         while True:
             known = self._store is not None
@@ -161,12 +163,12 @@ class Connections:
                 # It was idle since the last use, so nothing of this one was sent on it.
                 self._store = None
 
-    def _postgresql_store(self) -> PostgreSQLStore:
-        from ..stores.postgresql.store import PostgreSQLStore
+    def _postgresql_store(self) -> PostgreSQLIndexStore:
+        from ..stores.postgresql.index_store import PostgreSQLIndexStore
 
         store = self._store
-        if not isinstance(store, PostgreSQLStore) or store.connection().closed:
-            store = PostgreSQLStore(self._address, "library", borrowed=self._open(), limits=LIBRARY_LIMITS)
+        if not isinstance(store, PostgreSQLIndexStore) or store.connection().closed:
+            store = PostgreSQLIndexStore(self._address, "library", borrowed=self._open(), limits=LIBRARY_LIMITS)
             self._store = store
         return store
 
@@ -176,7 +178,7 @@ class Connections:
         return self._connect() if self._connect is not None else connect_postgresql(self._address, role="library")
 
     @contextlib.contextmanager
-    def borrowed(self, connection: Any) -> Iterator[Store]:
+    def borrowed(self, connection: Any) -> Iterator[IndexStore]:
         """A store on the caller's connection: its rows are kept or undone together, within the caller's transaction.
 
         Raises:
@@ -184,13 +186,13 @@ class Connections:
                 to another database.
         """
         if isinstance(connection, sqlite3.Connection) and self.dialect == "sqlite":
-            from ..stores.sqlite.store import SQLiteStore
+            from ..stores.sqlite.index_store import SQLiteIndexStore
 
             self._check_same(connection)
             if not connection.in_transaction:
                 # sqlite3 begins one only at the first INSERT; a savepoint before that would commit by itself.
                 connection.execute("BEGIN")
-            store: Store = SQLiteStore(connection)
+            store: IndexStore = SQLiteIndexStore(connection)
             with self._lock if self._shared is not None else contextlib.nullcontext(), store.transaction():
                 yield store
             return
@@ -204,11 +206,11 @@ class Connections:
             )
         if connection.autocommit:
             raise _commits_by_itself()
-        from ..stores.postgresql.store import PostgreSQLStore
+        from ..stores.postgresql.index_store import PostgreSQLIndexStore
 
         # A statement of lent() begins the caller's transaction, of which the store's own is then a part.
         with _explained(self._address), pg_settings.lent(connection, self._address.display, PLANNER):
-            postgresql = PostgreSQLStore(self._address, "library", borrowed=connection)
+            postgresql = PostgreSQLIndexStore(self._address, "library", borrowed=connection)
             with postgresql.transaction():
                 self._prepare_elsewhere(postgresql)
                 yield postgresql

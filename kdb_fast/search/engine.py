@@ -21,7 +21,7 @@ from ..embedding.providers.custom import adapted, as_provider
 from ..embedding.providers.encoder import ProviderEncoder
 from ..errors import ProviderError, SearchWarning, UsageError
 from ..origins import QueryVector
-from ..stores.base import RunSpec, Store
+from ..stores.base import RunSpec, IndexStore
 from .batches import BatchWriter, Operation, as_delete, as_list, as_put, as_puts
 from .query import meaning
 from .readers.base import SearchReader
@@ -267,7 +267,7 @@ class SearchEngine:
         with self._connections.writing() as store:
             yield self._writer(store)
 
-    def _writer(self, store: Store) -> BatchWriter:
+    def _writer(self, store: IndexStore) -> BatchWriter:
         provider = self._provider
         if provider is None:
             return BatchWriter(store, RunSpec(0, "", "", DEFAULT_DIMENSIONS), None)

@@ -27,12 +27,12 @@ def open_store(
     if isinstance(target, TableTarget):
         return _open_table(address, role, target, patient)
     if address.dialect == "sqlite":
-        from .sqlite.store import SQLiteStore
+        from .sqlite.index_store import SQLiteIndexStore
 
-        return SQLiteStore.open(address, index=target)
-    from .postgresql.store import PostgreSQLStore
+        return SQLiteIndexStore.open(address, index=target)
+    from .postgresql.index_store import PostgreSQLIndexStore
 
-    return PostgreSQLStore(address, role, patient=patient, index=target)
+    return PostgreSQLIndexStore(address, role, patient=patient, index=target)
 
 
 def _open_column(address: DatabaseAddress, role: str, column: ColumnTarget, patient: bool) -> Store:

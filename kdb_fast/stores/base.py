@@ -244,24 +244,6 @@ class Store(ABC):
             LockedError: The run no longer holds the lock: another one has taken it over.
         """
 
-    @abstractmethod
-    def transaction(self) -> AbstractContextManager[None]:
-        """One transaction around several :meth:`upsert` calls; an exception rolls all of it back."""
-
-    @abstractmethod
-    def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
-        """Write rows whatever the index holds for their keys, then delete; within :meth:`transaction`.
-
-        This is the library's way: the caller has the newest text, and no run has to be held.
-
-        Args:
-            run: Number 0; fingerprint, model and dimensions go into the rows.
-            vectors: False writes rows without embedding, model and dimensions (keyword search only).
-
-        Raises:
-            RecordError: The database refuses a row; nothing of the transaction is kept.
-        """
-
     @property
     def has_vector_index(self) -> bool:
         """Whether there is an index of the vectors, so that each row which is written costs more."""
@@ -321,3 +303,25 @@ class Store(ABC):
     @abstractmethod
     def clear_rejects(self, keys: Iterable[Key] | None = None, entity: str | None = None) -> int:
         """Delete rejects, all or those of the given keys or of an entity; returns how many."""
+
+
+class IndexStore(Store):
+    """A store of a search index, whose rows the library writes, too: it has the newest text, and holds no run."""
+
+    @abstractmethod
+    def transaction(self) -> AbstractContextManager[None]:
+        """One transaction around several :meth:`upsert` calls; an exception rolls all of it back."""
+
+    @abstractmethod
+    def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
+        """Write rows whatever the index holds for their keys, then delete; within :meth:`transaction`.
+
+        What is written is no longer rejected.
+
+        Args:
+            run: Number 0; fingerprint, model and dimensions go into the rows.
+            vectors: False writes rows without embedding, model and dimensions (keyword search only).
+
+        Raises:
+            RecordError: The database refuses a row, which is named; nothing of the transaction is kept.
+        """

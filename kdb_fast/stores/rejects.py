@@ -11,8 +11,9 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from ..errors import RecordError
 from ..receipt import Receipt
-from ..records import Key, Reject, decode_key, key_json, key_of_json
+from ..records import Key, Reject, decode_key, key_json, key_of_json, shown_key
 from ..tables.pieces import piece_of, record_key
 from ..tables.target import ALL, Target
 from .base import FlushSlot
@@ -39,6 +40,9 @@ NAMES_OF_KEY = "entity_name, record_id"
 
 NAMES = ("entity", "record_id", "reason", "detail", "position", "run", "rejected_at", "content_hash")
 """What a reject is made of outside the database."""
+
+NOT_FINITE = ("not_finite", "the vector has NaN or infinity")
+"""Reason and detail of a row that no database is to have."""
 
 CLEAR = "DELETE FROM {kdb_fast_rejects} WHERE <which>"
 
@@ -124,6 +128,15 @@ def refused(
             key, digest = record_key(key), piece_of(key).content_hash
         found.append(Reject(key, reason, detail, digest))
     return found
+
+
+def refusal_of_unit(slots: Sequence[FlushSlot], rows: Iterable[tuple[int, int, str, str]]) -> RecordError:
+    """What a caller is told whose unit is taken back; ``rows`` as in :func:`refused`, of which the first is named."""
+    first = refused(slots, rows)[0]
+    return RecordError(
+        f"The record {shown_key(first.key)} was refused ({first.reason}): {first.detail}.",
+        remedy="Nothing of the batch was stored.",
+    )
 
 
 def runs_of_input(receipts: Iterable[tuple[int, str | None]], name: str) -> list[int]:

@@ -16,7 +16,7 @@ from kdb_fast import SearchEngine
 from kdb_fast.catalog.records import live_rows
 from kdb_fast.errors import SchemaError
 from kdb_fast.stores import open_store
-from kdb_fast.stores.postgresql.store import PostgreSQLStore
+from kdb_fast.stores.postgresql.index_store import PostgreSQLIndexStore
 from kdb_fast.tables.hidden_rows import HiddenRowsError
 
 pytest.importorskip("kameleondb")
@@ -178,7 +178,7 @@ def test_an_entity_whose_table_is_gone_keeps_its_rows(notes: Kameleon) -> None:
 
 def test_a_policy_that_comes_in_between_removes_nothing(notes: Kameleon, postgres: Server) -> None:
     role = limited_role(postgres, notes)
-    store = PostgreSQLStore(replace(connect_as(notes.address, user=role), schema="public"), "test")
+    store = PostgreSQLIndexStore(replace(connect_as(notes.address, user=role), schema="public"), "test")
     try:
         hide(notes, "kdb_records", "false")
         with pytest.raises(HiddenRowsError, match="row level security"):

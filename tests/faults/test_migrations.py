@@ -34,8 +34,8 @@ from kdb_fast.stores.base import RunSpec
 from kdb_fast.stores.postgresql import index_tree, locks
 from kdb_fast.stores.postgresql import session as pg_session
 from kdb_fast.stores.postgresql.index_catalog import SearchIndex
+from kdb_fast.stores.postgresql.index_store import PostgreSQLIndexStore
 from kdb_fast.stores.postgresql.indexed import Indexed
-from kdb_fast.stores.postgresql.store import PostgreSQLStore
 from kdb_fast.stores.runs import this_process
 from kdb_fast.tables import migrations
 from kdb_fast.tables.migrations import MIGRATIONS
@@ -275,7 +275,7 @@ def test_runs_rejects_and_state_of_two_targets_are_apart(index: DatabaseAddress)
 
 
 def _rename_target(store: Any, name: str) -> None:
-    if isinstance(store, PostgreSQLStore):
+    if isinstance(store, PostgreSQLIndexStore):
         store.session.rename_target(name)
     else:
         store._target = replace(store.target, kept_as=name)

@@ -19,7 +19,7 @@ from kdb_fast.errors import SchemaError
 from kdb_fast.stores.postgresql import index as pg_index
 from kdb_fast.stores.postgresql import index_build as pg_index_build
 from kdb_fast.stores.postgresql.index_build import IndexBuilder
-from kdb_fast.stores.postgresql.store import PostgreSQLStore
+from kdb_fast.stores.postgresql.index_store import PostgreSQLIndexStore
 
 COLUMNS = """
   id varchar(36), entity_name varchar(255) NOT NULL, record_id varchar(36) NOT NULL,
@@ -50,7 +50,7 @@ FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_class t ON t.oid
 WHERE t.relname LIKE 'kdb\\_search%' ORDER BY 1, 2
 """
 
-Make = Callable[[str], PostgreSQLStore]
+Make = Callable[[str], PostgreSQLIndexStore]
 
 
 @pytest.fixture
@@ -58,9 +58,9 @@ def make(database: DatabaseAddress) -> Iterator[Make]:
     """A prepared store on tables made by a script."""
     with contextlib.ExitStack() as stack:
 
-        def make_one(script: str) -> PostgreSQLStore:
+        def make_one(script: str) -> PostgreSQLIndexStore:
             execute(database, f"CREATE EXTENSION IF NOT EXISTS vector; {script}")
-            store = PostgreSQLStore(database, "test")
+            store = PostgreSQLIndexStore(database, "test")
             stack.callback(store.close)
             store.prepare(8)
             return store
@@ -93,7 +93,7 @@ def no_beat(what: str) -> None:
     pass
 
 
-def load(store: PostgreSQLStore) -> tuple[str, tuple[str, ...]]:
+def load(store: PostgreSQLIndexStore) -> tuple[str, tuple[str, ...]]:
     """Drop, write, build; what was said about it."""
     assert store.drop_index().text == "dropped for the load"
     assert search_indexes(store.address) == []
@@ -182,7 +182,7 @@ def test_a_tree_of_indexes_is_after_a_load_what_it_was(database: DatabaseAddress
     assert load_again(store) == before
 
 
-def load_again(store: PostgreSQLStore) -> list[tuple[Any, ...]]:
+def load_again(store: PostgreSQLIndexStore) -> list[tuple[Any, ...]]:
     """What is there after another one, which changes nothing."""
     store.drop_index()
     store.finish_index(no_beat)
@@ -215,7 +215,7 @@ def test_a_tree_that_was_left_half_built_is_completed_by_whoever_comes_next(
         patch.setattr(pg_index_build, "fault", fail)
         store.finish_index(no_beat)
     store.close()
-    other = PostgreSQLStore(connect_as(database, options="-c search_path=pg_catalog,public"), "test")
+    other = PostgreSQLIndexStore(connect_as(database, options="-c search_path=pg_catalog,public"), "test")
     with contextlib.closing(other):
         if after % 2:
             # A run that loads again remembers what is there now and what was there before.
@@ -378,7 +378,7 @@ def test_an_index_stays_in_its_tablespace_whatever_the_roles_default_is(
             execute(database, f'ALTER INDEX kdb_search_rest_embedding_idx SET TABLESPACE "{tablespaces[0]}"')
         before = snapshot(database)
         assert {row[4] for row in before} == {None, tablespaces[0]}
-        with contextlib.closing(PostgreSQLStore(database, "test")) as store:
+        with contextlib.closing(PostgreSQLIndexStore(database, "test")) as store:
             store.prepare(8)
             assert load(store)[1] == ()
             assert snapshot(database) == before
@@ -418,7 +418,7 @@ def test_what_the_role_could_not_make_again_is_not_dropped(
     user = execute(role, "SELECT current_user")[0][0]
     for table in ("kdb_search", "kdb_search_alpha", "kdb_search_rest"):
         execute(database, f"ALTER TABLE {table} OWNER TO {user}")
-    with contextlib.closing(PostgreSQLStore(role, "test")) as store:
+    with contextlib.closing(PostgreSQLIndexStore(role, "test")) as store:
         if lacking == "the schema public":
             execute(database, f"REVOKE CREATE ON SCHEMA public FROM {user}")
         elif lacking == "the tablespace":

@@ -1,4 +1,4 @@
-"""What only PostgreSQLStore does: roles and rights, late words of a dead run, search indexes, lost connections.
+"""What only PostgreSQLIndexStore does: roles and rights, late words of a dead run, search indexes, lost connections.
 
 What every store does is in ``test_store_contract.py``.
 """
@@ -32,9 +32,9 @@ from kdb_fast.errors import DatabaseError, LockedError, SchemaError
 from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.stores.base import FlushResult, RunSpec
 from kdb_fast.stores.postgresql import runs as pg_runs
-from kdb_fast.stores.postgresql.store import PostgreSQLStore
+from kdb_fast.stores.postgresql.index_store import PostgreSQLIndexStore
 
-OpenStore = Callable[..., PostgreSQLStore]
+OpenStore = Callable[..., PostgreSQLIndexStore]
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def open_store() -> Iterator[OpenStore]:
     """Opens stores that are closed after the test."""
     with contextlib.ExitStack() as stack:
 
-        def open_one(address: DatabaseAddress, **arguments: Any) -> PostgreSQLStore:
-            store = PostgreSQLStore(address, "test", **arguments)
+        def open_one(address: DatabaseAddress, **arguments: Any) -> PostgreSQLIndexStore:
+            store = PostgreSQLIndexStore(address, "test", **arguments)
             stack.callback(store.close)
             return store
 
@@ -51,7 +51,7 @@ def open_store() -> Iterator[OpenStore]:
 
 
 @pytest.fixture
-def store(database: DatabaseAddress, open_store: OpenStore) -> PostgreSQLStore:
+def store(database: DatabaseAddress, open_store: OpenStore) -> PostgreSQLIndexStore:
     """A store on a new database, prepared."""
     store = open_store(database)
     store.prepare(DIMENSIONS)
@@ -59,7 +59,7 @@ def store(database: DatabaseAddress, open_store: OpenStore) -> PostgreSQLStore:
 
 
 @pytest.fixture
-def run(store: PostgreSQLStore) -> RunSpec:
+def run(store: PostgreSQLIndexStore) -> RunSpec:
     return begin(store)
 
 
@@ -70,7 +70,9 @@ def index_definitions(address: DatabaseAddress) -> dict[str, str]:
 # -- prepare -----------------------------------------------------------------------------------------------
 
 
-def test_prepare_creates_the_table_that_kameleondb_creates(database: DatabaseAddress, store: PostgreSQLStore) -> None:
+def test_prepare_creates_the_table_that_kameleondb_creates(
+    database: DatabaseAddress, store: PostgreSQLIndexStore
+) -> None:
     made = execute(database, PostgreSQLHarness.shape)
     script = PostgreSQLHarness.table.replace("WITH (m=8, ef_construction=32)", "")
     execute(database, f"DROP TABLE kdb_search; {script}")
@@ -81,7 +83,9 @@ def test_prepare_creates_the_table_that_kameleondb_creates(database: DatabaseAdd
     assert indexes["ix_kdb_search_fts"].endswith("USING gin (tsv)")
 
 
-def test_refuses_another_dimension(database: DatabaseAddress, store: PostgreSQLStore, open_store: OpenStore) -> None:
+def test_refuses_another_dimension(
+    database: DatabaseAddress, store: PostgreSQLIndexStore, open_store: OpenStore
+) -> None:
     with pytest.raises(SchemaError, match=f"holds vectors of {DIMENSIONS} dimensions; the model gives 12"):
         open_store(database).prepare(12)
     assert execute(database, "SELECT count(*) FROM kdb_fast_runs") == [(0,)]
@@ -160,7 +164,7 @@ ALL_RIGHTS = [
 
 
 def test_role_that_lacks_rights_is_told_the_grants(
-    postgres: Server, database: DatabaseAddress, store: PostgreSQLStore, open_store: OpenStore
+    postgres: Server, database: DatabaseAddress, store: PostgreSQLIndexStore, open_store: OpenStore
 ) -> None:
     role = postgres.create_role(database, "SELECT, INSERT, UPDATE ON kdb_search", *ALL_RIGHTS[1:])
     with pytest.raises(SchemaError, match=r"lacks rights: DELETE ON public\.kdb_search") as caught:
@@ -171,7 +175,7 @@ def test_role_that_lacks_rights_is_told_the_grants(
 
 
 def test_role_that_only_writes_leaves_the_index_to_the_owner(
-    postgres: Server, database: DatabaseAddress, store: PostgreSQLStore, open_store: OpenStore
+    postgres: Server, database: DatabaseAddress, store: PostgreSQLIndexStore, open_store: OpenStore
 ) -> None:
     writer = open_store(postgres.create_role(database, *ALL_RIGHTS))
     writer.prepare(DIMENSIONS)
@@ -202,7 +206,7 @@ def test_role_that_only_writes_leaves_the_index_to_the_owner(
 )
 def test_late_words_of_a_dead_run(
     database: DatabaseAddress,
-    store: PostgreSQLStore,
+    store: PostgreSQLIndexStore,
     run: RunSpec,
     monkeypatch: pytest.MonkeyPatch,
     gone: bool,
@@ -228,13 +232,13 @@ def test_late_words_of_a_dead_run(
 # -- rows --------------------------------------------------------------------------------------------------
 
 
-def test_row_that_was_never_updated_has_no_version(database: DatabaseAddress, store: PostgreSQLStore) -> None:
+def test_row_that_was_never_updated_has_no_version(database: DatabaseAddress, store: PostgreSQLIndexStore) -> None:
     execute(database, "INSERT INTO kdb_search (id, entity_name, record_id, content) VALUES ('1', 'Note', 'a', 'x')")
     assert lookup(store, "a")["a"].row_version == NO_VALUE
 
 
 def test_text_with_too_many_words_for_full_text_search_is_rejected(
-    database: DatabaseAddress, store: PostgreSQLStore, run: RunSpec
+    database: DatabaseAddress, store: PostgreSQLIndexStore, run: RunSpec
 ) -> None:
     words = " ".join(f"w{i:05x}" for i in range(130_000))
     assert 900_000 < len(words) < 1_000_000
@@ -280,14 +284,16 @@ def test_index_is_built_again_exactly_as_it_was_even_after_a_crash(
     assert execute(database, "SELECT count(*) FROM kdb_fast_state") == [(0,)]
 
 
-def test_missing_index_is_built_as_kameleondb_creates_it(database: DatabaseAddress, store: PostgreSQLStore) -> None:
+def test_missing_index_is_built_as_kameleondb_creates_it(
+    database: DatabaseAddress, store: PostgreSQLIndexStore
+) -> None:
     before = index_definitions(database)
     execute(database, "DROP INDEX ix_kdb_search_vector, ix_kdb_search_fts")
     assert store.finish_index(no_beat).text == "built ix_kdb_search_fts, ix_kdb_search_vector"
     assert index_definitions(database) == before
 
 
-def test_users_own_vector_index_is_enough(database: DatabaseAddress, store: PostgreSQLStore) -> None:
+def test_users_own_vector_index_is_enough(database: DatabaseAddress, store: PostgreSQLIndexStore) -> None:
     execute(
         database,
         "DROP INDEX ix_kdb_search_vector; CREATE INDEX mine ON kdb_search USING hnsw (embedding vector_l2_ops)",
@@ -310,7 +316,9 @@ def test_invalid_index_is_built_again_as_it_was(database: DatabaseAddress, open_
     assert execute(database, "SELECT bool_and(indisvalid) FROM pg_index") == [(True,)]
 
 
-def test_invalid_copy_beside_a_valid_index_is_left_alone(database: DatabaseAddress, store: PostgreSQLStore) -> None:
+def test_invalid_copy_beside_a_valid_index_is_left_alone(
+    database: DatabaseAddress, store: PostgreSQLIndexStore
+) -> None:
     execute(
         database,
         "CREATE INDEX ix_kdb_search_vector_ccnew ON kdb_search USING hnsw (embedding vector_cosine_ops); "
@@ -322,7 +330,7 @@ def test_invalid_copy_beside_a_valid_index_is_left_alone(database: DatabaseAddre
 
 
 def test_nearest_rows_are_found_by_the_rebuilt_index(
-    database: DatabaseAddress, store: PostgreSQLStore, run: RunSpec
+    database: DatabaseAddress, store: PostgreSQLIndexStore, run: RunSpec
 ) -> None:
     store.drop_index()
     texts = [f"text {i}" for i in range(100)]
@@ -379,7 +387,7 @@ def flushing_in_background(work: Callable[[], FlushResult]) -> Iterator[list[Any
 @pytest.mark.parametrize("way", ["backend terminated", "server restarted"])
 @pytest.mark.parametrize("kind", ["fresh", "known"])
 def test_flush_is_repeated_when_the_connection_is_lost(
-    postgres: Server, database: DatabaseAddress, store: PostgreSQLStore, run: RunSpec, way: str, kind: str
+    postgres: Server, database: DatabaseAddress, store: PostgreSQLIndexStore, run: RunSpec, way: str, kind: str
 ) -> None:
     pairs = [(f"k{i}", f"text {i}") for i in range(30)]
     if kind == "known":
@@ -409,7 +417,7 @@ def test_flush_is_repeated_when_the_connection_is_lost(
     assert set(waits) == {"waiting for the database (writing)"}
 
 
-def test_lookups_survive_a_restart(postgres: Server, store: PostgreSQLStore, run: RunSpec) -> None:
+def test_lookups_survive_a_restart(postgres: Server, store: PostgreSQLIndexStore, run: RunSpec) -> None:
     flush(store, run, slot_of(fresh(("a", "one"))))
     postgres.restart()
     assert lookup(store, "a")["a"].fingerprint == FINGERPRINT
@@ -417,7 +425,7 @@ def test_lookups_survive_a_restart(postgres: Server, store: PostgreSQLStore, run
 
 
 def test_database_that_stays_away_ends_in_an_error_that_says_so(
-    database: DatabaseAddress, open_store: OpenStore, store: PostgreSQLStore, run: RunSpec
+    database: DatabaseAddress, open_store: OpenStore, store: PostgreSQLIndexStore, run: RunSpec
 ) -> None:
     impatient = open_store(database, retry_seconds=0.5)
     impatient.session.address = connect_as(database, host="/nonexistent")
@@ -427,7 +435,7 @@ def test_database_that_stays_away_ends_in_an_error_that_says_so(
 
 
 def test_short_statement_timeout_is_named(
-    database: DatabaseAddress, store: PostgreSQLStore, run: RunSpec, open_store: OpenStore
+    database: DatabaseAddress, store: PostgreSQLIndexStore, run: RunSpec, open_store: OpenStore
 ) -> None:
     execute(
         database,
@@ -443,7 +451,7 @@ def test_short_statement_timeout_is_named(
 
 
 def test_index_build_is_not_bound_by_the_statement_timeout(
-    database: DatabaseAddress, store: PostgreSQLStore, run: RunSpec, open_store: OpenStore
+    database: DatabaseAddress, store: PostgreSQLIndexStore, run: RunSpec, open_store: OpenStore
 ) -> None:
     flush(store, run, slot_of(fresh(*((f"k{i}", f"text {i}") for i in range(2000)))))
     hurried = open_store(connect_as(database, options="-c statement_timeout=20ms"))
@@ -451,7 +459,7 @@ def test_index_build_is_not_bound_by_the_statement_timeout(
     assert hurried.finish_index(no_beat).text == "built ix_kdb_search_fts, ix_kdb_search_vector"
 
 
-def test_no_transaction_is_left_open(database: DatabaseAddress, store: PostgreSQLStore, run: RunSpec) -> None:
+def test_no_transaction_is_left_open(database: DatabaseAddress, store: PostgreSQLIndexStore, run: RunSpec) -> None:
     flush(store, run, slot_of(fresh(("a", "one"))))
     lookup(store, "a")
     store.heartbeat(run.number, "embed")

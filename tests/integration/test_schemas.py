@@ -18,7 +18,7 @@ from kdb_fast import FastEmbedProvider, SearchEngine, SearchWarning
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.embedding.models.lookup import Model
 from kdb_fast.sources.kameleondb import KameleonDBSource
-from kdb_fast.stores.postgresql.store import PostgreSQLStore
+from kdb_fast.stores.postgresql.index_store import PostgreSQLIndexStore
 from kdb_fast.tables.target import Target, identifier
 
 pytest.importorskip("kameleondb")
@@ -126,7 +126,7 @@ def test_each_command_means_the_schema_of_the_records(kameleon: Kameleon, two: K
 
 def test_dropped_indexes_come_back_in_their_own_schema(kameleon: Kameleon, two: Kameleon, tenant: Tenant) -> None:
     two.reindex()
-    here, there = PostgreSQLStore(two.address, "test"), PostgreSQLStore(kameleon.address, "test")
+    here, there = PostgreSQLIndexStore(two.address, "test"), PostgreSQLIndexStore(kameleon.address, "test")
     try:
         assert here.drop_index().text == "dropped for the load"
         assert (indexes(two, "tenant1") & INDEXES, indexes(two, "public") >= INDEXES) == (
@@ -138,7 +138,9 @@ def test_dropped_indexes_come_back_in_their_own_schema(kameleon: Kameleon, two: 
         here.close()
         there.close()
     # Under another search path the same words would name another table.
-    other = PostgreSQLStore(replace(connect_as(two.address, options="-csearch_path=public"), schema="tenant1"), "test")
+    other = PostgreSQLIndexStore(
+        replace(connect_as(two.address, options="-csearch_path=public"), schema="tenant1"), "test"
+    )
     try:
         assert other.finish_index(lambda what: None).text.startswith("built")
     finally:
@@ -222,7 +224,7 @@ def test_without_records_the_schema_is_that_of_the_index_or_else_the_first(
     both = connect_as(database, options="-csearch_path=missing,one,two")
 
     def schema() -> str | None:
-        store = PostgreSQLStore(both, "test")
+        store = PostgreSQLIndexStore(both, "test")
         store.close()
         return store.target.schema
 
@@ -237,7 +239,7 @@ def test_a_search_path_without_a_schema_is_named(database: DatabaseAddress) -> N
     from kdb_fast.errors import SchemaError
 
     with pytest.raises(SchemaError, match="No schema of the session's search_path exists"):
-        PostgreSQLStore(connect_as(database, options="-csearch_path=nowhere"), "test")
+        PostgreSQLIndexStore(connect_as(database, options="-csearch_path=nowhere"), "test")
 
 
 def test_each_connection_that_an_engine_lends_has_a_schema_of_its_own(kameleon: Kameleon) -> None:
@@ -285,7 +287,7 @@ def test_a_search_path_set_by_a_listener_of_the_engine_is_kept(kameleon: Kameleo
 
 def test_a_source_and_a_store_find_the_same_schema(two: Kameleon) -> None:
     source = KameleonDBSource(two.address)
-    store = PostgreSQLStore(two.address, "test")
+    store = PostgreSQLIndexStore(two.address, "test")
     try:
         assert source.catalog.target == store.target == Target("tenant1", "public")
     finally:

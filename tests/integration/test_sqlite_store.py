@@ -1,4 +1,4 @@
-"""What only SQLiteStore does: full text and copies of vectors beside the rows, files, locks, the caller's connection.
+"""What only SQLiteIndexStore does: full text and copies of vectors beside the rows, files, locks, a connection lent.
 
 What every store does is in ``test_store_contract.py``.
 """
@@ -36,7 +36,7 @@ from kdb_fast.catalog.records import live_rows
 from kdb_fast.db.address import DatabaseAddress, parse_address
 from kdb_fast.errors import DatabaseError, ResourceError
 from kdb_fast.records import content_hash
-from kdb_fast.stores.sqlite.store import SQLiteStore
+from kdb_fast.stores.sqlite.index_store import SQLiteIndexStore
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def index(empty: SQLiteHarness) -> Iterator[SQLiteHarness]:
 
 def connection_of(index: SQLiteHarness) -> sqlite3.Connection:
     """The store's own connection."""
-    assert isinstance(index.store, SQLiteStore)
+    assert isinstance(index.store, SQLiteIndexStore)
     return index.store._connection
 
 
@@ -176,7 +176,7 @@ def test_a_table_without_full_text_search_gets_it_with_all_its_rows(empty: SQLit
 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(DatabaseError, match="There is no SQLite file"):
-        SQLiteStore.open(parse_address(f"sqlite:///{tmp_path / 'nowhere.db'}"))
+        SQLiteIndexStore.open(parse_address(f"sqlite:///{tmp_path / 'nowhere.db'}"))
 
 
 # -- files and locks ---------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_a_trigger_that_rolls_everything_back_ends_the_flush_with_nothing_writte
 
 def test_an_open_connection_in_memory_serves_and_stays_open() -> None:
     with contextlib.closing(sqlite3.connect(":memory:")) as connection:
-        store = SQLiteStore(connection)
+        store = SQLiteIndexStore(connection)
         store.prepare(DIMENSIONS)
         run = begin(store)
         assert write(store, run, {"a": "text"}).rows == 1
@@ -269,7 +269,7 @@ def test_an_open_connection_in_memory_serves_and_stays_open() -> None:
         assert connection.execute("SELECT record_id FROM kdb_search").fetchall() == [("a",)]
 
 
-def put_one(store: SQLiteStore, key: str, failure: type[Exception] | None = None) -> None:
+def put_one(store: SQLiteIndexStore, key: str, failure: type[Exception] | None = None) -> None:
     with store.transaction():
         put(store, {key: "text"})
         if failure is not None:
@@ -278,7 +278,7 @@ def put_one(store: SQLiteStore, key: str, failure: type[Exception] | None = None
 
 def test_a_unit_within_the_callers_transaction_is_committed_or_rolled_back_with_it(index: SQLiteHarness) -> None:
     with contextlib.closing(sqlite3.connect(index.address.conninfo)) as connection:
-        store = SQLiteStore(connection)
+        store = SQLiteIndexStore(connection)
         for finish, expected in ((connection.rollback, {}), (connection.commit, {"a": "text"})):
             connection.execute("INSERT OR REPLACE INTO kdb_fast_state VALUES ('of', 'the caller')")
             assert connection.in_transaction

@@ -22,7 +22,7 @@ from kdb_fast.stores.base import RunSpec
 from kdb_fast.stores.postgresql import index as pg_index
 from kdb_fast.stores.postgresql import index_build, index_default, index_session
 from kdb_fast.stores.postgresql.column_store import PostgreSQLColumnStore
-from kdb_fast.stores.postgresql.store import PostgreSQLStore
+from kdb_fast.stores.postgresql.index_store import PostgreSQLIndexStore
 from kdb_fast.stores.postgresql.table_store import PostgreSQLTableStore
 from kdb_fast.tables import index_policy
 from kdb_fast.tables.index_policy import IndexPolicy
@@ -293,7 +293,7 @@ def test_an_invalid_index_is_named_and_left_alone(articles: Articles) -> None:
 
 def test_gin_indexes_of_other_columns_of_the_search_table_are_left_alone(database: DatabaseAddress) -> None:
     execute(database, "CREATE EXTENSION IF NOT EXISTS vector")
-    with contextlib.closing(PostgreSQLStore(database, "test")) as store:
+    with contextlib.closing(PostgreSQLIndexStore(database, "test")) as store:
         store.prepare(DIMENSIONS)
         execute(
             database,

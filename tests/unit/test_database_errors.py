@@ -28,7 +28,7 @@ from kdb_fast.sources.insert.postgresql import PostgreSQLInserter
 from kdb_fast.sources.insert.sqlite import SQLiteInserter
 from kdb_fast.sources.reader import Reader
 from kdb_fast.stores.postgresql.session import PgSession
-from kdb_fast.stores.sqlite.store import SQLiteStore
+from kdb_fast.stores.sqlite.index_store import SQLiteIndexStore
 from kdb_fast.tables.reading import rows_of, sqlite_cursor
 
 ADDRESS = DatabaseAddress("postgresql", "password=SENTINEL", "postgresql://tests")
@@ -349,7 +349,7 @@ def test_each_result_code_of_sqlite(code: int, kind: ErrorKind, exit_code: int) 
             raise error
 
         def store() -> None:
-            with SQLiteStore(connection).transaction():
+            with SQLiteIndexStore(connection).transaction():
                 fail()
 
         inserter._connection = connection

@@ -282,10 +282,6 @@ class PostgreSQLColumnStore(PostgreSQLStore):
     def _delete(self, cursor: Cursor, keys: Sequence[Key]) -> int:
         return clear_keys(cursor, self.column, keys)
 
-    def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
-        """The library makes rows, and those of this table are its owner's to make."""
-        raise NotImplementedError
-
     def prune(self, entity: str, live_rows: LiveRows) -> int:
         """Rows of the table are never removed."""
         return 0

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ...db.pg_errors import kind_of, refusal
 from ...db.retrying import ErrorKind
 from ...records import Key
@@ -13,6 +15,7 @@ from ...tables import seal
 from ...tables.key import text_arrays
 from ...tables.target import Target, identifier
 from ..base import FlushSlot, RunSpec
+from ..rejects import NOT_FINITE
 from . import pgcopy
 
 if TYPE_CHECKING:
@@ -289,7 +292,9 @@ class FlushWriter:
             if kind_of(error) is not ErrorKind.DATA:
                 raise
             if len(rows) == 1:
-                self.rejected.append((flush_slot.slot.number, rows[0], *refusal(error)))
+                is_finite = np.isfinite(flush_slot.slot.vectors[rows[0]]).all() or not self._vectors
+                why = refusal(error) if is_finite else NOT_FINITE
+                self.rejected.append((flush_slot.slot.number, rows[0], *why))
                 return
             middle = len(rows) // 2
             self._merge_halving(flush_slot, rows[:middle])

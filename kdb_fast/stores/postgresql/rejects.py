@@ -73,6 +73,13 @@ def forget_stored(
         cursor.execute(target.statement(f"{DELETE} AND key_hash = ANY(%s) AND run <> %s"), (target.name, stored, run))
 
 
+def forget_keys(cursor: Cursor, target: Target, slots: Sequence[FlushSlot]) -> None:
+    """The records of all rows of these slots are no longer rejected."""
+    hashes = [shared.key_hash(decode_key(key)) for block, _, _ in slots for key, _ in block.raw_rows()]
+    if hashes:
+        cursor.execute(target.statement(f"{DELETE} AND key_hash = ANY(%s)"), (target.name, hashes))
+
+
 def read(session: PgSession, entity: str | None) -> list[dict[str, Any]]:
     """See :meth:`kdb_fast.stores.base.Store.rejects`."""
 

@@ -1,6 +1,8 @@
-"""PostgreSQL with pgvector: look up what is stored, write a flush in one transaction.
+"""PostgreSQL with pgvector: runs and their lock, a flush in one transaction, rejects; alike for all that is written.
 
-A flush takes one of two ways for each row:
+What is written says how its rows are: :mod:`.index_store`, :mod:`.column_store`, :mod:`.table_store`.
+
+A flush to a search index takes one of two ways for each row:
 
 * *fresh*, no row had that key when the parent looked: binary COPY straight into the search table;
 * *existing*, or a fresh one that met a unique violation: binary COPY into a temporary table, then an UPDATE
@@ -11,37 +13,26 @@ Straight COPY writes a first load 1.5 times as fast as staging and merging it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...db.address import DatabaseAddress
-from ...db.pg_errors import explain, kind_of, refusal
-from ...db.pg_settings import ENCODING
-from ...db.retrying import ErrorKind
-from ...errors import RecordError
 from ...faults import fault
 from ...records import Key, Reject
-from ...tables import seal
 from ...tables.index_policy import IndexOutcome, IndexPolicy
 from ...tables.index_table import IndexTable
 from ...tables.kdb_search import KDB_SEARCH
-from ...tables.key import text_arrays
-from ...tables.target import OWN, LiveRows, Target
-from ..base import FlushResult, FlushSlot, RunSpec, Store, Stored
+from ...tables.target import Target
+from ..base import FlushResult, FlushSlot, RunSpec, Store
 from ..rejects import refused
-from . import check as pg_check
 from . import index as pg_index
-from . import migrate as pg_migrate
-from . import prepare as pg_prepare
 from . import rejects as pg_rejects
 from . import runs as pg_runs
-from . import seal as pg_seal
-from .flush import FlushWriter, delete_keys, dropped
+from .flush import FlushWriter
 from .indexed import Indexed
-from .pgcopy import row_version
 from .session import LIMITS, PgSession
 
 if TYPE_CHECKING:
@@ -54,7 +45,7 @@ MOST_PIECES = 64
 
 
 class PostgreSQLStore(Store):
-    """A search index in PostgreSQL, through one session of the server."""
+    """Writes to PostgreSQL, through one session of the server."""
 
     dialect = "postgresql"
 
@@ -84,7 +75,6 @@ class PostgreSQLStore(Store):
         """A run, and the rejects of others."""
         self._merge_all = False
         self._pieces = 1
-        self._columns: tuple[str, ...] | None = None
 
     @property
     def address(self) -> DatabaseAddress:
@@ -111,50 +101,6 @@ class PostgreSQLStore(Store):
 
     # -- before and after a run ------------------------------------------------------------------------
 
-    def prepare(self, dimensions: int, wait: float = 0.0) -> tuple[str, ...]:
-        self._columns = None
-
-        def make(cursor: Cursor, target: Target) -> tuple[str, ...]:
-            return pg_prepare.search_table(cursor, target, dimensions)
-
-        return pg_prepare.prepare(self.session, make, wait, (self.target.index.name,))
-
-    def is_prepared(self) -> bool:
-        """Whether all tables of the index are in its schema, and up to date."""
-
-        def work() -> bool:
-            with self.session.transaction() as cursor:
-                there = all(pg_check.exists(cursor, self.target, name) for name in (self.target.index.name, *OWN))
-                return there and pg_migrate.find_next(cursor, self.target) is None
-
-        return self.session.retrying("looking for the tables", work)
-
-    def column_dimensions(self) -> int | None:
-        index = self.target.index
-
-        def work() -> int | None:
-            statement = (
-                "SELECT a.atttypmod FROM pg_attribute a WHERE a.attrelid = to_regclass(%s) "
-                "AND a.attname = %s AND a.atttypmod > 0"
-            )
-            parameters = (self.target.regclass(index.name), index.vector)
-            row = self.session.connection().execute(statement, parameters).fetchone()
-            return int(row[0]) if row else None
-
-        return self.session.retrying("reading the table's definition", work)
-
-    def _seal_column(self) -> tuple[str, ...]:
-        """The column for seals where the table has it; asked for once."""
-        if self._columns is None:
-            self._columns = pg_seal.column(self.session)
-        return self._columns
-
-    def altered(self, run: int) -> list[str]:
-        def work() -> list[str]:
-            return pg_seal.altered(self.session, run, self._seal_column())
-
-        return self.session.retrying("looking at what was stored", work)
-
     def begin_run(self, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
         return pg_runs.begin(self.session, fingerprint=fingerprint, model=model, dimensions=dimensions, wait=wait)
 
@@ -168,9 +114,9 @@ class PostgreSQLStore(Store):
         pg_runs.end(self.session, run, state, receipt)
 
     @property
+    @abstractmethod
     def indexed(self) -> Indexed:
         """The table whose indexes are looked after."""
-        return Indexed.of_search_table(self.target)
 
     @functools.cached_property
     def has_vector_index(self) -> bool:
@@ -195,43 +141,6 @@ class PostgreSQLStore(Store):
         """The table, and how its indexes are built after a run."""
         concurrently = run is not None and run.indexes is IndexPolicy.CONCURRENTLY
         return replace(self.indexed, concurrently=concurrently)
-
-    def count(self, entity: str | None = None) -> int:
-        if entity is not None and self.missing_characters([entity]):
-            return 0
-
-        def work() -> int:
-            statement = self.target.statement("SELECT count(*) FROM {index} WHERE %s::text IS NULL OR {group} = %s")
-            with self.session.transaction() as cursor:
-                row = cursor.execute(statement, (entity, entity)).fetchone()
-            return int(row[0]) if row else 0
-
-        return self.session.retrying("counting rows", work)
-
-    # -- reading ---------------------------------------------------------------------------------------
-
-    def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
-        if self.session.encoding != ENCODING:
-            keys = self.session.holdable(keys)
-
-        def work() -> dict[Key, Stored]:
-            ours = seal.ours(self.dialect, self._seal_column(), "t.")
-            rows = self.session.connection().execute(
-                # Key by key (OFFSET keeps it so): on a table without statistics the server would rather read all rows
-                # of the entity for a thousand keys. By its place, since the column decides which text is its equal.
-                self.target.statement(
-                    "SELECT s.place, r.* FROM unnest({key_arrays}) WITH ORDINALITY s({key}, place), "
-                    "LATERAL (SELECT sha256(convert_to(t.{content}, 'UTF8')), "
-                    "CASE WHEN t.{embedding} IS NOT NULL AND <ours> THEN t.kdb_fast_fingerprint END, "
-                    "timestamptz_send(t.{updated_at}) FROM {index} t WHERE {same_key} OFFSET 0) r".replace(
-                        "<ours>", ours
-                    )
-                ),
-                text_arrays(keys, len(self.target.index.key)),
-            )
-            return {keys[r[0] - 1]: Stored(r[1], r[2], row_version(r[3])) for r in rows}
-
-        return self.session.retrying("looking up what is stored", work)
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -327,56 +236,17 @@ class PostgreSQLStore(Store):
         fault("store.after_commit")
         return result
 
+    @abstractmethod
     def _check(self, dimensions: int) -> None:
         """Raise SchemaError if the table is no longer what rows can be written to."""
-        pg_check.check(self.session, dimensions)
 
+    @abstractmethod
     def _writer(self, cursor: Cursor, run: RunSpec, now: int) -> FlushWriter:
-        """What takes the rows of one flush into the tables."""
-        sealed = bool(self._seal_column())
-        return FlushWriter(cursor, self.target, run, now, merge_all=self._merge_all, pieces=self._pieces, sealed=sealed)
+        """What takes the rows of one flush into the tables; ``now`` as in :class:`.flush.FlushWriter`."""
 
+    @abstractmethod
     def _delete(self, cursor: Cursor, keys: Sequence[Key]) -> int:
-        """Rows whose records have no text any more leave the index; how many there were."""
-        return delete_keys(cursor, self.target, keys)
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        with self.session.transaction():
-            yield
-
-    def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
-        import psycopg
-
-        with self.session.connection().cursor() as cursor:
-            statement = f"SELECT (extract(epoch FROM now()) * 1000000)::bigint, {pg_seal.HAS_SEAL}"  # noqa: S608
-            row = cursor.execute(statement.encode(), (self.target.index_regclass,)).fetchone()
-            assert row is not None
-            writer = FlushWriter(
-                cursor, self.target, run, row[0], merge_all=True, force=True, vectors=vectors, sealed=row[1]
-            )
-            for flush_slot in slots:
-                writer.add(flush_slot)
-            try:
-                writer.write(False)
-            except psycopg.Error as error:
-                if kind_of(error) is not ErrorKind.DATA:
-                    raise explain("writing", error, self.address) from error
-                reason, detail = refusal(error)
-                raise RecordError(
-                    f"A record was refused ({reason}): {detail}.", remedy="Nothing of the batch was stored."
-                ) from None
-            if writer.superseded or writer.rejected:
-                reason, detail = dropped(self.target)
-                raise RecordError(
-                    f"A record was refused ({reason}): {detail}.", remedy="Nothing of the batch was stored."
-                )
-            delete_keys(cursor, self.target, self.session.holdable(deletes))
-
-    def prune(self, entity: str, live_rows: LiveRows) -> int:
-        return self.session.retrying(
-            "removing deleted records", lambda: pg_prepare.prune(self.session, entity, live_rows)
-        )
+        """Take away what is stored for records that have no text any more; how many there were."""
 
     # -- rejects, and the end --------------------------------------------------------------------------
 

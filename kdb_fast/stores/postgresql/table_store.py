@@ -244,10 +244,6 @@ class PostgreSQLTableStore(PostgreSQLStore):
     def _delete(self, cursor: Cursor, keys: Sequence[Key]) -> int:
         return delete_keys(cursor, self.table, keys)
 
-    def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
-        """The library writes the rows of KameleonDB's table only."""
-        raise NotImplementedError
-
     def prune(self, entity: str, live_rows: LiveRows) -> int:
         """Remove rows without a record; ``entity`` says nothing here."""
         return self.session.retrying("removing deleted records", lambda: self._prune(entity, live_rows))

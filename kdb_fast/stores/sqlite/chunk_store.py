@@ -57,5 +57,5 @@ class SQLiteChunkStore(SQLiteTableStore):
     def _find(self, keys: Sequence[Key]) -> dict[Key, Found]:
         return self._rows.find_whole(keys)
 
-    def _writer(self, run: RunSpec, *, force: bool = False, vectors: bool = True) -> RowWriter:
+    def _writer(self, run: RunSpec) -> RowWriter:
         return ChunkWriter(self._connection, self.table, self._rows, run)

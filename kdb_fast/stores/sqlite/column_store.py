@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from ...db.address import DatabaseAddress
 from ...db.sqlite_connection import connect_sqlite
@@ -57,9 +56,8 @@ class SQLiteColumnStore(SQLiteStore):
     """Writes the vectors of one column, and nothing else of its table."""
 
     def __init__(self, connection: sqlite3.Connection, column: ColumnTarget) -> None:
-        super().__init__(connection)
+        super().__init__(connection, Target(kept_as=column.identity))
         self.column = column
-        self._target = Target(kept_as=column.identity)
         self.longest_lock = 0.0
         """Seconds for which the file was locked, at most."""
         self._part = PartSize()
@@ -71,11 +69,6 @@ class SQLiteColumnStore(SQLiteStore):
         store = cls(connect_sqlite(address), column)
         store._own()
         return store
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        with translated("writing"), transaction(self._connection):
-            yield
 
     @property
     def key(self) -> tuple[KeyColumn, ...]:
@@ -209,16 +202,12 @@ class SQLiteColumnStore(SQLiteStore):
             self.longest_lock = max(self.longest_lock, seconds)
             self._part.note(writer.rows, seconds)
 
-    def _writer(self, run: RunSpec, *, force: bool = False, vectors: bool = True) -> RowWriter:
+    def _writer(self, run: RunSpec) -> RowWriter:
         self._last_writer = ColumnWriter(self._connection, self.column, run)
         return self._last_writer
 
     def _delete(self, keys: Sequence[Key]) -> int:
         return clear_keys(self._connection, self.column, keys)
-
-    def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
-        """The library makes rows, and those of this table are its owner's to make."""
-        raise NotImplementedError
 
     def prune(self, entity: str, live_rows: LiveRows) -> int:
         """Rows of the table are never removed."""

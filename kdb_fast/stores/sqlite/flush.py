@@ -23,6 +23,7 @@ from ...tables import seal
 from ...tables.target import Target
 from ..base import FlushSlot, RunSpec
 from ..new_ids import ID_CHARS, new_ids
+from ..rejects import NOT_FINITE
 from .full_text import FullText, FullTextRow
 from .halving import written_in_parts
 from .json_vectors import json_vectors
@@ -299,7 +300,7 @@ def reject_not_finite(
     """The rows whose vector has NaN or infinity; those that were to be written are added to ``rejected``."""
     found = set(np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist())
     number = flush_slot.slot.number
-    rejected += [(number, i, "not_finite", "the vector has NaN or infinity") for i in sorted(found - flush_slot.skip)]
+    rejected += [(number, i, *NOT_FINITE) for i in sorted(found - flush_slot.skip)]
     return found
 
 

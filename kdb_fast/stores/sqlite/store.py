@@ -1,38 +1,27 @@
-"""SQLite with FTS5: look up what is stored, write a flush in one transaction.
+"""SQLite: runs and their lock, a flush in one transaction, rejects; alike for all that is written.
 
-Vectors are written twice: as JSON text into the search table, where KameleonDB reads them, and as float32
-into ``kdb_fast_vectors``, where search reads them 100 times as fast.
+What is written says how its rows are: :mod:`.index_store`, :mod:`.column_store`, :mod:`.table_store`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import sqlite3
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from ...db.address import DatabaseAddress
-from ...db.sqlite_connection import connect_sqlite
 from ...db.sqlite_errors import translated
-from ...errors import RecordError
+from ...db.sqlite_session import transaction
 from ...faults import fault
-from ...records import Key, Reject, shown_key
-from ...tables import seal
+from ...records import Key, Reject
 from ...tables.index_policy import IndexAction, IndexOutcome, IndexPolicy
-from ...tables.index_table import IndexTable
-from ...tables.kdb_search import KDB_SEARCH
-from ...tables.target import LiveRows, Target
-from ..base import FlushResult, FlushSlot, RunSpec, Store, Stored
+from ...tables.target import Target
+from ..base import FlushResult, FlushSlot, RunSpec, Store
 from ..rejects import refused
-from . import prepare as sqlite_prepare
-from . import prune as sqlite_prune
 from . import rejects as sqlite_rejects
 from . import runs as sqlite_runs
-from .check import columns
-from .flush import FlushWriter, RowWriter, row_version
-from .full_text import FullText
-from .keys import select_keys
+from .flush import RowWriter
 
 CACHE_KIB = 16 * 1024
 """Page cache of our own connection, in KiB: the inner pages of the indexes; with 64 MiB a load is no faster."""
@@ -45,42 +34,26 @@ Only where the owner of the file has chosen that mode: a run leaves the journal 
 Loading 20,000 rows takes 4.5 to 5.7 s with a write-ahead log and without, replacing them 5.5 to 6.9 (five runs each, in
 turn)."""
 
-ANALYZE_ROWS = 10_000
-"""From so many rows on the planner's statistics are worth having."""
-
 
 class SQLiteStore(Store):
-    """One connection to a search index in SQLite.
+    """Writes to a file of SQLite, through one connection.
 
     Args:
         connection: An open connection, which stays the caller's to close, and which the caller may use too. In a
-            transaction of the caller's everything is a part of that one. For a connection of its own: :meth:`open`.
+            transaction of the caller's everything is a part of that one.
+        target: Where the tables are.
     """
 
     dialect = "sqlite"
 
-    def __init__(self, connection: sqlite3.Connection, index: IndexTable = KDB_SEARCH) -> None:
-        self._connection, self._target = connection, Target(index=index)
+    def __init__(self, connection: sqlite3.Connection, target: Target) -> None:
+        self._connection, self._target = connection, target
         self._owned = False
-        self._full_text = FullText(connection, self._target, shared=True)
-        self._columns: tuple[str, ...] | None = None
         self.on_wait: Callable[[str], None] = lambda what: None
 
     @property
     def target(self) -> Target:
         return self._target
-
-    @classmethod
-    def open(cls, address: DatabaseAddress, *, must_exist: bool = True, index: IndexTable = KDB_SEARCH) -> SQLiteStore:
-        """A store with its own connection, which :meth:`close` closes.
-
-        Raises:
-            DatabaseError: The file does not exist, is no database, or cannot be opened.
-        """
-        store = cls(connect_sqlite(address, must_exist=must_exist), index)
-        store._full_text = FullText(store._connection, store._target, shared=False)
-        store._own()
-        return store
 
     def _own(self) -> None:
         """The connection is this store's alone."""
@@ -92,30 +65,6 @@ class SQLiteStore(Store):
             self._connection.execute("PRAGMA cache_spill = OFF")
 
     # -- before and after a run ------------------------------------------------------------------------
-
-    def prepare(self, dimensions: int, wait: float = 0.0) -> tuple[str, ...]:
-        """See :meth:`Store.prepare`. SQLite's columns are not bound to a dimension: older vectors are just stale."""
-        with translated("preparing the tables"):
-            sqlite_prepare.prepare(
-                self._connection,
-                lambda: sqlite_prepare.search_table(self._connection, self._target),
-                wait,
-                self.on_wait,
-            )
-        self._columns = None
-        return ()
-
-    def _seal_column(self) -> tuple[str, ...]:
-        """The column for seals where the table has it; asked for once."""
-        if self._columns is None:
-            seal.register(self._connection)
-            has = seal.COLUMN in columns(self._connection, self._target.index.name)
-            self._columns = (seal.COLUMN,) if has else ()
-        return self._columns
-
-    def altered(self, run: int) -> list[str]:
-        with translated("looking at what was stored"):
-            return sqlite_prepare.altered(self._connection, self._target, run) if self._seal_column() else []
 
     def begin_run(self, *, fingerprint: str, model: str, dimensions: int, wait: float) -> RunSpec:
         with translated("taking the lock"):
@@ -147,37 +96,7 @@ class SQLiteStore(Store):
     def check_index(self, policy: IndexPolicy) -> tuple[str, ...]:
         return (f"SQLite has no index of vectors; --index {policy.value} changes nothing.",)
 
-    def finish_index(self, beat: Callable[[str], None], run: RunSpec | None = None) -> IndexOutcome:
-        if self.count() >= ANALYZE_ROWS:
-            beat("statistics")
-            with translated("refreshing statistics"):
-                # A sample of 1,000 rows of each index: milliseconds, whatever the size of the table.
-                self._connection.execute("PRAGMA analysis_limit = 1000")
-                self._connection.execute(self._target.text("ANALYZE {index}"))
-        return IndexOutcome(IndexAction.NONE, "exact search on SQLite, no vector index")
-
-    def count(self, entity: str | None = None) -> int:
-        with translated("counting rows"):
-            if entity is None:
-                row = self._connection.execute(self._target.text("SELECT count(*) FROM {index}")).fetchone()
-            else:
-                row = self._connection.execute(
-                    self._target.text("SELECT count(*) FROM {index} WHERE {group} = ?"), (entity,)
-                ).fetchone()
-            return int(row[0])
-
     # -- reading and writing ---------------------------------------------------------------------------
-
-    def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
-        result: dict[Key, Stored] = {}
-        with translated("looking up what is stored"):
-            ours = seal.ours("sqlite", self._seal_column(), "t.")
-            # Bytes, as they are hashed: text that is not valid UTF-8 must not end the run.
-            columns = "CAST(coalesce(t.{content}, '') AS BLOB), CAST(t.{updated_at} AS BLOB), "
-            columns += f"CASE WHEN t.{{embedding}} IS NOT NULL AND {ours} THEN t.kdb_fast_fingerprint END"
-            for key, content, updated_at, fingerprint in select_keys(self._connection, self._target, columns, keys):
-                result[key] = Stored(hashlib.sha256(content).digest(), fingerprint, row_version(updated_at, content))
-        return result
 
     def flush(
         self,
@@ -207,7 +126,7 @@ class SQLiteStore(Store):
             last: With this one all of the flush is written.
         """
         fault("store.before_begin")
-        with self.transaction():
+        with self._transaction():
             before = sqlite_runs.fence(self._connection, run.number, number)
             if before is not None:
                 return before
@@ -232,38 +151,17 @@ class SQLiteStore(Store):
         return result
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        with translated("writing"), self._full_text.transaction():
+    def _transaction(self) -> Iterator[None]:
+        with translated("writing"), transaction(self._connection):
             yield
 
-    def _writer(self, run: RunSpec, *, force: bool = False, vectors: bool = True) -> RowWriter:
+    @abstractmethod
+    def _writer(self, run: RunSpec) -> RowWriter:
         """What takes the rows of one flush into the tables."""
-        sealed = bool(self._seal_column())
-        return FlushWriter(
-            self._connection, self._target, self._full_text, run, force=force, vectors=vectors, sealed=sealed
-        )
 
-    def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
-        with translated("writing"):
-            writer = self._writer(run, force=True, vectors=vectors)
-            for flush_slot in slots:
-                writer.write(flush_slot)
-            if writer.rejected:
-                first = refused(slots, writer.rejected)[0]
-                raise RecordError(
-                    f"The record {shown_key(first.key)} was refused ({first.reason}): {first.detail}.",
-                    remedy="Nothing of the batch was stored.",
-                )
-            writer.finish()
-            self._delete(deletes)
-            sqlite_rejects.forget_stored(self._connection, self.target, run.number, writer.stored)
-
+    @abstractmethod
     def _delete(self, keys: Sequence[Key]) -> int:
-        return sqlite_prune.delete_records(self._connection, self._target, self._full_text, keys)
-
-    def prune(self, entity: str, live_rows: LiveRows) -> int:
-        with translated("removing deleted records"):
-            return sqlite_prune.prune(self._connection, self._target, self._full_text, entity, live_rows)
+        """Take away what is stored for records that have no text any more; how many there were."""
 
     # -- rejects, and the end --------------------------------------------------------------------------
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...db.address import DatabaseAddress
@@ -20,7 +19,7 @@ from ...tables.key import KeyColumn
 from ...tables.known_rows import SAME_VECTOR, KnownRows
 from ...tables.table_target import TableTarget
 from ...tables.target import LiveRows, Params, Target, rows_on
-from ..base import FlushSlot, RunSpec, Stored, version_of_text
+from ..base import RunSpec, Stored, version_of_text
 from . import prepare as sqlite_prepare
 from .flush import RowWriter
 from .keyword import fill_in
@@ -54,9 +53,8 @@ class SQLiteTableStore(SQLiteStore):
     """Writes the rows of one table of vectors."""
 
     def __init__(self, connection: sqlite3.Connection, table: TableTarget) -> None:
-        super().__init__(connection)
+        super().__init__(connection, Target(kept_as=table.identity))
         self.table = table
-        self._target = Target(kept_as=table.identity)
         self._rows = TableRows(connection, table)
 
     @classmethod
@@ -67,11 +65,6 @@ class SQLiteTableStore(SQLiteStore):
         if table.vec0:
             load_vec0(store._connection)
         return store
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        with translated("writing"), transaction(self._connection):
-            yield
 
     @property
     def key(self) -> tuple[KeyColumn, ...]:
@@ -153,15 +146,11 @@ class SQLiteTableStore(SQLiteStore):
         """What is known of the records that have these keys."""
         return self._rows.find(keys)
 
-    def _writer(self, run: RunSpec, *, force: bool = False, vectors: bool = True) -> RowWriter:
+    def _writer(self, run: RunSpec) -> RowWriter:
         return TableWriter(self._connection, self.table, self._rows, run)
 
     def _delete(self, keys: Sequence[Key]) -> int:
         return self._rows.delete(keys)
-
-    def upsert(self, run: RunSpec, slots: Sequence[FlushSlot], deletes: Sequence[Key], *, vectors: bool = True) -> None:
-        """The library writes the rows of KameleonDB's table only."""
-        raise NotImplementedError
 
     def prune(self, entity: str, live_rows: LiveRows) -> int:
         """Remove rows without a record; ``entity`` says nothing here."""
