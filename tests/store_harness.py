@@ -29,7 +29,7 @@ from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.records import Record, Reject, content_hash
 from kdb_fast.stores import open_store
-from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec, Store, Stored
+from kdb_fast.stores.base import FlushResult, FlushSlot, IndexStore, RunSpec, Store, Stored
 from kdb_fast.tables.kdb_search import entity_and_id
 
 DIMENSIONS = 8
@@ -113,7 +113,7 @@ def write(store: Store, run: RunSpec, texts: Mapping[str, str], entity: str = EN
     return flush(store, run, slot_of(looked_up(store, *texts.items(), entity=entity)), **options)
 
 
-def put(store: Store, texts: Mapping[str, str], deletes: Sequence[str] = (), *, vectors: bool = True) -> None:
+def put(store: IndexStore, texts: Mapping[str, str], deletes: Sequence[str] = (), *, vectors: bool = True) -> None:
     """Write texts as the library does; within a unit."""
     store.upsert(LIBRARY, [slot_of(fresh(*texts.items()))], [(ENTITY, key) for key in deletes], vectors=vectors)
 
@@ -155,8 +155,6 @@ class Harness(ABC):
         store: The first session; the test prepares it.
         later, ago: SQL for the next time after ``updated_at``, and for the time ``{}`` seconds ago.
         vector_error: Largest difference of an element that is stored.
-        not_finite: Reason for a vector with NaN.
-        refused_record: How the library is told of a refused record with the id r002.
         prune_rows: Name of the constant that says how many rows are looked at or removed at a time.
         table: Script of the search table as KameleonDB makes it; ``strict_table``: one in which no text is twice, and
             none is ``x``.
@@ -173,8 +171,6 @@ class Harness(ABC):
     later: ClassVar[str]
     ago: ClassVar[str]
     vector_error: ClassVar[float]
-    not_finite: ClassVar[str]
-    refused_record: ClassVar[str]
     prune_rows: ClassVar[str]
     table: ClassVar[str]
     strict_table: ClassVar[str]
@@ -194,6 +190,12 @@ class Harness(ABC):
     def open(self) -> Store:
         """Another session, closed with the harness."""
         return self.stack.enter_context(contextlib.closing(open_store(self.address, "test")))
+
+    @property
+    def index_store(self) -> IndexStore:
+        """The first session, where it is one of an index."""
+        assert isinstance(self.store, IndexStore)
+        return self.store
 
     def execute(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
         """Run a statement (%s for parameters) or a script as another program."""
@@ -273,8 +275,6 @@ class PostgreSQLHarness(Harness):
     later = "updated_at + interval '1 microsecond'"
     ago = "now() - make_interval(secs => {})"
     vector_error = 0.0
-    not_finite = "bad_vector"
-    refused_record = "A record"
     prune_rows = "kdb_fast.stores.postgresql.prepare.PRUNE_BATCH"
     any_table = """
 CREATE EXTENSION IF NOT EXISTS vector;
@@ -387,8 +387,6 @@ class SQLiteHarness(Harness):
     later = "strftime('%Y-%m-%d %H:%M:%f', updated_at, '+0.001 seconds')"
     ago = "strftime('%Y-%m-%d %H:%M:%f', 'now', '-{} seconds')"
     vector_error = 1e-8
-    not_finite = "not_finite"
-    refused_record = f"'{ENTITY}'/'r002'"
     prune_rows = "kdb_fast.stores.sqlite.prune.PRUNE_KEYS"
     bare_table = """
 CREATE TABLE kdb_search (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -48,6 +48,12 @@ at least, so that a writer which does not read, because it is stopped, never blo
 
 LEFT_OUT_ROWS = 4_000
 """Rows of a flush that were rejected or outdated since they were embedded, about: their numbers are in the message."""
+
+PASSES = 3
+"""How often a record is taken whose row another program writes or holds locked meanwhile; then it is superseded."""
+
+PAUSE_SECONDS = 0.5
+"""Before such a record is read again: a transaction that holds its row may end."""
 
 PENDING_KEYS = 100_000
 """Records that are kept to be read again because another program wrote or locked their rows: about 20 MB."""
@@ -190,10 +196,15 @@ class FlushPlanner:
         """The row of this key is what its newest record wants: it stays."""
         self._deletes.pop(key, None)
 
-    def take_pending(self) -> list[Key]:
-        """The keys of records that are to be read again."""
-        taken, self._pending = self._pending, []
-        return taken
+    def passes(self) -> Iterator[list[Key]]:
+        """The keys of records that are to be read again, pass by pass and after a pause, until there are none."""
+        for number in range(2, PASSES + 1):
+            pending, self._pending = self._pending, []
+            if not pending:
+                return
+            self.reads_again = number < PASSES
+            time.sleep(PAUSE_SECONDS)
+            yield pending
 
     def is_due(self, *, tight: bool, now: bool) -> bool:
         """Whether the next flush should go.

@@ -10,6 +10,7 @@ from ..errors import KdbFastError
 from ..ipc.row_block import ROW_NOT_ENCODABLE, ROW_REASONS
 from ..ipc.slab import Row, SlabShape
 from ..records import Key, Record, Reject, content_hash, was_cut
+from ..sources.base import PAGE_ROWS
 from ..stores.base import Store, Stored
 from ..tables.pieces import PieceOf, piece_key
 from .flushing import FlushPlanner
@@ -27,6 +28,9 @@ TAKEN_CHARS = 1_000_000
 
 Split = Callable[[str], Sequence[tuple[int, int]]]
 """Cuts a text: first and last character (exclusive) of each piece, of which there is one at least."""
+
+ReadAgain = Callable[[list[Key]], list[Record | Reject]]
+"""Gives the records of these keys as they are now."""
 
 FIRST_WINDOW_ROWS = 1000
 """Of the first window, so that the workers begin soon; each one is twice as large as the one before it."""
@@ -138,9 +142,22 @@ class Intake:
         self._counts.read += unchanged
         self._counts.unchanged += unchanged
 
-    def begin_again(self) -> None:
-        """From here on records are taken in again whose rows other programs write: each is looked up."""
+    def read_again(
+        self, keys: list[Key], again: ReadAgain, emptied: Callable[[], list[Key]]
+    ) -> Iterator[tuple[list[Record | Reject], list[Key]]]:
+        """Pages of records whose rows other programs write, and the keys of those that have no text any more.
+
+        From here on each record is looked up. One that is gone is superseded.
+
+        Args:
+            again: Gives the records of these keys as they are now.
+            emptied: Asked after each page for the keys of records read with it that have no text.
+        """
         self._again = True
+        for part in (keys[i : i + PAGE_ROWS] for i in range(0, len(keys), PAGE_ROWS)):
+            page, empty = again(part), emptied()
+            self._counts.gone(len(part) - len(page) - len(empty))
+            yield page, empty
 
     def portions(self, page: list[Record | Reject]) -> list[list[Record | Reject]]:
         """The page; where texts are cut into pieces, in portions of about TAKEN_CHARS, so that these do not pile up."""

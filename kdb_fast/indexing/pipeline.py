@@ -30,27 +30,17 @@ from ..faults import fault
 from ..ipc.messages import Finish, Finished, Flushed, IndexPrepared, PrepareIndex
 from ..records import Key, Record, Reject
 from ..settings import RejectLimit
-from ..sources.base import PAGE_ROWS
 from ..stores.base import Store
 from ..tables.index_policy import IndexPolicy, IndexRecord, decide
 from ..tables.target import LiveRows
 from .filling import Filling
 from .flushing import MESSAGE_BYTES, FlushPlanner, first_of
-from .intake import Intake, Split
+from .intake import Intake, ReadAgain, Split
 from .key_ledger import KeyLedger
 from .leases import Numbered, SlotPool
 from .piece_ledger import PieceLedger
 from .screening import Screen
 from .text_reuse import TextReuse
-
-PASSES = 3
-"""How often a record is taken whose row another program writes or holds locked meanwhile; then it is superseded."""
-
-PAUSE_SECONDS = 0.5
-"""Before such a record is read again: a transaction that holds its row may end."""
-
-ReadAgain = Callable[[list[Key]], list[Record | Reject]]
-"""Gives the records of these keys as they are now."""
 
 DRAIN_SECONDS = 6.0
 """A run that is being stopped waits so long for its last flushes: a container is killed ten seconds after SIGTERM.
@@ -202,16 +192,8 @@ class Pipeline:
 
     def _take_again(self, again: ReadAgain, emptied: Callable[[], list[Key]]) -> None:
         """Take the records again of which another program has written the row, or held it locked."""
-        self._intake.begin_again()
-        for number in range(2, PASSES + 1):
-            pending = self.flushes.take_pending()
-            if not pending:
-                return
-            self.flushes.reads_again = number < PASSES
-            time.sleep(PAUSE_SECONDS)
-            for keys in (pending[i : i + PAGE_ROWS] for i in range(0, len(pending), PAGE_ROWS)):
-                page, empty = again(keys), emptied()
-                self.counts.gone(len(keys) - len(page) - len(empty))
+        for pending in self.flushes.passes():
+            for page, empty in self._intake.read_again(pending, again, emptied):
                 self._take(page, empty)
             self._write_all()
 

@@ -21,7 +21,7 @@ from ..embedding.providers.custom import adapted, as_provider
 from ..embedding.providers.encoder import ProviderEncoder
 from ..errors import ProviderError, SearchWarning, UsageError
 from ..origins import QueryVector
-from ..stores.base import RunSpec, IndexStore
+from ..stores.base import IndexStore, RunSpec
 from .batches import BatchWriter, Operation, as_delete, as_list, as_put, as_puts
 from .query import meaning
 from .readers.base import SearchReader

@@ -26,8 +26,6 @@ from store_harness import (
     numbered,
     products_of,
     put,
-    reject,
-    rejected_keys,
     slot_of,
     write,
 )
@@ -81,8 +79,8 @@ def test_copies_of_vectors_leave_with_their_rows(index: SQLiteHarness) -> None:
     write(index.store, run, numbered(10))
     write(index.store, run, {"new": "more"}, deletes=["r003", "r004"])
     assert index.execute("SELECT count(*) FROM kdb_fast_vectors") == [(9,)]
-    with index.store.transaction():
-        put(index.store, {"r000": "plain", "bare": "plain"}, vectors=False)
+    with index.index_store.transaction():
+        put(index.index_store, {"r000": "plain", "bare": "plain"}, vectors=False)
     assert index.execute("SELECT count(*) FROM kdb_fast_vectors") == [(8,)]
 
 
@@ -112,13 +110,6 @@ def test_the_later_of_two_rows_with_one_key_wins(index: SQLiteHarness) -> None:
     assert index.contents() == {"a": "three", "b": "two"}
     assert flush(index.store, run, slot_of(fresh(("a", "four")))).rows == 1
     assert index.contents() == {"a": "four", "b": "two"}
-
-
-def test_a_record_that_the_library_stores_is_no_longer_rejected(index: SQLiteHarness) -> None:
-    write(index.store, begin(index.store), {}, rejects=[reject("a"), reject("other")])
-    with index.store.transaction():
-        put(index.store, {"a": "one"})
-    assert rejected_keys(index.store) == ["other"]
 
 
 def test_full_text_rows_are_found_though_every_rowid_differs(index: SQLiteHarness) -> None:

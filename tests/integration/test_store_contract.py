@@ -54,7 +54,7 @@ from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.records import Record, content_hash
 from kdb_fast.stores import open_store
-from kdb_fast.stores.base import FlushSlot, RunSpec, Store
+from kdb_fast.stores.base import FlushSlot, IndexStore, RunSpec, Store
 from kdb_fast.stores.runs import STALE_SECONDS
 
 
@@ -81,6 +81,11 @@ def harness(empty: Harness) -> Iterator[Harness]:
 @pytest.fixture
 def store(harness: Harness) -> Store:
     return harness.store
+
+
+@pytest.fixture
+def index(harness: Harness) -> IndexStore:
+    return harness.index_store
 
 
 @pytest.fixture
@@ -613,7 +618,7 @@ def test_vector_with_nan_is_rejected_alone(harness: Harness, store: Store, run: 
     slot.slot.vectors[1, 0] = np.nan
     result = flush(store, run, slot)
     assert result.rows == 2
-    assert [r[:3] for r in result.rejected] == [(0, 1, harness.not_finite)]
+    assert [r[:3] for r in result.rejected] == [(0, 1, "not_finite")]
     assert harness.contents() == {"a": "one", "b": "two", "d": "four"}
 
 
@@ -678,53 +683,59 @@ def test_rejects_are_cleared_by_key_or_all(store: Store, run: RunSpec) -> None:
 # -- the library's way -------------------------------------------------------------------------------------
 
 
-def test_put_writes_the_newest_text_whoever_wrote_the_row(harness: Harness, store: Store, run: RunSpec) -> None:
-    write(store, run, numbered(4))
+def test_put_writes_the_newest_text_whoever_wrote_the_row(harness: Harness, index: IndexStore, run: RunSpec) -> None:
+    write(index, run, numbered(4))
     harness.index("r001", "theirs")
-    with store.transaction():
-        put(store, {"r000": "newest", "r001": "newest", "r009": "new"})
-        put(store, {"r009": "newer"}, deletes=["r002"])
+    with index.transaction():
+        put(index, {"r000": "newest", "r001": "newest", "r009": "new"})
+        put(index, {"r009": "newer"}, deletes=["r002"])
     assert harness.contents() == {"r000": "newest", "r001": "newest", "r003": "text number3", "r009": "newer"}
     row = harness.rows()["r001"]
     assert (row.model, row.run) == (LIBRARY.model, LIBRARY.number)
-    assert lookup(store, "r000")["r000"].fingerprint == LIBRARY.fingerprint
+    assert lookup(index, "r000")["r000"].fingerprint == LIBRARY.fingerprint
 
 
-def test_put_without_vectors_leaves_none_behind(harness: Harness, store: Store, run: RunSpec) -> None:
-    write(store, run, numbered(2))
+def test_put_without_vectors_leaves_none_behind(harness: Harness, index: IndexStore, run: RunSpec) -> None:
+    write(index, run, numbered(2))
     slot = Slab.local(SlabShape(slots=1, rows=4, dimensions=1)).slots[0]
     slot.put(1, [Row(Record((ENTITY, key), "plain")) for key in ("r000", "new")], [NO_VALUE] * 2)
-    with store.transaction():
-        store.upsert(LIBRARY, [FlushSlot(slot, frozenset())], [], vectors=False)
+    with index.transaction():
+        index.upsert(LIBRARY, [FlushSlot(slot, frozenset())], [], vectors=False)
     plain = [row for row in harness.rows().values() if row.content == "plain"]
     assert [(row.vector, row.model, row.dimensions) for row in plain] == [(None, None, None)] * 2
     assert harness.matching("plain") == ["new", "r000"]
-    assert lookup(store, "r000")["r000"].fingerprint is None
+    assert lookup(index, "r000")["r000"].fingerprint is None
 
 
-def put_all(store: Store, *batches: Mapping[str, str]) -> None:
-    with store.transaction():
+def put_all(index: IndexStore, *batches: Mapping[str, str]) -> None:
+    with index.transaction():
         for texts in batches:
-            put(store, texts)
+            put(index, texts)
 
 
-def test_a_refused_row_takes_back_the_whole_unit_and_is_named(harness: Harness, store: Store) -> None:
+def test_a_refused_row_takes_back_the_whole_unit_and_is_named(harness: Harness, index: IndexStore) -> None:
     script, reason, detail = harness.refusals["trigger"]
     harness.execute(script)
     with pytest.raises(RecordError) as caught:
-        put_all(store, {"a": "first"}, {**numbered(4), "r002": SECRET})
-    assert f"{harness.refused_record} was refused ({reason}): {detail}" in caught.value.message
+        put_all(index, {"a": "first"}, {**numbered(4), "r002": SECRET})
+    assert f"The record '{ENTITY}'/'r002' was refused ({reason}): {detail}" in caught.value.message
     assert harness.contents() == {}
 
 
-def test_a_row_that_a_trigger_drops_takes_back_the_whole_unit(harness: Harness, store: Store) -> None:
+def test_a_row_that_a_trigger_drops_takes_back_the_whole_unit(harness: Harness, index: IndexStore) -> None:
     harness.execute(harness.drops_silently)
     with pytest.raises(RecordError, match=r"dropped|left the row out") as caught:
-        put_all(store, {"a": "one", "b": SECRET})
+        put_all(index, {"a": "one", "b": SECRET})
     assert SECRET not in str(caught.value)
     assert harness.contents() == {}
-    put_all(store, {"a": "one", "c": "two"})
+    put_all(index, {"a": "one", "c": "two"})
     assert harness.contents() == {"a": "one", "c": "two"}
+
+
+def test_a_record_that_the_library_stores_is_no_longer_rejected(index: IndexStore, run: RunSpec) -> None:
+    write(index, run, {}, rejects=[reject("a"), reject("other")])
+    put_all(index, {"a": "one"})
+    assert rejected_keys(index) == ["other"]
 
 
 # -- records that are gone ---------------------------------------------------------------------------------

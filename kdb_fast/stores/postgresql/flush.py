@@ -10,9 +10,7 @@ import numpy as np
 
 from ...db.pg_errors import kind_of, refusal
 from ...db.retrying import ErrorKind
-from ...records import Key
 from ...tables import seal
-from ...tables.key import text_arrays
 from ...tables.target import Target, identifier
 from ..base import FlushSlot, RunSpec
 from ..rejects import NOT_FINITE
@@ -396,10 +394,3 @@ def _parts(groups: list[Group], pieces: int) -> list[list[Group]]:
     return [
         [(flush_slot, rows[start : start + size])] for flush_slot, rows in groups for start in range(0, len(rows), size)
     ]
-
-
-def delete_keys(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, keys: Sequence[Key]) -> int:
-    """Delete these rows, STATEMENT_ROWS at a time; returns how many there were."""
-    statement = target.statement("DELETE FROM {index} t USING unnest({key_arrays}) AS s({key}) WHERE {same_key}")
-    parts = (keys[start : start + STATEMENT_ROWS] for start in range(0, len(keys), STATEMENT_ROWS))
-    return sum(cursor.execute(statement, text_arrays(part, len(target.index.key))).rowcount for part in parts)

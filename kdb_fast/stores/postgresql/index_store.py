@@ -26,7 +26,7 @@ from . import migrate as pg_migrate
 from . import prepare as pg_prepare
 from . import rejects as pg_rejects
 from . import seal as pg_seal
-from .flush import FlushWriter, delete_keys, dropped
+from .flush import STATEMENT_ROWS, FlushWriter, dropped
 from .indexed import Indexed
 from .pgcopy import row_version
 from .session import LIMITS
@@ -153,7 +153,11 @@ class PostgreSQLIndexStore(PostgreSQLStore, IndexStore):
         return FlushWriter(cursor, self.target, run, now, merge_all=self._merge_all, pieces=self._pieces, sealed=sealed)
 
     def _delete(self, cursor: Cursor, keys: Sequence[Key]) -> int:
-        return delete_keys(cursor, self.target, keys)
+        statement = self.target.statement(
+            "DELETE FROM {index} t USING unnest({key_arrays}) AS s({key}) WHERE {same_key}"
+        )
+        parts = (keys[start : start + STATEMENT_ROWS] for start in range(0, len(keys), STATEMENT_ROWS))
+        return sum(cursor.execute(statement, text_arrays(part, len(self.key))).rowcount for part in parts)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -189,7 +193,7 @@ class PostgreSQLIndexStore(PostgreSQLStore, IndexStore):
             unwritten = [*writer.rejected, *((*place, *dropped(target)) for place in writer.superseded)]
             if unwritten:
                 raise refusal_of_unit(slots, unwritten)
-            delete_keys(cursor, target, self.session.holdable(deletes))
+            self._delete(cursor, self.session.holdable(deletes))
             pg_rejects.forget_keys(cursor, target, slots)
 
     def prune(self, entity: str, live_rows: LiveRows) -> int:
