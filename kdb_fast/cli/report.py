@@ -192,7 +192,9 @@ def print_target(values: Mapping[str, Any]) -> None:
     read = Target(values["schema"]).shown(values["table"]) if values["table"] else values["query"] or "files"
     lines = {
         "target": values["name"],
-        "reads": read + (f" where {values['filter']}" if values["filter"] else ""),
+        "reads": read
+        + (f" of {values['source']}" if values["source"] else "")
+        + (f" where {values['filter']}" if values["filter"] else ""),
         "text": values["template"] or ", ".join(values["text"]),
         "key": ", ".join(values["key"]),
         "vectors in": _place(values),

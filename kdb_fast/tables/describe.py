@@ -17,7 +17,7 @@ from .definition import Definition
 from .find_relation import find_relation, no_column, no_key, no_place
 from .names import or_nearest, split_identifier
 from .relation import Relation
-from .target import Dialect, Rows
+from .target import Dialect, Rows, Target
 from .text import text_columns
 
 RESERVED = "kdb_"
@@ -117,6 +117,7 @@ def describe(
     read = read or rows
     relation = find_relation(read, dialect, given["table"]) if "table" in given else None
     into_schema, into = _place(rows, dialect, given["into"], relation) if "into" in given else (None, "")
+    named = bool(name)
     name = name or into or (relation.name if relation else "")
     before = find_kept(name, kept, dialect)
     if before is None and not (relation or "query" in given or from_file):
@@ -133,7 +134,9 @@ def describe(
     if "query" in given:
         wanted = replace(wanted, schema=None, table="", filter="")
     if into:
-        wanted = replace(wanted, into_schema=into_schema, into=into, created=("table",))
+        wanted = replace(wanted, into_schema=into_schema, into=into)
+        if before is None or "table" not in before.created:
+            wanted = replace(wanted, created=("table",))
     if wanted.query and not wanted.into:
         raise UsageError(
             "--query has no column that could be written.", remedy="Name a table for the vectors: --into NAME."
@@ -150,6 +153,8 @@ def describe(
         wanted = replace(wanted, text=())
     if "model" in given and "dimensions" not in given:
         wanted = replace(wanted, dimensions=0)
+    if before is not None and bool(before.into) != bool(wanted.into):
+        raise _moved(before, wanted)
     creates, as_kept = False, None if given.keys() & NAMES else before
     with adapting(as_kept):
         if relation is None and wanted.table:
@@ -161,6 +166,8 @@ def describe(
         wanted = replace(wanted, created=("column",))
     if before is not None:
         _check_not_moved(rows, dialect, before, wanted)
+        if not named:
+            _check_same_source(read, dialect, before, wanted)
     _check_place(wanted, kept, dialect)
     return Described(wanted, before, as_kept, creates, tuple(_changes(before, wanted)))
 
@@ -226,9 +233,21 @@ def adapting(before: Definition | None) -> Iterator[None]:
 def _place(rows: Rows, dialect: Dialect, into: str, relation: Relation | None) -> tuple[str | None, str]:
     """Schema and name of the table of ``--into``: without a schema it is beside the table that is read."""
     schema, name = split_identifier(into, dialect)
-    if schema is None and dialect == "postgresql":
+    if dialect == "sqlite":
+        if schema is not None and schema.lower() != "main":
+            raise SchemaError(
+                f"--into {storable_key(into)}: vectors go into the file of --db itself, not into one attached to it.",
+                remedy=f"Leave the schema out: --into {command_word(name)}",
+            )
+        return None, name
+    if schema is None:
         ((current,),) = rows("SELECT current_schema()::text", {})
-        schema = relation.schema if relation is not None and relation.schema is not None else current
+        return (relation.schema if relation is not None and relation.schema is not None else current), name
+    if not rows("SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = %(schema)s", {"schema": schema}):
+        shown = Target(schema).shown()
+        raise SchemaError(
+            f"There is no schema {shown} for the table of vectors.", remedy=f"Run: CREATE SCHEMA {shown};"
+        )
     return schema, name
 
 
@@ -269,13 +288,43 @@ def _written(definition: Definition, dialect: Dialect) -> tuple[str, str, str]:
 
 def _check_not_moved(rows: Rows, dialect: Dialect, before: Definition, wanted: Definition) -> None:
     """Raise SchemaError where a target's vectors would go elsewhere, unless its table or column is there no more."""
-    if _written(before, dialect) == _written(wanted, dialect) or _is_gone(rows, dialect, before):
-        return
-    raise SchemaError(
+    if _written(before, dialect) != _written(wanted, dialect) and not _is_gone(rows, dialect, before):
+        raise _moved(before, wanted)
+
+
+def _moved(before: Definition, wanted: Definition) -> SchemaError:
+    return SchemaError(
         f"There is a target {storable_key(before.name)}: {before.shown}; this would be {wanted.shown}.",
         remedy="Give this one a name of its own: --name NAME. Or forget the other: kdb-fast targets drop "
         f"{command_word(before.name)}",
     )
+
+
+def _check_same_source(read: Rows, dialect: Dialect, before: Definition, wanted: Definition) -> None:
+    """Raise SchemaError where a table of vectors is to be filled from something else, and no target was named: what it
+    has of the one would be removed.
+
+    Args:
+        read: Runs statements on the database that is read.
+    """
+    if _read(before, dialect) == _read(wanted, dialect) or before.source != wanted.source:
+        return
+    if before.table:
+        try:
+            find_relation(read, dialect, quoted(before.schema, before.table))
+        except SchemaError:
+            return  # renamed
+    this, what = ("this query", "--query SQL") if wanted.query else (wanted.read, f"--table {wanted.read}")
+    other = "another query" if before.query and wanted.query else before.read
+    raise SchemaError(
+        f"{before.written} holds the vectors of {other}; those that {this} does not have would be removed.",
+        remedy="Write into another: --into NAME. For rows of both, one --query with UNION ALL. Or name the target to "
+        f"change what it reads: kdb-fast reindex {command_word(before.name)} {what}",
+    )
+
+
+def _read(definition: Definition, dialect: Dialect) -> tuple[str, str, str]:
+    return _folded(definition.schema, dialect), _folded(definition.table, dialect), definition.query
 
 
 def _is_gone(rows: Rows, dialect: Dialect, definition: Definition) -> bool:

@@ -32,7 +32,7 @@ def split_identifier(text: str, dialect: Dialect) -> tuple[str | None, str]:
     match = re.fullmatch(rf"\s*(?:({part})\s*\.\s*)?({part})\s*", text)
     if match is None:
         raise SchemaError(
-            f"{storable_key(text)} is no name of a table.",
+            f"{storable_key(text) or repr(text)} is no name of a table.",
             remedy='Write it as SQL does: articles, shop.articles or "My Docs"."Big Table".',
         )
     schema, name = match.groups()

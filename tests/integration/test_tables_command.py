@@ -93,6 +93,8 @@ def test_only_some_rows_and_a_text_of_their_own(table: Table) -> None:
         (("--table", "articles", "--filter", "lang ==", "--vector", "embedding"), 4, "--filter of"),
         (("--table", "articles", "--filter", "true) OR (true", "--vector", "embedding"), 4, "--filter of"),
         (("--table", "kdb_fast_runs", "--vector", "embedding"), 4, "kdb_fast_runs"),
+        (("--table", "articles", "--into", "elsewhere.v"), 4, "Leave the schema out: --into v"),
+        (("--table", "articles", "--into", ""), 4, "'' is no name of a table."),
     ],
 )
 def test_a_mistake_gets_one_line_and_nothing_is_kept(
@@ -111,6 +113,7 @@ def test_what_is_refused_later_is_not_kept_either(commands: Commands, database: 
     execute(database, "ALTER TABLE articles ADD short vector(8), ADD number integer")
     line = table.run("reindex", *DESCRIBED[:-1], "short", code=4)
     assert "holds vectors of 8 dimensions; the model gives 384" in line
+    assert "CREATE SCHEMA none;" in table.run("reindex", *DESCRIBED[:-2], "--into", "none.v", code=4)
     assert "expected vector or halfvec" in table.run("reindex", *DESCRIBED[:-1], "number", code=4)
     assert table.json("targets", "list") == {"targets": []}
 
@@ -258,6 +261,18 @@ def test_a_table_of_vectors_beside_the_table(table: Table) -> None:
     assert "is written by the target article_vectors already" in line
     line = table.run("reindex", "--table", "articles", "--into", "articles", "--name", "more", code=4)
     assert "is the table that is read" in line
+    kind = "bigint" if table.is_postgresql else "INTEGER"
+    execute(table.address, f"CREATE TABLE others (id {kind} PRIMARY KEY, body text)")
+    line = table.run("reindex", "--table", "others", "--into", "article_vectors", code=4)
+    assert "others does not have would be removed" in line
+    line = table.run("reindex", "--query", "SELECT 1", "--key", "id", "--into", "article_vectors", code=4)
+    assert "those that this query does not have would be removed" in line
+    line = table.run("reindex", "--table", "others", "--into", "articles", code=4)
+    assert "There is a target articles: " in line, "a column of that table, which is no table of vectors"
+    if table.is_postgresql:
+        line = table.run("reindex", "article_vectors", "--table", "others", "--text", "body", code=4)
+        assert "DROP CONSTRAINT" in line
+    assert table.json("reindex", *BESIDE)["unchanged"] == 2
     removed = table.json("targets", "drop", "article_vectors", "--with-vectors")["removed"]
     assert [name.rpartition(".")[2] for name in removed] == ["article_vectors_with_source", "article_vectors"]
     assert [t["name"] for t in table.json("targets", "list")["targets"]] == ["articles"]

@@ -50,6 +50,16 @@ SELECT EXISTS (
     WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]) ORDER BY 1) = %s)
 """
 
+REFERS = """
+SELECT c.conname::text, n.nspname::text, s.relname::text
+FROM pg_constraint c JOIN pg_class s ON s.oid = c.confrelid JOIN pg_namespace n ON n.oid = s.relnamespace
+WHERE c.conrelid = to_regclass(%(table)s) AND c.contype = 'f' AND c.confdeltype = 'c' AND c.conparentid = 0
+AND c.confrelid IS DISTINCT FROM to_regclass(%(source)s)
+AND ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = c.conrelid AND a.attnum = ANY (c.conkey)
+  ORDER BY 1) = %(key)s
+"""
+"""A foreign key of ours to a table that is not the one that is read."""
+
 RIGHTS = """
 SELECT r, current_user::text FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) r
 WHERE NOT has_table_privilege(to_regclass(%s), r)
@@ -245,6 +255,14 @@ def _check(cursor: Cursor, target: TableTarget, dimensions: int) -> None:
                 for name in generated or unfilled
             )
             + ";",
+        )
+    source = target.source.regclass if target.source else None
+    refers = {"table": target.regclass, "source": source, "key": sorted(key.name for key in target.key)}
+    for constraint, schema, other in cursor.execute(REFERS.encode(), refers):
+        raise SchemaError(
+            f"{shown} refers to {Target(schema).shown(other)}, which is not what is read: rows would be refused.",
+            remedy=f"Run: ALTER TABLE {shown} DROP CONSTRAINT {identifier(constraint)}; or write into another table: "
+            "--into NAME.",
         )
     unique = cursor.execute(IS_UNIQUE.encode(), (target.regclass, sorted(target.unique))).fetchone()
     if not (unique and unique[0]):
