@@ -1,7 +1,7 @@
-"""What tests of a store share: rows, slots and flushes for any store, and a harness for each kind of store.
+"""What tests of a store share: rows, slots and flushes for any store, and harnesses of the stores of an index.
 
-A harness is a store on a database of its own, with what another program does there and what the tables hold then.
-A new kind of store gets a harness in ``KINDS``; ``integration/test_store_contract.py`` then runs on it too.
+A harness is a store on a database of its own, with what another program does there and what the tables hold then. Those
+of the other kinds are in ``target_harness.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import sqlite3
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,8 +29,8 @@ from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.records import Record, Reject, content_hash
 from kdb_fast.stores import open_store
-from kdb_fast.stores.base import FlushResult, FlushSlot, IndexStore, RunSpec, Store, Stored
-from kdb_fast.tables.kdb_search import entity_and_id
+from kdb_fast.stores.base import FlushResult, FlushSlot, IndexStore, RunSpec, Store, Stored, TargetTable
+from kdb_fast.tables.kdb_search import KDB_SEARCH, entity_and_id
 
 DIMENSIONS = 8
 FINGERPRINT = "0123456789abcdef"
@@ -127,8 +127,16 @@ def reject(key: str, position: int = 0, entity: str = ENTITY) -> Reject:
     return Reject((entity, key), "empty_text", "the text is empty", content_hash(""), position)
 
 
+def names(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Entity and record id of a reject; where the target has no groups, they are shown as one key."""
+    if row["entity"]:
+        return row["entity"], row["record_id"]
+    entity, _, record_id = row["record_id"].partition(", ")
+    return entity, record_id
+
+
 def rejected_keys(store: Store, entity: str | None = None) -> list[str]:
-    return [row["record_id"] for row in store.rejects(entity)]
+    return [names(row)[1] for row in store.rejects(entity)]
 
 
 def numbered(count: int, word: str = "text") -> dict[str, str]:
@@ -153,49 +161,42 @@ class Harness(ABC):
 
     Attributes:
         store: The first session; the test prepares it.
-        later, ago: SQL for the next time after ``updated_at``, and for the time ``{}`` seconds ago.
+        target: What it writes.
+        ago: SQL for the time ``{}`` seconds ago.
         vector_error: Largest difference of an element that is stored.
-        prune_rows: Name of the constant that says how many rows are looked at or removed at a time.
-        table: Script of the search table as KameleonDB makes it; ``strict_table``: one in which no text is twice, and
-            none is ``x``.
-        unfit: Tables that must be refused: a script that makes one, and the words of the error.
+        written: Table in which its rows are written.
         refusals: Ways in which the database can refuse rows with ``SECRET``: a script, reason and detail of the reject.
         drops_silently: Script after which new rows with ``SECRET`` are dropped, and nothing is said.
-        shape: Query for the columns and indexes of the search table, but for kdb-fast's columns.
         catalog: Query for all that the database knows of all tables; changes whenever one is altered.
         versions: Query for each row with what any write to it changes.
-        matching_word: Query for the ids of records that full-text search finds.
     """
 
     dialect: ClassVar[str]
-    later: ClassVar[str]
     ago: ClassVar[str]
     vector_error: ClassVar[float]
-    prune_rows: ClassVar[str]
-    table: ClassVar[str]
-    strict_table: ClassVar[str]
-    unfit: ClassVar[Mapping[str, tuple[str, str]]]
+    written: ClassVar[str]
     refusals: ClassVar[Mapping[str, tuple[str, str, str]]]
     drops_silently: ClassVar[str]
-    shape: ClassVar[str]
     catalog: ClassVar[str]
     versions: ClassVar[str]
-    matching_word: ClassVar[str]
 
     def __init__(self, address: DatabaseAddress) -> None:
         self.address = address
         self.stack = ExitStack()
+        self.target = self.find_target()
         self.store = self.open()
+
+    def find_target(self) -> TargetTable:
+        """What is written, after what must be there for it has been made."""
+        return KDB_SEARCH
+
+    def connect(self) -> Store:
+        """Another session, for the caller to close."""
+        return open_store(self.address, "test", target=self.target)
 
     def open(self) -> Store:
         """Another session, closed with the harness."""
-        return self.stack.enter_context(contextlib.closing(open_store(self.address, "test")))
-
-    @property
-    def index_store(self) -> IndexStore:
-        """The first session, where it is one of an index."""
-        assert isinstance(self.store, IndexStore)
-        return self.store
+        return self.stack.enter_context(contextlib.closing(self.connect()))
 
     def execute(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
         """Run a statement (%s for parameters) or a script as another program."""
@@ -203,16 +204,216 @@ class Harness(ABC):
 
     def check(self) -> None:
         """Assert that no key is there twice, and that what is kept of a row in other places is in step with it."""
-        assert len(index_rows(self.address)) == self.store.count()
+        assert len(self.contents()) == self.store.count()
+
+    # -- records and rows of them ----------------------------------------------------------------------
+
+    def provide(self, pairs: Iterable[tuple[str, str | None]], entity: str) -> None:  # noqa: B027 - an index needs none
+        """Put records, or None for those without text, where the store expects to find them: nowhere."""
+
+    def fresh(self, *pairs: tuple[str, str], entity: str = ENTITY) -> list[Row]:
+        """As :func:`fresh`, of records that are there."""
+        self.provide(pairs, entity)
+        return fresh(*pairs, entity=entity)
+
+    def looked_up(self, store: Store, *pairs: tuple[str, str], entity: str = ENTITY) -> list[Row]:
+        """As :func:`looked_up`, of records that are there."""
+        self.provide(pairs, entity)
+        return looked_up(store, *pairs, entity=entity)
+
+    def write(
+        self,
+        store: Store,
+        run: RunSpec,
+        texts: Mapping[str, str],
+        *,
+        entity: str = ENTITY,
+        deletes: Sequence[str | tuple[str, str]] = (),
+        **options: Any,
+    ) -> FlushResult:
+        """As :func:`write`, of records that are there, and of ``deletes`` that have no text any more."""
+        rows = self.looked_up(store, *texts.items(), entity=entity)
+        self.provide([(key, None) for key in deletes if isinstance(key, str)], entity)
+        return flush(store, run, slot_of(rows), deletes=deletes, **options)
 
     # -- what is stored --------------------------------------------------------------------------------
 
+    @abstractmethod
+    def contents(self) -> dict[str, str]:
+        """Stored texts by record id; no test has one id in two entities."""
+
+    @abstractmethod
+    def vectors(self) -> dict[str, Any]:
+        """Stored vectors by record id."""
+
+    def runs(self) -> list[RunRow]:
+        columns = "run, state, phase, ended_at IS NOT NULL, heartbeat_at, receipt"
+        found = self.execute(f"SELECT {columns} FROM kdb_fast_runs ORDER BY run")
+        return [RunRow(run, state, phase, bool(ended), str(at), text) for run, state, phase, ended, at, text in found]
+
+    # -- another program -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def read_only(self) -> Store:
+        """A session that cannot write."""
+
+    @abstractmethod
+    def outdate(self, key: str) -> None:
+        """Do with a record that was read, or with its row, what keeps the store from writing what was made of it."""
+
+    def change_run(self, change: str = "phase = phase", silent: float | None = None) -> None:
+        """Change the running run; ``silent``: so many seconds ago was its last sign of life."""
+        beat = "" if silent is None else f", heartbeat_at = {self.ago.format(silent)}"
+        self.execute(f"UPDATE kdb_fast_runs SET {change}{beat} WHERE state = 'running'")
+
+    @abstractmethod
+    def busy_run(self) -> AbstractContextManager[None]:
+        """Another session keeps the run's row from being written."""
+
+
+class OnPostgreSQL(Harness):
+    dialect = "postgresql"
+    ago = "now() - make_interval(secs => {})"
+    vector_error = 0.0
+    catalog = """
+WITH ours AS (SELECT *, xmin AS version FROM pg_class WHERE relnamespace = 'public'::regnamespace)
+SELECT oid::text, relname::text, version::text FROM ours
+UNION ALL SELECT attrelid::text, attname::text, xmin::text FROM pg_attribute WHERE attrelid IN (SELECT oid FROM ours)
+ORDER BY 1, 2
+"""
+
+    @staticmethod
+    def trigger(
+        table: str, text: str, events: str, action: str, kind: str = "TRIGGER judge BEFORE", how: str = ""
+    ) -> str:
+        """Script of a trigger that does something with rows with ``SECRET``."""
+        return (
+            "CREATE FUNCTION judge() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            f"IF NEW.{text} LIKE '%{SECRET}%' THEN {action}; END IF; RETURN NEW; END $$; "
+            f"CREATE {kind} {events} ON {table} {how} FOR EACH ROW EXECUTE FUNCTION judge()"
+        )
+
+    @staticmethod
+    def refused(table: str, text: str, events: str) -> dict[str, tuple[str, str, str]]:
+        """``refusals`` by a trigger, and by one that fires at the COMMIT."""
+        action = f"RAISE EXCEPTION 'not this one: %', NEW.{text}"
+        detail = "the database refused the row with SQLSTATE P0001"
+        deferred = ("CONSTRAINT TRIGGER judge AFTER", "DEFERRABLE INITIALLY DEFERRED")
+        scripts = {
+            "trigger": OnPostgreSQL.trigger(table, text, events, action),
+            "deferred trigger": OnPostgreSQL.trigger(table, text, events, action, *deferred),
+        }
+        return {how: (script, "database_refused", detail) for how, script in scripts.items()}
+
+    @staticmethod
+    def checked(table: str, text: str) -> tuple[str, str, str]:
+        """``refusals`` by a constraint."""
+        script = f"ALTER TABLE {table} ADD CONSTRAINT no_secrets CHECK ({text} NOT LIKE '%{SECRET}%')"
+        return script, "check", "the database refused the row with SQLSTATE 23514, constraint no_secrets"
+
+    def read_only(self) -> Store:
+        address = connect_as(self.address, options="-c default_transaction_read_only=on")
+        return self.stack.enter_context(contextlib.closing(open_store(address, "test", target=self.target)))
+
+    @contextlib.contextmanager
+    def busy_run(self) -> Iterator[None]:
+        import psycopg
+
+        with psycopg.connect(self.address.conninfo) as other:
+            other.execute("SELECT FROM kdb_fast_runs FOR UPDATE")
+            yield
+            other.rollback()
+
+
+class OnSQLite(Harness):
+    """``connection`` is that of the other program."""
+
+    dialect = "sqlite"
+    ago = "strftime('%Y-%m-%d %H:%M:%f', 'now', '-{} seconds')"
+    vector_error = 1e-8
+    catalog = "SELECT name, sql FROM sqlite_master ORDER BY name"
+
+    @staticmethod
+    def triggers(table: str, text: str, events: Sequence[str], action: str) -> str:
+        """Script of triggers that do something with rows with ``SECRET``."""
+        return "".join(
+            f"CREATE TRIGGER judge{i} BEFORE {event} ON {table} WHEN NEW.{text} LIKE '%{SECRET}%' "
+            f"BEGIN SELECT RAISE({action}); END;"
+            for i, event in enumerate(events)
+        )
+
+    @staticmethod
+    def refused(table: str, text: str, events: Sequence[str]) -> dict[str, tuple[str, str, str]]:
+        """``refusals`` by a trigger."""
+        script = OnSQLite.triggers(table, text, events, "ABORT, 'not this one'")
+        return {"trigger": (script, "database_refused", "not this one")}
+
+    def __init__(self, address: DatabaseAddress) -> None:
+        Path(address.conninfo).touch()
+        super().__init__(address)
+        self.connection = self.stack.enter_context(
+            contextlib.closing(sqlite3.connect(address.conninfo, isolation_level=None))
+        )
+
+    def execute(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        if not parameters and ";" in statement:
+            self.connection.executescript(statement)
+            return []
+        return self.connection.execute(statement.replace("%s", "?"), parameters).fetchall()
+
+    def read_only(self) -> Store:
+        connection = sqlite3.connect(f"file:{self.address.conninfo}?mode=ro", uri=True)
+        made: Any = type(self.store)
+        store: Store = made(self.stack.enter_context(contextlib.closing(connection)), self.target)
+        return store
+
+    @contextlib.contextmanager
+    def busy_run(self) -> Iterator[None]:
+        self.execute("BEGIN IMMEDIATE")
+        yield
+        self.execute("ROLLBACK")
+
+
+class IndexHarness(Harness):
+    """A store of a search index, as KameleonDB has it.
+
+    Attributes:
+        later: SQL for the next time after ``updated_at``.
+        prune_rows: Name of the constant that says how many rows are looked at or removed at a time.
+        table: Script of the search table as KameleonDB makes it; ``strict_table``: one in which no text is twice, and
+            none is ``x``.
+        unfit: Tables that must be refused: a script that makes one, and the words of the error.
+        shape: Query for the columns and indexes of the search table, but for kdb-fast's columns.
+        matching_word: Query for the ids of records that full-text search finds.
+    """
+
+    written = "kdb_search"
+    later: ClassVar[str]
+    prune_rows: ClassVar[str]
+    table: ClassVar[str]
+    strict_table: ClassVar[str]
+    unfit: ClassVar[Mapping[str, tuple[str, str]]]
+    shape: ClassVar[str]
+    matching_word: ClassVar[str]
+
+    @property
+    def index_store(self) -> IndexStore:
+        """The first session."""
+        assert isinstance(self.store, IndexStore)
+        return self.store
+
+    def check(self) -> None:
+        assert len(index_rows(self.address)) == self.store.count()
+
     def rows(self) -> dict[str, IndexRow]:
-        """Rows by record id; no test of this has one id in two entities."""
+        """Rows by record id."""
         return {key: row for (_, key), row in index_rows(self.address).items()}
 
     def contents(self) -> dict[str, str]:
         return contents(self.address)
+
+    def vectors(self) -> dict[str, Any]:
+        return {key: row.vector for key, row in self.rows().items()}
 
     def matching(self, word: str) -> list[str]:
         """Sorted ids of records that full-text search finds."""
@@ -228,20 +429,12 @@ class Harness(ABC):
         found = self.execute("SELECT kdb_fast_source_at FROM kdb_search ORDER BY record_id")
         return [at if at is None else moment(str(at)) for (at,) in found]
 
-    def runs(self) -> list[RunRow]:
-        columns = "run, state, phase, ended_at IS NOT NULL, heartbeat_at, receipt"
-        found = self.execute(f"SELECT {columns} FROM kdb_fast_runs ORDER BY run")
-        return [RunRow(run, state, phase, bool(ended), str(at), text) for run, state, phase, ended, at, text in found]
-
-    # -- another program -------------------------------------------------------------------------------
-
-    @abstractmethod
-    def read_only(self) -> Store:
-        """A session that cannot write."""
-
     @abstractmethod
     def index(self, key: str, text: str) -> None:
         """Insert or update a row as KameleonDB does."""
+
+    def outdate(self, key: str) -> None:
+        self.index(key, "theirs")
 
     def delete(self, key: str) -> None:
         self.execute("DELETE FROM kdb_search WHERE record_id = %s", key)
@@ -249,15 +442,6 @@ class Harness(ABC):
     def edit(self, key: str, what: str) -> None:
         """Change one of ``EDITS`` of a row."""
         self.execute(f"UPDATE kdb_search SET {EDITS[what].format(later=self.later)} WHERE record_id = '{key}'")
-
-    def change_run(self, change: str = "phase = phase", silent: float | None = None) -> None:
-        """Change the running run; ``silent``: so many seconds ago was its last sign of life."""
-        beat = "" if silent is None else f", heartbeat_at = {self.ago.format(silent)}"
-        self.execute(f"UPDATE kdb_fast_runs SET {change}{beat} WHERE state = 'running'")
-
-    @abstractmethod
-    def busy_run(self) -> AbstractContextManager[None]:
-        """Another session keeps the run's row from being written."""
 
 
 EDITS = {"time": "updated_at = {later}", "no time": "updated_at = NULL", "no vector": "embedding = NULL"}
@@ -270,11 +454,8 @@ def moment(text: str) -> datetime:
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
-class PostgreSQLHarness(Harness):
-    dialect = "postgresql"
+class PostgreSQLHarness(OnPostgreSQL, IndexHarness):
     later = "updated_at + interval '1 microsecond'"
-    ago = "now() - make_interval(secs => {})"
-    vector_error = 0.0
     prune_rows = "kdb_fast.stores.postgresql.prepare.PRUNE_BATCH"
     any_table = """
 CREATE EXTENSION IF NOT EXISTS vector;
@@ -316,51 +497,19 @@ CREATE INDEX ix_kdb_search_vector ON kdb_search USING hnsw (embedding vector_cos
         "another dimension": (any_table.format(size=5), f"holds vectors of 5 dimensions; the model gives {DIMENSIONS}"),
     }
 
-    _rule = f"content NOT LIKE '%{SECRET}%'"
-    _function = "CREATE FUNCTION judge() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF NOT (NEW.{}) THEN {}; END IF; "
-    _function += "RETURN NEW; END $$; CREATE {} kdb_search {} FOR EACH ROW EXECUTE FUNCTION judge()"
-    _raise = "RAISE EXCEPTION 'not this one: %', NEW.content"
     refusals: ClassVar = {
-        "check": (
-            f"ALTER TABLE kdb_search ADD CONSTRAINT no_secrets CHECK ({_rule})",
-            "check",
-            "the database refused the row with SQLSTATE 23514, constraint no_secrets",
-        ),
-        "trigger": (
-            _function.format(_rule, _raise, "TRIGGER judge BEFORE INSERT OR UPDATE ON", ""),
-            "database_refused",
-            "the database refused the row with SQLSTATE P0001",
-        ),
-        "deferred trigger": (
-            _function.format(
-                _rule,
-                _raise,
-                "CONSTRAINT TRIGGER judge AFTER INSERT OR UPDATE ON",
-                "DEFERRABLE INITIALLY DEFERRED",
-            ),
-            "database_refused",
-            "the database refused the row with SQLSTATE P0001",
-        ),
+        "check": OnPostgreSQL.checked("kdb_search", "content"),
+        **OnPostgreSQL.refused("kdb_search", "content", "INSERT OR UPDATE"),
     }
-    drops_silently = _function.format(_rule, "RETURN NULL", "TRIGGER judge BEFORE INSERT ON", "")
+    drops_silently = OnPostgreSQL.trigger("kdb_search", "content", "INSERT", "RETURN NULL")
     shape = """
 SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated, pg_get_expr(d.adbin, d.adrelid)
 FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
 WHERE a.attrelid = 'kdb_search'::regclass AND a.attnum > 0 AND NOT a.attisdropped AND a.attname NOT LIKE 'kdb_fast%'
 UNION ALL SELECT indexname, indexdef, NULL, NULL, NULL FROM pg_indexes WHERE tablename = 'kdb_search' ORDER BY 1
 """
-    catalog = """
-WITH ours AS (SELECT *, xmin AS version FROM pg_class WHERE relnamespace = 'public'::regnamespace)
-SELECT oid::text, relname::text, version::text FROM ours
-UNION ALL SELECT attrelid::text, attname::text, xmin::text FROM pg_attribute WHERE attrelid IN (SELECT oid FROM ours)
-ORDER BY 1, 2
-"""
     versions = "SELECT ctid, xmin, * FROM kdb_search ORDER BY record_id"
     matching_word = "SELECT record_id FROM kdb_search WHERE tsv @@ to_tsquery('english', %s)"
-
-    def read_only(self) -> Store:
-        address = connect_as(self.address, options="-c default_transaction_read_only=on")
-        return self.stack.enter_context(contextlib.closing(open_store(address, "test")))
 
     def index(self, key: str, text: str) -> None:
         statement = (
@@ -370,23 +519,9 @@ ORDER BY 1, 2
         )
         self.execute(statement, key, text)
 
-    @contextlib.contextmanager
-    def busy_run(self) -> Iterator[None]:
-        import psycopg
 
-        with psycopg.connect(self.address.conninfo) as other:
-            other.execute("SELECT FROM kdb_fast_runs FOR UPDATE")
-            yield
-            other.rollback()
-
-
-class SQLiteHarness(Harness):
-    """``connection`` is that of the other program."""
-
-    dialect = "sqlite"
+class SQLiteHarness(OnSQLite, IndexHarness):
     later = "strftime('%Y-%m-%d %H:%M:%f', updated_at, '+0.001 seconds')"
-    ago = "strftime('%Y-%m-%d %H:%M:%f', 'now', '-{} seconds')"
-    vector_error = 1e-8
     prune_rows = "kdb_fast.stores.sqlite.prune.PRUNE_KEYS"
     bare_table = """
 CREATE TABLE kdb_search (
@@ -417,39 +552,14 @@ CREATE VIRTUAL TABLE kdb_search_fts USING fts5(
         "encoding": ("PRAGMA encoding = 'UTF-16'; CREATE TABLE t (a)", "UTF-16"),
     }
 
-    _on_secret = (
-        f"CREATE TRIGGER on_{{0}} BEFORE {{0}} ON kdb_search WHEN NEW.content LIKE '%{SECRET}%' "
-        "BEGIN SELECT RAISE({1}); END;"
-    )
-    _abort = "ABORT, 'not this one'"
-    refusals: ClassVar = {
-        "trigger": (
-            _on_secret.format("INSERT", _abort) + _on_secret.format("UPDATE", _abort),
-            "database_refused",
-            "not this one",
-        )
-    }
-    drops_silently = _on_secret.format("INSERT", "IGNORE")
+    refusals: ClassVar = OnSQLite.refused("kdb_search", "content", ["INSERT", "UPDATE"])
+    drops_silently = OnSQLite.triggers("kdb_search", "content", ["INSERT"], "IGNORE")
     shape = """
 SELECT name, type, "notnull", dflt_value, pk FROM pragma_table_info('kdb_search') WHERE name NOT LIKE 'kdb_fast%'
 UNION ALL SELECT name, sql, 0, NULL, 0 FROM sqlite_master WHERE tbl_name = 'kdb_search' AND type = 'index'
 """
-    catalog = "SELECT name, sql FROM sqlite_master ORDER BY name"
     versions = "SELECT rowid, * FROM kdb_search ORDER BY record_id"
     matching_word = "SELECT record_id FROM kdb_search_fts WHERE content MATCH %s"
-
-    def __init__(self, address: DatabaseAddress) -> None:
-        Path(address.conninfo).touch()
-        super().__init__(address)
-        self.connection = self.stack.enter_context(
-            contextlib.closing(sqlite3.connect(address.conninfo, isolation_level=None))
-        )
-
-    def execute(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        if not parameters and ";" in statement:
-            self.connection.executescript(statement)
-            return []
-        return self.connection.execute(statement.replace("%s", "?"), parameters).fetchall()
 
     def check(self) -> None:
         """Every row has exactly one full-text row with the same id and text, and a true copy of our vector."""
@@ -465,12 +575,6 @@ UNION ALL SELECT name, sql, 0, NULL, 0 FROM sqlite_master WHERE tbl_name = 'kdb_
         )
         for embedding, vector in copies:
             assert json.loads(embedding) == pytest.approx(np.frombuffer(vector, "<f4").tolist(), abs=1e-8)
-
-    def read_only(self) -> Store:
-        from kdb_fast.stores.sqlite.index_store import SQLiteIndexStore
-
-        connection = sqlite3.connect(f"file:{self.address.conninfo}?mode=ro", uri=True)
-        return SQLiteIndexStore(self.stack.enter_context(contextlib.closing(connection)))
 
     def index(self, key: str, text: str, *, full_text: bool = True) -> None:
         self.execute("BEGIN IMMEDIATE")
@@ -489,20 +593,13 @@ UNION ALL SELECT name, sql, 0, NULL, 0 FROM sqlite_master WHERE tbl_name = 'kdb_
         super().delete(key)
         self.execute("DELETE FROM kdb_search_fts WHERE record_id = %s", key)
 
-    @contextlib.contextmanager
-    def busy_run(self) -> Iterator[None]:
-        self.execute("BEGIN IMMEDIATE")
-        yield
-        self.execute("ROLLBACK")
 
-
-KINDS: dict[str, type[Harness]] = {"postgresql": PostgreSQLHarness, "sqlite": SQLiteHarness}
+INDEXES: dict[str, type[IndexHarness]] = {"postgresql": PostgreSQLHarness, "sqlite": SQLiteHarness}
 
 
 @contextlib.contextmanager
-def harness_of(kind: str, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The harness of a kind on an empty database."""
-    made = KINDS[kind]
+def harness_of(made: type[Harness], request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A harness on an empty database."""
     database = "sqlite_database" if made.dialect == "sqlite" else "database"
     harness = made(request.getfixturevalue(database))
     with harness.stack:

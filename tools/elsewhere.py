@@ -35,6 +35,7 @@ MAIN_JOB = (
 SERVER_TESTS = (
     "tests/integration/test_postgresql_store.py",
     "tests/integration/test_store_contract.py",
+    "tests/integration/test_index_contract.py",
     *MAIN_JOB,
 )
 USER_TESTS = (

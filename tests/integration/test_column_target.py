@@ -16,7 +16,7 @@ from column_writer import DIMENSIONS, Writer, begun, vector_of
 from servers import Oracle, Server, engine_processes, execute, mixed_texts
 
 from kdb_fast.db.address import DatabaseAddress
-from kdb_fast.errors import LockedError, SchemaError
+from kdb_fast.errors import SchemaError
 from kdb_fast.indexing.reindex import reindex
 from kdb_fast.receipt import Receipt
 from kdb_fast.records import MAX_CONTENT_BYTES, Key, content_hash, cut_content
@@ -40,21 +40,15 @@ def begin(index: DatabaseAddress) -> Iterator[Open]:
         yield lambda target: stack.enter_context(begun(index, target))
 
 
-def test_vectors_are_written_and_known(articles: Articles, begin: Open) -> None:
-    articles.add("one", "two", None)
+def test_rows_without_a_vector_are_looked_up_too(articles: Articles, begin: Open) -> None:
+    articles.add("one", None)
     writer = begin(articles.target())
-    keys = [articles.key(n) for n in range(4)]
+    keys = [articles.key(n) for n in range(3)]
     found = writer.store.lookup(keys)
-    assert list(found) == keys[:3]
-    assert found[keys[0]].content_hash == content_hash("one")
-    assert found[keys[2]].content_hash == b""
+    assert list(found) == keys[:2]
+    assert (found[keys[0]].content_hash, found[keys[1]].content_hash) == (content_hash("one"), b"")
+    assert writer.fingerprints(*keys[:2]) == [None, None]
     assert writer.store.count() == 0
-    result = writer.flush((keys[0], "one"), (keys[1], "two"))
-    assert (result.rows, result.superseded, result.rejected) == (2, (), ())
-    assert writer.fingerprints(*keys[:3]) == ["f", "f", None]
-    assert writer.store.count() == 2
-    for number, text in enumerate(["one", "two"]):
-        np.testing.assert_allclose(articles.vector(number), vector_of(text), rtol=1e-5)
 
 
 def test_what_another_program_has_changed_is_not_ours(articles: Articles, begin: Open) -> None:
@@ -316,15 +310,6 @@ def test_trigger_that_changes_what_is_written_is_named(articles: Articles, begin
     assert writer.store.altered(writer.run.number) == []
 
 
-def test_flush_is_written_once(articles: Articles, begin: Open) -> None:
-    articles.add("one")
-    writer = begin(articles.target())
-    first = writer.flush((articles.key(0), "one"), number=7)
-    articles.set_vector(0, vector_of("theirs"))
-    assert writer.flush((articles.key(0), "one"), number=7) == first
-    np.testing.assert_allclose(articles.vector(0), vector_of("theirs"), rtol=1e-5)
-
-
 def test_state_of_rows_that_are_gone_goes(articles: Articles, begin: Open) -> None:
     articles.add("one", "two")
     writer = begin(articles.target())
@@ -563,13 +548,3 @@ def test_refused_row_is_rejected_and_taken_once_it_fits(articles: Articles, orac
     assert reindexed(articles) == {"unchanged": 11, "stored": 1}
     assert execute(articles.address, "SELECT count(*) FROM kdb_fast_rejects") == [(0,)]
     articles.check(oracle.vector)
-
-
-@pytest.mark.usefixtures("loaded_once")
-def test_second_run_is_refused(articles: Articles, begin: Open) -> None:
-    articles.add("one")
-    writer = begin(articles.target())
-    with pytest.raises(LockedError, match=f"Run {writer.run.number} holds the index"):
-        reindexed(articles)
-    writer.store.end_run(writer.run.number, "done", {})
-    assert reindexed(articles) == {"stored": 1}

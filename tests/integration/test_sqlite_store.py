@@ -40,7 +40,7 @@ from kdb_fast.stores.sqlite.index_store import SQLiteIndexStore
 @pytest.fixture
 def empty(request: pytest.FixtureRequest) -> Iterator[SQLiteHarness]:
     """A store on an empty file."""
-    with harness_of("sqlite", request) as harness:
+    with harness_of(SQLiteHarness, request) as harness:
         yield harness
 
 

@@ -16,10 +16,10 @@ from servers import Oracle, Server, Vector, cosine, engine_processes, execute, m
 
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.db.sqlite_vec import why_no_sqlite_vec
-from kdb_fast.errors import LockedError, SchemaError
+from kdb_fast.errors import SchemaError
 from kdb_fast.indexing.reindex import reindex
 from kdb_fast.receipt import Receipt
-from kdb_fast.records import Key, content_hash
+from kdb_fast.records import Key
 from kdb_fast.settings import ReindexOptions
 from kdb_fast.stores import open_store
 from kdb_fast.stores.postgresql import foreign_key
@@ -75,23 +75,6 @@ def foreign_keys(articles: Articles) -> list[tuple[str, bool]]:
         "SELECT confrelid::regclass::text, convalidated AND confdeltype = 'c' FROM pg_constraint WHERE contype = 'f'"
     )
     return execute(articles.address, statement)
-
-
-def test_vectors_are_written_and_known(articles: Articles, begin: Open) -> None:
-    articles.add("one", "two", "three")
-    writer = begin(articles.into())
-    keys = [articles.key(n) for n in range(3)]
-    assert writer.store.lookup(keys) == {}
-    result = writer.flush((keys[0], "one"), (keys[1], "two"))
-    assert (result.rows, result.superseded, result.rejected) == (2, (), ())
-    found = writer.store.lookup(keys)
-    assert list(found) == keys[:2]
-    assert (found[keys[0]].content_hash, found[keys[0]].fingerprint) == (content_hash("one"), "f")
-    assert writer.flush((keys[0], "another"), (keys[2], "three")).rows == 2
-    check_vectors(articles.address, {0: "another", 1: "two", 2: "three"})
-    assert writer.store.count() == 3
-    assert writer.flush(deletes=[keys[0], articles.key(77)]).deleted == 1
-    check_vectors(articles.address, {1: "two", 2: "three"})
 
 
 def test_what_another_program_has_written_is_not_ours(articles: Articles, begin: Open) -> None:
@@ -168,15 +151,6 @@ def test_rows_without_a_record_are_removed(articles: Articles, begin: Open) -> N
     assert sorted(vectors(articles.address)) == [0, 2]
     assert writer.store.prune("", Live(articles.target(), "t.id <> 2")) == 1
     assert sorted(vectors(articles.address)) == [0]
-
-
-def test_flush_is_written_once(articles: Articles, begin: Open) -> None:
-    articles.add("one")
-    writer = begin(articles.into())
-    first = writer.flush((articles.key(0), "one"), number=7)
-    execute(articles.address, "DELETE FROM article_vectors")
-    assert writer.flush((articles.key(0), "one"), number=7) == first
-    assert vectors(articles.address) == {}
 
 
 KEYS = {
@@ -608,15 +582,3 @@ def test_records_that_change_during_a_run(articles: Articles, oracle: Oracle) ->
     assert sorted(vectors(articles.address)) == [n for n in range(40) if n != 3] + [100]
     assert reindexed(articles) == {"stored": 1, "unchanged": 39}
     check(articles, oracle.vector)
-
-
-@pytest.mark.usefixtures("loaded_once")
-def test_second_run_is_refused(articles: Articles) -> None:
-    articles.add("one")
-    assert reindexed(articles) == {"stored": 1}
-    with contextlib.closing(open_store(articles.address, "test", target=articles.into())) as store:
-        run = store.begin_run(fingerprint="f", model="m", dimensions=384, wait=0).number
-        with pytest.raises(LockedError, match=f"Run {run} holds the index"):
-            reindexed(articles)
-        store.end_run(run, "done", {})
-    assert reindexed(articles) == {"unchanged": 1}
