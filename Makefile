@@ -33,7 +33,7 @@ elsewhere:      ## Only the tests on another PostgreSQL, as another user, of the
 	@tools/setup dev
 	@.venv/bin/python tools/elsewhere.py
 
-soak:           ## Ten minutes of reindexing while processes and the database are killed
+soak:           ## Ten minutes of reindexing an index, a column and a table while processes and the database are killed
 	@tools/setup dev
 	@.venv/bin/python tests/faults/soak.py --seconds 600
 

@@ -28,15 +28,19 @@ from kdb_fast.db.address import DatabaseAddress
 REFUSED, DATABASE = 4, 5
 """Exit codes."""
 
-Case = tuple[str, str, str, str]
-"""Database, kind, point, action."""
+Case = tuple[str, str, str, str, int]
+"""Database, kind, point, action, the hit that it meets."""
+
+SECOND = (("store.after_copy", "hang"), ("pipeline.flush", "kill"))
+"""Also in a later part of what is written."""
 
 ALL = [
-    (dialect, kind, point, action)
+    (dialect, kind, point, action, hit)
     for dialect in ("postgresql", "sqlite")
     for kind in KINDS
     for point in LOOPED
     for action in ACTIONS
+    for hit in ((1, 2) if (point, action) in SECOND else (1,))
     if dialect == "postgresql" or point not in POSTGRESQL_ONLY
 ]
 
@@ -45,7 +49,9 @@ def in_turn() -> Iterator[Case]:
     for number, point in enumerate(LOOPED):
         dialect = "postgresql" if number % 2 or point in POSTGRESQL_ONLY else "sqlite"
         # By sevens, so that neighbouring points of one process do not all meet the same.
-        yield dialect, KINDS[number // 2 % 2], point, ACTIONS[number * 7 // 4 % 4]
+        yield dialect, KINDS[number // 2 % 2], point, ACTIONS[number * 7 // 4 % 4], 1
+    for number, (point, action) in enumerate(SECOND):
+        yield ("postgresql", "sqlite")[number], "column", point, action, 2
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +69,13 @@ def expected_exit(point: str, action: str) -> int:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("dialect", "kind", "point", "action"), ALL if FULL else list(in_turn()))
-def test_fault_at_any_point(jobs: Jobs, dialect: str, kind: str, point: str, action: str) -> None:
+@pytest.mark.parametrize(("dialect", "kind", "point", "action", "hit"), ALL if FULL else list(in_turn()))
+def test_fault_at_any_point(jobs: Jobs, dialect: str, kind: str, point: str, action: str, hit: int) -> None:
     job = jobs.of(dialect, kind)
     database, commands = jobs.copy(job), job.commands
     if point == "supervisor.reap":
         (commands.mark / poison_worker.MORTAL).touch()
-    command = job.start(database, "--workers", "1", KDB_FAST_FAULT=f"{point}:1:{action}")
+    command = job.start(database, "--workers", "1", KDB_FAST_FAULT=f"{point}:{hit}:{action}")
     if action == "hang" and point.startswith(PARENT):
         command.wait_until_stopped()
         command.kill()
