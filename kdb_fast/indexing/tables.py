@@ -53,10 +53,10 @@ def reindex_table(
     url: str | DatabaseAddress,
     table: str | None = None,
     *,
-    text: Sequence[str] = (),
+    text: str | Sequence[str] = (),
     template: str | None = None,
     filter: str | None = None,
-    key: Sequence[str] = (),
+    key: str | Sequence[str] = (),
     query: str | None = None,
     vector: str | None = None,
     into: str | None = None,
@@ -149,12 +149,17 @@ def reindex_table(
         DatabaseError: The database cannot be reached, or was lost.
         KdbFastError: One of its other subclasses; ``receipt`` is set on it when the run had begun.
     """
+    if not (table or query or name or from_file is not None):
+        raise UsageError(
+            "Nothing says what is to be embedded; expected a table, a query, a file or the name of a target."
+        )
+    text, key = ((names,) if isinstance(names, str) else tuple(names) for names in (text, key))
     given: dict[str, Any] = {
         "table": table,
-        "text": tuple(text) or None,
+        "text": text or None,
         "template": template,
         "filter": filter,
-        "key": tuple(key) or None,
+        "key": key or None,
         "query": query,
         "vector": vector,
         "into": into,
@@ -273,7 +278,7 @@ def _with_prefixes(rows: Rows, described: Described, given: Given, dialect: Dial
     if asked.source:
         notes += (
             f"{definition.model} reads {asked.document!r} before each text and {asked.query!r} before each query, as "
-            f"{asked.source} says; for nothing: --document-prefix '' --query-prefix ''",
+            f"{asked.source} says; to leave them out: --document-prefix '' --query-prefix ''",
         )
     return dataclasses.replace(described, definition=wanted, notes=notes)
 

@@ -242,7 +242,8 @@ def _place(rows: Rows, dialect: Dialect, into: str, relation: Relation | None) -
         return None, name
     if schema is None:
         ((current,),) = rows("SELECT current_schema()::text", {})
-        return (relation.schema if relation is not None and relation.schema is not None else current), name
+        beside = relation.schema if relation is not None else None
+        return (current if beside in (None, "information_schema", "pg_catalog") else beside), name
     if not rows("SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = %(schema)s", {"schema": schema}):
         shown = Target(schema).shown()
         raise SchemaError(

@@ -27,7 +27,8 @@ EMPTY_KEY = ("", "key_too_long")
 
 RELATION = """
 SELECT c.oid::text, n.nspname::text, c.relname::text, c.relkind::text, has_schema_privilege(n.oid, 'USAGE'),
-  current_user::text, current_setting('search_path')
+  current_user::text, current_setting('search_path'),
+  c.relkind = 'r' AND EXISTS (SELECT FROM pg_inherits h WHERE h.inhparent = c.oid)
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relname = %(name)s::name AND c.relkind = ANY(%(kinds)s::"char"[]) AND n.oid <> pg_my_temp_schema()
 AND CASE WHEN %(schema)s::text IS NULL THEN n.nspname = ANY(current_schemas(true)) ELSE n.nspname = %(schema)s::name END
@@ -211,6 +212,12 @@ def no_key(relation: Relation, dialect: Dialect, wanted: Sequence[str] = ()) -> 
             f"Nothing says which columns tell the rows of {relation.shown} apart.",
             remedy="Name the column, or each of several: --key id",
         )
+    if relation.inherited:
+        return SchemaError(
+            f"Other tables inherit from {relation.shown}, and no key tells the rows of all of them apart.",
+            remedy=f"Read its own rows by a query: --query 'SELECT * FROM ONLY {relation.shown}' --key COLUMN "  # noqa: S608
+            "--into NAME",
+        )
     shown, names = relation.shown, ", ".join(identifier(name, "sqlite") for name in wanted)
     if wanted:
         found = f"{shown} has no unique index on ({', '.join(map(storable_key, wanted))})"
@@ -253,7 +260,7 @@ def _on_postgresql(rows: Rows, schema: str | None, name: str, shown: str) -> Rel
             for place, other, near in rows(OTHERS, {"schema": schema, "kinds": kinds})
         ]
         raise _none(shown, name, others)
-    oid, schema, name, kind, may_use, role, path = found[0]
+    oid, schema, name, kind, may_use, role, path, inherited = found[0]
     if not may_use:
         raise SchemaError(
             f"The role {role} may not use the schema {Target(schema).shown()}, in which {storable_key(name)} is.",
@@ -274,6 +281,7 @@ def _on_postgresql(rows: Rows, schema: str | None, name: str, shown: str) -> Rel
             )
             for key in keys
         ),
+        inherited=inherited,
     )
 
 

@@ -44,6 +44,7 @@ class Relation:
             ``query``.
         columns: In their order.
         keys: The columns of each unique constraint or index that holds for all rows; the primary key comes first.
+        inherited: Other tables inherit from it, and have rows that its keys do not hold for.
     """
 
     schema: str | None
@@ -51,6 +52,7 @@ class Relation:
     kind: str
     columns: tuple[Column, ...] = ()
     keys: tuple[tuple[KeyColumn, ...], ...] = ()
+    inherited: bool = False
 
     @property
     def shown(self) -> str:

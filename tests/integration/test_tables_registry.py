@@ -71,6 +71,9 @@ def test_the_library_does_what_the_command_does(run: Reindex, table: Table) -> N
     assert kdb_fast.reindex_table is reindex_table
     with pytest.raises(kdb_fast.SchemaError, match="There is no target other"):
         run(name="other")
+    with pytest.raises(kdb_fast.UsageError, match="Nothing says what is to be embedded"):
+        run()
+    assert run(name="articles", text="body", key="id").stored == 2, "one name is no sequence of letters"
 
 
 @in_a_file

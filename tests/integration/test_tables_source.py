@@ -556,6 +556,7 @@ def test_columns_of_every_kind(database: DatabaseAddress) -> None:
     assert texts(database, "wide", text=("made", "payload->>'data'"))[("1",)] == "plain!\n\njson"
     assert texts(database, "wide", template="{tags}, {padded}|") == {("1",): "a\nb, padded|"}
     assert "number is of type integer; expected text." in refused(database, "wide", text=("number",))
+    assert "CAST(number + 1 AS text)" in refused(database, "wide", text=("number + 1",))
     assert "CAST(raw AS text)" in refused(database, "wide", text=("raw",))
     assert "payload ->> " in refused(database, "wide", template="{payload}")
     assert "--text number + 1 is of type integer" in refused(database, "wide", text=("number + 1",))
@@ -650,6 +651,7 @@ def test_a_table_that_others_inherit_from_has_no_key_of_its_own(database: Databa
     execute(database, "CREATE TABLE parent (id int PRIMARY KEY, body text); CREATE TABLE child () INHERITS (parent)")
     execute(database, "INSERT INTO parent VALUES (1, 'a'); INSERT INTO child VALUES (1, 'b')")
     assert relation_of(database, "parent").keys == ()
+    assert "Other tables inherit from public.parent" in refused(database, "parent")
     query = "SELECT * FROM ONLY parent"
     assert texts(database, query=query, key=("id",), into="v") == {("1",): "a"}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import SchemaError
 from ...records import storable_key
 from ...tables.column_target import text_bytes
-from ...tables.names import or_nearest
+from ...tables.names import ends_with, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +74,8 @@ def find_configuration(cursor: Cursor, language: str) -> str:
     if row is None:
         there = [name for (name,) in cursor.execute(CONFIGURATIONS).fetchall()]
         raise SchemaError(
-            f"The database has no text search configuration {storable_key(language)}{or_nearest(language, there)}",
+            f"The database has no text search configuration {storable_key(language)}"
+            f"{ends_with(nearest(language, there))}",
             remedy=f"Name one of these: {', '.join(map(storable_key, there))}.",
         )
     return str(row[0])
