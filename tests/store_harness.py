@@ -167,6 +167,7 @@ class Harness(ABC):
         written: Table in which its rows are written.
         refusals: Ways in which the database can refuse rows with ``SECRET``: a script, reason and detail of the reject.
         drops_silently: Script after which new rows with ``SECRET`` are dropped, and nothing is said.
+        alters: Script of a trigger ``meddle`` that changes rows as they are written.
         catalog: Query for all that the database knows of all tables; changes whenever one is altered.
         versions: Query for each row with what any write to it changes.
     """
@@ -177,6 +178,7 @@ class Harness(ABC):
     written: ClassVar[str]
     refusals: ClassVar[Mapping[str, tuple[str, str, str]]]
     drops_silently: ClassVar[str]
+    alters: ClassVar[str]
     catalog: ClassVar[str]
     versions: ClassVar[str]
 
@@ -294,6 +296,14 @@ ORDER BY 1, 2
         )
 
     @staticmethod
+    def meddling(table: str, events: str, change: str) -> str:
+        """``alters`` by an assignment to the row ``NEW``."""
+        return (
+            f"CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {change}; RETURN NEW; END $$; "
+            f"CREATE TRIGGER meddle BEFORE {events} ON {table} FOR EACH ROW EXECUTE FUNCTION meddle()"
+        )
+
+    @staticmethod
     def refused(table: str, text: str, events: str) -> dict[str, tuple[str, str, str]]:
         """``refusals`` by a trigger, and by one that fires at the COMMIT."""
         action = f"RAISE EXCEPTION 'not this one: %', NEW.{text}"
@@ -341,6 +351,12 @@ class OnSQLite(Harness):
             f"BEGIN SELECT RAISE({action}); END;"
             for i, event in enumerate(events)
         )
+
+    @staticmethod
+    def meddling(table: str, event: str, key: str, change: str) -> str:
+        """``alters`` by an update of the row."""
+        update = f"UPDATE {table} SET {change} WHERE {key} = NEW.{key}"
+        return f"CREATE TRIGGER meddle AFTER {event} ON {table} BEGIN {update}; END"
 
     @staticmethod
     def refused(table: str, text: str, events: Sequence[str]) -> dict[str, tuple[str, str, str]]:
@@ -502,6 +518,7 @@ CREATE INDEX ix_kdb_search_vector ON kdb_search USING hnsw (embedding vector_cos
         **OnPostgreSQL.refused("kdb_search", "content", "INSERT OR UPDATE"),
     }
     drops_silently = OnPostgreSQL.trigger("kdb_search", "content", "INSERT", "RETURN NULL")
+    alters = OnPostgreSQL.meddling("kdb_search", "INSERT OR UPDATE", "NEW.content := upper(NEW.content)")
     shape = """
 SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated, pg_get_expr(d.adbin, d.adrelid)
 FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
@@ -554,6 +571,7 @@ CREATE VIRTUAL TABLE kdb_search_fts USING fts5(
 
     refusals: ClassVar = OnSQLite.refused("kdb_search", "content", ["INSERT", "UPDATE"])
     drops_silently = OnSQLite.triggers("kdb_search", "content", ["INSERT"], "IGNORE")
+    alters = OnSQLite.meddling("kdb_search", "INSERT", "record_id", "content = upper(content)")
     shape = """
 SELECT name, type, "notnull", dflt_value, pk FROM pragma_table_info('kdb_search') WHERE name NOT LIKE 'kdb_fast%'
 UNION ALL SELECT name, sql, 0, NULL, 0 FROM sqlite_master WHERE tbl_name = 'kdb_search' AND type = 'index'

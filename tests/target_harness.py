@@ -91,6 +91,7 @@ class OfSQLite(OnSQLite, RecordsHarness):
 class PostgreSQLColumnHarness(OfPostgreSQL, ColumnHarness):
     refusals: ClassVar = OnPostgreSQL.refused("notes", "body", "UPDATE OF embedding")
     drops_silently = OnPostgreSQL.trigger("notes", "body", "UPDATE OF embedding", "RETURN NULL")
+    alters = OnPostgreSQL.meddling("notes", "UPDATE OF embedding", "NEW.body := upper(NEW.body)")
     versions = "SELECT ctid, xmin, * FROM notes ORDER BY id"
 
 
@@ -100,18 +101,21 @@ class PostgreSQLTableHarness(OfPostgreSQL, TableHarness):
         **OnPostgreSQL.refused("note_vectors", "content", "INSERT OR UPDATE"),
     }
     drops_silently = OnPostgreSQL.trigger("note_vectors", "content", "INSERT", "RETURN NULL")
+    alters = OnPostgreSQL.meddling("note_vectors", "INSERT", "NEW.embedding := NEW.embedding + NEW.embedding")
     versions = "SELECT ctid, xmin, * FROM note_vectors ORDER BY id"
 
 
 class SQLiteColumnHarness(OfSQLite, ColumnHarness):
     refusals: ClassVar = OnSQLite.refused("notes", "body", ["UPDATE OF embedding"])
     drops_silently = OnSQLite.triggers("notes", "body", ["UPDATE OF embedding"], "IGNORE")
+    alters = OnSQLite.meddling("notes", "UPDATE OF embedding", "id", "body = upper(body)")
     versions = "SELECT * FROM notes ORDER BY id"
 
 
 class SQLiteTableHarness(OfSQLite, TableHarness):
     refusals: ClassVar = OnSQLite.refused("note_vectors", "content", ["INSERT", "UPDATE"])
     drops_silently = OnSQLite.triggers("note_vectors", "content", ["INSERT"], "IGNORE")
+    alters = OnSQLite.meddling("note_vectors", "INSERT", "id", "embedding = zeroblob(32)")
     versions = "SELECT * FROM note_vectors ORDER BY id"
 
 

@@ -218,8 +218,8 @@ class Store(ABC):
         return []
 
     @abstractmethod
-    def count(self, entity: str | None = None) -> int:
-        """Rows of the search table, of one entity or all."""
+    def count(self) -> int:
+        """Rows with a vector that is written or, in an index, all rows."""
 
     @abstractmethod
     def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:

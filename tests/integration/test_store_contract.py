@@ -410,6 +410,18 @@ def test_vectors_that_are_not_what_the_worker_wrote_are_never_stored(
     assert_vectors(harness, {"r1": "one", "r2": "two", "r3": "three", "r4": "four"})
 
 
+def test_rows_that_a_trigger_changes_are_told(empty: Harness) -> None:
+    store = empty.store
+    store.prepare(DIMENSIONS)
+    empty.execute(empty.alters)
+    store.prepare(DIMENSIONS)
+    run = begin(store)
+    assert empty.write(store, run, {"a": "one", "b": "two"}).rows == 2
+    (warning,) = [text for text in store.altered(run.number) if text.startswith("2 rows of ")]
+    assert empty.written in warning
+    assert "trigger meddle" in warning
+
+
 # -- rows that the database refuses ------------------------------------------------------------------------
 
 

@@ -171,7 +171,7 @@ class PostgreSQLColumnStore(PostgreSQLStore):
             same_row = self.column.same_key("t.{column}", "st.key_{number}")
             return cursor.execute(self.column.statement(FORGET_VANISHED, same_row=same_row)).rowcount
 
-    def count(self, entity: str | None = None) -> int:
+    def count(self) -> int:
         """Rows with a vector that we know of; where there is none, with any."""
 
         def work() -> int:

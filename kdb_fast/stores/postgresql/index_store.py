@@ -108,14 +108,9 @@ class PostgreSQLIndexStore(PostgreSQLStore, IndexStore):
     def indexed(self) -> Indexed:
         return Indexed.of_search_table(self.target)
 
-    def count(self, entity: str | None = None) -> int:
-        if entity is not None and self.missing_characters([entity]):
-            return 0
-
+    def count(self) -> int:
         def work() -> int:
-            statement = self.target.statement("SELECT count(*) FROM {index} WHERE %s::text IS NULL OR {group} = %s")
-            with self.session.transaction() as cursor:
-                row = cursor.execute(statement, (entity, entity)).fetchone()
+            row = self.session.connection().execute(self.target.statement("SELECT count(*) FROM {index}")).fetchone()
             return int(row[0]) if row else 0
 
         return self.session.retrying("counting rows", work)

@@ -160,7 +160,7 @@ class PostgreSQLTableStore(PostgreSQLStore):
             warnings += finish_table(self.session, self.table, beat)
         return replace(outcome, warnings=(*warnings, *outcome.warnings))
 
-    def count(self, entity: str | None = None) -> int:
+    def count(self) -> int:
         def work() -> int:
             statement = self.table.statement("SELECT count(*) FROM {table}")
             row = self.session.connection().execute(statement).fetchone()

@@ -145,7 +145,7 @@ class SQLiteColumnStore(SQLiteStore):
         fill = column.statement(FILL_IN, same_state=column.same_key("key_{number}", "?")).decode()
         fill_in(self._connection, select, fill, beat)
 
-    def count(self, entity: str | None = None) -> int:
+    def count(self) -> int:
         """Rows with a vector that we know of; where there is none, with any."""
         with translated("counting rows"):
             return int(self._connection.execute(self.column.statement(COUNT).decode()).fetchone()[0])

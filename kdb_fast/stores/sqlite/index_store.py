@@ -93,14 +93,9 @@ class SQLiteIndexStore(SQLiteStore, IndexStore):
                 self._connection.execute(self._target.text("ANALYZE {index}"))
         return IndexOutcome(IndexAction.NONE, "exact search on SQLite, no vector index")
 
-    def count(self, entity: str | None = None) -> int:
+    def count(self) -> int:
         with translated("counting rows"):
-            if entity is None:
-                row = self._connection.execute(self._target.text("SELECT count(*) FROM {index}")).fetchone()
-            else:
-                row = self._connection.execute(
-                    self._target.text("SELECT count(*) FROM {index} WHERE {group} = ?"), (entity,)
-                ).fetchone()
+            row = self._connection.execute(self._target.text("SELECT count(*) FROM {index}")).fetchone()
             return int(row[0])
 
     # -- reading and writing ---------------------------------------------------------------------------

@@ -116,7 +116,7 @@ class SQLiteTableStore(SQLiteStore):
             fill_in(self._connection, select.decode(), fill.decode(), beat)
         return IndexOutcome(IndexAction.NONE, "exact search on SQLite, no vector index")
 
-    def count(self, entity: str | None = None) -> int:
+    def count(self) -> int:
         with translated("counting rows"):
             row = self._connection.execute(self.table.statement("SELECT count(*) FROM {known}").decode()).fetchone()
             return int(row[0])
