@@ -7,6 +7,7 @@ the catalogue, so that it survives a dump; and never a password.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -130,3 +131,39 @@ class Definition:
             return cls(**parts)
         except (ValueError, TypeError) as error:
             raise SchemaError(f"A row of kdb_fast_targets cannot be read: {error}.") from None
+
+
+CHANGES = (
+    "table",
+    "query",
+    "filter",
+    "key",
+    "text",
+    "template",
+    "vector",
+    "model",
+    "base_url",
+    "precision",
+    "chunk",
+    "overlap",
+    "document_prefix",
+    "query_prefix",
+    "keyword",
+    "index",
+    "source",
+)
+"""Fields of a definition whose change is said."""
+
+
+def changes(before: Definition | None, wanted: Definition) -> Iterator[str]:
+    """What a target that is kept is now and was not before, a sentence each."""
+    if before is None:
+        return
+    for name in CHANGES:
+        old, new = (_shown(getattr(definition, name)) for definition in (before, wanted))
+        if old != new and not (name == "model" and not wanted.model):
+            yield f"The target {storable_key(wanted.name)} is changed: {name} {new or '—'} instead of {old or '—'}."
+
+
+def _shown(value: str | int | tuple[str, ...]) -> str:
+    return storable_key(", ".join(value) if isinstance(value, tuple) else str(value or ""), 300)

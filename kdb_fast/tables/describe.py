@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 from ..errors import SchemaError, UsageError
 from ..records import command_word, storable_key
-from .definition import Definition
+from .definition import Definition, changes
 from .find_relation import find_relation, no_column, no_key, no_place
 from .names import or_nearest, split_identifier
 from .relation import Relation
@@ -161,7 +161,7 @@ def describe(
             relation = find_relation(read, dialect, quoted(wanted.schema, wanted.table))
         if relation is not None:
             creates = create and not wanted.into and relation.column(wanted.vector) is None
-            wanted = _checked(wanted, relation, dialect, creates=creates)
+            wanted = _checked(wanted, relation, dialect, kept, creates=creates)
     if creates:
         wanted = replace(wanted, created=("column",))
     if before is not None:
@@ -169,7 +169,7 @@ def describe(
         if not named:
             _check_same_source(read, dialect, before, wanted)
     _check_place(wanted, kept, dialect)
-    return Described(wanted, before, as_kept, creates, tuple(_changes(before, wanted)))
+    return Described(wanted, before, as_kept, creates, tuple(changes(before, wanted)))
 
 
 def _check_file(before: Definition | None, from_file: bool) -> None:
@@ -252,7 +252,9 @@ def _place(rows: Rows, dialect: Dialect, into: str, relation: Relation | None) -
     return schema, name
 
 
-def _checked(wanted: Definition, relation: Relation, dialect: Dialect, *, creates: bool) -> Definition:
+def _checked(
+    wanted: Definition, relation: Relation, dialect: Dialect, kept: Iterable[Definition], *, creates: bool
+) -> Definition:
     """With the names of columns as the catalogue has them."""
 
     def column(name: str, remedy: str = "") -> str:
@@ -272,7 +274,9 @@ def _checked(wanted: Definition, relation: Relation, dialect: Dialect, *, create
         vector = column(vector, "To add it for the vectors: --create.")
     text = wanted.text
     if not text and not wanted.template:
-        text = text_columns(relation, (*key, *(() if wanted.into else (vector,))), provider=wanted.provider)
+        beside = [other for other in kept if not other.into and _read(other, dialect) == _read(wanted, dialect)]
+        vectors = [other.vector for other in (*beside, *(() if wanted.into else (wanted,)))]
+        text = text_columns(relation, (*key, *vectors), provider=wanted.provider)
     return replace(wanted, key=key, vector=vector, text=text)
 
 
@@ -350,6 +354,12 @@ def _check_place(wanted: Definition, kept: Iterable[Definition], dialect: Dialec
         if _folded(other.name, dialect) == _folded(wanted.name, dialect):
             continue
         theirs = _written(other, dialect)
+        if not wanted.into and _read(other, dialect) == _read(wanted, dialect) and wanted.vector in other.text:
+            raise SchemaError(
+                f"{wanted.place_shown} is part of the text of the target {storable_key(other.name)}: its vectors "
+                "would be embedded.",
+                remedy=f"Name the text of that: kdb-fast reindex {command_word(other.name)} --text COLUMN",
+            )
         whole = bool(wanted.into or other.into)
         if theirs[:2] == (schema, table) and (whole or theirs[2] == vector):
             raise SchemaError(
@@ -362,37 +372,3 @@ def _check_place(wanted: Definition, kept: Iterable[Definition], dialect: Dialec
 
 NAMES = frozenset({"table", "query", "filter", "key", "text", "template", "vector", "into", "source"})
 """Fields of a definition that are about what there is in the database."""
-
-CHANGES = (
-    "table",
-    "query",
-    "filter",
-    "key",
-    "text",
-    "template",
-    "vector",
-    "model",
-    "base_url",
-    "precision",
-    "chunk",
-    "overlap",
-    "document_prefix",
-    "query_prefix",
-    "keyword",
-    "index",
-    "source",
-)
-"""Fields of a definition whose change is said."""
-
-
-def _changes(before: Definition | None, wanted: Definition) -> Iterator[str]:
-    if before is None:
-        return
-    for name in CHANGES:
-        old, new = (_shown(getattr(definition, name)) for definition in (before, wanted))
-        if old != new and not (name == "model" and not wanted.model):
-            yield f"The target {storable_key(wanted.name)} is changed: {name} {new or '—'} instead of {old or '—'}."
-
-
-def _shown(value: str | int | tuple[str, ...]) -> str:
-    return storable_key(", ".join(value) if isinstance(value, tuple) else str(value or ""), 300)

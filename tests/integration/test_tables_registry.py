@@ -153,6 +153,19 @@ def test_a_key_that_is_another_one(run: Reindex, table: Table) -> None:
 
 
 @in_a_file
+def test_vectors_that_are_kept_as_text_are_no_text(table: Table) -> None:
+    execute(table.address, "ALTER TABLE articles ADD COLUMN first TEXT")
+    execute(table.address, "ALTER TABLE articles ADD COLUMN second TEXT")
+    table.add(1, "one")
+    table.run("reindex", *DESCRIBED[:-1], "first", "--name", "one")
+    table.run("reindex", "--table", "articles", "--into", "two")
+    assert table.json("targets", "show", "two")["text"] == ["title", "body", "lang", "second"]
+    table.run("reindex", "--table", "articles", "--vector", "embedding", "--name", "three")
+    line = table.run("reindex", "--table", "articles", "--vector", "second", "--name", "four", code=4)
+    assert "articles.second is part of the text of the target t" in line
+
+
+@in_a_file
 def test_dropping_forgets_all_but_the_vectors(table: Table) -> None:
     table.add(1, "one", "two")
     table.run("reindex", *DESCRIBED)

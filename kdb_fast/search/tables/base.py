@@ -292,8 +292,8 @@ def nothing_embedded(table: SearchedTable) -> SchemaError:
     """The error for a target without any vector of ours."""
     return SchemaError(
         f"Of {table.shown} no vector is known to be of any model.",
-        remedy=f"Embed it: kdb-fast reindex {command_word(table.name)}. To search the vectors of another program name "
-        "their model: --model.",
+        remedy=f"Embed it: kdb-fast reindex {command_word(table.name)}. Vectors of another program stay then, unless "
+        "with --replace; to search them name their model: --model.",
     )
 
 
