@@ -42,6 +42,11 @@ class Selection:
             return f"({self.escaped(self.query)}\n)"
         return qualified(self.relation.schema, self.relation.name, self.dialect)
 
+    def is_all_of(self, table: Relation) -> bool:
+        """Whether these are all rows of a table."""
+        own = self.relation
+        return not (self.filter or self.query) and (own.schema, own.name) == (table.schema, table.name)
+
     def source(self, join: str = "", *conditions: str) -> str:
         """What stands after FROM: the rows as ``t``, and the conditions.
 

@@ -112,47 +112,61 @@ def why_no_foreign_key(cursor: Cursor, target: TableTarget) -> str | None:
     return None
 
 
-def refer(session: PgSession, target: TableTarget) -> tuple[str, ...]:
-    """See that the table refers to the one that is read, and has no row without a record there.
+class Referred(NamedTuple):
+    """What became of the foreign key.
 
-    Returns:
-        What a person should know, if that could not be.
+    Attributes:
+        checked: All rows were checked just now: each has its record.
+        deleted: Rows without one, which were removed for it.
+        warnings: What a person should know, if that could not be.
     """
+
+    checked: bool = False
+    deleted: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+def refer(session: PgSession, target: TableTarget) -> Referred:
+    """See that the table refers to the one that is read; rows are checked where they have not been yet."""
     if target.source is None:
-        return ()
+        return Referred()
     return session.retrying("adding the foreign key", lambda: _refer(session, target))
 
 
-def _refer(session: PgSession, target: TableTarget) -> tuple[str, ...]:
+def _refer(session: PgSession, target: TableTarget) -> Referred:
     import psycopg
 
+    deleted = 0
     try:
         with session.transaction() as cursor:
             if why_no_foreign_key(cursor, target) is not None:
-                return ()  # which was said before the run
+                return Referred()  # which was said before the run
             found = cursor.execute(FOUND.encode(), _parameters(target)).fetchone()
         if found is None:
             if not _add(session, target):
-                return (
+                why = (
                     f"{target.shown} has no foreign key yet, since other sessions were writing "
-                    f"{_parameters(target)['source']}: the next run adds it.",
+                    f"{_parameters(target)['source']}: the next run adds it."
                 )
+                return Referred(warnings=(why,))
             with session.transaction() as cursor:
                 found = cursor.execute(FOUND.encode(), _parameters(target)).fetchone()
         if found is None or found[1]:
-            return ()
+            return Referred()
         try:
             _validate(session, target, found[0])
         except psycopg.errors.ForeignKeyViolation:
             with session.transaction() as cursor:
                 cursor.execute("SET LOCAL statement_timeout = 0; SET LOCAL row_security = off")
-                cursor.execute(target.statement(DELETE_ORPHANS, living=target.has_record("t.{column}")))
+                orphans = target.statement(DELETE_ORPHANS, living=target.has_record("t.{column}"))
+                deleted = cursor.execute(orphans).rowcount
             _validate(session, target, found[0])
     except psycopg.Error as error:
         if kind_of(error) not in (ErrorKind.REFUSED, ErrorKind.DATA):
             raise
-        return (f"The foreign key of {target.shown} is not in force for all its rows: {primary_message(error)}.",)
-    return ()
+        why = f"The foreign key of {target.shown} is not in force for all its rows: {primary_message(error)}."
+        return Referred(deleted=deleted, warnings=(why,))
+    return Referred(True, deleted)
 
 
 def _validate(session: PgSession, target: TableTarget, name: str) -> None:

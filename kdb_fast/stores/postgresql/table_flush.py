@@ -15,7 +15,7 @@ from ...db.retrying import ErrorKind
 from ...records import Key
 from ...tables.key import text_arrays
 from ...tables.table_target import TableTarget
-from ..base import RunSpec
+from ..base import FlushSlot, RunSpec
 from . import pgcopy
 from .flush import FlushWriter, Group
 from .foreign_key import Reference
@@ -117,16 +117,17 @@ class TableWriter(FlushWriter):
         )
         return self.cursor.execute(statement, parameters).fetchall()
 
-    def _fields(self, group: Group, keys: Iterable[Sequence[bytes]], *, text: bool) -> list[Any]:
+    def _fields(
+        self, group: Group, keys: Iterable[Sequence[bytes]], texts: Sequence[bytes], *, text: bool
+    ) -> list[Any]:
         """The fields of each column up to what is the same in all rows.
 
         Args:
             keys: The fields of each column of the key.
-            text: Whether the text is among them.
+            texts: Of the rows.
+            text: Whether the text is among the fields.
         """
         flush_slot, rows = group
-        raw = flush_slot.slot.raw_rows()
-        texts = [raw[i][1] for i in rows]
         flush_slot.verify()
         vectors = pgcopy.vector_fields(flush_slot.slot.vectors[rows])
         sha256 = hashlib.sha256
@@ -140,22 +141,28 @@ class TableWriter(FlushWriter):
 
     def _table_rows(self, group: Group) -> bytes:
         flush_slot, rows = group
-        raw = flush_slot.slot.raw_rows()
-        columns = zip(*[raw[i][0].split(b"\0") for i in rows], strict=True)
+        columns, texts = _keys_and_texts(flush_slot, rows)
         keys = [fields(values) for fields, values in zip(self._key_fields, columns, strict=True)]
         count = len(self._target.key) + len(self._target.written)
         return pgcopy.pack_rows(
-            count, [*self._fields(group, keys, text=self._target.content), self._constant], len(rows)
+            count, [*self._fields(group, keys, texts, text=self._target.content), self._constant], len(rows)
         )
 
     def _staging_rows(self, group: Group) -> bytes:
         flush_slot, rows = group
-        raw = flush_slot.slot.raw_rows()
         number = pgcopy.int_field(flush_slot.slot.number, 4)
         places = [number + pgcopy.int_field(i, 4) for i in rows]
-        keys = [pgcopy.text_fields(values) for values in zip(*[raw[i][0].split(b"\0") for i in rows], strict=True)]
+        columns, texts = _keys_and_texts(flush_slot, rows)
+        keys = [pgcopy.text_fields(values) for values in columns]
         count = 5 + len(keys) + self._stages_text
-        return pgcopy.pack_rows(count, [places, *self._fields(group, keys, text=self._stages_text)], len(rows))
+        return pgcopy.pack_rows(count, [places, *self._fields(group, keys, texts, text=self._stages_text)], len(rows))
+
+
+def _keys_and_texts(flush_slot: FlushSlot, rows: Sequence[int]) -> tuple[list[tuple[bytes, ...]], Sequence[bytes]]:
+    """The values of each column of the key, and the texts."""
+    raw = flush_slot.slot.raw_rows()
+    keys, texts = zip(*[raw[i] for i in rows], strict=True)
+    return list(zip(*[key.split(b"\0") for key in keys], strict=True)), texts
 
 
 HASHED = (32).to_bytes(4, "big")

@@ -15,6 +15,7 @@ from ...tables.hidden_rows import HiddenRowsError
 from ...tables.index_policy import IndexOutcome
 from ...tables.key import KeyColumn, text_arrays
 from ...tables.known_rows import KnownRows
+from ...tables.selection import Selection
 from ...tables.table_target import TSVECTOR, TableTarget
 from ...tables.target import LiveRows, Params, Target, rows_on
 from ..base import FlushResult, FlushSlot, RunSpec, Stored, version_of_text
@@ -52,6 +53,8 @@ KNOWN = (
     "OFFSET 0) kdb_fast_kept ON true"
 )
 """Key by key, as LOOK_UP."""
+
+IS_EMPTY = "SELECT NOT EXISTS (SELECT FROM {table})"
 
 PRUNE = """
 DELETE FROM {table} t USING (SELECT {row_keys} FROM {table} s WHERE NOT {live} LIMIT {batch}) gone WHERE {same_row}
@@ -154,7 +157,7 @@ class PostgreSQLTableStore(PostgreSQLStore):
     def finish_index(self, beat: Callable[[str], None], run: RunSpec | None = None) -> IndexOutcome:
         beat("adding the foreign key")
         self._reference = None
-        warnings = refer(self.session, self.table)
+        warnings = refer(self.session, self.table).warnings
         outcome = super().finish_index(beat, run)
         if self.table.keyword:
             warnings += finish_table(self.session, self.table, beat)
@@ -168,9 +171,18 @@ class PostgreSQLTableStore(PostgreSQLStore):
 
         return self.session.retrying("counting rows", work)
 
+    def _is_empty(self) -> bool:
+        def work() -> bool:
+            row = self.session.connection().execute(self.table.statement(IS_EMPTY)).fetchone()
+            return bool(row and row[0])
+
+        return self.session.retrying("looking for rows", work)
+
     def known_rows(self, fingerprint: str) -> KnownRows | None:
         if self.table.chunked:
             return None  # a record has several rows
+        if self._is_empty():
+            return None  # to find that out of each row took the server more time than to read it
         same_row = self.table.same_key("kdb_fast_v.{column}", "t.{column}")
         join = self.table.statement(KNOWN, fingerprint=fingerprint, same_row=same_row)
         return KnownRows(join.decode(), "kdb_fast_ours", "kdb_fast_kept_text")
@@ -246,14 +258,18 @@ class PostgreSQLTableStore(PostgreSQLStore):
 
     def prune(self, entity: str, live_rows: LiveRows) -> int:
         """Remove rows without a record; ``entity`` says nothing here."""
-        return self.session.retrying("removing deleted records", lambda: self._prune(entity, live_rows))
+        fault("store.prune")
+        referred, source = refer(self.session, self.table), self.table.source
+        if referred.checked and isinstance(live_rows, Selection) and source is not None and live_rows.is_all_of(source):
+            return referred.deleted  # each row has just been found to have its record
+        pruned = self.session.retrying("removing deleted records", lambda: self._prune(entity, live_rows))
+        return referred.deleted + pruned
 
     def _prune(self, entity: str, live_rows: LiveRows) -> int:
         import psycopg
 
         total = 0
         while True:
-            fault("store.prune")
             try:
                 with self.session.transaction() as cursor:
                     deleted = self._prune_once(cursor, entity, live_rows)

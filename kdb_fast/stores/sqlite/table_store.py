@@ -31,6 +31,8 @@ from .table_rows import Found, TableRows
 
 TRIGGERS = "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ? COLLATE NOCASE ORDER BY name"
 
+IS_EMPTY = "SELECT NOT EXISTS (SELECT 1 FROM {known})"
+
 KNOWN = (
     "LEFT JOIN (SELECT {kept_keys}, kdb_fast_hash AS kdb_fast_kept_text, kdb_fast_seal AS kdb_fast_kept_vector, "
     "kdb_fast_fingerprint AS kdb_fast_kept_model, CAST({embedding} AS BLOB) AS kdb_fast_vector FROM {table}) "
@@ -125,6 +127,10 @@ class SQLiteTableStore(SQLiteStore):
         table = self.table
         if table.chunked or table.vec0:
             return None  # a record has several rows; what is known lies in another table than the vectors
+        with translated("looking for rows"):
+            (empty,) = self._connection.execute(table.statement(IS_EMPTY).decode()).fetchone()
+        if empty:
+            return None
         join = table.statement(
             KNOWN,
             kept_keys=table.each_key("{column} AS kdb_fast_kept_{number}"),
