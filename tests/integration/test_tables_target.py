@@ -21,10 +21,12 @@ from kdb_fast.indexing.reindex import reindex
 from kdb_fast.receipt import Receipt
 from kdb_fast.records import Key
 from kdb_fast.settings import ReindexOptions
+from kdb_fast.sources.table.input import TableInput
 from kdb_fast.stores import open_store
 from kdb_fast.stores.postgresql import foreign_key
 from kdb_fast.stores.postgresql.table_store import PostgreSQLTableStore
 from kdb_fast.stores.sqlite.table_store import SQLiteTableStore
+from kdb_fast.tables.definition import Definition
 from kdb_fast.tables.hidden_rows import HiddenRowsError
 from kdb_fast.tables.relation import Column, Relation
 from kdb_fast.tables.table_target import TableTarget
@@ -151,6 +153,27 @@ def test_rows_without_a_record_are_removed(articles: Articles, begin: Open) -> N
     assert sorted(vectors(articles.address)) == [0, 2]
     assert writer.store.prune("", Live(articles.target(), "t.id <> 2")) == 1
     assert sorted(vectors(articles.address)) == [0]
+
+
+@pytest.mark.parametrize("condition", ["", "id <> 2"])
+def test_first_load_leaves_no_row_without_a_record(articles: Articles, begin: Open, condition: str) -> None:
+    articles.add("one", "two", "three", "four")
+    writer = begin(articles.into())
+    writer.flush(*((articles.key(n), f"text {n}") for n in range(4)))
+    articles.delete(1)
+    schema = "shop" if articles.postgresql else None
+    definition = Definition(name="articles", schema=schema, table="articles", text=("body",), filter=condition)
+    with contextlib.closing(TableInput(definition).open(articles.address)) as source:
+        left = [0, 3] if condition else [0, 2, 3]
+        assert writer.store.prune("", source.selection) == 4 - len(left)
+        assert sorted(vectors(articles.address)) == left
+        assert writer.store.prune("", source.selection) == 0
+        if articles.postgresql:
+            assert foreign_keys(articles) == [(articles.name, True)]
+            # As the subscriber of a replication does: no foreign key removes the row of the vector.
+            execute(articles.address, "SET session_replication_role = replica; DELETE FROM shop.articles WHERE id = 3")
+            assert writer.store.prune("", source.selection) == 1
+            assert sorted(vectors(articles.address)) == left[:-1]
 
 
 KEYS = {
