@@ -152,19 +152,23 @@ def finish(store: Store, spec: RunSpec, message: Finish, say: Callable[[str], No
     hidden: dict[str, list[str]] = {}
     for entity in message.prune:
         assert message.live_rows is not None
-        say(f"removing deleted records of {entity}")
+        say(f"removing deleted records{f' of {entity}' if entity else ''}")
         try:
             deleted += store.prune(entity, message.live_rows)
         except HiddenRowsError as error:
             hidden.setdefault(error.message, []).append(entity)
     warnings = tuple(
-        f"Nothing was removed from the index for {_names(entities)}, since a record that is hidden must not look "
-        f"deleted: {why}."
+        f"Nothing was removed{_of(entities)}, since a record that is hidden must not look deleted: {why}."
         for why, entities in hidden.items()
     )
     kept = tuple(entity for entities in hidden.values() for entity in entities)
     outcome = store.finish_index(say, spec) if message.build_index else IndexOutcome(IndexAction.NOT_BUILT)
     return Finished(deleted, outcome, time.perf_counter() - started, warnings, kept)
+
+
+def _of(entities: list[str]) -> str:
+    """Of which entities; a table of any kind has none."""
+    return f" from the index for {_names(entities)}" if any(entities) else ""
 
 
 def _names(entities: list[str]) -> str:
