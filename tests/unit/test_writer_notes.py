@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kdb_fast.engine import writer
-from  import Finish
+from kdb_fast.ipc.messages import Finish
 from kdb_fast.tables.hidden_rows import HiddenRowsError
 
 
