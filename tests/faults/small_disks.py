@@ -1,7 +1,8 @@
 """A server whose disk and whose /dev/shm are small; started with file systems of its own (``unshare -m``), as root.
 
-Prints what became of three runs of kdb-fast as one JSON object: on a full tablespace (``full``), after something was
-deleted there (``freed``), and with too little shared memory for the index (``index``).
+Prints what became of five runs of kdb-fast as one JSON object: on a full tablespace (``full``), after something was
+deleted there (``freed``), the same for a column of a table (``column full``, ``column freed``), and with too little
+shared memory for the index (``index``).
 """
 
 from __future__ import annotations
@@ -52,7 +53,26 @@ def on_a_full_tablespace(server: Server, commands: Commands, folder: Path) -> di
     fill(address, disk)
     full = outcome(job, job.start("--workers", "1"))
     execute(address, "DROP TABLE filler")
-    return {"full": full, "freed": outcome(job, job.start("--workers", "1"))}
+    freed = outcome(job, job.start("--workers", "1"))
+    return {"full": full, "freed": freed, **under_a_column(commands, address, disk)}
+
+
+def under_a_column(commands: Commands, address: DatabaseAddress, disk: Path) -> dict[str, Any]:
+    """The same for a column of an application's table."""
+    execute(address, "DROP TABLE kdb_search")
+    execute(address, "CREATE TABLE articles (id bigint PRIMARY KEY, body text, embedding vector(384))")
+    execute(address, "INSERT INTO articles SELECT i, 'article ' || i FROM generate_series(1, 1500) i")
+    fill(address, disk)
+
+    def run(*arguments: str) -> dict[str, Any]:
+        command = commands.start("reindex", *arguments, "--workers", "1", "--json", KDB_FAST_DB=sqlalchemy_url(address))
+        code = command.wait()
+        ((written,),) = execute(address, "SELECT count(embedding) FROM articles")
+        return {"code": code, "err": command.err, "written": written, **command.receipt}
+
+    full = run("--table", "articles", "--text", "body", "--vector", "embedding")
+    execute(address, "DROP TABLE filler")
+    return {"column full": full, "column freed": run("articles")}
 
 
 def fill(address: DatabaseAddress, disk: Path) -> None:

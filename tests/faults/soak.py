@@ -156,9 +156,7 @@ class Soak:
             with self.changing(subject) if change_meanwhile else contextlib.nullcontext():
                 code = self.wait(command)
             if code == 0:
-                # A row that was locked is left to the next run, and said to be: a session whose client is gone may
-                # keep its locks for a minute.
-                if not change_meanwhile and not command.receipt["superseded"]:
+                if not change_meanwhile:
                     self.check_rows(subject)
                 return
             if self.ending.wait(0.3):

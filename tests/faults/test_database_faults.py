@@ -486,6 +486,14 @@ def test_tablespace_that_is_full(small_disks: dict[str, Any]) -> None:
     assert (small_disks["freed"]["code"], small_disks["freed"]["unchanged"]) == (0, full["committed"])
 
 
+def test_tablespace_of_a_column_that_is_full(small_disks: dict[str, Any]) -> None:
+    full, freed = small_disks["column full"], small_disks["column freed"]
+    assert full["code"] == 7, full["err"]
+    assert "PostgreSQL ran out of a resource while writing" in full["err"]
+    assert 0 < full["written"] < 1500
+    assert (freed["code"], freed["written"], freed["unchanged"]) == (0, 1500, full["written"])
+
+
 def test_shared_memory_of_the_server_is_too_small_for_the_index(small_disks: dict[str, Any]) -> None:
     found = small_disks["index"]
     assert found["code"] == 0
