@@ -308,7 +308,8 @@ def _on_sqlite(rows: Rows, schema: str | None, name: str, shown: str) -> Relatio
         for found, kind, statement in rows(MASTER.format(schema=identifier(database, "sqlite")), {}):
             if found.lower() == name.lower():
                 return _sqlite_relation(rows, of, found, kind, str(statement))
-            others.append((found, _shown(found) if of is None else Target(of).shown(found)))
+            if not found.startswith("sqlite_"):  # SQLite's own
+                others.append((found, _shown(found) if of is None else Target(of).shown(found)))
     raise _none(shown, name, others)
 
 

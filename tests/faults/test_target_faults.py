@@ -155,7 +155,8 @@ def test_the_table_that_is_read_is_dropped_during_a_run(jobs: Jobs) -> None:
     assert command.wait() == REFUSED, command.err
     again = job.start(database)
     assert again.wait() == REFUSED, again.err
-    assert "There is no table articles." in again.err
+    assert "There is no table articles" in again.err
+    assert "sqlite_sequence" not in again.err, "no table of an application is proposed in its place"
 
 
 def test_the_table_of_vectors_is_dropped_during_a_run_and_made_again(jobs: Jobs) -> None:
