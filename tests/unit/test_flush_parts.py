@@ -42,11 +42,12 @@ def test_size_follows_the_time_that_a_row_takes() -> None:
     assert size.rows == int(AIM_SECONDS / 0.003)
     for _ in range(5):
         size.note(size.rows, size.rows * 0.00003)
-    assert 4000 <= size.rows <= 5000
+    assert size.rows == pytest.approx(AIM_SECONDS / 0.00003, abs=1)
+    rows = size.rows
     size.note(10, 0.001)  # tells little
-    assert 4000 <= size.rows <= 5000
-    size.note(size.rows, 30.0)
-    assert FIRST_ROWS / 4 < size.rows < FIRST_ROWS
+    assert size.rows == rows
+    size.note(rows, 30.0)
+    assert size.rows == int(rows * AIM_SECONDS / 30.0) < FIRST_ROWS
     size.note(1, 1.0)
     assert size.rows == 1
     size.note(0, 9.0)

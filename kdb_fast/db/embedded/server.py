@@ -174,6 +174,14 @@ class EmbeddedServer:
             return
         self._data.remove_leftovers()
         socket_dir = self._data.socket_dir()
+        try:
+            self._start_in(socket_dir)
+        except BaseException:
+            self._data.remove_socket_dir(socket_dir)
+            raise
+
+    def _start_in(self, socket_dir: str) -> None:
+        """Start the server and wait until it is ready."""
         launched = self._launch(socket_dir)
         deadline = time.monotonic() + START_SECONDS
         while self._data.postmaster() is None:
@@ -186,7 +194,6 @@ class EmbeddedServer:
             if why:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     launched.send_signal(signal.SIGQUIT)
-                self._data.remove_socket_dir(socket_dir)
                 raise self._data.refused(why)
             time.sleep(0.02)
 
