@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 
 from .key import KeyColumn
+from .names import qualified
 from .target import Target, identifier
 
 
@@ -40,12 +41,7 @@ class KeyedTable:
     @property
     def quoted(self) -> str:
         """The table for a statement."""
-        return self.in_schema(self.schema, self.table)
-
-    def in_schema(self, schema: str | None, name: str) -> str:
-        """A table or view for a statement."""
-        dialect = self.home.dialect
-        return ("" if schema is None else f"{identifier(schema, dialect)}.") + identifier(name, dialect)
+        return qualified(self.schema, self.table, self.home.dialect)
 
     def column(self, name: str) -> str:
         """A column for a statement."""

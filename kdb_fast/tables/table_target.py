@@ -17,6 +17,7 @@ from ..receipt import TargetNames
 from ..records import storable_key
 from .column_target import VectorColumn, state_table
 from .keyed_table import KeyedTable
+from .names import qualified
 from .relation import Relation
 
 HASH = "kdb_fast_hash"
@@ -82,7 +83,7 @@ class TableTarget(KeyedTable):
         source = self.source
         return {
             **super().parts,
-            "source": "" if source is None else self.in_schema(source.schema, source.name),
+            "source": "" if source is None else qualified(source.schema, source.name, self.home.dialect),
             "known": self.home.table(state_table(self.name)) if self.vec0 else self.quoted,
             "embedding": self.column(self.vector.name),
             "columns": self.each_key("{column}"),

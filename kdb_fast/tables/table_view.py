@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .names import qualified
 from .relation import Relation
 from .table_target import STATE_COLUMNS, TSVECTOR, TableTarget
 
@@ -25,11 +26,15 @@ def view_statement(target: TableTarget, relation: Relation) -> str:
             alias = f"{target.table}_{name}" if name.lower() in taken else name
             columns.append(f"v.{target.column(name)} AS {target.column(alias)}")
     same = target.same_key("r.{column}", "v.rowid" if target.vec0 else "v.{column}")
-    view, read = target.in_schema(target.schema, view_name(target)), target.in_schema(relation.schema, relation.name)
+    read = qualified(relation.schema, relation.name, target.home.dialect)
     select = f"SELECT {', '.join(columns)} FROM {read} r JOIN {target.quoted} v ON {same}"  # noqa: S608 - names
-    return f"CREATE VIEW {view} AS {select}"
+    return f"CREATE VIEW {_view(target)} AS {select}"
 
 
 def drop_statement(target: TableTarget) -> str:
     """The statement that removes it."""
-    return f"DROP VIEW IF EXISTS {target.in_schema(target.schema, view_name(target))}"
+    return f"DROP VIEW IF EXISTS {_view(target)}"
+
+
+def _view(target: TableTarget) -> str:
+    return qualified(target.schema, view_name(target), target.home.dialect)

@@ -10,13 +10,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...db.pg_errors import kind_of
-from ...db.retrying import ErrorKind
 from ...records import Key
 from ...tables.column_target import ColumnTarget
-from ...tables.key import text_arrays
 from ..base import FlushSlot, RunSpec
 from . import pgcopy
+from .by_key import by_key
 from .flush import FlushWriter, Group
 from .keyword import tsvector_of
 
@@ -206,8 +204,6 @@ def _words(target: ColumnTarget) -> dict[str, str]:
 def clear_keys(cursor: psycopg.Cursor[tuple[Any, ...]], target: ColumnTarget, keys: Sequence[Key]) -> int:
     """Take the vectors of these rows away, as far as they are ours and of a text that the row has no more; returns how
     many rows there were. A key that is none of its column's type has no row."""
-    import psycopg
-
     if not keys:
         return 0
     statement = target.statement(
@@ -220,12 +216,10 @@ def clear_keys(cursor: psycopg.Cursor[tuple[Any, ...]], target: ColumnTarget, ke
         state_locked=target.same_key("st.key_{number}", "l.key_{number}"),
         **_kept(target),
     )
-    try:
+
+    def execute(keys: Sequence[Key], arrays: list[str]) -> int:
         with cursor.connection.transaction():
-            row = cursor.execute(statement, text_arrays(keys, len(target.key))).fetchone()
+            row = cursor.execute(statement, arrays).fetchone()
             return int(row[0]) if row else 0
-    except psycopg.Error as error:
-        if kind_of(error) is not ErrorKind.DATA:
-            raise
-    middle = len(keys) // 2
-    return clear_keys(cursor, target, keys[:middle]) + clear_keys(cursor, target, keys[middle:]) if middle else 0
+
+    return sum(by_key(keys, len(target.key), execute))

@@ -5,21 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ...db.address import DatabaseAddress
-from ...db.pg_errors import kind_of
-from ...db.retrying import ErrorKind
 from ...faults import fault
 from ...records import Key, Reject, storable_key
 from ...tables.column_target import COUNT, ColumnTarget, altered_rows
 from ...tables.index_policy import IndexOutcome, IndexPolicy
-from ...tables.key import KeyColumn, text_arrays
+from ...tables.key import KeyColumn
 from ...tables.known_rows import KnownRows
 from ...tables.target import LiveRows, Target
 from ..base import FlushResult, FlushSlot, RunSpec, Stored, version_of_text
 from ..flush_parts import FIRST_ROWS, PartSize, first_part
 from . import prepare as pg_prepare
+from .by_key import by_key
 from .column_effects import SIZE, find_triggers, forecast
 from .column_find import prepare_column
 from .column_flush import ColumnWriter, clear_keys
@@ -193,10 +193,6 @@ class PostgreSQLColumnStore(PostgreSQLStore):
         return self.session.retrying("looking up what is stored", lambda: self._look_up(wanted))
 
     def _look_up(self, keys: Sequence[Key]) -> dict[Key, Stored]:
-        import psycopg
-
-        if not keys:
-            return {}
         column = self.column
         statement = column.statement(
             LOOK_UP,
@@ -207,18 +203,14 @@ class PostgreSQLColumnStore(PostgreSQLStore):
             same_row=column.same_key("t.{column}", "k.key_{number}::{type}"),
             same_state=column.same_key("st.key_{number}", "x.key_{number}"),
         )
-        try:
-            rows = self.session.connection().execute(statement, text_arrays(keys, len(column.key))).fetchall()
-        except psycopg.Error as error:
-            if kind_of(error) is not ErrorKind.DATA:
-                raise
-            # A key that is none of its column's type: no row has it.
-            middle = len(keys) // 2
-            return {**self._look_up(keys[:middle]), **self._look_up(keys[middle:])} if middle else {}
-        return {
-            keys[i - 1]: Stored(text or b"", fingerprint, version_of_text(text), foreign and not column.replace)
-            for i, text, fingerprint, foreign in rows
-        }
+
+        def execute(keys: Sequence[Key], arrays: list[str]) -> dict[Key, Stored]:
+            return {
+                keys[i - 1]: Stored(text or b"", fingerprint, version_of_text(text), foreign and not column.replace)
+                for i, text, fingerprint, foreign in self.session.connection().execute(statement, arrays)
+            }
+
+        return dict(chain.from_iterable(found.items() for found in by_key(keys, len(column.key), execute)))
 
     def _flush_once(
         self,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...tables.target import Target, identifier
+from ...tables.names import qualified
+from ...tables.target import Target
 
 
 @dataclass(frozen=True)
@@ -50,4 +51,4 @@ class Indexed:
     @property
     def qualified(self) -> str:
         """The table for a statement."""
-        return f"{identifier(self.schema)}.{identifier(self.table)}"
+        return qualified(self.schema, self.table, "postgresql")

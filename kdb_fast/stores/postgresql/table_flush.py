@@ -10,13 +10,11 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...db.pg_errors import kind_of
-from ...db.retrying import ErrorKind
 from ...records import Key
-from ...tables.key import text_arrays
 from ...tables.table_target import TableTarget
 from ..base import FlushSlot, RunSpec
 from . import pgcopy
+from .by_key import by_key
 from .flush import FlushWriter, Group
 from .foreign_key import Reference
 from .key_fields import key_fields
@@ -176,8 +174,6 @@ def staged_words(configuration: str) -> str:
 
 def delete_keys(cursor: psycopg.Cursor[tuple[Any, ...]], target: TableTarget, keys: Sequence[Key]) -> int:
     """Delete the rows of these keys; returns how many there were. A key that is none of its type has no row."""
-    import psycopg
-
     if not keys:
         return 0
     statement = target.statement(
@@ -186,11 +182,9 @@ def delete_keys(cursor: psycopg.Cursor[tuple[Any, ...]], target: TableTarget, ke
         names=target.each_key("key_{number}"),
         same_row=target.same_key("t.{column}", "k.key_{number}::{type}"),
     )
-    try:
+
+    def execute(keys: Sequence[Key], arrays: list[str]) -> int:
         with cursor.connection.transaction():
-            return cursor.execute(statement, text_arrays(keys, len(target.key))).rowcount
-    except psycopg.Error as error:
-        if kind_of(error) is not ErrorKind.DATA:
-            raise
-    middle = len(keys) // 2
-    return delete_keys(cursor, target, keys[:middle]) + delete_keys(cursor, target, keys[middle:]) if middle else 0
+            return cursor.execute(statement, arrays).rowcount
+
+    return sum(by_key(keys, len(target.key), execute))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ...db.address import DatabaseAddress
@@ -13,7 +14,7 @@ from ...faults import fault
 from ...records import Key, Reject
 from ...tables.hidden_rows import HiddenRowsError
 from ...tables.index_policy import IndexOutcome
-from ...tables.key import KeyColumn, text_arrays
+from ...tables.key import KeyColumn
 from ...tables.known_rows import KnownRows
 from ...tables.selection import Selection
 from ...tables.table_target import TSVECTOR, TableTarget
@@ -21,6 +22,7 @@ from ...tables.target import LiveRows, Params, Target, rows_on
 from ..base import FlushResult, FlushSlot, RunSpec, Stored, version_of_text
 from . import prepare as pg_prepare
 from . import rejects as pg_rejects
+from .by_key import by_key
 from .flush import FlushWriter, RowsDroppedError
 from .foreign_key import Reference, find_reference, refer
 from .indexed import Indexed
@@ -194,10 +196,6 @@ class PostgreSQLTableStore(PostgreSQLStore):
         return self.session.retrying("looking up what is stored", lambda: self._look_up(wanted))
 
     def _look_up(self, keys: Sequence[Key]) -> dict[Key, Stored]:
-        import psycopg
-
-        if not keys:
-            return {}
         table = self.table
         statement = table.statement(
             self.look_up,
@@ -205,15 +203,12 @@ class PostgreSQLTableStore(PostgreSQLStore):
             names=table.each_key("key_{number}"),
             same_row=table.same_key("t.{column}", "k.key_{number}::{type}"),
         )
-        try:
-            rows = self.session.connection().execute(statement, text_arrays(keys, len(table.key))).fetchall()
-        except psycopg.Error as error:
-            if kind_of(error) is not ErrorKind.DATA:
-                raise
-            # A key that is none of its column's type: no row has it.
-            middle = len(keys) // 2
-            return {**self._look_up(keys[:middle]), **self._look_up(keys[middle:])} if middle else {}
-        return {keys[i - 1]: Stored(text, fingerprint, version_of_text(text)) for i, text, fingerprint in rows}
+
+        def execute(keys: Sequence[Key], arrays: list[str]) -> dict[Key, Stored]:
+            rows = self.session.connection().execute(statement, arrays)
+            return {keys[i - 1]: Stored(text, fingerprint, version_of_text(text)) for i, text, fingerprint in rows}
+
+        return dict(chain.from_iterable(found.items() for found in by_key(keys, len(table.key), execute)))
 
     def _writer(self, cursor: Cursor, run: RunSpec, now: int) -> FlushWriter:
         return TableWriter(

@@ -16,7 +16,7 @@ from ...records import Key, decode_key
 from ...tables.pieces import PieceOf, piece_of, record_key
 from ...tables.table_target import TableTarget
 from ..base import FlushSlot, RunSpec
-from .flush import RowWriter, chunks, reject_not_finite
+from .flush import RowWriter, chunks, float32_rows, reject_not_finite
 from .halving import written_in_parts
 from .table_rows import TableRows, seal_of
 
@@ -50,12 +50,9 @@ class ChunkWriter(RowWriter):
     """Writes pieces and counts what became of them; ``stored`` are the keys of the records that are visible now."""
 
     def __init__(self, connection: sqlite3.Connection, target: TableTarget, rows: TableRows, run: RunSpec) -> None:
+        super().__init__()
         self._connection, self._target, self._table = connection, target, rows
         self._origin = run.fingerprint, run.number, now()
-        self.rows = self.bytes = 0
-        self.stored: list[Key] = []
-        self.superseded: list[tuple[int, int]] = []
-        self.rejected: list[tuple[int, int, str, str]] = []
         values = ", ".join("?" * (len(target.key) + len(target.written) + 1))
         self._put_aside = self._statement(PUT_ASIDE, values=values)
 
@@ -73,24 +70,19 @@ class ChunkWriter(RowWriter):
             rows = [_Row(i, record_key(key), piece_of(key)) for i, key in zip(numbers, keys, strict=True)]
             self._write_or_halve(flush_slot, raw, rows)
 
-    def finish(self) -> None:
-        """All is written already."""
-
     def _write_or_halve(self, flush_slot: FlushSlot, raw: list[tuple[bytes, bytes]], rows: Sequence[_Row]) -> None:
         """Write all pieces that the database takes, and note those that it refuses."""
         slot = flush_slot.slot
 
         def write(part: Sequence[_Row]) -> _Shown:
             matrix = slot.vectors[[row.number for row in part]].astype("<f4", copy=False)
-            floats, width = matrix.tobytes(), 4 * matrix.shape[1]
             values = []
-            for i, (number, key, piece) in enumerate(part):
-                vector = floats[i * width : (i + 1) * width]
+            for (number, key, piece), vector in zip(part, float32_rows(matrix), strict=True):
                 place = (piece.number, piece.start, piece.end, piece.of)
                 state = (piece.content_hash, seal_of(vector), *self._origin, piece.revision)
                 values.append((*key, *place, raw[number][1].decode(), vector, *state))
             self._connection.executemany(self._put_aside, values)
-            return self._show({row.piece.revision for row in part}, len(floats))
+            return self._show({row.piece.revision for row in part}, matrix.nbytes)
 
         def refuse(row: _Row, reason: str, detail: str) -> None:
             self.rejected.append((slot.number, row.number, reason, detail))

@@ -20,7 +20,7 @@ from ...records import Key, decode_key
 from ...tables.column_target import ColumnTarget
 from ...tables.known_rows import text_hash_of, value_hash_of
 from ..base import FlushSlot, RunSpec
-from .flush import RowWriter, chunks, reject_not_finite, source_times
+from .flush import RowWriter, chunks, float32_rows, reject_not_finite, source_times
 from .halving import written_in_parts
 from .json_vectors import json_vectors
 
@@ -100,6 +100,7 @@ class ColumnWriter(RowWriter):
     """Writes the vectors of rows, and what is known of them."""
 
     def __init__(self, connection: sqlite3.Connection, target: ColumnTarget, run: RunSpec) -> None:
+        super().__init__()
         self._connection, self._target, self._run = connection, target, run
         self._at = now()
         self.began = time.monotonic()
@@ -113,10 +114,6 @@ class ColumnWriter(RowWriter):
         self._note = target.statement(
             NOTE, names=names, keys=target.each_key("?"), content=content, value=value, set_content=set_content
         ).decode()
-        self.rows = self.bytes = 0
-        self.stored: list[Key] = []
-        self.superseded: list[tuple[int, int]] = []
-        self.rejected: list[tuple[int, int, str, str]] = []
 
     def write(self, flush_slot: FlushSlot) -> None:
         """Write the vectors of those rows that still have the text that was read, and none of another program's."""
@@ -140,9 +137,6 @@ class ColumnWriter(RowWriter):
             if rows:
                 self._store_or_halve(slot.number, slot.vectors, rows)
 
-    def finish(self) -> None:
-        """All is written already."""
-
     def _store_or_halve(self, slot: int, vectors: npt.NDArray[np.float32], rows: Sequence[_Row]) -> None:
         """Store all rows that the database takes, and note those that it refuses."""
 
@@ -161,7 +155,7 @@ class ColumnWriter(RowWriter):
         """Write rows; returns the numbers of those that a trigger has kept from being written."""
         matrix = vectors[[row.number for row in rows]].astype("<f4", copy=False)
         values: Sequence[bytes | str] = (
-            [vector.tobytes() for vector in matrix] if self._target.vector.type == "blob" else json_vectors(matrix)
+            float32_rows(matrix) if self._target.vector.type == "blob" else json_vectors(matrix)
         )
         self._connection.executemany(self._write, [(value, *row.key) for value, row in zip(values, rows, strict=True)])
         after = find_rows(self._connection, self._target, [row.key for row in rows])

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Set
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -92,7 +93,7 @@ class _Text(NamedTuple):
     same: bool
 
 
-class RowWriter(Protocol):
+class RowWriter(ABC):
     """Takes the rows of one flush into the tables: :meth:`write` for each slot, then :meth:`finish`.
 
     Attributes:
@@ -103,16 +104,17 @@ class RowWriter(Protocol):
         rejected: (slot, row, reason, detail) that the database refused.
     """
 
-    rows: int
-    bytes: int
-    stored: list[Key]
-    superseded: list[tuple[int, int]]
-    rejected: list[tuple[int, int, str, str]]
+    def __init__(self) -> None:
+        self.rows = self.bytes = 0
+        self.stored: list[Key] = []
+        self.superseded: list[tuple[int, int]] = []
+        self.rejected: list[tuple[int, int, str, str]] = []
 
+    @abstractmethod
     def write(self, flush_slot: FlushSlot) -> None:
         """Write the rows of a slot."""
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027 - most write all of it in write()
         """Write what is written once for all rows."""
 
 
@@ -136,14 +138,11 @@ class FlushWriter(RowWriter):
         vectors: bool = True,
         sealed: bool = False,
     ) -> None:
+        super().__init__()
         self._sealed, self._target = sealed, target
         self._connection, self._full_text, self._run = connection, full_text, run
         self._force, self._vectors = force, vectors
         self._at = now()
-        self.rows = self.bytes = 0
-        self.stored: list[Key] = []
-        self.superseded: list[tuple[int, int]] = []
-        self.rejected: list[tuple[int, int, str, str]] = []
         self._texts: dict[int, _Text] = {}
         (last,) = connection.execute(target.text("SELECT max(rowid) FROM {index}")).fetchone()
         # Free in both tables, so that a record has the same rowid in both.
@@ -264,10 +263,10 @@ class FlushWriter(RowWriter):
         run = self._run
         texts: Sequence[str | None] = [None] * len(rows)
         origin: tuple[str | None, int | None] = (None, None)
-        floats, width = b"", 0
+        floats: list[bytes] = []
         if self._vectors:
             matrix = slot.vectors[[row.number for row in rows]].astype("<f4", copy=False)
-            floats, width = matrix.tobytes(), matrix.shape[1] * 4
+            floats = float32_rows(matrix)
             texts, origin = json_vectors(matrix), (run.model[:100], run.dimensions)
         fixed = (self._at, *origin, run.fingerprint, run.number)
         new: list[tuple[Any, ...]] = []
@@ -285,13 +284,19 @@ class FlushWriter(RowWriter):
         if self._vectors:
             self._connection.executemany(
                 "INSERT OR REPLACE INTO kdb_fast_vectors (search_rowid, search_id, at, vector) VALUES (?, ?, ?, ?)",
-                [(row[1], row[2], self._at, floats[i * width : (i + 1) * width]) for i, row in enumerate(rows)],
+                [(row[1], row[2], self._at, vector) for row, vector in zip(rows, floats, strict=True)],
             )
         else:
             self._connection.executemany(
                 "DELETE FROM kdb_fast_vectors WHERE search_rowid = ?", [(row.rowid,) for row in rows if row.exists]
             )
-        return len(floats) + sum(len(text or "") for text in texts)
+        return sum(map(len, floats)) + sum(len(text or "") for text in texts)
+
+
+def float32_rows(matrix: npt.NDArray[np.float32]) -> list[bytes]:
+    """The bytes of each row of a matrix (float32)."""
+    floats, width = matrix.tobytes(), 4 * matrix.shape[1]
+    return [floats[start : start + width] for start in range(0, len(floats), width)]
 
 
 def reject_not_finite(

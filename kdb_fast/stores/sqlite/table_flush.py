@@ -11,7 +11,7 @@ from ...db.sqlite import now
 from ...records import Key, decode_key
 from ...tables.table_target import TableTarget
 from ..base import FlushSlot, RunSpec
-from .flush import RowWriter, chunks, reject_not_finite
+from .flush import RowWriter, chunks, float32_rows, reject_not_finite
 from .halving import written_in_parts
 from .table_rows import TableRows, seal_of
 
@@ -27,12 +27,9 @@ class TableWriter(RowWriter):
     """Writes rows and counts what became of them."""
 
     def __init__(self, connection: sqlite3.Connection, target: TableTarget, rows: TableRows, run: RunSpec) -> None:
+        super().__init__()
         self._connection, self._target, self._table = connection, target, rows
         self._origin = run.fingerprint, run.number, now()
-        self.rows = self.bytes = 0
-        self.stored: list[Key] = []
-        self.superseded: list[tuple[int, int]] = []
-        self.rejected: list[tuple[int, int, str, str]] = []
 
     def write(self, flush_slot: FlushSlot) -> None:
         """Write the rows of a slot whose records are still there."""
@@ -48,24 +45,20 @@ class TableWriter(RowWriter):
             if rows:
                 self._store_or_halve(flush_slot, raw, rows)
 
-    def finish(self) -> None:
-        """All is written already."""
-
     def _store_or_halve(self, flush_slot: FlushSlot, raw: list[tuple[bytes, bytes]], rows: Sequence[_Row]) -> None:
         """Store all rows that the database takes, and note those that it refuses."""
         slot = flush_slot.slot
 
         def store(part: Sequence[_Row]) -> int:
             matrix = slot.vectors[[row.number for row in part]].astype("<f4", copy=False)
-            floats, width = matrix.tobytes(), 4 * matrix.shape[1]
             values = []
-            for i, (number, key) in enumerate(part):
-                text, vector = raw[number][1], floats[i * width : (i + 1) * width]
+            for (number, key), vector in zip(part, float32_rows(matrix), strict=True):
+                text = raw[number][1]
                 content = (text.decode(),) if self._target.content else ()
                 digest = hashlib.sha256(text).digest()
                 values.append((*key, *content, vector, digest, seal_of(vector), *self._origin))
             self._table.put(values)
-            return len(floats)
+            return matrix.nbytes
 
         def refuse(row: _Row, reason: str, detail: str) -> None:
             self.rejected.append((slot.number, row.number, reason, detail))
