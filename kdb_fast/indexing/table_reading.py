@@ -11,9 +11,9 @@ from ..sources.base import Source
 from ..sources.files.input import FileInput
 from ..sources.table.input import TableInput
 from ..tables.definition import Definition
-from ..tables.describe import quoted
 from ..tables.find_relation import find_relation
 from ..tables.key import KeyColumn
+from ..tables.names import as_typed
 from ..tables.reading import rows_of
 from ..tables.relation import Relation
 
@@ -33,7 +33,7 @@ class FileRead(NamedTuple):
         def look(connection: Any) -> tuple[KeyColumn, ...]:
             rows = rows_of(connection, address.dialect)
             try:
-                into = find_relation(rows, address.dialect, quoted(*definition.place))
+                into = find_relation(rows, address.dialect, as_typed(*definition.place))
             except SchemaError:
                 return self.key
             found = {column.name: column for key in into.keys for column in key}

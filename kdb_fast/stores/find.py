@@ -11,8 +11,8 @@ from ..db.address import DatabaseAddress
 from ..errors import UsageError
 from ..tables.column_target import ColumnTarget
 from ..tables.definition import Definition
-from ..tables.describe import quoted
 from ..tables.key import KeyColumn
+from ..tables.names import as_typed
 from ..tables.relation import Relation
 from ..tables.table_target import TableTarget
 from ..tables.table_view import view_name, view_statement
@@ -70,7 +70,7 @@ def find_table_target(
         )  # fmt: skip
     from .postgresql.column_find import find_column
 
-    place = quoted(definition.schema, table)
+    place = as_typed(definition.schema, table)
     return _in_postgresql(
         address,
         lambda cursor, home: dataclasses.replace(
@@ -102,7 +102,7 @@ def _table_of_vectors(
         )
     from .postgresql.table_find import find_table
 
-    place = quoted(definition.into_schema, into)
+    place = as_typed(definition.into_schema, into)
     return _in_postgresql(
         address,
         lambda cursor, home: find_table(cursor, home, name, place, key=key, source=source, **parts),
@@ -153,7 +153,7 @@ def create_vector_column(address: DatabaseAddress, definition: Definition, dimen
         return
     from .postgresql.column_find import create_column
 
-    place = quoted(definition.schema, table)
+    place = as_typed(definition.schema, table)
     _in_postgresql(address, lambda cursor, home: create_column(cursor, home, place, vector, dimensions))
 
 

@@ -15,7 +15,7 @@ from ..errors import SchemaError, UsageError
 from ..records import command_word, storable_key
 from .definition import Definition, changes
 from .find_relation import find_relation, no_column, no_key, no_place
-from .names import or_nearest, split_identifier
+from .names import as_typed, or_nearest, split_identifier
 from .relation import Relation
 from .target import Dialect, Rows, Target
 from .text import text_columns
@@ -158,7 +158,7 @@ def describe(
     creates, as_kept = False, None if given.keys() & NAMES else before
     with adapting(as_kept):
         if relation is None and wanted.table:
-            relation = find_relation(read, dialect, quoted(wanted.schema, wanted.table))
+            relation = find_relation(read, dialect, as_typed(wanted.schema, wanted.table))
         if relation is not None:
             creates = create and not wanted.into and relation.column(wanted.vector) is None
             wanted = _checked(wanted, relation, dialect, kept, creates=creates)
@@ -202,11 +202,6 @@ def no_target(name: str, kept: Sequence[Definition]) -> SchemaError:
         f"There is no target {storable_key(name)}{or_nearest(name, names)}",
         remedy="Describe it: kdb-fast reindex --table TABLE --text COLUMN --vector COLUMN.",
     )
-
-
-def quoted(schema: str | None, name: str) -> str:
-    """A table as SQL names it, whatever its name."""
-    return ".".join('"' + part.replace('"', '""') + '"' for part in (schema, name) if part is not None)
 
 
 def _plain(given: Given) -> dict[str, Any]:
@@ -316,7 +311,7 @@ def _check_same_source(read: Rows, dialect: Dialect, before: Definition, wanted:
         return
     if before.table:
         try:
-            find_relation(read, dialect, quoted(before.schema, before.table))
+            find_relation(read, dialect, as_typed(before.schema, before.table))
         except SchemaError:
             return  # renamed
     this, what = ("this query", "--query SQL") if wanted.query else (wanted.read, f"--table {wanted.read}")
@@ -335,7 +330,7 @@ def _read(definition: Definition, dialect: Dialect) -> tuple[str, str, str]:
 def _is_gone(rows: Rows, dialect: Dialect, definition: Definition) -> bool:
     """Whether there is no table or column any more that the vectors of a target went to."""
     try:
-        relation = find_relation(rows, dialect, quoted(*definition.place))
+        relation = find_relation(rows, dialect, as_typed(*definition.place))
     except SchemaError:
         return True
     return relation.column(definition.vector) is None

@@ -48,8 +48,13 @@ def _unquoted(part: str, dialect: Dialect) -> str:
     return re.sub("[A-Z]+", lambda upper: upper[0].lower(), part) if dialect == "postgresql" else part
 
 
+def as_typed(schema: str | None, name: str) -> str:
+    """A table as :func:`split_identifier` reads it, whatever its name; for a statement see :func:`qualified`."""
+    return ".".join('"' + part.replace('"', '""') + '"' for part in (schema, name) if part is not None)
+
+
 def qualified(schema: str | None, name: str, dialect: Dialect) -> str:
-    """A table for a statement."""
+    """A table for a statement; with a per cent sign in its name it is not what :func:`split_identifier` reads."""
     table = identifier(name, dialect)
     return table if schema is None else f"{identifier(schema, dialect)}.{table}"
 

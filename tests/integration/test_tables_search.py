@@ -203,6 +203,26 @@ def agree(results: Sequence[TableResult], expected: Mapping[Any, float], limit: 
         assert result.similarity == pytest.approx(expected[result.key["id"]], abs=1e-5)
 
 
+def test_table_of_an_odd_name(index: DatabaseAddress) -> None:
+    table, name = 'tea % "{0}" & more', "100 %"
+    quoted = '"' + table.replace('"', '""') + '"'
+    articles = Articles(index, COLUMNS[index.dialect], f"shop.{quoted}" if index.dialect == "postgresql" else quoted)
+    insert_rows(articles, 20)
+    texts = {number: text_of(number) for number in range(20)}
+    target = replace(articles.target(name=name), keyword=with_keyword(index))
+    for _ in range(2):  # the second time what is known of it is there
+        embed(index, target, {as_key(index, n): text for n, text in texts.items()})
+        with contextlib.closing(open_store(index, "test", target=target)) as store:
+            store.finish_index(lambda what: None)
+    filled = Filled(articles, defined(articles, table=table, name=name, keyword=target.keyword), texts)
+    expected = cosines({n: t for n, t in texts.items() if n > 2}, "a query")
+    agree(filled.search("a query", where="id > 2", mode="vector"), expected)
+    assert ids(filled.search("text 7", mode="keyword"))[0] == 7
+    assert filled.search("a query", columns=("lang",), limit=1)[0].columns.keys() == {"lang"}
+    with pytest.raises(UsageError, match="nearest: lang"):
+        filled.search("a query", columns=("lag",))
+
+
 def test_nearest_rows_in_their_order_with_text_and_columns(shared: Filled) -> None:
     results = shared.search("a query", columns=("lang", ODD))
     agree(results, cosines(shared.texts, "a query"))

@@ -14,7 +14,7 @@ from ...tables.definition import Definition
 from ...tables.find_relation import find_relation
 from ...tables.key import KeyColumn
 from ...tables.keyword import full_text_of
-from ...tables.names import qualified
+from ...tables.names import as_typed, qualified
 from ...tables.reading import rows_of
 from ...tables.relation import Relation
 from ...tables.table_target import CHUNK_COLUMNS, SEAL, TableTarget
@@ -50,11 +50,11 @@ def find_searched(connection: Any, address: DatabaseAddress, definition: Definit
     elsewhere = bool(definition.source)
     read = None
     if definition.table and not elsewhere:
-        read = find_relation(rows, home.dialect, qualified(definition.schema, definition.table, home.dialect))
+        read = find_relation(rows, home.dialect, as_typed(definition.schema, definition.table))
     if not definition.into:
         assert read is not None
         return _column(connection, home, definition, read)
-    into = find_relation(rows, home.dialect, qualified(definition.into_schema, definition.into, home.dialect))
+    into = find_relation(rows, home.dialect, as_typed(definition.into_schema, definition.into))
     return _table(connection, home, definition, read, into)
 
 
@@ -70,14 +70,16 @@ def _column(connection: Any, home: Target, definition: Definition, read: Relatio
         identity=target.identity,
         shown=read.shown,
         vectors=table,
+        vectors_regclass=target.regclass,
         key=key,
         vector=vector,
         state=home.table(target.state),
-        state_name=target.state,
+        state_regclass=home.regclass(target.state),
         state_key="key_{number}",
         fingerprint="fingerprint",
         seal="vector_hash",
         source=table,
+        source_regclass=target.regclass,
         text=text,
         full_text=_full_text(home, definition, target.state),
     )
@@ -89,16 +91,18 @@ def _table(
     vec0 = definition.form == "vec0"
     known = into
     if vec0:
-        known = find_relation(rows_of(connection, home.dialect), home.dialect, home.table(state_table(definition.name)))
+        known = find_relation(
+            rows_of(connection, home.dialect), home.dialect, as_typed(home.schema, state_table(definition.name))
+        )
     key = _key(definition.key, known, read)
     vector = _vector(connection, home, definition, into)
     target = TableTarget(definition.name, home, into.schema, into.name, key, vector, vec0=vec0)
-    source, text = target.parts["table"], ""
+    source, regclass, text = target.parts["table"], target.regclass, ""
     chunked = bool(definition.chunk)
     if definition.query and not definition.source:
-        source = f"({definition.query}\n)"
+        source, regclass = f"({definition.query}\n)", ""
     elif read is not None:
-        source = qualified(read.schema, read.name, home.dialect)
+        source, regclass = qualified(read.schema, read.name, home.dialect), read.regclass
         if not chunked:
             text = text_expression(read, definition.text, definition.template, home.dialect)
     return SearchedTable(
@@ -107,14 +111,16 @@ def _table(
         identity=target.identity,
         shown=into.shown,
         vectors=target.parts["table"],
+        vectors_regclass=target.regclass,
         key=key,
         vector=vector,
         state=target.parts["known"],
-        state_name=known.name,
+        state_regclass=known.regclass,
         state_key="{column}",
         fingerprint="kdb_fast_fingerprint",
         seal=SEAL,
         source=source,
+        source_regclass=regclass,
         text=text,
         chunked=chunked,
         vec0=vec0,

@@ -91,10 +91,10 @@ class PostgresqlTableReader(TableReader):
 
     def _names(self) -> Sequence[str]:
         table = self._table
-        if table.source.startswith("("):
+        if not table.source_regclass:
             return self._checked(self._select("*", "") + " LIMIT 0")
         # Not by SELECT *, which a role with rights on some columns may not.
-        return [name for (name,) in self._rows(COLUMNS, {"table": table.source})]
+        return [name for (name,) in self._rows(COLUMNS, {"table": table.source_regclass})]
 
     def _complaint(self, error: Exception) -> str:
         of_statement = pg_errors.kind_of(error) in (ErrorKind.REFUSED, ErrorKind.DATA)
@@ -156,7 +156,7 @@ class PostgresqlTableReader(TableReader):
                 "SELECT current_setting('search_path'), set_config('search_path', 'pg_catalog, pg_temp', true)", {}
             )
             params = Params(table.dialect)
-            regclass, column = params(table.vectors), params(table.vector.name)
+            regclass, column = params(table.vectors_regclass), params(table.vector.name)
             self._indexes = find_indexes(self._query(FIND.format(table=regclass, column=column), params))
             version = self._rows("SELECT extversion FROM pg_extension WHERE extname = 'vector'", {})
             numbers = [int(n) for n in version[0][0].split(".")[:2] if n.isdigit()] if version else []
@@ -340,7 +340,9 @@ class PostgresqlTableReader(TableReader):
             return []
 
     def _finds_state(self) -> bool:
-        return bool(self._rows("SELECT true WHERE to_regclass(%(state)s) IS NOT NULL", {"state": self._table.state}))
+        return bool(
+            self._rows("SELECT true WHERE to_regclass(%(state)s) IS NOT NULL", {"state": self._table.state_regclass})
+        )
 
 
 def escaped(sql: str) -> str:

@@ -17,7 +17,8 @@ from ...tables.target import Dialect, Target, identifier
 
 @dataclass(frozen=True)
 class SearchedTable:
-    """A target as a search reads it. Names that are SQL already are quoted.
+    """A target as a search reads it. Names that are SQL already are quoted; those that the catalogue is asked for are
+    as ``to_regclass()`` reads them, on SQLite as they are.
 
     Attributes:
         definition: What its owner asked for.
@@ -25,15 +26,17 @@ class SearchedTable:
         identity: Under which its runs are kept.
         shown: The table of the vectors, for a message.
         vectors: The table of the vectors, as SQL.
+        vectors_regclass: The same, to ask the catalogue.
         key: Its key.
         vector: The column of the vectors.
         state: The table of what is known of each vector, as SQL.
-        state_name: Its name as it is.
+        state_regclass: The same, to ask the catalogue.
         state_key: Template of a column of the key there: ``key_{number}`` or ``{column}``.
         fingerprint: The column of the model there, as SQL.
         seal: The column of the vector's SHA-256 there, as SQL.
         source: What is read, as an item of FROM; the table of the vectors where that is it, or where there is nothing
             else in this database.
+        source_regclass: The same, to ask the catalogue; '' for a query.
         text: SQL expression of a record's text over the columns of ``source``; '' where the text is stored with its
             vector, in ``content``.
         vec0: SQLite: the table of the vectors is one of sqlite-vec, whose rowid is the key.
@@ -46,14 +49,16 @@ class SearchedTable:
     identity: str
     shown: str
     vectors: str
+    vectors_regclass: str
     key: tuple[KeyColumn, ...]
     vector: VectorColumn
     state: str
-    state_name: str
+    state_regclass: str
     state_key: str
     fingerprint: str
     seal: str
     source: str
+    source_regclass: str
     text: str
     vec0: bool = False
     full_text: str = ""

@@ -300,7 +300,7 @@ class SqliteTableReader(TableReader):
             return self._connection.execute(statement, params.values).fetchall()
 
     def _finds_state(self) -> bool:
-        return bool(self._rows("SELECT 1 FROM sqlite_master WHERE name = :name", {"name": self._table.state_name}))
+        return bool(self._rows("SELECT 1 FROM sqlite_master WHERE name = :name", {"name": self._table.state_regclass}))
 
     def _checked(self, statement: str) -> list[str]:
         return [column[0] for column in self._connection.execute(statement).description]

@@ -14,7 +14,7 @@ from ...records import command_word, storable_key
 from ...tables.definition import Definition
 from ...tables.find_relation import EMPTY_KEY, describe_query, find_relation, key_of, no_key, no_place
 from ...tables.key import KeyColumn
-from ...tables.names import as_one_expression, or_nearest, qualified
+from ...tables.names import as_one_expression, as_typed, or_nearest
 from ...tables.relation import Relation
 from ...tables.selection import Selection
 from ...tables.target import Dialect, Target, rows_on
@@ -60,7 +60,7 @@ def select(reader: Reader, definition: Definition) -> Selection:
 def _relation(reader: Reader, definition: Definition, query: str) -> Relation:
     dialect = reader.address.dialect
     if not query:
-        return find_relation(reader.fetch, dialect, qualified(definition.schema, definition.table, "sqlite"))
+        return find_relation(reader.fetch, dialect, as_typed(definition.schema, definition.table))
     connection = reader.connection()
     try:
         return describe_query(connection, dialect, query)

@@ -185,4 +185,4 @@ def prepare_column(cursor: Cursor, target: ColumnTarget, dimensions: int) -> Non
         cursor.execute(target.statement(CONSTRAIN_STATE, state_keys=state_keys))
     else:
         check_state(target, found, target.home.shown(target.state))
-    prepare_keyword(cursor, target.parts["state"], target.keyword)
+    prepare_keyword(cursor, target.parts["state"], target.home.regclass(target.state), target.keyword)

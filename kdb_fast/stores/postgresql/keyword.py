@@ -92,14 +92,15 @@ def tsvector_of(text: str, configuration: str) -> str:
     return f"pg_catalog.to_tsvector('{name}'::pg_catalog.regconfig, pg_catalog.left({text}, {MAX_CHARS}))"
 
 
-def prepare_keyword(cursor: Cursor, table: str, configuration: str) -> None:
+def prepare_keyword(cursor: Cursor, table: str, regclass: str, configuration: str) -> None:
     """Make the column of a table of ours for this configuration, or take it away for ''; within a transaction.
 
     Args:
         table: As SQL.
+        regclass: The same, as ``to_regclass()`` reads it.
         configuration: As :func:`find_configuration` gives it.
     """
-    row = cursor.execute(FOUND.encode(), (table,)).fetchone()
+    row = cursor.execute(FOUND.encode(), (regclass,)).fetchone()
     if row is not None and row[0] == configuration:
         return
     if row is not None:
@@ -128,7 +129,7 @@ def finish_column(session: PgSession, target: ColumnTarget, beat: Callable[[str]
         same_row=target.same_key("v.key_{number}", "f.key_{number}"),
     )
     _fill(session, fill, beat)
-    _index(session, target.parts["state"])
+    _index(session, target.parts["state"], target.home.regclass(target.state))
 
 
 def finish_table(session: PgSession, target: TableTarget, beat: Callable[[str], None]) -> tuple[str, ...]:
@@ -164,7 +165,7 @@ def finish_table(session: PgSession, target: TableTarget, beat: Callable[[str], 
         return int(row[0]) if row else 0
 
     wordless = session.retrying("counting rows", count)
-    _index(session, target.quoted)
+    _index(session, target.quoted, target.regclass)
     if not wordless:
         return ()
     return (
@@ -183,16 +184,16 @@ def _fill(session: PgSession, statement: bytes, beat: Callable[[str], None]) -> 
         beat("keyword search")
 
 
-def _index(session: PgSession, table: str) -> None:
+def _index(session: PgSession, table: str, regclass: str) -> None:
     def index() -> None:
         with session.transaction() as cursor:
-            index_keyword(cursor, table)
+            index_keyword(cursor, table, regclass)
 
     session.retrying("building the index of keyword search", index)
 
 
-def index_keyword(cursor: Cursor, table: str) -> None:
+def index_keyword(cursor: Cursor, table: str, regclass: str) -> None:
     """Make the index of the column, where it is missing; after a first load, which it would slow down."""
-    row = cursor.execute(FOUND.encode(), (table,)).fetchone()
+    row = cursor.execute(FOUND.encode(), (regclass,)).fetchone()
     if row is not None and not row[1]:
         cursor.execute(f"CREATE INDEX ON {table} USING gin (tsv)".encode())

@@ -173,7 +173,7 @@ def prepare_table(cursor: Cursor, target: TableTarget, dimensions: int) -> tuple
         )
     else:
         _check(cursor, target, dimensions)
-    prepare_keyword(cursor, target.quoted, target.keyword)
+    prepare_keyword(cursor, target.quoted, target.regclass, target.keyword)
     why = why_no_foreign_key(cursor, target) if target.source is not None else None
     return () if why is None else (f"{target.shown} has no foreign key: {why}.",)
 

@@ -15,7 +15,7 @@ from ...errors import SchemaError
 from ...records import storable_key
 from ...tables.column_target import ColumnTarget, VectorColumn, check_state, unreadable_text
 from ...tables.find_relation import find_relation, key_of, no_column, no_key, no_place
-from ...tables.names import qualified
+from ...tables.names import as_typed
 from ...tables.relation import Column
 from ...tables.target import Target, rows_on
 from .keyword import prepare_keyword
@@ -52,7 +52,7 @@ def find_column(
     Raises:
         SchemaError: There is no such table or column, or a run could not write it.
     """
-    relation = find_relation(rows_on(connection, "sqlite"), "sqlite", qualified("main", table, "sqlite"))
+    relation = find_relation(rows_on(connection, "sqlite"), "sqlite", as_typed("main", table))
     shown = relation.shown
     if not relation.is_table:
         raise no_place(relation)
