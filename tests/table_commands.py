@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import poison_worker
+import pytest
 from commands import Command, Commands
 from servers import cosine, execute
 
 from kdb_fast.cli.demo import sqlalchemy_url
 from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.embedding.models.lookup import Model
+from kdb_fast.engine import inline
+from kdb_fast.indexing import run_embedding
 
 DIMENSIONS = 384
 
@@ -21,6 +26,14 @@ COLUMNS = {
 }
 
 DESCRIBED = ("--table", "articles", "--text", "title", "--text", "body", "--vector", "embedding")
+
+MODEL = Model("stub", Path(), "stub.onnx", DIMENSIONS, 512, "mean", True, ())
+
+
+def stub_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stub for the model, in the runs of this process."""
+    monkeypatch.setattr(run_embedding, "resolve", lambda *args, **options: MODEL)
+    monkeypatch.setattr(inline, "Encoder", poison_worker.StubEncoder)
 
 
 class Table:

@@ -128,7 +128,8 @@ def reindex_command(
     with arguments.running() as (address, progress):
         target = table.find_name(address, names, progress, file) if entity is None else None
         if target is not None:
-            receipt = table.reindex(address, target, arguments, options, precision, progress, file)
+            where, name = target
+            receipt = table.reindex(where, name, arguments, options, precision, progress, file)
         else:
             if from_file is not None:
                 from ..db.sqlite_connection import create_sqlite

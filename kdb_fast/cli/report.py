@@ -209,6 +209,7 @@ def print_target(values: Mapping[str, Any]) -> None:
         "rows": "the table or column is not there" if values["rows"] is None else f"{values['rows']:,} with a vector",
         "rejected": f"{values['rejected']:,}" if values["rejected"] else "",
         "last run": f"{run['run']}, {run['state']}, began {str(run['started_at'])[:19]}" if run else "never",
+        "kept in": Target(values["state_schema"]).shown() if values["state_schema"] else "",
     }
     for name, text in lines.items():
         if text:

@@ -196,6 +196,8 @@ def status_command(target: str | None, db: str | None, state_schema: str | None,
     with opened_database(db, reads=True) as address:
         result = run_status(in_schema(address, state_schema))
         name = address.display
+    for note in result["hidden_targets"]:
+        complain(f"note: {note}")
     if as_json:
         print(json.dumps(result, default=str))
     else:

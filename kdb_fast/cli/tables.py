@@ -28,8 +28,8 @@ def state_schema_option(command: F) -> F:
     return click.option(
         "--state-schema",
         metavar="SCHEMA",
-        help="PostgreSQL: the schema of kdb-fast's own tables. Default: where they are already, else the first of the "
-        "search_path.",
+        help="PostgreSQL: the schema of kdb-fast's own tables. Default: where the target is kept; for a new one where "
+        "they are already, else the first of the search_path.",
     )(command)
 
 
@@ -185,43 +185,47 @@ class TableArguments:
 
     def find_name(
         self, address: DatabaseAddress, names: tuple[str, ...], progress: Progress, file: FileArguments
-    ) -> str | None:
-        """Name of the target that is meant, '' for that of its table; None where entities of KameleonDB are meant.
+    ) -> tuple[DatabaseAddress, str] | None:
+        """Name of the target that is meant, '' for that of its table, and the database, with the schema of our own
+        tables where that is known; None where entities of KameleonDB are meant.
 
         Raises:
             UsageError: Several are.
+            SchemaError: There is no such target, and no such entity.
         """
+        address = in_schema(address, self.state_schema)
         if self.name is not None or ((self.table or self.query or file.path) and not names):
-            return self.name or ""
+            return address, self.name or ""
         if not names:
             return None
         from ..catalog.definitions import active_entities
         from ..stores.targets import kept_in
-        from ..tables.describe import find_kept, no_target
 
-        _, kept = kept_in(in_schema(address, self.state_schema), required=False)
-        found = [target for name in names if (target := find_kept(name, kept, address.dialect))]
+        homes = kept_in(address)
+        found = next((target for name in names if (target := homes.find(name))), None)
         if found and len(names) > 1:
             raise UsageError(
-                f"{storable_key(found[0].name)} is a target, which is brought up to date alone.",
-                remedy=f"Run: kdb-fast reindex {shell_word(found[0].name)}",
+                f"{storable_key(found.definition.name)} is a target, which is brought up to date alone.",
+                remedy=f"Run: kdb-fast reindex {shell_word(found.definition.name)}",
             )
         if self.describing or file.path is not None:
-            if not found:
-                raise no_target(names[0], kept)
-            return found[0].name
-        if not kept:
+            found = homes.one(names[0])
+            return found.where(address), found.definition.name
+        if not (homes.meant or homes.notes):
             return None
         entities = active_entities(address)
-        if not found and not entities:
-            raise no_target(names[0], kept)
-        if found and found[0].name in entities:
+        if found is None:
+            if names[0] not in entities and (homes.notes or not entities):
+                homes.one(names[0])  # says that there is none
+            return None
+        if found.definition.name in entities:
+            name = found.definition.name
             progress.note(
-                f"{storable_key(found[0].name)} is an entity of KameleonDB, and that is brought up to date; for the "
-                f"target of this name: kdb-fast reindex --name {shell_word(found[0].name)}"
+                f"{storable_key(name)} is an entity of KameleonDB, and that is brought up to date; for the target of "
+                f"this name: kdb-fast reindex --name {shell_word(name)}"
             )
             return None
-        return found[0].name if found else None
+        return found.where(address), found.definition.name
 
     def reindex(
         self,

@@ -7,6 +7,7 @@ import json
 import click
 
 from ..records import storable_key
+from .console import complain
 from .options import database_option, json_option, opened_database
 from .tables import in_schema, state_schema_option
 
@@ -26,10 +27,12 @@ def targets_list(db: str | None, state_schema: str | None, as_json: bool) -> Non
     from .report import print_targets
 
     with opened_database(db, reads=True) as address:
-        found = statuses_in(in_schema(address, state_schema))
+        found, hidden = statuses_in(in_schema(address, state_schema))
+    for note in hidden:
+        complain(f"note: {note}")
     if as_json:
         print(json.dumps({"targets": [target.as_json() for target in found]}, default=str))
-    else:
+    elif found or not hidden:
         print_targets([target.as_json() for target in found])
 
 
@@ -45,11 +48,11 @@ def targets_show(name: str, db: str | None, state_schema: str | None, as_json: b
 
 def show_target(name: str, db: str | None, state_schema: str | None, as_json: bool) -> None:
     """Print one target."""
-    from ..stores.targets import statuses_in
+    from ..stores.targets import status_in
     from .report import print_target
 
     with opened_database(db, reads=True) as address:
-        (found,) = statuses_in(in_schema(address, state_schema), name)
+        found = status_in(in_schema(address, state_schema), name)
     if as_json:
         print(json.dumps(found.as_json(), default=str))
     else:

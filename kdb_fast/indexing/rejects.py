@@ -46,9 +46,10 @@ def list_all(address: DatabaseAddress, entity: str | None = None, target: str | 
     if target is None:
         rows = list_rejects(address, entity)
     if entity is None:
-        where, definitions = kept_in(address, required=False) if target is None else _one(address, target)
-        for definition in definitions:
-            rows += [{"target": definition.name, **row} for row in list_rejects(where, index=_index_of(definition))]
+        homes = kept_in(address)
+        for kept in homes.meant if target is None else [homes.one(target)]:
+            name, index = kept.definition.name, _index_of(kept.definition)
+            rows += [{"target": name, **row} for row in list_rejects(kept.where(address), index=index)]
     return rows
 
 
@@ -58,13 +59,8 @@ def clear_of(address: DatabaseAddress, target: str) -> int:
     Raises:
         SchemaError: There is no such target.
     """
-    where, (definition,) = _one(address, target)
+    where, definition = find_in(address, target)
     return clear_rejects(where, index=_index_of(definition))
-
-
-def _one(address: DatabaseAddress, name: str) -> tuple[DatabaseAddress, list[Definition]]:
-    where, definition = find_in(address, name)
-    return where, [definition]
 
 
 def _index_of(definition: Definition) -> IndexTable:

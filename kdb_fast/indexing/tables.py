@@ -12,17 +12,18 @@ from ..db.address import DatabaseAddress, opened, parse_address, without_secrets
 from ..db.reading import read
 from ..db.sqlite_connection import create_sqlite
 from ..embedding.prefixes import prefixes_of
-from ..errors import SchemaError, UsageError
+from ..errors import UsageError
 from ..receipt import Receipt
 from ..settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
 from ..sources.files.columns import key_columns
 from ..stores import targets
 from ..stores.find import create_vector_column, find_table_target, keyword_of, make_view
+from ..stores.homes import Homes
 from ..tables.definition import Definition
 from ..tables.describe import Described, Given, adapting, describe, find_kept
 from ..tables.names import qualified
 from ..tables.reading import rows_of
-from ..tables.target import Dialect, Rows, Target, find_target, identifier
+from ..tables.target import Dialect, Rows, Target, identifier
 from .progress import Progress, Silent
 from .reindex import reindex
 from .run_embedding import Embedding, Records, find_embedding
@@ -126,7 +127,8 @@ def reindex_table(
         create: Add that column where it is missing.
         replace: Overwrite vectors that another program has written, which else are left alone.
         vacuum: PostgreSQL: free the versions of rows that are left behind, during the run.
-        state_schema: PostgreSQL: schema of kdb-fast's own tables; where there are some, theirs.
+        state_schema: PostgreSQL: schema of kdb-fast's own tables. By default a target that is named is looked for in
+            all of them, and a new one is kept where the session's search path leads to.
         model: As FastEmbed or the provider names it; the one that made the vectors where none is named, for a new
             target all-MiniLM-L6-v2.
         provider: ``fastembed`` or ``openai``.
@@ -185,14 +187,17 @@ def reindex_table(
             file = FileRead(str(from_file), key_columns(key, written.dialect), file_format, delimiter, encoding)
             if key or not name:
                 known["key"] = tuple(column.name for column in file.key)
-        written, home, kept = _home(written, state_schema)
+        # What may be new says where its vectors go.
+        may_be_new = bool(into or (vector and (table or query)))
+        homes, home = _home(written, state_schema, None if may_be_new else name)
+        written, kept = dataclasses.replace(written, schema=home.schema), homes.of(home)
         if keyword is not None or language is not None:
             if keyword is False and language is not None:
                 raise UsageError("--language belongs to --keyword.")
             known["keyword"] = "" if keyword is False else keyword_of(written, language or "")
         elsewhere = source or _kept_source(name, kept, written.dialect)
         read_from = stack.enter_context(opened(parse_address(elsewhere))) if elsewhere else None
-        described = _describe(written, read_from, home, kept, name or "", known, create, file is not None)
+        described = _describe(written, read_from, homes, home, name or "", known, create, file is not None)
         writing = Writing(replace=replace, vacuum=vacuum)
         return _run(written, read_from, file, described, progress or Silent(), run, writing, with_source)
 
@@ -203,32 +208,23 @@ def _kept_source(name: str | None, kept: Sequence[Definition], dialect: str) -> 
     return found.source if found else ""
 
 
-def _home(address: DatabaseAddress, state_schema: str | None) -> tuple[DatabaseAddress, Target, list[Definition]]:
-    """The address with the schema of our own tables, where they are, and the targets that are kept there."""
+def _home(address: DatabaseAddress, state_schema: str | None, name: str | None) -> tuple[Homes, Target]:
+    """Where our own tables are, and which of it is that of this run.
 
-    def work(connection: Any) -> tuple[DatabaseAddress, Target, list[Definition]]:
-        rows = rows_of(connection, address.dialect)
-        schema = state_schema if address.dialect == "postgresql" else None
-        try:
-            home = find_target(rows, address.dialect, schema, plain=True)
-        except SchemaError:
-            if schema is None:
-                raise
-            shown = Target(schema).shown()
-            raise SchemaError(
-                f"There is no schema {shown} for kdb-fast's own tables.",
-                remedy=f"Let the owner of the database run: CREATE SCHEMA {shown};",
-            ) from None
-        return dataclasses.replace(address, schema=home.schema), home, targets.kept(rows, home, required=False)
-
-    return read(address, work)
+    Args:
+        state_schema: The schema of our own tables, where it was named.
+        name: Of the target that is kept and meant; None where one is described.
+    """
+    schema = (state_schema or address.schema) if address.dialect == "postgresql" else None
+    homes = targets.kept_in(dataclasses.replace(address, schema=schema))
+    return homes, homes.home if name is None else homes.one(name).home
 
 
 def _describe(
     address: DatabaseAddress,
     read_from: DatabaseAddress | None,
+    homes: Homes,
     home: Target,
-    kept: Sequence[Definition],
     name: str,
     given: Given,
     create: bool,
@@ -247,8 +243,9 @@ def _describe(
 
         def described(other: Any) -> Described:
             return describe(
-                rows, dialect, name, given, kept, create=create, read=rows_of(other, dialect), from_file=from_file
-            )
+                rows, dialect, name, given, homes.of(home),
+                elsewhere=homes.beside(home), create=create, read=rows_of(other, dialect), from_file=from_file,
+            )  # fmt: skip
 
         found = described(connection) if read_from is None else read(read_from, described)
         found = _with_prefixes(rows, found, given, dialect)

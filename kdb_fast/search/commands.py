@@ -182,18 +182,18 @@ def search_open(
 
 def run_status(address: DatabaseAddress) -> dict[str, Any]:
     """Counts of each entity, their sums, the last run, and the targets that are kept."""
-    from ..stores.targets import kept
+    from ..stores.targets import homes_on
     from ..stores.targets import statuses as target_statuses
     from .status import statuses
 
     def work(connection: Any) -> tuple[Any, ...]:
         rows = rows_of(connection, address.dialect)
         schema = find_target(rows, address.dialect).schema
-        home = find_target(rows, address.dialect, address.schema, plain=True)
-        targets = target_statuses(rows, home, kept(rows, home, required=False))
-        return statuses(connection, address.dialect, None), last_run(connection, address.dialect), schema, targets
+        homes = homes_on(connection, address)
+        of_index = statuses(connection, address.dialect, None), last_run(connection, address.dialect)
+        return *of_index, schema, target_statuses(rows, homes.meant), homes.notes
 
-    rows, run, schema, targets = read(address, work)
+    rows, run, schema, targets, hidden = read(address, work)
     return {
         "database": address.display,
         "schema": schema,
@@ -204,4 +204,5 @@ def run_status(address: DatabaseAddress) -> dict[str, Any]:
         "entities": [row._asdict() for row in rows],
         "run": run._asdict() if run else None,
         "targets": [target.as_json() for target in targets],
+        "hidden_targets": list(hidden),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,7 +13,6 @@ from ..errors import SchemaError
 from ..records import command_word, storable_key
 from ..tables.column_target import state_table
 from ..tables.definition import Definition
-from ..tables.describe import find_kept, no_target
 from ..tables.keyword import full_text_of
 from ..tables.names import qualified
 from ..tables.reading import rows_of
@@ -21,23 +20,18 @@ from ..tables.table_view import SUFFIX
 from ..tables.target import (
     REJECTS,
     RUNS,
-    TARGETS,
     Params,
     Rows,
     Target,
     columns_of,
-    find_target,
     identifier,
     rows_on,
 )
+from .homes import Homes, Kept, find_homes
 from .past_runs import LastRun, newest_runs, rejected_keys
 from .runs import Holder, locked
 
 T = TypeVar("T")
-
-LIST = "SELECT definition FROM {kdb_fast_targets} ORDER BY name"
-
-MAY_READ = "SELECT has_table_privilege(%(table)s, 'SELECT')"
 
 KEEP = (
     "INSERT INTO {kdb_fast_targets} (name, definition) VALUES ({name}, {definition}) ON CONFLICT (name) DO UPDATE "
@@ -52,86 +46,79 @@ DROPPED_INDEXES = "SELECT 1 FROM {kdb_fast_state} WHERE key = {key}"
 FORGET = "DELETE FROM {kdb_fast_targets} WHERE name = {name}"
 
 
-def kept(rows: Rows, home: Target, *, required: bool = True) -> list[Definition]:
-    """All targets that are kept, by name; [] where there is no table of them.
+def kept_in(address: DatabaseAddress) -> Homes:
+    """Where our own tables are in a database, and the targets that are kept there.
 
     Args:
-        required: Also where this role may not read the table it is [] otherwise: who reads KameleonDB's index need not.
-
-    Raises:
-        SchemaError: One was described by a newer kdb-fast, or this role may not read the table.
-    """
-    if TARGETS not in columns_of(rows, home, (TARGETS,)):
-        return []
-    if not required and home.dialect == "postgresql" and not rows(MAY_READ, {"table": home.regclass(TARGETS)})[0][0]:
-        return []
-    return [Definition.from_json(definition) for (definition,) in rows(home.text(LIST), {})]
-
-
-def kept_in(address: DatabaseAddress, *, required: bool = True) -> tuple[DatabaseAddress, list[Definition]]:
-    """The targets that are kept in a database, and its address with the schema of our own tables.
-
-    Args:
-        required: As for :func:`kept`.
+        address: With the schema of our own tables, where one was named: only that is looked at.
 
     Raises:
         DatabaseError: The database cannot be reached.
-        SchemaError: As :func:`kept`.
+        SchemaError: As :func:`.homes.find_homes`.
     """
+    return read(address, lambda connection: homes_on(connection, address))
 
-    def work(connection: Any) -> tuple[DatabaseAddress, list[Definition]]:
-        rows = rows_of(connection, address.dialect)
-        home = find_target(rows, address.dialect, address.schema, plain=True)
-        return replace(address, schema=home.schema), kept(rows, home, required=required)
 
-    return read(address, work)
+def homes_on(connection: Any, address: DatabaseAddress) -> Homes:
+    """:func:`kept_in` on an open connection."""
+    return find_homes(rows_of(connection, address.dialect), address.dialect, address.schema)
 
 
 def find_in(address: DatabaseAddress, name: str) -> tuple[DatabaseAddress, Definition]:
     """The target of this name, and the address with the schema of our own tables.
 
     Raises:
-        SchemaError: There is none.
+        SchemaError: There is none, or several, or this role may not read it.
         DatabaseError: The database cannot be reached.
     """
-    where, definitions = kept_in(address)
-    return where, _named(name, definitions, address.dialect)
+    found = kept_in(address).one(name)
+    return found.where(address), found.definition
 
 
-def statuses_in(address: DatabaseAddress, name: str | None = None) -> list[TargetStatus]:
-    """The state of all targets of a database, or of the one of this name.
+def status_in(address: DatabaseAddress, name: str) -> TargetStatus:
+    """The state of the target of this name.
 
     Raises:
-        SchemaError: There is none of this name.
+        SchemaError: As :func:`find_in`.
         DatabaseError: The database cannot be reached.
     """
-    where, definitions = kept_in(address)
-    if name is not None:
-        definitions = [_named(name, definitions, address.dialect)]
 
-    def work(connection: Any) -> list[TargetStatus]:
-        return statuses(rows_of(connection, where.dialect), Target(where.schema), definitions)
+    def work(connection: Any) -> TargetStatus:
+        found = homes_on(connection, address).one(name)
+        return statuses(rows_of(connection, address.dialect), [found])[0]
 
-    return read(where, work)
+    return read(address, work)
 
 
-def _named(name: str, definitions: Sequence[Definition], dialect: str) -> Definition:
-    found = find_kept(name, definitions, dialect)
-    if found is None:
-        raise no_target(name, definitions)
-    return found
+def statuses_in(address: DatabaseAddress) -> tuple[list[TargetStatus], tuple[str, ...]]:
+    """The state of all targets of a database that this role may read, and what it needs to read the others.
+
+    Raises:
+        SchemaError: It may not read those of the schema that was named or that the search path leads to.
+        DatabaseError: The database cannot be reached.
+    """
+
+    def work(connection: Any) -> tuple[list[TargetStatus], tuple[str, ...]]:
+        homes = homes_on(connection, address)
+        if hidden := homes.hidden.get(str(homes.home.schema)):
+            raise SchemaError(hidden)
+        return statuses(rows_of(connection, address.dialect), homes.meant), homes.notes
+
+    return read(address, work)
 
 
 class TargetStatus(NamedTuple):
     """What there is of a target.
 
     Attributes:
+        home: Where our own tables of it are.
         definition: As it is kept.
         rows: Rows with a vector, whoever made it; None where the table or column is not there, or may not be read.
         rejected: Records that could not be stored.
         run: The newest run; None where there was none.
     """
 
+    home: Target
     definition: Definition
     rows: int | None
     rejected: int
@@ -147,6 +134,7 @@ class TargetStatus(NamedTuple):
         run = self.run._asdict() if self.run else None
         return {
             **asdict(self.definition),
+            "state_schema": self.home.schema,
             "rows": self.rows,
             "rejected": self.rejected,
             "state": self.state,
@@ -154,18 +142,19 @@ class TargetStatus(NamedTuple):
         }
 
 
-def statuses(rows: Rows, home: Target, definitions: Iterable[Definition]) -> list[TargetStatus]:
+def statuses(rows: Rows, targets: Iterable[Kept]) -> list[TargetStatus]:
     """The state of each of these targets, counted now.
 
     Raises:
         DatabaseError: The database cannot answer.
     """
     found = []
-    for definition in definitions:
+    for home, definition in targets:
         own = replace(home, kept_as=definition.identity)
         newest = newest_runs(rows, own, ", ".join(LastRun._fields), 1)
         run = LastRun(*newest[0]) if newest else None
-        found.append(TargetStatus(definition, _vectors(rows, home, definition), len(rejected_keys(rows, own)), run))
+        rejected = len(rejected_keys(rows, own))
+        found.append(TargetStatus(home, definition, _vectors(rows, home, definition), rejected, run))
     return found
 
 

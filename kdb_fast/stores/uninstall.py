@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 
 from ..db.address import DatabaseAddress
 from ..db.reading import read
+from ..errors import SchemaError
 from ..records import storable_key
 from ..tables.definition import Definition
 from ..tables.kdb_search import KDB_SEARCH
 from ..tables.keyword import full_text_of
 from ..tables.reading import rows_of
 from ..tables.table_view import SUFFIX
-from ..tables.target import Rows, Target, columns_of, find_target
+from ..tables.target import Rows, Target, columns_of
+from .homes import Homes
 from .runs import locked
-from .targets import Change, kept, write
+from .targets import Change, homes_on, write
 
 PREFIX = "kdb_fast_"
 """What the names of our own tables and columns begin with, and no others do."""
@@ -54,9 +56,8 @@ def look(address: DatabaseAddress) -> Leftovers:
     """
 
     def work(connection: Any) -> Leftovers:
-        rows = rows_of(connection, address.dialect)
-        home = find_target(rows, address.dialect, address.schema, plain=True)
-        return Leftovers([home.shown(name) for name in _own_tables(rows, home)], _left(rows, home))
+        rows, (homes, home) = rows_of(connection, address.dialect), _home(connection, address)
+        return Leftovers([home.shown(name) for name in _own_tables(rows, home)], _left(rows, homes, home))
 
     return read(address, work)
 
@@ -80,11 +81,28 @@ def uninstall(address: DatabaseAddress) -> Leftovers:
         for name in _own_tables(change.rows, change.home):
             change.execute(f"DROP TABLE {change.home.table(name)}", {})
 
-    def home(connection: Any) -> str | None:
-        return find_target(rows_of(connection, address.dialect), address.dialect, address.schema, plain=True).schema
-
-    write(replace(address, schema=read(address, home)), "removing the tables", work)
+    home = read(address, lambda connection: _home(connection, address)[1])
+    write(replace(address, schema=home.schema), "removing the tables", work)
     return found
+
+
+def _home(connection: Any, address: DatabaseAddress) -> tuple[Homes, Target]:
+    """Where our own tables are, and the schema of those that are meant: where the search path leads to none, the only
+    one that has some.
+
+    Raises:
+        SchemaError: Several others have some.
+    """
+    homes = homes_on(connection, address)
+    shown = [Target(schema).shown() for schema in homes.schemas]
+    if homes.alone or homes.home.schema in homes.schemas or not shown:
+        return homes, homes.home
+    if len(shown) > 1:
+        raise SchemaError(
+            f"There are tables of kdb-fast in the schemas {', '.join(shown)}.",
+            remedy=f"Say which are meant: --state-schema {shown[0]}",
+        )
+    return homes, replace(homes.home, schema=homes.schemas[0])
 
 
 def _own_tables(rows: Rows, home: Target) -> list[str]:
@@ -92,8 +110,11 @@ def _own_tables(rows: Rows, home: Target) -> list[str]:
     return [name for (name,) in rows(OWN_TABLES[home.dialect], values)]
 
 
-def _left(rows: Rows, home: Target) -> list[str]:
-    left = [_vectors(definition, home) for definition in kept(rows, home)]
+def _left(rows: Rows, homes: Homes, home: Target) -> list[str]:
+    left = [_vectors(definition, home) for definition in homes.of(home)]
+    for schema in map(Target, homes.schemas):
+        if schema.schema != home.schema:
+            left.append(f"the tables of kdb-fast in the schema {schema.shown()}: --state-schema {schema.shown()}")
     index = replace(home, index=KDB_SEARCH)
     columns = columns_of(rows, index, (KDB_SEARCH.name,)).get(KDB_SEARCH.name, frozenset())
     if columns:

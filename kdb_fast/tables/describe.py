@@ -93,6 +93,7 @@ def describe(
     given: Given,
     kept: Sequence[Definition],
     *,
+    elsewhere: Sequence[tuple[Target, Definition]] = (),
     create: bool = False,
     read: Rows | None = None,
     from_file: bool = False,
@@ -104,7 +105,8 @@ def describe(
         dialect: Of that database.
         name: Of the target; '' for that of its table.
         given: What was asked for; what is kept is changed by it.
-        kept: All targets of the database.
+        kept: All targets whose state is kept beside this one's.
+        elsewhere: Those that are kept in other schemas, with where.
         create: The column of the vectors may be missing.
         read: Runs statements on the database that is read, where that is another.
         from_file: A file is read.
@@ -169,6 +171,9 @@ def describe(
         if not named:
             _check_same_source(read, dialect, before, wanted)
     _check_place(wanted, kept, dialect)
+    for home, other in elsewhere:
+        if _overlap(other, wanted, dialect):
+            raise _taken(wanted, other, f", which is kept in the schema {home.shown()},")
     return Described(wanted, before, as_kept, creates, tuple(changes(before, wanted)))
 
 
@@ -195,12 +200,16 @@ def find_kept(name: str, kept: Iterable[Definition], dialect: str) -> Definition
     return next((d for d in kept if d.name == name), None)
 
 
-def no_target(name: str, kept: Sequence[Definition]) -> SchemaError:
-    """The error for a name that no target has."""
-    names = sorted(definition.name for definition in kept)
+def no_target(name: str, kept: Sequence[Definition], hidden: Sequence[str] = ()) -> SchemaError:
+    """The error for a name that no target has.
+
+    Args:
+        hidden: What the role needs to see the targets that it may not read, a sentence for each schema.
+    """
+    names = sorted({definition.name for definition in kept})
     return SchemaError(
         f"There is no target {storable_key(name)}{or_nearest(name, names)}",
-        remedy="Describe it: kdb-fast reindex --table TABLE --text COLUMN --vector COLUMN.",
+        remedy=" ".join((*hidden, "Describe it: kdb-fast reindex --table TABLE --text COLUMN --vector COLUMN.")),
     )
 
 
@@ -338,7 +347,7 @@ def _is_gone(rows: Rows, dialect: Dialect, definition: Definition) -> bool:
 
 def _check_place(wanted: Definition, kept: Iterable[Definition], dialect: Dialect) -> None:
     """Raise SchemaError where another target has the same place: vectors of two would be mixed."""
-    schema, table, vector = _written(wanted, dialect)
+    schema, table, _ = _written(wanted, dialect)
     if table.startswith(RESERVED):
         raise SchemaError(
             f"{wanted.written} is KameleonDB's or kdb-fast's own table.", remedy="Name another: --into NAME."
@@ -348,21 +357,30 @@ def _check_place(wanted: Definition, kept: Iterable[Definition], dialect: Dialec
     for other in kept:
         if _folded(other.name, dialect) == _folded(wanted.name, dialect):
             continue
-        theirs = _written(other, dialect)
         if not wanted.into and _read(other, dialect) == _read(wanted, dialect) and wanted.vector in other.text:
             raise SchemaError(
                 f"{wanted.place_shown} is part of the text of the target {storable_key(other.name)}: its vectors "
                 "would be embedded.",
                 remedy=f"Name the text of that: kdb-fast reindex {command_word(other.name)} --text COLUMN",
             )
-        whole = bool(wanted.into or other.into)
-        if theirs[:2] == (schema, table) and (whole or theirs[2] == vector):
-            raise SchemaError(
-                f"{wanted.written}{'' if whole else f'.{wanted.vector}'} is written by the target "
-                f"{storable_key(other.name)} already.",
-                remedy=f"Run: kdb-fast reindex {command_word(other.name)}; or forget that target: "
-                f"kdb-fast targets drop {command_word(other.name)}",
-            )
+        if _overlap(other, wanted, dialect):
+            raise _taken(wanted, other)
+
+
+def _overlap(one: Definition, other: Definition, dialect: Dialect) -> bool:
+    """Whether the vectors of both have the same place: a column, or anything of a table of vectors."""
+    places = [_written(definition, dialect) for definition in (one, other)]
+    return places[0] == places[1] or (places[0][:2] == places[1][:2] and bool(one.into or other.into))
+
+
+def _taken(wanted: Definition, other: Definition, where: str = "") -> SchemaError:
+    whole = wanted.into or other.into
+    return SchemaError(
+        f"{wanted.written}{'' if whole else f'.{wanted.vector}'} is written by the target {storable_key(other.name)}"
+        f"{where} already.",
+        remedy=f"Run: kdb-fast reindex {command_word(other.name)}; or forget that target: "
+        f"kdb-fast targets drop {command_word(other.name)}",
+    )
 
 
 NAMES = frozenset({"table", "query", "filter", "key", "text", "template", "vector", "into", "source"})

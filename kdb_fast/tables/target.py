@@ -221,11 +221,15 @@ def find_target(
     if dialect == "sqlite":
         return Target(index=index)
     found = rows(_FIND, {"schema": schema, "index": index.name, "plain": plain})
+    if not found and schema is not None:
+        shown = Target(schema).shown()
+        raise SchemaError(
+            f"There is no schema {shown} for kdb-fast's own tables.",
+            remedy=f"Let the owner of the database run: CREATE SCHEMA {shown};",
+        )
     if not found:
         raise SchemaError(
-            "No schema of the session's search_path exists and may be used by this role."
-            if schema is None
-            else f"There is no schema {storable_key(schema)}.",
+            "No schema of the session's search_path exists and may be used by this role.",
             remedy="Create the schema, let its owner GRANT USAGE on it, or set another search_path.",
         )
     return Target(found[0][0], found[0][1], index)

@@ -7,26 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import poison_worker
 import pytest
 from commands import Commands
 from kameleon import close_kameleon, open_kameleon
 from openai_server import OpenAIServer
 from servers import Server, execute, role_name
-from table_commands import DESCRIBED, Table
+from table_commands import DESCRIBED, Table, stub_model
 
 import kdb_fast
 from kdb_fast.db.address import DatabaseAddress, parse_address, without_secrets
-from kdb_fast.embedding.models.lookup import Model
-from kdb_fast.engine import inline
-from kdb_fast.indexing import run_embedding
 from kdb_fast.indexing.tables import reindex_table
 from kdb_fast.receipt import TargetNames
 from kdb_fast.stores import targets
 from kdb_fast.tables.definition import Definition
-
-MODEL = Model("stub", Path(), "stub.onnx", 384, 512, "mean", True, ())
-
 
 in_a_file = pytest.mark.parametrize("index", ["sqlite"], indirect=True)
 """What is alike on both databases."""
@@ -41,8 +34,7 @@ def table(commands: Commands, index: DatabaseAddress) -> Iterator[Table]:
 @pytest.fixture
 def stubs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stub for the model, in the runs of this process."""
-    monkeypatch.setattr(run_embedding, "resolve", lambda *args, **options: MODEL)
-    monkeypatch.setattr(inline, "Encoder", poison_worker.StubEncoder)
+    stub_model(monkeypatch)
 
 
 Reindex = Callable[..., kdb_fast.Receipt]
@@ -66,7 +58,7 @@ def test_the_library_does_what_the_command_does(run: Reindex, table: Table) -> N
     assert run(name="articles").unchanged == 2
     assert table.json("reindex", "articles")["unchanged"] == 2
     table.check(1, 2)
-    (definition,) = targets.kept_in(table.address)[1]
+    ((_, definition),) = targets.kept_in(table.address).kept
     assert (definition.text, definition.model, definition.dimensions) == (("title", "body"), "stub", 384)
     assert kdb_fast.reindex_table is reindex_table
     with pytest.raises(kdb_fast.SchemaError, match="There is no target other"):
@@ -83,7 +75,7 @@ def test_all_columns_of_text_are_the_default_and_stay_those(run: Reindex, table:
     execute(table.address, "ALTER TABLE articles ADD COLUMN more text")
     execute(table.address, "UPDATE articles SET more = 'more'")
     assert run(name="articles").unchanged == 1
-    (definition,) = targets.kept_in(table.address)[1]
+    ((_, definition),) = targets.kept_in(table.address).kept
     assert definition.text == ("title", "body", "lang")
 
 
@@ -324,7 +316,7 @@ def test_a_server_makes_the_vectors_and_is_remembered(table: Table) -> None:
         table.add(3, "three")
         again = reindex_table(table.address, name="articles")
         assert (again.stored, again.model) == (1, "text-embedding-3-small")
-        (definition,) = targets.kept_in(table.address)[1]
+        ((_, definition),) = targets.kept_in(table.address).kept
         assert (definition.provider, definition.base_url) == ("openai", server.url)
         assert definition.dimensions == 64
 
@@ -339,6 +331,7 @@ def test_who_reads_kameleondbs_index_needs_no_right_on_targets(
         database, "SELECT ON kdb_fast_runs, kdb_fast_rejects, kdb_fast_migrations, kdb_fast_state"
     )
     assert "0 records indexed" in table.run("status", db=role)
-    assert "permission denied for table kdb_fast_targets" in table.run("targets", "list", db=role, code=4)
+    line = table.run("targets", "list", db=role, code=4)
+    assert f"GRANT SELECT ON public.kdb_fast_articles_state, public.kdb_fast_targets TO {role_name(role)};" in line
     line = table.run("reindex", *DESCRIBED, db=role, code=4)
     assert f"GRANT SELECT, INSERT, UPDATE, DELETE ON public.kdb_fast_targets TO {role_name(role)};" in line

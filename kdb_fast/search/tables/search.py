@@ -107,8 +107,7 @@ def search_table(
     Args:
         url: Of the database: ``postgresql://…``, ``sqlite:///file.db`` or ``embedded:DIR``.
         name: Of the target, as it is kept.
-        state_schema: PostgreSQL: the schema of kdb-fast's own tables, where the session's search path does not lead to
-            it.
+        state_schema: PostgreSQL: the schema of kdb-fast's own tables, where several have a target of this name.
 
     Others: see :class:`Question`.
 
