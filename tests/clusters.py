@@ -1,0 +1,394 @@
+"""A Ray cluster on this machine, made for tests: a head, and hosts that come, go, die and are cut off.
+
+Where that is allowed (root, with ``ip``), each host has a network namespace and an address of its own, and a bridge
+joins them: then a cable can be pulled. Elsewhere all share the machine's address; see :func:`no_networks`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+from servers import eventually
+
+NAME = re.compile(r"kf(\d+)c\d+")
+"""Of a cluster, from the number of its process. With a host's number behind it, it is a name of a network device still,
+which has at most 15 characters."""
+
+FOLDER = Path("/tmp")
+"""Where Ray's files go: the paths of its sockets may have 107 characters."""
+
+NETWORK = "198.18.{}.{}"
+"""Addresses that are set aside for tests of networks (RFC 2544), so nobody's own network is hidden."""
+
+ACCESS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+"""Who does not know this token is refused: without networks of their own hosts listen on the machine's address."""
+
+START_SECONDS = 60.0
+
+STORE_BYTES = 80_000_000
+"""Of each host's object store; Ray takes no less than 75 MB."""
+
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "4",
+    "RAY_num_prestart_python_workers": "0",
+}
+"""A host that does not answer is given up after some 6 s, not 30."""
+
+RAYS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Titles of processes that Ray has whether anybody uses it or not."""
+
+
+class Host:
+    """A raylet with its workers, and whatever else Ray starts beside it.
+
+    Attributes:
+        number: 0 for the head.
+        address: Its IP address.
+        pid: Of the process that ends all others of the host when it ends.
+    """
+
+    def __init__(self, number: int, address: str, process: subprocess.Popen[bytes], folder: Path) -> None:
+        self.number, self.address, self.process, self.folder = number, address, process, folder
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def processes(self) -> list[psutil.Process]:
+        """All of it that live."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self.pid)
+            return [root, *root.children(recursive=True)]
+        return []
+
+    def raylet(self) -> psutil.Process:
+        (found,) = [process for process in self.processes() if process.name() == "raylet"]
+        return found
+
+    def actors(self) -> list[psutil.Process]:
+        """Processes in which an actor of somebody's lives."""
+        return [process for process in self.processes() if is_actor(process)]
+
+
+def is_actor(process: psutil.Process) -> bool:
+    """Whether an actor of ours lives in the process, which Ray then names after its class."""
+    with contextlib.suppress(psutil.Error):
+        title = " ".join(process.cmdline()).strip()
+        return title.startswith("ray::") and not title.startswith(RAYS_OWN)
+    return False
+
+
+class Cluster:
+    """A head on an address of the bridge, with no CPU of its own, in the namespaces of the tests.
+
+    Args:
+        cpus: One host for each, with so many CPUs.
+        environment: Of all hosts, beside this process's own.
+        lost_after: Seconds after which a host that does not answer is given up.
+
+    Attributes:
+        address: Of the head, as ``RAY_ADDRESS`` has it.
+        client: The same for Ray's client: ``ray://HOST:PORT``.
+        hosts: Those that were added and not removed, without the head.
+    """
+
+    _numbers = itertools.count(1)
+
+    def __init__(
+        self,
+        cpus: Sequence[int] = (1, 1),
+        *,
+        environment: Mapping[str, str] | None = None,
+        lost_after: float = 6.0,
+    ) -> None:
+        sweep()
+        self.name = f"kf{os.getpid()}c{next(self._numbers)}"
+        self.folder = FOLDER / self.name
+        self.folder.mkdir(mode=0o755)
+        self.networks = not no_networks()
+        os.environ.update(ACCESS)  # of commands that use the cluster too
+        self._environment = {**os.environ, **SETTINGS, **(environment or {})}
+        self._environment["RAY_health_check_failure_threshold"] = str(round(lost_after / 1.5))
+        self._host_numbers = itertools.count(1)
+        self._started: list[subprocess.Popen[bytes]] = []
+        self.hosts: list[Host] = []
+        try:
+            self.head = self._start_head()
+            for count in cpus:  # they ask until the head answers
+                self._launch(count, {})
+            for host in (self.head, *self.hosts):
+                self._await(host)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- hosts -----------------------------------------------------------------------------------------
+
+    def add_host(self, cpus: int = 1, **environment: str) -> Host:
+        """A host joins; returns once the head knows it."""
+        host = self._launch(cpus, environment)
+        self._await(host)
+        return host
+
+    def remove_host(self, host: Host) -> None:
+        """A host leaves in order: it tells the head."""
+        host.process.send_signal(signal.SIGTERM)
+        self._gone(host)
+
+    def kill_raylet(self, host: Host) -> None:
+        """SIGKILL: its workers notice and end, and so does the rest of the host."""
+        host.raylet().kill()
+        self._gone(host)
+
+    def kill_actor(self, host: Host) -> bool:
+        """SIGKILL one actor of the host; False if there is none."""
+        for process in host.actors():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+                return True
+        return False
+
+    def cut(self, host: Host) -> None:
+        """Nothing passes to or from the host until :meth:`heal`, and nobody is told."""
+        assert self.networks, "cannot cut off what has no network of its own"
+        run("bridge", "link", "set", "dev", self._cable(host.number), "state", "0")
+
+    def heal(self, host: Host) -> None:
+        run("bridge", "link", "set", "dev", self._cable(host.number), "state", "3")
+
+    @contextlib.contextmanager
+    def cut_off(self, host: Host) -> Iterator[None]:
+        """Cut until the block ends."""
+        self.cut(host)
+        try:
+            yield
+        finally:
+            self.heal(host)
+
+    def nodes(self) -> dict[str, bool]:
+        """Of every host that ever was, by its address and Ray's id: whether the head takes it for alive."""
+        from ray._raylet import GcsClient
+
+        found = GcsClient(address=self.address).get_all_node_info(timeout=10)
+        return {f"{node.node_manager_address}/{node.node_id.hex()}": not node.state for node in found.values()}
+
+    def actors(self) -> list[psutil.Process]:
+        """Processes of actors on all hosts."""
+        return [process for process in processes_of(self.name) if is_actor(process)]
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of the cluster."""
+        return processes_of(self.name)
+
+    def logs(self) -> Iterator[Path]:
+        """Every file that Ray has written."""
+        for file in self.folder.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                yield file
+
+    def close(self) -> None:
+        """End all processes and remove the network and the files."""
+        clear(self.name)
+        for process in self._started:
+            process.wait(10)
+            if process.stdin is not None:
+                process.stdin.close()
+
+    # -- how -------------------------------------------------------------------------------------------
+
+    def _start_head(self) -> Host:
+        port, client = free_port(), free_port()
+        if not self.networks:
+            from ray.util import get_node_ip_address
+
+            self._shared = address = get_node_ip_address()  # what Ray makes of 127.0.0.1
+        else:
+            self._subnet = free_subnet()
+            address = NETWORK.format(self._subnet, 1)
+            run("ip", "link", "add", self.name, "type", "bridge")
+            run("ip", "addr", "add", f"{address}/24", "dev", self.name)
+            run("ip", "link", "set", self.name, "up")
+        self.address, self.client = f"{address}:{port}", f"ray://{address}:{client}"
+        ports = (f"--port={port}", f"--ray-client-server-port={client}")
+        options = ("--head", *ports, "--include-dashboard=false", "--num-cpus=0", f"--node-ip-address={address}")
+        return self._ray(0, address, options, self._environment, ())
+
+    def _launch(self, cpus: int, environment: Mapping[str, str]) -> Host:
+        number = next(self._host_numbers)
+        address = NETWORK.format(self._subnet, number + 1) if self.networks else self._shared
+        options = (f"--address={self.address}", f"--num-cpus={cpus}", f"--node-ip-address={address}")
+        # In its own network a host waits until it has a cable.
+        words = ("unshare", "--net", "sh", "-c", 'read -r go; exec "$@"', "sh") if self.networks else ()
+        host = self._ray(number, address, options, {**self._environment, **environment}, words)
+        self.hosts.append(host)
+        if self.networks:
+            self._plug_in(host)
+        return host
+
+    def _ray(
+        self, number: int, address: str, options: Sequence[str], environment: Mapping[str, str], words: Sequence[str]
+    ) -> Host:
+        folder = self.folder / str(number)
+        folder.mkdir()
+        common = ("--block", f"--temp-dir={folder}", f"--object-store-memory={STORE_BYTES}")
+        fewer = ("--include-log-monitor=false", "--dashboard-agent-listen-port=0")
+        ports = ("--min-worker-port=0", "--max-worker-port=0")
+        die = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
+        with open(folder / "start.log", "wb") as log:
+            process = subprocess.Popen(
+                [*words, *die, sys.executable, "-m", "ray.scripts.scripts", "start", *options, *common, *fewer, *ports],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=dict(environment),
+                start_new_session=True,
+                cwd=folder,
+            )
+        self._started.append(process)
+        return Host(number, address, process, folder)
+
+    def _plug_in(self, host: Host) -> None:
+        cable = self._cable(host.number)
+        eventually(lambda: _network_of(host.pid) != _network_of(os.getpid()))
+        run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(host.pid))
+        run("ip", "link", "set", cable, "master", self.name, "up")
+        inside = ("nsenter", f"--net=/proc/{host.pid}/ns/net", "ip")
+        run(*inside, "link", "set", "lo", "up")
+        run(*inside, "addr", "add", f"{host.address}/24", "dev", "eth0")
+        run(*inside, "link", "set", "eth0", "up")
+        assert host.process.stdin is not None
+        host.process.stdin.write(b"go\n")
+        host.process.stdin.flush()
+
+    def _cable(self, number: int) -> str:
+        return f"{self.name}h{number}"
+
+    def _await(self, host: Host) -> None:
+        """Until the head knows the host, and Ray's own start has said so."""
+        started = host.folder / "start.log"
+
+        def ready() -> bool:
+            text = started.read_text(errors="replace")
+            assert host.process.poll() is None, text
+            return "Ray runtime started" in text
+
+        eventually(ready, START_SECONDS)
+
+    def _gone(self, host: Host) -> None:
+        host.process.wait(30)
+        self.hosts.remove(host)
+
+
+# -- what is left ------------------------------------------------------------------------------------------
+
+
+def processes_of(name: str) -> list[psutil.Process]:
+    """Living processes of the cluster of this name."""
+    return [process for process, owner in _all_processes() if owner == name]
+
+
+def _all_processes() -> Iterator[tuple[psutil.Process, str]]:
+    """Every living process of a cluster, with the cluster's name. They are known by their directory: Ray gives workers
+    titles that cover their environment, and some outlive their parent."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            directory = Path(process.cwd())
+            if directory.is_relative_to(FOLDER) and process.status() != psutil.STATUS_ZOMBIE:
+                name = directory.relative_to(FOLDER).parts[:1]
+                if name and NAME.fullmatch(name[0]):
+                    yield process, name[0]
+
+
+def devices() -> Iterator[tuple[str, str]]:
+    """Every network device of a cluster, with the cluster's name."""
+    with contextlib.suppress(FileNotFoundError):
+        for device in os.listdir("/sys/class/net"):
+            if found := NAME.match(device):
+                yield device, found[0]
+
+
+def clear(name: str) -> None:
+    """Remove whatever there is of a cluster."""
+
+    def none_is_left() -> bool:
+        left = processes_of(name)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        return not left
+
+    eventually(none_is_left)
+    for device, owner in devices():
+        if owner == name:
+            run("ip", "link", "delete", device, check=False)
+    shutil.rmtree(FOLDER / name, ignore_errors=True)
+
+
+def sweep() -> None:
+    """Remove what clusters have left whose process was killed."""
+    names = {name for _, name in _all_processes()} | {name for _, name in devices()} | set(os.listdir(FOLDER))
+    for name in names:
+        if (found := NAME.fullmatch(name)) and not psutil.pid_exists(int(found[1])):
+            clear(name)
+
+
+# -- the machine -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def no_networks() -> str:
+    """Why hosts cannot have networks of their own here; empty where they can."""
+    if missing := [word for word in ("ip", "bridge", "unshare", "nsenter") if shutil.which(word) is None]:
+        return f"no program {missing[0]}"
+    if run("unshare", "--net", "true", check=False):
+        return "no network namespaces for this user"
+    device = f"kf{os.getpid()}c0"
+    if run("ip", "link", "add", device, "type", "bridge", check=False):
+        return "no bridges for this user"
+    run("ip", "link", "delete", device)
+    return ""
+
+
+def run(*command: str, check: bool = True) -> int:
+    """Its exit code; with ``check`` it must be 0."""
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert not check or done.returncode == 0, (command, done.stderr)
+    return done.returncode
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def free_subnet() -> int:
+    """The last number but one of addresses that no device of this machine has."""
+    taken = {address.address for group in psutil.net_if_addrs().values() for address in group}
+    for number in range(256):
+        subnet = (os.getpid() + number) % 256
+        if NETWORK.format(subnet, 1) not in taken:
+            return subnet
+    raise AssertionError("256 clusters")
+
+
+def _network_of(pid: int) -> str:
+    return os.readlink(f"/proc/{pid}/ns/net")
