@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .embedding.providers.fastembed import FastEmbedProvider
     from .embedding.providers.openai.provider import OpenAIProvider
     from .errors import (
+        ClusterError,
         DatabaseError,
         KdbFastError,
         LockedError,
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 telemetry.turn_off()  # here, since it must come before the libraries that report their use
 
 __all__ = [
+    "ClusterError",
     "DatabaseError",
     "EmbeddingProvider",
     "EmbeddingResult",

@@ -11,6 +11,7 @@ KdbFastError                70  internal error: a defect of kdb-fast
 │   ├── SchemaError          4  a table, column, extension or right is not what it must be
 │   └── ModelError           4  a model is missing, damaged or unfit
 ├── DatabaseError            5  the database cannot be reached or was lost
+├── ClusterError             5  the Ray cluster cannot be reached, or has no host left
 ├── LockedError              6  another run holds the index
 ├── ResourceError            7  disk, memory, shared memory or processes ran out
 │   └── ProviderError        7  an embedding provider cannot be reached, has no quota left, or answers wrongly
@@ -120,6 +121,12 @@ class ModelError(RefusedError):
 
 class DatabaseError(KdbFastError):
     """The database cannot be reached, or the connection was lost for good."""
+
+    exit_code = 5
+
+
+class ClusterError(KdbFastError):
+    """The Ray cluster cannot be reached, or has had no host that can embed for as long as the run may wait."""
 
     exit_code = 5
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .accounting import Fate
@@ -51,6 +51,37 @@ class Phases:
     embed: float = 0.0
     write: float = 0.0
     index: float = 0.0
+
+
+@dataclass(frozen=True)
+class HostShare:
+    """What a host of a cluster has done in a run.
+
+    Attributes:
+        name: Its host name and address.
+        cpus: Of it that embed; 0 once it takes no part any more.
+        records: Texts that were embedded there, and their tokens.
+        deaths: Of embedding processes there, those that had to go with their host left out.
+        left_out: Why it takes no part; '' while it does.
+    """
+
+    name: str
+    cpus: int = 0
+    records: int = 0
+    tokens: int = 0
+    deaths: int = 0
+    left_out: str = ""
+
+    def after(self, before: HostShare | None) -> HostShare:
+        """This with what the host had done before."""
+        if before is None:
+            return self
+        return replace(
+            self,
+            records=self.records + before.records,
+            tokens=self.tokens + before.tokens,
+            deaths=self.deaths + before.deaths,
+        )
 
 
 @dataclass(frozen=True)
@@ -106,6 +137,7 @@ class Receipt:
         fingerprint: Differs as soon as anything differs that has a part in the vectors.
         document_prefix: What the model has read before each text.
         workers: Embedding processes, or requests in flight; 0 where this process embedded.
+        hosts: Those of the cluster; empty for a run on one machine.
         plan: Processes and memory, in words; ``flush_size`` those of a flush.
         flushes: Transactions that have written.
         bytes_written: Of texts and vectors.
@@ -146,6 +178,7 @@ class Receipt:
     fidelity: Fidelity | None = None
     fingerprint: str = ""
     workers: int = 0
+    hosts: tuple[HostShare, ...] = ()
     plan: str = ""
     flushes: int = 0
     flush_size: str = ""
@@ -180,6 +213,7 @@ class Receipt:
             if known.get(name) is not None:
                 known[name] = kind(**_with_tuples(_known(kind, known[name])))
         known["warnings"] = tuple(known.get("warnings", ()))
+        known["hosts"] = tuple(HostShare(**_known(HostShare, host)) for host in known.get("hosts", ()))
         return Receipt(**known)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ DEFAULT_BATCH_SIZE = 100
 MAX_BATCH_SIZES = {"fastembed": 1000, "openai": 2048}
 """Upper limit of ``--batch-size`` by provider: the specification's table."""
 MAX_WORKERS = 256
+MAX_CLUSTER_WORKERS = 16_384
+"""Of a cluster: one CPU each."""
 PRECISIONS = ("fp32", "bf16", "int8", "auto")
 LEAST_CHUNK = 32
 """Least ``--chunk``: tokens of a piece, of which some are the model's special ones."""
@@ -24,6 +27,8 @@ INDEX_POLICIES = ("keep", "defer", "concurrently", "none")
 PATIENCE_SECONDS = 60.0
 """How long a database that went away is waited for: longer than a restart, shorter than a person's patience.
 Environment: ``KDB_FAST_PATIENCE``."""
+
+_CLUSTER = re.compile(r"(ray://)?[^/\s@]+:\d+")
 
 SILENCE_SECONDS = 20.0
 """Silence after which a server is asked whether it still works. Environment: ``KDB_FAST_SILENCE``."""
@@ -153,7 +158,8 @@ class ReindexOptions:
         model_path: Directory of a model to use instead of looking ``model`` up.
         batch_size: Most rows in one model run (1 to 1,000) or request (openai: to 2,048). A cap: batches also obey
             a token budget.
-        workers: Number of embedding processes; None means one for each CPU this process may use.
+        workers: Number of embedding processes; None means one for each CPU this process may use, or the cluster has.
+        cluster: Ray cluster whose CPUs embed: ``auto``, ``ray://HOST:PORT`` or HOST:PORT; None for this machine.
         force: Embed every record, also those whose text and model are unchanged.
         limit: Read at most this many records.
         wait: Seconds to wait for another run to end; 0 refuses at once.
@@ -189,6 +195,7 @@ class ReindexOptions:
     overlap: int = 0
     document_prefix: str = ""
     index: str | None = None
+    cluster: str | None = None
 
     def __post_init__(self) -> None:
         if self.index is not None and self.index not in INDEX_POLICIES:
@@ -222,8 +229,13 @@ class ReindexOptions:
         most = MAX_BATCH_SIZES[self.provider]
         if not 1 <= self.batch_size <= most:
             raise UsageError(f"--batch-size is {self.batch_size}; expected 1 to {most:,} with {self.provider}.")
-        if self.workers is not None and not 1 <= self.workers <= MAX_WORKERS:
-            raise UsageError(f"--workers is {self.workers}; expected 1 to {MAX_WORKERS}.")
+        most_workers = MAX_CLUSTER_WORKERS if self.cluster else MAX_WORKERS
+        if self.workers is not None and not 1 <= self.workers <= most_workers:
+            raise UsageError(f"--workers is {self.workers}; expected 1 to {most_workers:,}.")
+        if self.cluster is not None and self.provider != "fastembed":
+            raise UsageError(f"--cluster is for models on its hosts, not for {self.provider}.")
+        if self.cluster is not None and self.cluster != "auto" and not _CLUSTER.fullmatch(self.cluster):
+            raise UsageError(f"--cluster is {self.cluster!r}; expected auto, ray://HOST:10001 or HOST:6379.")
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit is {self.limit}; expected 1 or more.")
         check_prefix("document", self.document_prefix)

@@ -72,6 +72,7 @@ class Lines(Progress):
         self._estimate = Estimate(None)
         self._last = 0.0
         self._sampled = 0.0
+        self._hosts = ""
 
     def _print(self, text: str) -> None:
         print(storable_key(text, SHOWN_CHARS), file=self._stream, flush=True)
@@ -84,6 +85,9 @@ class Lines(Progress):
 
     def plan(self, text: str) -> None:
         self._print(f"plan: {text}")
+
+    def hosts(self, text: str) -> None:
+        self._hosts = f" on {text}"
 
     def begin(self, records: int | None) -> None:
         self._estimate = Estimate(records)
@@ -101,7 +105,7 @@ class Lines(Progress):
         left = self._estimate.seconds_left(counts)
         total = f" of about {self._estimate.records:,}" if self._estimate.records is not None else ""
         self._print(
-            f"{counts.accounted:,}{total} records, {records_rate:,.0f}/s, {tokens_rate:,.0f} tokens/s"
+            f"{counts.accounted:,}{total} records, {records_rate:,.0f}/s, {tokens_rate:,.0f} tokens/s{self._hosts}"
             + (f", about {clock(left)} left" if left is not None else "")
         )
 
@@ -139,6 +143,9 @@ class Bar(Progress):
 
     def plan(self, text: str) -> None:
         self._rich.console.print(f"plan: {storable_key(text, SHOWN_CHARS)}", style="dim", markup=False)
+
+    def hosts(self, text: str) -> None:
+        self._rich.update(self._task, description=f"reindexing on {text}")
 
     def begin(self, records: int | None) -> None:
         self._estimate = Estimate(records)

@@ -15,6 +15,7 @@ from .console import command_line
 from .groups import GroupedCommand, group
 from .options import (
     RunArguments,
+    cluster_option,
     database_option,
     dimensions_option,
     max_rejects_option,
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
             help="Least mean cosine with fp32. [default: int8 0.997, bf16 0.9999]",
         ),
     ),
+    cluster_option,
     click.option("--force", is_flag=True, help="Embed every record, also the unchanged ones."),
     click.option("--limit", type=int, help="Read at most so many records."),
     max_rejects_option,
@@ -90,6 +92,7 @@ def reindex_command(
     fields: tuple[str, ...],
     precision: str | None,
     min_fidelity: float | None,
+    cluster: str | None,
     force: bool,
     limit: int | None,
     max_rejects: str,
@@ -111,6 +114,7 @@ def reindex_command(
         entities=names,
         precision=precision or "fp32",
         min_fidelity=min_fidelity,
+        cluster=cluster,
         force=force,
         limit=limit,
         wait=wait,

@@ -110,8 +110,24 @@ def opened_database(url: str | None, *, reads: bool = False) -> Iterator[Databas
 batch_size_option: Option = click.option(
     "--batch-size", default=DEFAULT_BATCH_SIZE, show_default=True, help="Most rows of one model run."
 )
+
+
+class _Workers(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.3
+    """A number, or ``all``: None, as where the option is left out."""
+
+    name = "N|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        return None if value == "all" else click.INT.convert(value, param, ctx)
+
+
 workers_option: Option = click.option(
-    "--workers", type=int, help="Embedding processes. Default: one for each CPU this process may use."
+    "--workers", type=_Workers(), help="Embedding processes. Default: all, one for each CPU this process may use."
+)
+cluster_option: Option = click.option(
+    "--cluster",
+    metavar="ADDRESS",
+    help="Embed on the CPUs of a Ray cluster: auto, ray://HOST:10001 or HOST:6379; --workers limits how many.",
 )
 no_progress_option: Option = click.option("--no-progress", is_flag=True, help="Print no progress.")
 max_rejects_option: Option = click.option(

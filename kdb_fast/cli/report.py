@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..receipt import InsertReceipt, Receipt, Retried
+from ..receipt import HostShare, InsertReceipt, Receipt, Retried
 from ..records import storable_key
 from ..tables.target import Target
 from .bars import clock
@@ -61,6 +61,7 @@ def print_receipt(receipt: Receipt, database: str) -> None:
                        f"padding {padding:.1%})")
         )  # fmt: skip
         rows.append(("plan", receipt.plan))
+    rows += [("host", _host(share)) for share in receipt.hosts]
     rows.append(("model", f"{receipt.model}, {receipt.dimensions} dimensions, {receipt.precision}, "
                           f"fingerprint {receipt.fingerprint}"))  # fmt: skip
     if receipt.document_prefix:
@@ -87,6 +88,14 @@ def print_receipt(receipt: Receipt, database: str) -> None:
 def _with_schema(database: str, schema: str | None) -> str:
     """The address and the schema, where it is not the one that everybody expects."""
     return database if schema in (None, "public") else f"{database}, schema {Target(schema).shown()}"
+
+
+def _host(share: HostShare) -> str:
+    """What a host of a cluster has done."""
+    text = f"{share.name}: {share.records:,} texts, {share.tokens:,} tokens"
+    if share.deaths:
+        text += f", {share.deaths} processes died"
+    return f"{text}; {share.left_out}" if share.left_out else text
 
 
 def _lost(receipt: Receipt) -> str:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from ..ipc.messages import Answer, Embedded, Request
 from ..ipc.slab import Slab
+from ..receipt import HostShare
 from . import child_processes
 from .child_processes import Children
 from .sharding import SHARD_CHARS
@@ -85,12 +86,14 @@ class Pool(Part):
     Attributes:
         workers: How many slots are embedded at the same time; 0 in this process.
         shard_chars: Most characters of a shard that are read.
+        hosts: What each host of a cluster has done.
         full_shards: Whether a shard that is not full waits for more rows, because a small one costs as much.
     """
 
     workers: int
     shard_chars = SHARD_CHARS
     full_shards = False
+    hosts: tuple[HostShare, ...] = ()
 
     @abstractmethod
     def embed(self, slot: int, lease: int, rows: int) -> None:

@@ -52,9 +52,9 @@ class Child:
         since: Since when it owes an answer: when it was started, given work, or answered last.
     """
 
-    def __init__(self, name: str, target: Callable[..., None], arguments: Any, *, credentials: bool) -> None:
+    def __init__(self, name: str, target: Callable[..., None], arguments: Any, **environment: Any) -> None:
         self.name = name
-        self.process, self.connection, self.stderr = spawn(name, target, arguments, credentials=credentials)
+        self.process, self.connection, self.stderr = spawn(name, target, arguments, **environment)
         self.ready = self.ended = False
         self.since = time.monotonic()
         self.stopped_since: float | None = None
@@ -140,14 +140,20 @@ class Children:
         _OPEN.add(self)
 
     def start(
-        self, name: str, target: Callable[..., None], arguments: Callable[[], tuple[Any, ...]], *, credentials: bool
+        self,
+        name: str,
+        target: Callable[..., None],
+        arguments: Callable[[], tuple[Any, ...]],
+        *,
+        credentials: bool,
+        variables: tuple[str, ...] = (),
     ) -> Child:
         """Start one; see :func:`~kdb_fast.ipc.spawning.spawn`. It may be given work before it is ready.
 
         Raises:
             ResourceError: The system refuses another process.
         """
-        child = Child(name, target, arguments, credentials=credentials)
+        child = Child(name, target, arguments, credentials=credentials, variables=variables)
         self._living.append(child)
         return child
 

@@ -50,6 +50,8 @@ def make_plan(
     model_bytes: int,
     shard_rows: int | None = None,
     token_budget: int = TOKEN_BUDGET,
+    why: str = "--workers",
+    growth: int = 1,
 ) -> Plan:
     """Choose workers and slots for this machine.
 
@@ -58,6 +60,8 @@ def make_plan(
         dimensions: Length of a vector.
         model_bytes: Memory that the model's files take in every worker.
         token_budget: Of the encoder's batches.
+        why: Where ``workers`` comes from.
+        growth: So many times as many workers may join during the run.
         shard_rows: Rows of a slot; None for SHARD_ROWS. Of larger ones there are fewer.
     """
     reasons: list[str] = []
@@ -76,9 +80,9 @@ def make_plan(
             why = f"{by_cpu} CPU{'s' if by_cpu > 1 else ''} usable"
         reasons.append(f"{workers} worker{'s' if workers > 1 else ''} × 1 thread ({why})")
     else:
-        reasons.append(f"{workers} worker{'s' if workers > 1 else ''} × 1 thread (--workers)")
+        reasons.append(f"{workers} worker{'s' if workers > 1 else ''} × 1 thread ({why})")
     rows = shard_rows or SHARD_ROWS
-    wanted = max(2 * workers + 2, (3 * workers + FLUSH_SLOTS) * SHARD_ROWS // max(rows, SHARD_ROWS))
+    wanted = max(2 * workers + 2, (3 * growth * workers + FLUSH_SLOTS) * SHARD_ROWS // max(rows, SHARD_ROWS))
     one = SlabShape(1, rows, dimensions).slot_bytes
     slots = max(2 * workers + 2, min(wanted, memory // MEMORY_FOR_SLAB // one))
     limited = "" if slots == wanted else ", limited by memory"

@@ -16,9 +16,6 @@ from .base import Event, Note, Pool
 from .child_processes import Child, Children
 from .shard_queue import ShardQueue
 
-HANG_SECONDS = 60.0
-"""A shard without an answer for so long (or 30 times the slowest so far) belongs to a worker that hangs."""
-
 
 class ProcessPool(Pool):
     """Worker processes, started at once; work may be given before they are ready.
@@ -74,7 +71,7 @@ class ProcessPool(Pool):
                         events.append(filled)
                 elif isinstance(message, Ready):
                     self._queue.started()
-            limit = max(HANG_SECONDS, 30 * self._queue.slowest)
+            limit = self._queue.hang_seconds
             if child.ended:
                 events += self._lost(child)
             elif note := self._children.check(child, owes=bool(self._queue.tasks_of(child)), limit=limit):

@@ -28,18 +28,31 @@ POISON_TRIES = 3
 LEAST_DEATHS = 5
 """So many deaths in a row are chance, whatever the number of workers; beyond three of each it is not."""
 
+HANG_SECONDS = 60.0
+"""A task without an answer for so long (or 30 times the slowest so far) belongs to a worker that hangs."""
+
 Worker = TypeVar("Worker", bound=Hashable)
 
 
 @dataclass(eq=False)
 class Task:
-    """Rows of a slot for one worker; ``deaths`` counts workers that died while they worked on it."""
+    """Rows of a slot for one worker.
+
+    Attributes:
+        deaths: Workers that died while they worked on it.
+        holders: Workers that have it: one, or two after :meth:`ShardQueue.lend`.
+        done: It is answered for; a second holder's answer will be dropped.
+        since: When it was given out, for a pool that lends.
+    """
 
     slot: int
     lease: int
     start: int
     stop: int
     deaths: int = 0
+    holders: int = 0
+    done: bool = False
+    since: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -50,9 +63,10 @@ class Task:
 class ShardQueue(Generic[Worker]):
     """Which rows wait, and which are with which worker.
 
-    Every row that was added and is not answered for is in exactly one task, and that task either waits or is with one
-    worker. So no two workers ever write to the same rows, provided that :meth:`take_back` is called for a worker only
-    once it cannot write any more, and no row is lost when workers die.
+    Every row that was added and is not answered for is in exactly one task, and that task either waits or is with a
+    worker. So no row is lost when workers die, and no two workers ever write to the same rows, provided that
+    :meth:`take_back` is called for a worker only once it cannot write any more. Workers that write to memory of their
+    own may also be lent what another has: the first answer counts.
 
     Args:
         blocks: What the numbers of slots stand for; texts that are given up are marked there.
@@ -95,17 +109,47 @@ class ShardQueue(Generic[Worker]):
                     return
                 tasks = self._given.setdefault(worker, deque())
                 if len(tasks) < depth:
-                    tasks.append(self._waiting.popleft())
+                    self._hand(worker, self._waiting.popleft())
                     yield worker, tasks[-1]
 
+    def _hand(self, worker: Worker, task: Task) -> None:
+        self._given.setdefault(worker, deque()).append(task)
+        task.holders += 1
+
+    def lend(self, worker: Worker, task: Task) -> None:
+        """Give a worker what another one has and may not answer for long."""
+        self._hand(worker, task)
+
+    @property
+    def hang_seconds(self) -> float:
+        """After so long without an answer a worker hangs."""
+        return max(HANG_SECONDS, 30 * self.slowest)
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is a task that no worker has."""
+        return bool(self._waiting)
+
+    def unanswered(self) -> Iterator[Task]:
+        """Tasks that workers have and have not answered; one that was lent comes twice."""
+        return (task for tasks in self._given.values() for task in tasks if not task.done)
+
+    def task_of(self, worker: Worker, answer: Embedded) -> Task | None:
+        """The task of a worker that an answer is about; None for a lease that is over."""
+        asked = answer.lease, answer.start, answer.stop
+        return next((task for task in self.tasks_of(worker) if (task.lease, task.start, task.stop) == asked), None)
+
     def answered(self, worker: Worker, answer: Embedded) -> SlotFilled | None:
-        """A worker has finished its first task. Returns the slot if that was its last part."""
-        tasks = self._given.get(worker)
-        # A lease that is over has nothing to be answered for.
-        if not tasks or tasks[0].lease != answer.lease:
+        """A worker has finished a task. Returns the slot if that was its last part."""
+        task = self.task_of(worker, answer)
+        if task is None:
             return None
-        tasks.popleft()
+        self._given[worker].remove(task)
+        task.holders -= 1
         self.deaths_in_a_row = 0
+        if task.done:
+            return None
+        task.done = True
         self.slowest = max(self.slowest, answer.seconds)
         return self._complete(answer)
 
@@ -147,7 +191,7 @@ class ShardQueue(Generic[Worker]):
         Where nothing was embedded yet it is rather the model that ends every process.
         """
         has_embedded = self.slowest > 0.0
-        tasks = [*self._waiting, *(task for tasks in self._given.values() for task in tasks)]
+        tasks = [*self._waiting, *self.unanswered()]
         return any(t.deaths >= 2 or (t.deaths and (has_embedded or t.rows == 1)) for t in tasks)
 
     def take_back(self, worker: Worker, *, ready: bool) -> list[SlotFilled]:
@@ -161,7 +205,12 @@ class ShardQueue(Generic[Worker]):
         """
         filled = []
         for position, task in enumerate(self._given.pop(worker, ())):
-            if position or not ready:
+            task.holders -= 1
+            if task.done:
+                continue
+            if task.holders:
+                task.deaths += ready and not position
+            elif position or not ready:
                 self._waiting.appendleft(task)
             elif done := self._after_a_death(task):
                 filled.append(done)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..db.address import DatabaseAddress
 from ..embedding.encoder import EncoderSpec
@@ -12,6 +12,7 @@ from ..ipc.slab import Slab, SlabShape
 from ..stores.base import RunSpec, Store
 from .base import Engine
 from .child_processes import Children
+from .cluster.messages import ClusterSpec, Survey
 from .inline import InlinePool, InlineWriter
 from .process_pool import ProcessPool
 from .writer_process import WriterProcess
@@ -49,6 +50,40 @@ def with_provider(
         return Engine(slab, ApiPool(slab, provider, threads=threads), writer, children)
 
 
+def with_cluster(
+    cluster: ClusterSpec,
+    spec: EncoderSpec,
+    address: DatabaseAddress,
+    run: RunSpec,
+    *,
+    shape: Callable[[Survey], SlabShape],
+    on_hosts: Callable[[str], None],
+) -> Engine:
+    """The CPUs of a Ray cluster; the writer is a process here as always.
+
+    Args:
+        shape: Chooses the slots once it is known what the cluster has.
+        on_hosts: Called with what takes part, in words, whenever that changes.
+
+    Raises:
+        ClusterError: There is no such cluster, or no host of it can embed.
+        ResourceError: No shared memory, or no process, is to be had.
+        MissingPackageError: Ray is not installed.
+    """
+    from .ray_pool import RayPool
+
+    children = Children()
+    try:
+        pool = RayPool(children, cluster, spec, on_hosts)
+        with _parts(shape(pool.survey), children) as (slab, _):
+            writer = WriterProcess(children, slab, address, run)
+            pool.use(slab)
+            return Engine(slab, pool, writer, children)
+    except BaseException:
+        children.close(kill=True)
+        raise
+
+
 def in_this_process(shape: SlabShape, spec: EncoderSpec, store: Store, run: RunSpec) -> Engine:
     """Everything in this process."""
     slab = Slab.local(shape)
@@ -74,9 +109,9 @@ def workers_alone(
 
 
 @contextlib.contextmanager
-def _parts(shape: SlabShape) -> Iterator[tuple[Slab, Children]]:
+def _parts(shape: SlabShape, children: Children | None = None) -> Iterator[tuple[Slab, Children]]:
     """What processes need; given back if something of the block cannot be started."""
-    slab, children = Slab.create(shape), Children()
+    slab, children = Slab.create(shape), children or Children()
     try:
         yield slab, children
     except BaseException:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 
 from ..db.address import DatabaseAddress
+from ..embedding.encoder import EncoderSpec
 from ..engine.base import Engine
 from ..engine.plan import INLINE_ROWS, Plan, inline_shape, make_plan
 from ..ipc.row_block import ROW_REASONS, ROW_WORKER_DIED
-from ..settings import ReindexOptions
+from ..ipc.slab import SlabShape
+from ..settings import ReindexOptions, patience_seconds
 from ..stores.base import RunSpec, Store
 from .progress import Progress
 from .run_embedding import Embedding
@@ -64,6 +66,10 @@ class EngineFactory:
             return self.engine
         spec = embedding.spec
         assert spec is not None
+        if options.cluster is not None and (rows or more):
+            self.engine = self._on_cluster(options.cluster, spec, before)
+            self.seconds = time.monotonic() - began
+            return self.engine
         plan = make_plan(
             workers=options.workers,
             dimensions=embedding.dimensions,
@@ -83,6 +89,36 @@ class EngineFactory:
             )
         self.seconds = time.monotonic() - began
         return self.engine
+
+    def _on_cluster(self, cluster: str, spec: EncoderSpec, before: str) -> Engine:
+        """The CPUs of a cluster, of which the plan is made when it is known what it has."""
+        from ..engine import start
+        from ..engine.cluster.messages import ClusterSpec, Survey
+
+        most = self._options.workers
+
+        def shape(survey: Survey) -> SlabShape:
+            plan = make_plan(
+                workers=min(survey.cpus, most or survey.cpus),
+                dimensions=self._embedding.dimensions,
+                model_bytes=0,
+                token_budget=spec.token_budget,
+                why=survey.describe(),
+                growth=1 if most else 2,
+            )
+            self.plan = plan.because(self._embedding.why) if self._embedding.why else plan
+            self._progress.plan(self.plan.describe() + before)
+            return self.plan.shape
+
+        self._progress.step(f"asking the cluster at {cluster}")
+        return start.with_cluster(
+            ClusterSpec(cluster, str(self._run.number), most, patience_seconds()),
+            spec,
+            self._address,
+            self._run,
+            shape=shape,
+            on_hosts=self._progress.hosts,
+        )
 
     def _may_be_deadly(self) -> bool:
         """Whether a text has ended its process in an earlier run, or may have: it must not end this one."""

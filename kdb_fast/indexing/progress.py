@@ -30,6 +30,9 @@ class Progress(ABC):
     def update(self, counts: Counts) -> None:
         """Called very often; must return quickly."""
 
+    def hosts(self, text: str) -> None:  # noqa: B027 - for a run on a cluster
+        """What of a cluster takes part now, such as ``2 hosts, 32 CPUs``."""
+
     def close(self) -> None:  # noqa: B027 - most have nothing to take away
         """Take the bar away."""
 

@@ -59,6 +59,10 @@ def reindex(
     """
     if (isinstance(target, TableTarget) and target.chunked) != bool(options.chunk):
         raise UsageError("Pieces of texts (--chunk) need a table of vectors with a row for each, and that needs them.")
+    if options.cluster is not None:
+        from ..engine.cluster.ray_cluster import check_installed
+
+        check_installed()
     progress = progress or Silent()
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -257,6 +261,7 @@ class _Run:
             fidelity=self.embedding.fidelity,
             fingerprint=run.fingerprint,
             workers=engine.pool.workers if engine else 0,
+            hosts=engine.pool.hosts if engine else (),
             plan=plan.describe() if plan else "in this process",
             flushes=counts.flushes,
             flush_size=flush,

@@ -41,6 +41,7 @@ class RunOptions(TypedDict, total=False):
     wait: float
     max_rejects: RejectLimit
     min_fidelity: float | None
+    cluster: str | None
 
 
 class Writing(TypedDict):

@@ -33,6 +33,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import reduction, shared_memory
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -206,6 +207,18 @@ class Slab:
         """What a spawned child needs to attach. Only valid while a child is being started."""
         return SlabHandle(self.shape, reduction.DupFd(self._fd) if self._fd is not None else None, self._name)
 
+    def send(self, connection: Connection, pid: int) -> None:
+        """Let a child that is running already attach, by :meth:`receive`."""
+        connection.send((self.shape, self._name))
+        if self._fd is not None:
+            reduction.send_handle(connection, self._fd, pid)
+
+    @staticmethod
+    def receive(connection: Connection) -> Slab:
+        """The slab that the parent sends to this process."""
+        shape, name = connection.recv()
+        return _attach(shape, reduction.recv_handle(connection) if name is None else None, name)
+
     def close(self) -> None:
         """Give the memory back once no process uses it. Views must not be used afterwards."""
         if self._fd is not None:
@@ -222,12 +235,15 @@ class SlabHandle(NamedTuple):
     name: str | None
 
     def attach(self) -> Slab:
-        if self.fd is not None:
-            fd = self.fd.detach()
-            buffer = mmap.mmap(fd, self.shape.total_bytes)
-            os.close(fd)
-            return Slab(self.shape, buffer, None, None, None)
-        segment = shared_memory.SharedMemory(name=self.name)
-        slab = Slab(self.shape, segment.buf, None, None, None)
-        slab._keep_attached = segment  # type: ignore[attr-defined]
-        return slab
+        return _attach(self.shape, self.fd.detach() if self.fd is not None else None, self.name)
+
+
+def _attach(shape: SlabShape, fd: int | None, name: str | None) -> Slab:
+    if fd is not None:
+        buffer = mmap.mmap(fd, shape.total_bytes)
+        os.close(fd)
+        return Slab(shape, buffer, None, None, None)
+    segment = shared_memory.SharedMemory(name=name)
+    slab = Slab(shape, segment.buf, None, None, None)
+    slab._keep_attached = segment  # type: ignore[attr-defined]
+    return slab

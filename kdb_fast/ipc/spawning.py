@@ -36,6 +36,7 @@ def spawn(
     *,
     credentials: bool,
     threads: int = 1,
+    variables: tuple[str, ...] = (),
 ) -> tuple[Any, Connection, int]:
     """Start a process.
 
@@ -45,6 +46,7 @@ def spawn(
         arguments: Makes the arguments; called while the process is being spawned, as shared memory needs it.
         credentials: Whether the child sees this process's whole environment.
         threads: Threads that NumPy may use in a child without credentials.
+        variables: What such a child sees of the environment beside WORKER_ENVIRONMENT.
 
     Returns:
         The process, our end of the pipe, and the descriptor of the file that takes its stderr; both are to be closed.
@@ -62,7 +64,7 @@ def spawn(
         daemon=True,
     )
     try:
-        with _spawning(credentials, threads):
+        with _spawning(credentials, threads, variables):
             process.start()
     except OSError as error:
         ours.close()
@@ -89,7 +91,7 @@ class _Packed:
 
 
 @contextlib.contextmanager
-def _spawning(credentials: bool, threads: int) -> Iterator[None]:
+def _spawning(credentials: bool, threads: int, variables: tuple[str, ...]) -> Iterator[None]:
     """The environment in which a child is started.
 
     * SIGINT and SIGHUP are blocked, and the child inherits that: a Ctrl-C while it imports prints no trace.
@@ -106,7 +108,7 @@ def _spawning(credentials: bool, threads: int) -> Iterator[None]:
     try:
         if not credentials:
             for name in saved_environment:
-                if name not in WORKER_ENVIRONMENT and not name.startswith(("PYTHON", "LC_")):
+                if name not in (*WORKER_ENVIRONMENT, *variables) and not name.startswith(("PYTHON", "LC_")):
                     del os.environ[name]
             os.environ.update(dict.fromkeys(THREADS, str(threads)), TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
         sys.modules["__main__"] = types.ModuleType("__main__")

@@ -30,6 +30,7 @@ EXIT_CODES = {
     "SchemaError": 4,
     "ModelError": 4,
     "DatabaseError": 5,
+    "ClusterError": 5,
     "LockedError": 6,
     "ResourceError": 7,
     "ProviderError": 7,

@@ -176,14 +176,22 @@ def test_the_worker_has_no_way_to_a_database() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(MODULES) - {"engine.process_pool", "engine.writer_process", "engine.inline"})
+    "name",
+    sorted(set(MODULES) - {"engine.process_pool", "engine.writer_process", "engine.inline", "engine.cluster.actor"}),
 )
 def test_only_the_engine_imports_worker_and_writer(name: str) -> None:
     assert not own_imports(name) & {"engine.worker", "engine.writer"}
 
 
 def test_pools_and_writers_are_imported_only_when_an_engine_is_started() -> None:
-    kinds = {"engine.start", "engine.process_pool", "engine.writer_process", "engine.inline", "engine.api_pool"}
+    kinds = {
+        "engine.start",
+        "engine.process_pool",
+        "engine.writer_process",
+        "engine.inline",
+        "engine.api_pool",
+        "engine.ray_pool",
+    }
     users = {name for name in MODULES if own_imports(name, lazy=False) & kinds}
     assert users == {"engine.start"}
 

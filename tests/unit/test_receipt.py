@@ -9,7 +9,17 @@ import pytest
 
 from kdb_fast.accounting import Counts
 from kdb_fast.errors import KdbFastError, StoppedError, UnexpectedError
-from kdb_fast.receipt import FATES, Fidelity, InsertReceipt, Phases, Receipt, RejectedLine, Retried, TargetNames
+from kdb_fast.receipt import (
+    FATES,
+    Fidelity,
+    HostShare,
+    InsertReceipt,
+    Phases,
+    Receipt,
+    RejectedLine,
+    Retried,
+    TargetNames,
+)
 from kdb_fast.stores.rejects import runs_of_input
 
 KEYS = [
@@ -17,8 +27,8 @@ KEYS = [
     "foreign", "empty", "deleted", "truncated", "lost_chars", "chunks", "tokens", "padded_tokens", "seconds",
     "records_per_second",
     "tokens_per_second", "model", "dimensions", "precision", "document_prefix", "fidelity", "fingerprint", "workers",
-    "plan", "flushes", "flush_size", "bytes_written", "index", "phases", "peak_rss_bytes", "peak_rss_by_process",
-    "warnings", "input_changed", "version",
+    "hosts", "plan", "flushes", "flush_size", "bytes_written", "index", "phases", "peak_rss_bytes",
+    "peak_rss_by_process", "warnings", "input_changed", "version",
 ]  # fmt: skip
 FULL = Receipt(
     run=7,
@@ -33,6 +43,7 @@ FULL = Receipt(
     superseded=4,
     rejected=5,
     fidelity=Fidelity(300, 0.999, 0.99, 0.97, 2.6),
+    hosts=(HostShare("a (10.0.0.1)", 4, 10, 300, 1), HostShare("b (10.0.0.2)", left_out="it has left the cluster")),
     phases=Phases(embed=1.5),
     peak_rss_by_process={"parent": 1},
     warnings=("one", "two"),

@@ -1,0 +1,327 @@
+"""A Ray cluster: the only module of the run's machine that calls Ray.
+
+Ray's calls may block while a host or the head is away. So all but the sending of a block are made by threads, each with
+a deadline, and their results, like those of Ray's own callbacks, are events in one queue. A descriptor that can be
+waited for says that there are some.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ...embedding.encoder import EncoderSpec
+from ...errors import ClusterError, KdbFastError, MissingPackageError
+from ...ipc.messages import Embed
+from . import model_files, survey
+from .actor import Answer, EmbeddingActor, means, parts
+from .base import (
+    Actor,
+    ActorFailed,
+    ActorLost,
+    ActorReady,
+    Answered,
+    ClusterEvent,
+    HostFit,
+    HostPrepared,
+    HostUnfit,
+    Node,
+    NodesSeen,
+)
+from .messages import ClusterSpec
+from .model_files import Files
+
+POLL_SECONDS = 2.0
+"""How often the cluster is asked which hosts it has: one that joins is to be used within ten seconds."""
+
+REACH_SECONDS = 10.0
+"""A head that does not take a connection by then is not there."""
+
+EXAMINE_SECONDS = 30.0
+"""A host that has not said what it has by then is asked again later: Ray starts an interpreter there first."""
+
+SEND_SECONDS = 600.0
+"""The model's files have to be on a host by then: 2 GB at 4 MB/s."""
+
+THREADS = 16
+"""Hosts that are examined, or sent files, at the same time."""
+
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_DEDUP_LOGS": "0"}
+"""Set before Ray is imported. The first: nothing is reported to Ray's makers. The second: `uv run` has a hook that
+sends the working directory to the cluster."""
+
+
+def import_ray() -> Any:
+    """The package, with SETTINGS.
+
+    Raises:
+        MissingPackageError: It is not installed.
+    """
+    os.environ.update(SETTINGS)
+    os.environ.pop("RAY_RUNTIME_ENV_HOOK", None)
+    try:
+        import ray
+    except ImportError:
+        raise not_installed() from None
+    return ray
+
+
+def check_installed() -> None:
+    """Raises MissingPackageError where Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise not_installed()
+
+
+def not_installed() -> MissingPackageError:
+    """The error that says so."""
+    return MissingPackageError(
+        "--cluster needs the Python package ray, which is not installed.", remedy="Run: pip install 'kdb-fast[ray]'"
+    )
+
+
+def connect(spec: ClusterSpec) -> Any:
+    """Become a driver of the cluster; returns the package ray.
+
+    Raises:
+        ClusterError: There is no such cluster, or it does not answer.
+        MissingPackageError: Ray is not installed.
+    """
+    address = spec.address
+    if address.startswith("ray://") and _has_token():
+        # Ray's client does not see by itself that it has one.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    ray = import_ray()
+    try:
+        if address != "auto":
+            _reach(address)
+        ray.init(
+            address,
+            namespace=f"kdb-fast {spec.name} {os.urandom(4).hex()}",
+            log_to_driver=False,
+            configure_logging=False,
+            runtime_env={},
+        )
+    except Exception as error:
+        # Ray has a class of its own for nearly each reason, and its messages have several lines.
+        said = " ".join(str(error).split())[:300]
+        raise ClusterError(
+            f"No Ray cluster answers at {address}: {said or type(error).__name__}.",
+            remedy="Start one (ray start --head), or give its address: --cluster ray://HOST:10001. "
+            "What was committed is safe.",
+        ) from None
+    return ray
+
+
+def _has_token() -> bool:
+    """Whether there is a token for clusters that ask for one, where Ray looks for it."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return True
+    return (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def _reach(address: str) -> None:
+    """See that somebody takes connections there: Ray itself tries for a minute and more."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
+    except ValueError:
+        raise ConnectionError("expected auto, ray://HOST:10001 or HOST:6379") from None
+
+
+class RayCluster:
+    """See :class:`~.base.Cluster`.
+
+    Args:
+        ray: The package, connected.
+        spec: The encoder, as it is here.
+        name: Of the run, for the names of the actors.
+
+    Attributes:
+        wake_end: Can be read when there are events.
+    """
+
+    def __init__(self, ray: Any, spec: EncoderSpec, name: str) -> None:
+        self._ray, self._spec, self._name = ray, spec, name
+        self.wake_end, self._waker_end = os.pipe()
+        os.set_blocking(self._waker_end, False)
+        os.set_blocking(self.wake_end, False)
+        self._events: queue.SimpleQueue[Callable[[], ClusterEvent]] = queue.SimpleQueue()
+        self._handles: dict[Actor, Any] = {}
+        self._packages = survey.PACKAGES + (("openvino",) if spec.precision != "fp32" else ())
+        self._here = survey.versions(self._packages)
+        self._files = model_files.files_of(spec)
+        self._threads = ThreadPoolExecutor(THREADS, "cluster")
+        self._actor_class = ray.remote(EmbeddingActor)
+        ray.cloudpickle.register_pickle_by_value(survey)
+        self._seen = time.monotonic()
+        threading.Thread(target=self._watch, name="nodes", daemon=True).start()
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since the cluster last said which hosts it has."""
+        return time.monotonic() - self._seen
+
+    def events(self) -> Iterator[ClusterEvent]:
+        """What has happened since this was asked last."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self.wake_end, 4096):
+                pass
+        with contextlib.suppress(queue.Empty):
+            while True:
+                yield self._events.get_nowait()()
+
+    def _tell(self, event: ClusterEvent) -> None:
+        self._tell_later(lambda: event)
+
+    def _tell_later(self, event: Callable[[], ClusterEvent]) -> None:
+        """The event is made by whoever takes it: Ray's own threads must not ask it for objects."""
+        self._events.put(event)
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._waker_end, b"\0")
+
+    # -- hosts -----------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while True:
+            with contextlib.suppress(Exception):  # the head may be away for a while
+                nodes = self._ray.nodes()
+                self._seen = time.monotonic()
+                self._tell(NodesSeen(tuple(_node(values) for values in nodes if values["Alive"])))
+            time.sleep(POLL_SECONDS)
+
+    def examine(self, node: Node) -> None:
+        self._in_thread(self._examine, node)
+
+    def _examine(self, node: Node) -> None:
+        there = self._on(node, survey.versions, EXAMINE_SECONDS, self._packages)
+        if reason := survey.difference(self._here, there):
+            self._tell(HostUnfit(node, reason))
+            return
+        found = self._on(node, means, EXAMINE_SECONDS, self._spec)
+        self._tell(HostUnfit(node, found.unfit) if found.unfit else HostFit(node, found.memory))
+
+    def prepare(self, node: Node) -> None:
+        self._in_thread(self._prepare, node)
+
+    def _prepare(self, node: Node) -> None:
+        directories = []
+        for files, path in self._files:
+            directory = self._on(node, model_files.find, SEND_SECONDS, files)
+            if directory is None:
+                contents = {
+                    name: [self._ray.put(part) for part in model_files.chunks(path, name)] for name, _ in files.sums
+                }
+                directory = self._on(node, store_objects, SEND_SECONDS, files, contents)
+            directories.append(directory)
+        self._tell(HostPrepared(node, model_files.placed(self._spec, directories)))
+
+    def _in_thread(self, function: Callable[[Node], None], node: Node) -> None:
+        def guarded() -> None:
+            try:
+                function(node)
+            except Exception as error:
+                cause = getattr(error, "cause", None)
+                known = cause if isinstance(cause, (KdbFastError, OSError)) else None
+                said = known or f"{type(error).__name__}: {str(error).strip().splitlines()[-1:] or ''}"
+                self._tell(HostUnfit(node, " ".join(str(said).split())[:300], again=known is None))
+
+        self._threads.submit(guarded)
+
+    def _on(self, node: Node, function: Callable[..., Any], seconds: float, *arguments: Any) -> Any:
+        """Call a function on a host, beside the actors there."""
+        task = self._ray.remote(function).options(
+            num_cpus=0, max_retries=0, scheduling_strategy=self._only(node), name=f"kdb-fast {function.__name__}"
+        )
+        return self._ray.get(task.remote(*arguments), timeout=seconds)
+
+    def _only(self, node: Node) -> Any:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        return NodeAffinitySchedulingStrategy(node.id, soft=False)
+
+    # -- actors ----------------------------------------------------------------------------------------
+
+    def start(self, actor: Actor, spec: EncoderSpec) -> None:
+        self._threads.submit(self._start, actor, spec)
+
+    def _start(self, actor: Actor, spec: EncoderSpec) -> None:
+        try:
+            handle = self._actor_class.options(
+                name=f"kdb-fast {self._name} {actor.node.name} #{actor.number}",
+                num_cpus=1,
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=self._only(actor.node),
+            ).remote(spec)
+            self._handles[actor] = handle
+            handle.ready.remote().future().add_done_callback(lambda future: self._started(actor, future))
+        except Exception as error:
+            self._tell(self._loss(actor, error))
+
+    def _started(self, actor: Actor, future: Any) -> None:
+        try:
+            failed = future.result()
+        except Exception as error:
+            self._tell(self._loss(actor, error))
+        else:
+            self._tell(ActorFailed(actor, failed) if failed else ActorReady(actor))
+
+    def embed(self, actor: Actor, order: Embed, texts: list[str]) -> None:
+        try:
+            method = self._handles[actor].embed
+            refs = method.options(num_returns=parts(len(texts), self._spec.model.dimensions)).remote(order, texts)
+            # All parts come with the answer.
+            refs[0].future().add_done_callback(
+                lambda future: self._tell_later(lambda: self._answered(actor, future, refs[1:]))
+            )
+        except Exception as error:
+            self._tell(self._loss(actor, error))
+
+    def _answered(self, actor: Actor, future: Any, refs: list[Any]) -> ClusterEvent:
+        try:
+            answer: Answer = future.result()
+            if answer.failed is not None:
+                return ActorFailed(actor, answer.failed)
+            assert answer.embedded is not None
+            vectors = tuple(self._ray.get(refs, timeout=EXAMINE_SECONDS))
+            return Answered(actor, answer.embedded, answer.codes, vectors)
+        except Exception as error:
+            return self._loss(actor, error)
+
+    def _loss(self, actor: Actor, error: Exception) -> ActorLost:
+        exceptions = self._ray.exceptions
+        died = isinstance(error, exceptions.ActorDiedError)
+        said = str(error)
+        blameless = not died or "node" in said.lower().partition("ip:")[2]
+        how = "its host is gone" if died and blameless else "died" if died else f"was lost ({type(error).__name__})"
+        return ActorLost(actor, how, blameless)
+
+    def kill(self, actor: Actor) -> None:
+        handle = self._handles.pop(actor, None)
+        if handle is not None:
+            self._threads.submit(lambda: self._ray.kill(handle, no_restart=True))
+
+
+def store_objects(files: Files, contents: dict[str, list[Any]]) -> str:
+    """ON A HOST: :func:`~.model_files.store` of objects of Ray's."""
+    import ray
+
+    def read(refs: list[Any]) -> Iterator[bytes]:
+        while refs:
+            yield ray.get(refs.pop(0), timeout=EXAMINE_SECONDS)
+
+    return model_files.store(files, {name: read(refs) for name, refs in contents.items()})
+
+
+def _node(values: dict[str, Any]) -> Node:
+    name = f"{values['NodeManagerHostname']} ({values['NodeManagerAddress']})"
+    return Node(values["NodeID"], name, int(values["Resources"].get("CPU", 0)))
