@@ -51,6 +51,8 @@ def run(connection: Connection, spec: ClusterSpec, encoder: EncoderSpec, stderr:
     """
     started = time.monotonic()
     enter_child(stderr)
+    # Ray prints what it thinks of, also without its logs; the command's output is no place for that.
+    os.dup2(2, 1)
     # What spawn hands on of the parent's; Ray or a library might show it.
     sys.argv = ["kdb-fast"]
     try:

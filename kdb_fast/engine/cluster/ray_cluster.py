@@ -300,10 +300,9 @@ class RayCluster:
     def _loss(self, actor: Actor, error: Exception) -> ActorLost:
         exceptions = self._ray.exceptions
         died = isinstance(error, exceptions.ActorDiedError)
-        said = str(error)
-        blameless = not died or "node" in said.lower().partition("ip:")[2]
-        how = "its host is gone" if died and blameless else "died" if died else f"was lost ({type(error).__name__})"
-        return ActorLost(actor, how, blameless)
+        with_host = died and "its node has died" in str(error)
+        how = "went with its host" if with_host else "died" if died else f"was lost ({type(error).__name__})"
+        return ActorLost(actor, how, blameless=with_host or not died)
 
     def kill(self, actor: Actor) -> None:
         handle = self._handles.pop(actor, None)
