@@ -21,6 +21,9 @@ SHOWN_CHARS = 100
 NOTE_CHARS = 1000
 """Characters of a note: a server's notice may quote anything."""
 
+SHOWN_HOSTS = 16
+"""Hosts of a cluster in a summary."""
+
 SHOWN_REJECTS = 10
 """Rejected lines that are printed at the end of an insert."""
 
@@ -61,7 +64,9 @@ def print_receipt(receipt: Receipt, database: str) -> None:
                        f"padding {padding:.1%})")
         )  # fmt: skip
         rows.append(("plan", receipt.plan))
-    rows += [("host", _host(share)) for share in receipt.hosts]
+    rows += [("host", _host(share)) for share in receipt.hosts[:SHOWN_HOSTS]]
+    if len(receipt.hosts) > SHOWN_HOSTS:
+        rows.append(("host", f"and {len(receipt.hosts) - SHOWN_HOSTS} more: see --json"))
     rows.append(("model", f"{receipt.model}, {receipt.dimensions} dimensions, {receipt.precision}, "
                           f"fingerprint {receipt.fingerprint}"))  # fmt: skip
     if receipt.document_prefix:

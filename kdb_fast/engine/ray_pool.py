@@ -84,7 +84,7 @@ class RayPool(Pool):
                 if isinstance(message, Survey):
                     self._surveyed = True
                     if not message.hosts:
-                        raise no_host(0.0, [f"{name}: {reason}" for name, reason in message.left_out])
+                        raise no_host(message.left_out, self._spec.patience)
                     return message
             if child.ended or self._children.check(child, owes=True, limit=SILENT_SECONDS):
                 death = self._children.reap(child)

@@ -59,8 +59,8 @@ def run(connection: Connection, spec: ClusterSpec, encoder: EncoderSpec, stderr:
         ray = ray_cluster.connect(spec)
         cluster = ray_cluster.RayCluster(ray, encoder, spec.name)
         fleet = Fleet(cluster, spec, encoder.model.memory_bytes)
-        _survey(cluster, fleet)
         connection.send(Ready(time.monotonic() - started))
+        _survey(connection, cluster, fleet, spec.patience)
         connection.send(fleet.survey())
         slab = Slab.receive(connection)
         fleet.begin(slab)
@@ -75,11 +75,17 @@ def run(connection: Connection, spec: ClusterSpec, encoder: EncoderSpec, stderr:
     os._exit(0)
 
 
-def _survey(cluster: ray_cluster.RayCluster, fleet: Fleet) -> None:
-    deadline = time.monotonic() + SURVEY_SECONDS
-    while not fleet.examined and time.monotonic() < deadline:
+def _survey(connection: Connection, cluster: ray_cluster.RayCluster, fleet: Fleet, patience: float) -> None:
+    """Until all hosts have said what they have. Where none can embed, one may still join."""
+    started = time.monotonic()
+    while (seconds := time.monotonic() - started) < max(SURVEY_SECONDS, patience):
+        if fleet.can_embed and (fleet.examined or seconds > SURVEY_SECONDS):
+            return
+        if fleet.examined and seconds > patience:
+            return
         wait([cluster.wake_end], BEAT_SECONDS)
         fleet.happened(cluster.events())
+        connection.send(News())
 
 
 def serve(connection: Connection, cluster: ray_cluster.RayCluster, fleet: Fleet) -> None:

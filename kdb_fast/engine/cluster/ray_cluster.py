@@ -156,6 +156,8 @@ class RayCluster:
         os.set_blocking(self.wake_end, False)
         self._events: queue.SimpleQueue[Callable[[], ClusterEvent]] = queue.SimpleQueue()
         self._handles: dict[Actor, Any] = {}
+        self._objects: dict[Files, tuple[dict[str, list[Any]], int]] = {}
+        self._sending = threading.Lock()
         self._packages = survey.PACKAGES + (("openvino",) if spec.precision != "fp32" else ())
         self._here = survey.versions(self._packages)
         self._files = model_files.files_of(spec)
@@ -217,12 +219,27 @@ class RayCluster:
         for files, path in self._files:
             directory = self._on(node, model_files.find, SEND_SECONDS, files)
             if directory is None:
-                contents = {
-                    name: [self._ray.put(part) for part in model_files.chunks(path, name)] for name, _ in files.sums
-                }
-                directory = self._on(node, store_objects, SEND_SECONDS, files, contents)
+                with self._objects_of(files, path) as contents:
+                    directory = self._on(node, store_objects, SEND_SECONDS, files, contents)
             directories.append(directory)
         self._tell(HostPrepared(node, model_files.placed(self._spec, directories)))
+
+    @contextlib.contextmanager
+    def _objects_of(self, files: Files, path: Path) -> Iterator[dict[str, list[Any]]]:
+        """The contents of files as objects, the same ones for all hosts that need them at the same time."""
+        with self._sending:
+            contents, users = self._objects.get(files, ({}, 0))
+            if not users:
+                for name, _ in files.sums:
+                    contents[name] = [self._ray.put(part) for part in model_files.chunks(path, name)]
+            self._objects[files] = contents, users + 1
+        try:
+            yield contents
+        finally:
+            with self._sending:
+                contents, users = self._objects.pop(files)
+                if users > 1:
+                    self._objects[files] = contents, users - 1
 
     def _in_thread(self, function: Callable[[Node], None], node: Node) -> None:
         def guarded() -> None:
