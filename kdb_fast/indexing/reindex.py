@@ -167,13 +167,13 @@ class _Run:
 
     def _work(self) -> None:
         options, source = self.options, self.source
-        for effect in self.store.forecast(self.run):
-            self.notes += (effect,)
-            self.progress.note(effect)
-        self.begun(self.embedding)
         estimate = source.estimate()
         if options.limit is not None:
             estimate = min(options.limit, estimate) if estimate is not None else options.limit
+        for effect in self.store.forecast(self.run, estimate):
+            self.notes += (effect,)
+            self.progress.note(effect)
+        self.begun(self.embedding)
         self.progress.begin(estimate)
         self.pipeline = Pipeline(
             store=self.store,
@@ -194,6 +194,7 @@ class _Run:
             index_policy=self.run.indexes,
             on_progress=self.progress.update,
             on_note=self.progress.note,
+            on_doing=self.progress.doing,
             should_stop=lambda: self.stop.count > 0,
             on_phase=self.heartbeat.note,
         )
