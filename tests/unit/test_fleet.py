@@ -245,6 +245,17 @@ def test_an_actor_that_is_not_up_in_time_is_given_up_and_its_host_tried_again() 
     assert [actor.node for actor in stub.started] == [A, B, B]
 
 
+def test_on_a_host_that_cannot_be_reached_actors_are_started_only_from_time_to_time() -> None:
+    stub = Stub(A)
+    for _ in range(50):
+        stub.tell(ActorLost(stub.started[-1], "was lost", True))
+        stub.turn(0.1)
+    assert len(stub.started) == 1
+    stub.turn(5.0)
+    assert len(stub.started) == 2
+    assert len(stub.notes) == 1
+
+
 def test_without_a_host_the_run_waits_and_then_ends() -> None:
     stub = Stub(A)
     stub.add(0)

@@ -37,6 +37,9 @@ START_SECONDS = 120.0
 AGAIN_SECONDS = 60.0
 """After so long a host is tried again that could not take part for a reason that may pass."""
 
+RETRY_SECONDS = 5.0
+"""After so long an actor is replaced that was lost with its host, or with the network."""
+
 LOOK_SECONDS = 1.0
 """How often hosts and actors are looked after; blocks are given out at every answer."""
 
@@ -269,7 +272,12 @@ class Fleet:
                 remedy="Look at the logs of its actors on that host, and at its memory; then run the same command "
                 "again. What was committed is safe.",
             )
-        self._notes.append(f"actor {actor.number} on {host.node.name} {how}; replaced, its blocks are given out again")
+        if actor.ready or not blameless:
+            what = "replaced, its blocks are given out again"
+            self._notes.append(f"actor {actor.number} on {host.node.name} {how}; {what}")
+        if blameless:
+            # Whether its host is gone will be seen soon; until then no actor could start there.
+            host.busy_until.append(self._clock() + RETRY_SECONDS)
         self._remove(host, actor, blameless=blameless)
 
     def _remove(self, host: Host, actor: Actor, *, blameless: bool) -> None:
