@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +117,24 @@ def test_a_cluster_that_is_not_there_is_said_in_a_line(sqlite_database: Database
         run(sqlite_database, ["a text"], cluster=f"127.0.0.1:{port}")
     assert caught.value.exit_code == 5
     assert engine_processes() == []
+
+
+def test_what_is_asked_of_a_host_first_needs_no_kdb_fast_there() -> None:
+    """It travels by value; this interpreter stands for a host that lacks kdb-fast."""
+    from ray import cloudpickle
+
+    from kdb_fast.engine.cluster import survey
+
+    cloudpickle.register_pickle_by_value(survey)
+    program = (
+        "import sys, pickle; sys.modules['kdb_fast'] = None; "
+        "print(pickle.loads(sys.stdin.buffer.read())(('numpy', 'no-such-package')))"
+    )
+    packed = cloudpickle.dumps(survey.versions)
+    done = subprocess.run([sys.executable, "-c", program], input=packed, capture_output=True, check=True, timeout=60)
+    there = ast.literal_eval(done.stdout.decode())
+    assert there == survey.versions(("numpy", "no-such-package"))
+    assert there["no-such-package"] == ""
 
 
 def test_without_ray_the_message_says_how_to_install_it(

@@ -171,8 +171,11 @@ class Fleet:
         self._seen = True
         there = {node.id for node in nodes}
         for node in nodes:
-            if node.id not in self._hosts and node.cpus >= 1:
-                self._hosts[node.id] = Host(node)
+            known = self._hosts.get(node.id)
+            # One that is back after the head had lost it begins anew.
+            if node.cpus >= 1 and (known is None or known.state is State.GONE):
+                self._hosts[node.id] = known or Host(node)
+                self._hosts[node.id].state = State.EXAMINED
                 self._cluster.examine(node)
         for host in self._hosts.values():
             if host.node.id not in there and host.state is not State.GONE:

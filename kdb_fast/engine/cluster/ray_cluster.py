@@ -248,8 +248,9 @@ class RayCluster:
             except Exception as error:
                 cause = getattr(error, "cause", None)
                 known = cause if isinstance(cause, (KdbFastError, OSError)) else None
-                said = known or f"{type(error).__name__}: {str(error).strip().splitlines()[-1:] or ''}"
-                self._tell(HostUnfit(node, " ".join(str(said).split())[:300], again=known is None))
+                *_, last = "", *str(error).splitlines()
+                said = str(known) if known else f"{type(error).__name__} {last}"
+                self._tell(HostUnfit(node, " ".join(said.split())[:300], again=known is None))
 
         self._threads.submit(guarded)
 
