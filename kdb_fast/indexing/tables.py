@@ -17,7 +17,7 @@ from ..receipt import Receipt
 from ..settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
 from ..sources.files.columns import key_columns
 from ..stores import targets
-from ..stores.find import create_vector_column, find_table_target, keyword_of, make_view
+from ..stores.find import check_view, create_vector_column, find_table_target, keyword_of, make_view
 from ..stores.homes import Homes
 from ..tables.definition import Definition
 from ..tables.describe import Described, Given, adapting, describe, find_kept
@@ -305,11 +305,15 @@ def _run(
         writing: Of what holds for this run, that which the target knows.
     """
     definition = described.definition
+    if with_source:
+        check_view(definition)
     for note in described.notes:
         progress.note(note)
     with contextlib.ExitStack() as stack:
         with adapting(described.as_kept):
-            source, what = open_source(address, read_from, file, definition, run.get("limit"))
+            source, what = open_source(
+                address, read_from, file, definition, run.get("limit"), anew=described.reads_anew
+            )
         stack.callback(source.close)
         options = _options(definition, run)
         embedding: Embedding | None = None

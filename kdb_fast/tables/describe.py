@@ -71,6 +71,14 @@ class Described:
     creates: bool = False
     notes: tuple[str, ...] = ()
 
+    @property
+    def reads_anew(self) -> bool:
+        """Whether what is read has not been read so before."""
+        before = self.before
+        return before is None or any(
+            getattr(before, name) != getattr(self.definition, name) for name in (*NAMES, "schema")
+        )
+
 
 def check_given(given: Given, *, create: bool = False) -> None:
     """Raise UsageError for options that make no sense together."""
