@@ -77,6 +77,6 @@ def open_source(
     if file is not None:
         records = file.input(address, definition, limit)
         return records.open(address), WhatIsRead(records.key, None, "")
-    source = TableInput(definition, limit, read_from, anew).open(address)
+    source = TableInput(definition, limit, read_from, anew=anew).open(address)
     selection = source.selection
     return source, WhatIsRead(selection.key, selection.relation, selection.text)

@@ -157,9 +157,9 @@ def describe(
         )
     if wanted.chunk and not wanted.into:
         raise UsageError("--chunk has no place for several vectors of a row.", remedy="Name a table: --into NAME.")
-    if "text" in given:
+    if given.get("text") or ("text" in given and "template" not in given):
         wanted = replace(wanted, template="")
-    if "template" in given:
+    elif "template" in given:
         wanted = replace(wanted, text=())
     if "model" in given and "dimensions" not in given:
         wanted = replace(wanted, dimensions=0)

@@ -20,15 +20,15 @@ class TableInput:
         definition: Says what is read.
         limit: Read at most so many records.
         address: Where it is read, if not where the vectors are written; running.
-        anew: It has not been read so before: an expression is tried on every row, before anything is written.
         page_rows: Most rows of a page.
+        anew: It has not been read so before: an expression is tried on every row, before anything is written.
     """
 
     definition: Definition
     limit: int | None = None
     address: DatabaseAddress | None = None
-    anew: bool = False
     page_rows: int = PAGE_ROWS
+    anew: bool = False
 
     def open(self, address: DatabaseAddress) -> TableSource:
         """The source, found fit to be read.
