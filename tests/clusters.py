@@ -34,7 +34,8 @@ NETWORK = "198.18.{}.{}"
 """Addresses that are set aside for tests of networks (RFC 2544), so nobody's own network is hidden."""
 
 ACCESS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-"""Who does not know this token is refused: without networks of their own hosts listen on the machine's address."""
+"""Environment of whoever uses the cluster. Who does not know this token is refused: where hosts have no networks of
+their own they listen on the machine's address."""
 
 START_SECONDS = 60.0
 
@@ -49,8 +50,9 @@ SETTINGS = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "4",
     "RAY_num_prestart_python_workers": "0",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "3",
 }
-"""A host that does not answer is given up after some 6 s, not 30."""
+"""A host that does not answer is given up after some 6 s, not 30; one that leaves waits 3 s for its actors."""
 
 RAYS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Titles of processes that Ray has whether anybody uses it or not."""
@@ -63,10 +65,12 @@ class Host:
         number: 0 for the head.
         address: Its IP address.
         pid: Of the process that ends all others of the host when it ends.
+        odd: It differs from those that the cluster began with, or does not work any more.
     """
 
     def __init__(self, number: int, address: str, process: subprocess.Popen[bytes], folder: Path) -> None:
         self.number, self.address, self.process, self.folder = number, address, process, folder
+        self.odd = False
 
     @property
     def pid(self) -> int:
@@ -124,8 +128,8 @@ class Cluster:
         self.folder = FOLDER / self.name
         self.folder.mkdir(mode=0o755)
         self.networks = not no_networks()
-        os.environ.update(ACCESS)  # of commands that use the cluster too
-        self._environment = {**os.environ, **SETTINGS, **(environment or {})}
+        os.environ.update(ACCESS)  # of runs within this process
+        self._environment = {**os.environ, **SETTINGS, **ACCESS, **(environment or {})}
         self._environment["RAY_health_check_failure_threshold"] = str(round(lost_after / 1.5))
         self._host_numbers = itertools.count(1)
         self._started: list[subprocess.Popen[bytes]] = []
@@ -142,9 +146,10 @@ class Cluster:
 
     # -- hosts -----------------------------------------------------------------------------------------
 
-    def add_host(self, cpus: int = 1, **environment: str) -> Host:
+    def add_host(self, cpus: int = 1, environment: Mapping[str, str] | None = None) -> Host:
         """A host joins; returns once the head knows it."""
-        host = self._launch(cpus, environment)
+        host = self._launch(cpus, environment or {})
+        host.odd = cpus != 1 or bool(environment)
         self._await(host)
         return host
 
@@ -155,7 +160,8 @@ class Cluster:
 
     def kill_raylet(self, host: Host) -> None:
         """SIGKILL: its workers notice and end, and so does the rest of the host."""
-        host.raylet().kill()
+        with contextlib.suppress(ValueError, psutil.NoSuchProcess):  # it may be ending by itself
+            host.raylet().kill()
         self._gone(host)
 
     def kill_actor(self, host: Host) -> bool:
@@ -166,9 +172,22 @@ class Cluster:
                 return True
         return False
 
+    def make_whole(self, count: int) -> None:
+        """So many hosts of one CPU with nothing odd about them, whatever there was."""
+        for host in list(self.hosts):
+            if host.process.poll() is not None:
+                self.hosts.remove(host)
+            elif host.odd:
+                self.kill_raylet(host)
+        for host in self.hosts[count:]:
+            self.kill_raylet(host)
+        while len(self.hosts) < count:
+            self.add_host()
+
     def cut(self, host: Host) -> None:
         """Nothing passes to or from the host until :meth:`heal`, and nobody is told."""
         assert self.networks, "cannot cut off what has no network of its own"
+        host.odd = True  # it may have been given up
         run("bridge", "link", "set", "dev", self._cable(host.number), "state", "0")
 
     def heal(self, host: Host) -> None:
@@ -182,13 +201,6 @@ class Cluster:
             yield
         finally:
             self.heal(host)
-
-    def nodes(self) -> dict[str, bool]:
-        """Of every host that ever was, by its address and Ray's id: whether the head takes it for alive."""
-        from ray._raylet import GcsClient
-
-        found = GcsClient(address=self.address).get_all_node_info(timeout=10)
-        return {f"{node.node_manager_address}/{node.node_id.hex()}": not node.state for node in found.values()}
 
     def actors(self) -> list[psutil.Process]:
         """Processes of actors on all hosts."""
@@ -211,6 +223,11 @@ class Cluster:
             process.wait(10)
             if process.stdin is not None:
                 process.stdin.close()
+
+    def left(self) -> list[object]:
+        """What is still there of it: processes, network devices, files."""
+        found = [*self.processes(), *(device for device, owner in devices() if owner == self.name)]
+        return [*found, *([self.folder] if self.folder.exists() else [])]
 
     # -- how -------------------------------------------------------------------------------------------
 

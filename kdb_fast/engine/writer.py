@@ -81,9 +81,9 @@ class _Sender:
         self._doing = doing
 
     @contextlib.contextmanager
-    def beating(self) -> Any:
+    def beating(self, doing: str) -> Any:
         """Send Busy every BEAT_SECONDS while the block runs."""
-        self._doing = ""
+        self._doing = doing
         done = threading.Event()
 
         def beat() -> None:
@@ -107,7 +107,7 @@ def serve(connection: Connection, sender: _Sender, slab: Slab, store: Store, spe
         if isinstance(message, Stop):
             return
         fault("writer.received")
-        with sender.beating():
+        with sender.beating(type(message).__name__.lower()):
             done = answer(slab, store, spec, message, sender.say)
             if isinstance(message, Flush):
                 fault("writer.flushed")

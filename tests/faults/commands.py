@@ -116,6 +116,11 @@ class RealCommands(Commands):
     def wait_for(self, pid: int) -> int | None:
         return self._started[pid].poll()
 
+    def close(self) -> None:
+        super().close()
+        for process in self._started.values():
+            process.wait()
+
 
 class Command:
     """One of them, started."""

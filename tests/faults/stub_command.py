@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import article_command
+import cluster_stub
 import poison_worker
 import psycopg  # noqa: F401 - imported once for all commands
 
@@ -24,6 +25,7 @@ from kdb_fast.cli import bars, report
 from kdb_fast.db import sqlite_connection
 from kdb_fast.embedding.models.lookup import Model
 from kdb_fast.engine import child_processes, inline, plan, start
+from kdb_fast.engine.cluster import driver
 from kdb_fast.engine.process_pool import ProcessPool
 from kdb_fast.indexing import flushing, pipeline, run_embedding, signals
 from kdb_fast.stores import open_store, runs
@@ -47,6 +49,7 @@ def use_stubs() -> None:
     start.ProcessPool = functools.partial(  # type: ignore[attr-defined, assignment]
         ProcessPool, worker_target=poison_worker.run
     )
+    driver.run = cluster_stub.run
     plan.SHARD_ROWS = SHARD_ROWS  # type: ignore[attr-defined]
     flushing.FLOOR_BYTES = 25_000  # about 15 rows
     index_policy.DEFER_FLOOR = 10
