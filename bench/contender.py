@@ -37,6 +37,9 @@ CONTENDERS = {
     "fill": "find:fill",
     "find": "find:find",
     "cold": "find:cold",
+    "simulated": "cluster:simulated",
+    "ray_cost": "cluster:ray_cost",
+    "hosts": "cluster:hosts",
 }
 """Name → module of ``bench.contenders`` and function, which takes the parameters and returns the report."""
 

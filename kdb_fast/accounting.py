@@ -82,3 +82,10 @@ class Counts:
         """A record that was counted as ``earlier`` is outdated by a newer one of its key."""
         self.add(earlier, -1)
         self.superseded += 1
+
+
+def clock(seconds: float) -> str:
+    """``75`` → ``1:15``, ``4000`` → ``1:06:40``."""
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

@@ -215,7 +215,7 @@ class ReindexOptions:
             raise UsageError(f"--chunk is {self.chunk}; expected {LEAST_CHUNK} tokens or more, or 0 for whole texts.")
         if not 0 <= self.overlap <= self.chunk // 2:
             raise UsageError(
-                f"--overlap is {self.overlap}; expected 0 to {self.chunk // 2}, half of --chunk."
+                f"--overlap is {self.overlap}; expected 0 to {self.chunk // 2}, half of --chunk {self.chunk}."
                 if self.chunk
                 else f"--overlap is {self.overlap}; it belongs to --chunk."
             )

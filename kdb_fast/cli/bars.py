@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from ..accounting import Counts
+from ..accounting import Counts, clock
 from ..indexing.progress import Progress, Silent
 from ..records import storable_key
 
@@ -57,13 +57,6 @@ class Estimate:
         return left * share * (counts.tokens / max(1, counts.stored)) / tokens_rate
 
 
-def clock(seconds: float) -> str:
-    """``75`` → ``1:15``, ``4000`` → ``1:06:40``."""
-    whole = round(seconds)
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
 class Lines(Progress):
     """Plain lines on a stream without a terminal."""
 
@@ -73,12 +66,19 @@ class Lines(Progress):
         self._last = 0.0
         self._sampled = 0.0
         self._hosts = ""
+        self._doing = ""
 
     def _print(self, text: str) -> None:
         print(storable_key(text, SHOWN_CHARS), file=self._stream, flush=True)
 
     def step(self, text: str) -> None:
         self._print(f"{text} …")
+
+    def doing(self, text: str) -> None:
+        changed, self._doing = text != self._doing, text
+        if text and changed and time.monotonic() - self._last >= LINE_SECONDS:
+            self._last = time.monotonic()
+            self._print(text)
 
     def note(self, text: str) -> None:
         self._print(f"note: {text}")
@@ -98,7 +98,7 @@ class Lines(Progress):
         if now - self._sampled >= 1.0:
             self._sampled = now
             self._estimate.take(counts, now)
-        if now - self._last < LINE_SECONDS:
+        if self._doing or now - self._last < LINE_SECONDS:
             return
         self._last = now
         tokens_rate, records_rate = self._estimate.rates()
@@ -133,10 +133,20 @@ class Bar(Progress):
         self._task: Any = self._rich.add_task("starting", total=None, rate="", left="")
         self._estimate = Estimate(None)
         self._sampled = 0.0
+        self._step, self._doing = "starting", ""
         self._rich.start()
 
     def step(self, text: str) -> None:
-        self._rich.update(self._task, description=storable_key(text, SHOWN_CHARS))
+        self._step = text
+        self._describe()
+
+    def doing(self, text: str) -> None:
+        if text != self._doing:
+            self._doing = text
+            self._describe()
+
+    def _describe(self) -> None:
+        self._rich.update(self._task, description=storable_key(self._doing or self._step, SHOWN_CHARS))
 
     def note(self, text: str) -> None:
         self._rich.console.print(f"note: {storable_key(text, SHOWN_CHARS)}", style="yellow", markup=False)
@@ -145,11 +155,13 @@ class Bar(Progress):
         self._rich.console.print(f"plan: {storable_key(text, SHOWN_CHARS)}", style="dim", markup=False)
 
     def hosts(self, text: str) -> None:
-        self._rich.update(self._task, description=f"reindexing on {text}")
+        self._step = f"reindexing on {text}"
+        self._describe()
 
     def begin(self, records: int | None) -> None:
         self._estimate = Estimate(records)
-        self._rich.update(self._task, description="reindexing", total=records)
+        self._step = "reindexing"
+        self._rich.update(self._task, description=self._step, total=records)
 
     def update(self, counts: Counts) -> None:
         now = time.monotonic()
@@ -163,7 +175,7 @@ class Bar(Progress):
             self._task,
             completed=counts.accounted,
             rate=f"{records_rate:,.0f} records/s  {tokens_rate:,.0f} tokens/s" if tokens_rate else "",
-            left=f"{clock(left)} left" if left is not None else "",
+            left=f"{clock(left)} left" if left is not None and not self._doing else "",
         )
 
     def close(self) -> None:

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..accounting import clock
 from ..receipt import HostShare, InsertReceipt, Receipt, Retried
 from ..records import storable_key
 from ..tables.target import Target
-from .bars import clock
 from .console import shell_word, with_database
 
 if TYPE_CHECKING:

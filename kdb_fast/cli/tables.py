@@ -91,7 +91,8 @@ def table_options(command: Callable[..., int]) -> Callable[..., int]:
         ),
         click.option(
             "--index",
-            type=click.Choice(INDEX_POLICIES),
+            type=click.Choice((*INDEX_POLICIES, "")),
+            metavar="|".join(INDEX_POLICIES),
             help="What is done with the indexes of the vectors; none: make none. Default: keep those of a column, and "
             "defer those of a table of vectors where that pays.",
         ),

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
-from ..ipc.messages import Answer, Embedded, Request
+from ..ipc.messages import Answer, Busy, Embedded, Request
 from ..ipc.slab import Slab
 from ..receipt import HostShare
 from . import child_processes
@@ -62,7 +62,7 @@ class Note(NamedTuple):
     text: str
 
 
-Event = SlotFilled | Answer | Note
+Event = SlotFilled | Answer | Note | Busy
 
 
 class Part(ABC):

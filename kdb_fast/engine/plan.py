@@ -52,6 +52,7 @@ def make_plan(
     token_budget: int = TOKEN_BUDGET,
     why: str = "--workers",
     growth: int = 1,
+    elsewhere: bool = False,
 ) -> Plan:
     """Choose workers and slots for this machine.
 
@@ -63,6 +64,7 @@ def make_plan(
         why: Where ``workers`` comes from.
         growth: So many times as many workers may join during the run.
         shard_rows: Rows of a slot; None for SHARD_ROWS. Of larger ones there are fewer.
+        elsewhere: The workers are on other machines, by the hundred: the slots' text areas grow.
     """
     reasons: list[str] = []
     cpus, memory = cpu_list(), available_memory()
@@ -83,12 +85,12 @@ def make_plan(
         reasons.append(f"{workers} worker{'s' if workers > 1 else ''} × 1 thread ({why})")
     rows = shard_rows or SHARD_ROWS
     wanted = max(2 * workers + 2, (3 * growth * workers + FLUSH_SLOTS) * SHARD_ROWS // max(rows, SHARD_ROWS))
-    one = SlabShape(1, rows, dimensions).slot_bytes
+    one = SlabShape(1, rows, dimensions, grows=elsewhere).first_bytes
     slots = max(2 * workers + 2, min(wanted, memory // MEMORY_FOR_SLAB // one))
     limited = "" if slots == wanted else ", limited by memory"
     reasons.append(f"{slots} slots of {rows} rows ({slots * one / 1e6:.0f} MB shared{limited})")
     reasons.append(f"batches of up to {token_budget:,} tokens (the cache)")
-    return Plan(workers, cpus, SlabShape(slots, rows, dimensions), token_budget, tuple(reasons))
+    return Plan(workers, cpus, SlabShape(slots, rows, dimensions, grows=elsewhere), token_budget, tuple(reasons))
 
 
 def inline_shape(dimensions: int) -> SlabShape:

@@ -56,6 +56,7 @@ class RayPool(Pool):
         self._unsent: dict[int, Embed] = {}
         self._shares: dict[str, HostShare] = {}
         self._before: dict[str, HostShare] = {}
+        self._at_work = False  # a host was
         self._deaths = 0
         self._lost_at: float | None = None
         self._start_at = 0.0
@@ -151,7 +152,9 @@ class RayPool(Pool):
             hosts = sum(share.cpus > 0 for share in self._shares.values())
             if cpus:
                 self.workers = cpus
-            self._on_hosts(counted(hosts, cpus))
+            if cpus or self._at_work:
+                self._at_work = True
+                self._on_hosts(counted(hosts, cpus))
         return events
 
     def _feed(self) -> None:

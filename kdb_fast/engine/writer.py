@@ -81,9 +81,9 @@ class _Sender:
         self._doing = doing
 
     @contextlib.contextmanager
-    def beating(self, doing: str) -> Any:
+    def beating(self) -> Any:
         """Send Busy every BEAT_SECONDS while the block runs."""
-        self._doing = doing
+        self._doing = ""
         done = threading.Event()
 
         def beat() -> None:
@@ -107,7 +107,7 @@ def serve(connection: Connection, sender: _Sender, slab: Slab, store: Store, spe
         if isinstance(message, Stop):
             return
         fault("writer.received")
-        with sender.beating(type(message).__name__.lower()):
+        with sender.beating():
             done = answer(slab, store, spec, message, sender.say)
             if isinstance(message, Flush):
                 fault("writer.flushed")

@@ -8,7 +8,7 @@ from typing import Any
 from ..db.address import DatabaseAddress
 from ..errors import ResourceError
 from ..faults import fault
-from ..ipc.messages import Finished, Flushed, IndexPrepared, Request
+from ..ipc.messages import Busy, Finished, Flushed, IndexPrepared, Request
 from ..ipc.slab import Slab
 from ..stores.base import RunSpec
 from . import writer
@@ -63,6 +63,8 @@ class WriterProcess(Writer):
         for message in child.receive(ready):
             if isinstance(message, (Flushed, IndexPrepared, Finished)) and self._request is not None:
                 self._request = None
+                events.append(message)
+            elif isinstance(message, Busy):
                 events.append(message)
         if child.ended:
             events.append(self._lost())

@@ -105,6 +105,7 @@ class EngineFactory:
                 token_budget=spec.token_budget,
                 why=survey.describe(),
                 growth=1 if most else 2,
+                elsewhere=True,
             )
             self.plan = plan.because(self._embedding.why) if self._embedding.why else plan
             self._progress.plan(self.plan.describe() + before)

@@ -112,6 +112,7 @@ class SlotPool:
     def release(self, slot: int) -> None:
         """Its rows are committed, or will never be written: it is free."""
         self._leased.pop(slot, None)
+        self.slab.slots[slot].trim()
         self._free.append(slot)
 
 

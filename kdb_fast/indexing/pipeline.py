@@ -27,7 +27,7 @@ from ..engine.base import Engine, Event, SlotFilled
 from ..engine.sharding import SHARD_ROWS, WINDOW_ROWS
 from ..errors import RejectLimitError
 from ..faults import fault
-from ..ipc.messages import Finish, Finished, Flushed, IndexPrepared, PrepareIndex
+from ..ipc.messages import Busy, Finish, Finished, Flushed, IndexPrepared, PrepareIndex
 from ..records import Key, Record, Reject
 from ..settings import RejectLimit
 from ..stores.base import Store
@@ -70,6 +70,7 @@ class Pipeline:
         index_policy: What may be done with the search indexes.
         on_progress: Called with the counts after every step.
         on_note: Called with what a person should know.
+        on_doing: Called every few seconds with what takes the writer long, and with '' when that is over.
         should_stop: Asked often; true ends the run after what is embedded has been written.
         on_phase: Called with the phase of the run at every turn.
     """
@@ -91,6 +92,7 @@ class Pipeline:
         index_policy: IndexPolicy = IndexPolicy.DEFER,
         on_progress: Callable[[Counts], None] = lambda counts: None,
         on_note: Callable[[str], None] = lambda text: None,
+        on_doing: Callable[[str], None] = lambda text: None,
         should_stop: Callable[[], bool] = lambda: False,
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
@@ -99,9 +101,9 @@ class Pipeline:
         self.warnings: list[str] = []
         self.not_pruned: set[str] = set()
         self.engine: Engine | None = None
-        self._store, self._start_engine = store, start_engine
+        self._store, self._start_engine, self._dimensions = store, start_engine, dimensions
         self._max_rejects, self._estimate, self._index_policy = max_rejects, estimate, index_policy
-        self._on_progress, self._on_note = on_progress, on_note
+        self._on_progress, self._on_note, self._on_doing = on_progress, on_note, on_doing
         self._should_stop, self._on_phase = should_stop, on_phase
         self._ledger = PieceLedger(self.counts) if split else KeyLedger(self.counts, unique_keys=unique_keys)
         self._reuse = TextReuse(dimensions)
@@ -330,11 +332,17 @@ class Pipeline:
         written = (counts.read, counts.to_write, counts.written)
         rows = self._intake.rows_at_start or 0
         self.index.decided(decide(rows, self._estimate, *written, policy=self._index_policy))
-        if self.index.deferred:
+        if self.index.deferred and self.index.decision is not None:
+            for outlook in self._store.build_outlook(self.index.decision.rows_after, self._dimensions):
+                self.warnings.append(outlook)
+                self._on_note(outlook)
             engine.writer.request(PrepareIndex())
         return self.index.deferred
 
     def _happened(self, event: Event, slots: SlotPool) -> None:
+        if isinstance(event, Busy):
+            self._on_doing(event.doing)
+            return
         if isinstance(event, SlotFilled):
             self._filling.embedded(event, slots)
         elif isinstance(event, Flushed):

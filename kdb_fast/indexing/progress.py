@@ -15,6 +15,10 @@ class Progress(ABC):
         """Something that takes a moment begins."""
 
     @abstractmethod
+    def doing(self, text: str) -> None:
+        """What takes long, told every few seconds while it goes on, with how far it is; '' when it is over."""
+
+    @abstractmethod
     def note(self, text: str) -> None:
         """Something a person should know."""
 
@@ -41,6 +45,7 @@ class Silent(Progress):
     """Shows nothing."""
 
     def step(self, text: str) -> None: ...
+    def doing(self, text: str) -> None: ...
     def note(self, text: str) -> None: ...
     def plan(self, text: str) -> None: ...
     def begin(self, records: int | None) -> None: ...

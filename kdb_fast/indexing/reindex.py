@@ -18,7 +18,7 @@ from ..settings import ReindexOptions
 from ..sources.base import Input, Source
 from ..stores import open_store
 from ..stores.base import RunSpec, Store, TargetTable
-from ..stores.past_runs import forget_older, forget_older_of_input
+from ..stores.past_runs import forget_older, forget_older_of_input, recent_fingerprints
 from ..tables.index_policy import IndexPolicy
 from ..tables.kdb_search import KDB_SEARCH
 from ..tables.table_target import TableTarget
@@ -92,6 +92,9 @@ def reindex(
             embedding = embedding.with_prefix(options.document_prefix)
         if options.chunk:
             embedding = embedding.in_pieces(options.chunk, options.overlap)
+            if embedding.split and embedding.fingerprint not in recent_fingerprints(address, store.target.name):
+                # Sizes that leave no room for a text are refused before anything is written.
+                embedding.split("")
         embedding = replace(embedding, seconds=time.monotonic() - began)
         notes = store.prepare(embedding.dimensions, options.wait)
         indexes = store.default_index
@@ -167,13 +170,13 @@ class _Run:
 
     def _work(self) -> None:
         options, source = self.options, self.source
-        for effect in self.store.forecast(self.run):
-            self.notes += (effect,)
-            self.progress.note(effect)
-        self.begun(self.embedding)
         estimate = source.estimate()
         if options.limit is not None:
             estimate = min(options.limit, estimate) if estimate is not None else options.limit
+        for effect in self.store.forecast(self.run, estimate):
+            self.notes += (effect,)
+            self.progress.note(effect)
+        self.begun(self.embedding)
         self.progress.begin(estimate)
         self.pipeline = Pipeline(
             store=self.store,
@@ -194,6 +197,7 @@ class _Run:
             index_policy=self.run.indexes,
             on_progress=self.progress.update,
             on_note=self.progress.note,
+            on_doing=self.progress.doing,
             should_stop=lambda: self.stop.count > 0,
             on_phase=self.heartbeat.note,
         )

@@ -58,7 +58,7 @@ class Embedding:
         if spec is None:
             raise UsageError("Texts are cut into pieces only for a model on this machine, whose tokenizer counts.")
         check_size(spec.model, size)
-        # Loaded with the first text that has changed: many runs have none.
+        # Loaded with the first text: many runs have none that has changed.
         splitter = functools.cache(functools.partial(Splitter.of_model, spec.model, size, overlap, spec.prefix))
         fingerprint = chunked_fingerprint(self.fingerprint, size, overlap)
         return replace(self, fingerprint=fingerprint, split=lambda text: splitter().split(text))

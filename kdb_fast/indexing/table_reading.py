@@ -66,11 +66,17 @@ def open_source(
     file: FileRead | None,
     definition: Definition,
     limit: int | None,
+    *,
+    anew: bool = False,
 ) -> tuple[Source, WhatIsRead]:
-    """The source, and what it reads."""
+    """The source, and what it reads.
+
+    Args:
+        anew: What is read has not been read so before.
+    """
     if file is not None:
         records = file.input(address, definition, limit)
         return records.open(address), WhatIsRead(records.key, None, "")
-    source = TableInput(definition, limit, read_from).open(address)
+    source = TableInput(definition, limit, read_from, anew=anew).open(address)
     selection = source.selection
     return source, WhatIsRead(selection.key, selection.relation, selection.text)

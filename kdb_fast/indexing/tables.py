@@ -17,11 +17,11 @@ from ..receipt import Receipt
 from ..settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
 from ..sources.files.columns import key_columns
 from ..stores import targets
-from ..stores.find import create_vector_column, find_table_target, keyword_of, make_view
+from ..stores.find import check_view, create_vector_column, find_table_target, keyword_of, make_view
 from ..stores.homes import Homes
 from ..tables.definition import Definition
 from ..tables.describe import Described, Given, adapting, describe, find_kept
-from ..tables.names import qualified
+from ..tables.names import qualified, split_identifier
 from ..tables.reading import rows_of
 from ..tables.target import Dialect, Rows, Target, identifier
 from .progress import Progress, Silent
@@ -93,7 +93,7 @@ def reindex_table(
     into a table of vectors beside it.
 
     The description is kept in the database under a name; ``reindex_table(url, name="articles")`` does it again. What is
-    given then changes the description.
+    given then changes the description; ``""`` (for a number 0) takes back what is kept.
 
     Args:
         url: Of the database: ``postgresql://…``, ``sqlite:///file.db`` or ``embedded:DIR``.
@@ -156,26 +156,26 @@ def reindex_table(
         raise UsageError(
             "Nothing says what is to be embedded; expected a table, a query, a file or the name of a target."
         )
-    text, key = ((names,) if isinstance(names, str) else tuple(names) for names in (text, key))
+    key_names = _names(key)
     given: dict[str, Any] = {
         "table": table,
-        "text": text or None,
+        "text": _names(text),
         "template": template,
         "filter": filter,
-        "key": key or None,
+        "key": key_names,
         "query": query,
         "vector": vector,
         "into": into,
         "form": "vec0" if vec0 else None,
         "chunk": chunk,
-        "overlap": overlap if overlap is not None or chunk is None else 0,
+        "overlap": 0 if overlap is None and chunk == 0 else overlap,
         "document_prefix": document_prefix,
         "query_prefix": query_prefix,
         "index": index,
-        "source": without_secrets(source) if source else None,
-        "model": model,
+        "source": without_secrets(source) if source else source,
+        "model": DEFAULT_MODEL if model == "" else model,
         "provider": provider or ("openai" if base_url else None),
-        "base_url": base_url,
+        "base_url": "" if provider == "fastembed" and base_url is None else base_url,
         "dimensions": dimensions,
         "precision": precision,
     }
@@ -185,8 +185,10 @@ def reindex_table(
         file = None
         if from_file is not None:
             create_sqlite(written)
-            file = FileRead(str(from_file), key_columns(key, written.dialect), file_format, delimiter, encoding)
-            if key or not name:
+            file = FileRead(
+                str(from_file), key_columns(key_names or (), written.dialect), file_format, delimiter, encoding
+            )
+            if key_names is not None or not name:
                 known["key"] = tuple(column.name for column in file.key)
         # What may be new says where its vectors go.
         may_be_new = bool(into or (vector and (table or query)))
@@ -196,15 +198,26 @@ def reindex_table(
             if keyword is False and language is not None:
                 raise UsageError("--language belongs to --keyword.")
             known["keyword"] = "" if keyword is False else keyword_of(written, language or "")
-        elsewhere = source or _kept_source(name, kept, written.dialect)
+        elsewhere = _kept_source(name, into or table, kept, written.dialect) if source is None else source
         read_from = stack.enter_context(opened(parse_address(elsewhere))) if elsewhere else None
         described = _describe(written, read_from, homes, home, name or "", known, create, file is not None)
         writing = Writing(replace=replace, vacuum=vacuum)
         return _run(written, read_from, file, described, progress or Silent(), run, writing, with_source)
 
 
-def _kept_source(name: str | None, kept: Sequence[Definition], dialect: str) -> str:
-    """Address of the database that a target reads, where that is another."""
+def _names(names: str | Sequence[str]) -> tuple[str, ...] | None:
+    """Names as a definition has them; None where none are given, and () where '' takes back what is kept."""
+    names = (names,) if isinstance(names, str) else tuple(names)
+    return None if not names else () if names == ("",) else names
+
+
+def _kept_source(name: str | None, place: str | None, kept: Sequence[Definition], dialect: Dialect) -> str:
+    """Address of the database that a target reads, where that is another.
+
+    Args:
+        place: The table that it has its name from, where it is not named.
+    """
+    name = name or (split_identifier(place, dialect)[1] if place else "")
     found = find_kept(name, kept, dialect) if name else None
     return found.source if found else ""
 
@@ -305,11 +318,15 @@ def _run(
         writing: Of what holds for this run, that which the target knows.
     """
     definition = described.definition
+    if with_source:
+        check_view(definition)
     for note in described.notes:
         progress.note(note)
     with contextlib.ExitStack() as stack:
         with adapting(described.as_kept):
-            source, what = open_source(address, read_from, file, definition, run.get("limit"))
+            source, what = open_source(
+                address, read_from, file, definition, run.get("limit"), anew=described.reads_anew
+            )
         stack.callback(source.close)
         options = _options(definition, run)
         embedding: Embedding | None = None

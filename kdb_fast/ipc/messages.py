@@ -164,6 +164,9 @@ class Stop(NamedTuple):
 
 
 class Busy(NamedTuple):
-    """Writer → parent: still alive while something takes long (waiting for the database, building an index)."""
+    """Writer → parent: still alive while something takes long.
+
+    ``doing`` says what that is, for a person (waiting for the database, building an index); '' for a flush.
+    """
 
     doing: str

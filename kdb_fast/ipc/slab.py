@@ -48,15 +48,28 @@ ALIGNMENT = 64
 BLOB_BYTES = MAX_CONTENT_BYTES + 64 * 1024
 """Text area of a slot: the longest record with its key always fits."""
 
+FIRST_BLOB_BYTES = 48 * 1024
+"""Of a text area that grows: 128 records of 300 bytes."""
+
 
 @dataclass(frozen=True)
 class SlabShape:
-    """Dimensions of a slab: number of slots, rows of a slot, length of a vector, bytes of text in a slot."""
+    """Dimensions of a slab.
+
+    Attributes:
+        slots: How many.
+        rows: Of a slot.
+        dimensions: Length of a vector.
+        blob_bytes: Room for keys and texts in a slot.
+        grows: Only FIRST_BLOB_BYTES of that are allocated at once, and more while longer texts are there. Thousands of
+            slots take a sixth of the memory so; but where that runs out, a run ends in the middle and not at its start.
+    """
 
     slots: int
     rows: int
     dimensions: int
     blob_bytes: int = BLOB_BYTES
+    grows: bool = False
 
     def offsets(self) -> dict[str, int]:
         """Byte offset of each part within a slot; ``end`` is the size of a slot."""
@@ -84,6 +97,11 @@ class SlabShape:
     @property
     def total_bytes(self) -> int:
         return self.slots * self.slot_bytes
+
+    @property
+    def first_bytes(self) -> int:
+        """Of a slot, allocated at once."""
+        return self.slot_bytes - (max(0, self.blob_bytes - FIRST_BLOB_BYTES) if self.grows else 0)
 
 
 class Row(NamedTuple):
@@ -116,7 +134,10 @@ class Slot(RowBlock):
         self.vectors: npt.NDArray[np.float32] = part("vectors", np.float32, rows * shape.dimensions).reshape(
             rows, shape.dimensions
         )
-        self._blob = memoryview(buffer)[base + at["blob"] : base + at["blob"] + shape.blob_bytes]
+        self._blob_at = base + at["blob"]
+        self._blob = memoryview(buffer)[self._blob_at : self._blob_at + shape.blob_bytes]
+        self._memory: tuple[int, mmap.mmap] | None = None
+        self._room = shape.blob_bytes
 
     @property
     def lease(self) -> int:
@@ -137,10 +158,15 @@ class Slot(RowBlock):
             lease: Number of this use of the slot.
             rows: At most ``capacity`` rows whose text fits the blob.
             sources: For each row, microseconds since 1970 of its last change, or NO_VALUE.
+
+        Raises:
+            ResourceError: The memory for the texts cannot be had; only where the text area grows.
         """
         parts = [part for record, _, _ in rows for part in (encode_key(record.key), record.content.encode())]
         ends = list(itertools.accumulate(map(len, parts)))
         n, position = len(rows), ends[-1] if ends else 0
+        if position > self._room:
+            self._make_room(position)
         self._blob[:position] = b"".join(parts)
         self.ends[: 2 * n] = ends
         self.code[:n] = ROW_OK
@@ -148,6 +174,29 @@ class Slot(RowBlock):
         self.row_version[:n] = [row.row_version for row in rows]
         self.source_at[:n] = sources
         self.header[:4] = (lease, n, 0, position)
+
+    def grows_in(self, fd: int, memory: mmap.mmap) -> None:
+        """From here on allocate what texts need beyond FIRST_BLOB_BYTES."""
+        self._memory, self._room = (fd, memory), min(self._room, FIRST_BLOB_BYTES)
+
+    def _make_room(self, size: int) -> None:
+        if self._memory is None or size > len(self._blob):
+            return  # writing them raises ValueError
+        try:
+            os.posix_fallocate(self._memory[0], self._blob_at, size)
+        except OSError as error:
+            raise no_memory(size, error) from None
+        self._room = size
+
+    def trim(self) -> None:
+        """Give back what long texts needed, once nobody reads them any more."""
+        if self._memory is None or self._room <= FIRST_BLOB_BYTES:
+            return
+        first, end = (self._blob_at + size for size in (FIRST_BLOB_BYTES, self._room))
+        first, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > first:
+            self._memory[1].madvise(mmap.MADV_REMOVE, first, end - first)
+        self._room = FIRST_BLOB_BYTES
 
     def contents(self, start: int, stop: int) -> list[str]:
         ends = self.ends[: 2 * stop].tolist()
@@ -186,22 +235,22 @@ class Slab:
             if sys.platform == "linux":
                 fd = os.memfd_create("kdb-fast-slab", os.MFD_CLOEXEC)
                 try:
-                    os.posix_fallocate(fd, 0, size)
-                    return cls(shape, mmap.mmap(fd, size), None, fd, None)
+                    os.ftruncate(fd, size)
+                    for number in range(shape.slots):
+                        os.posix_fallocate(fd, number * shape.slot_bytes, shape.first_bytes)
+                    memory = mmap.mmap(fd, size)
+                    slab = cls(shape, memory, None, fd, None)
+                    if shape.grows:
+                        for slot in slab.slots:
+                            slot.grows_in(fd, memory)
+                    return slab
                 except BaseException:
                     os.close(fd)
                     raise
             segment = shared_memory.SharedMemory(create=True, size=size)
             return cls(shape, segment.buf, segment, None, segment.name)
         except OSError as error:
-            limits = {errno.EMFILE: "of open files (ulimit -n)", errno.EFBIG: "of the size of a file (ulimit -f)"}
-            limit = limits.get(error.errno or 0)
-            raise ResourceError(
-                f"Shared memory of {size / 1e6:.0f} MB cannot be allocated: {error.strerror or error}.",
-                remedy=f"Raise the limit {limit}."
-                if limit
-                else "Use fewer --workers, or give the container more memory.",
-            ) from None
+            raise no_memory(size, error) from None
 
     def handle(self) -> SlabHandle:
         """What a spawned child needs to attach. Only valid while a child is being started."""
@@ -227,6 +276,16 @@ class Slab:
         if self._keep is not None:
             self._keep.unlink()
             self._keep = None
+
+
+def no_memory(size: int, error: OSError) -> ResourceError:
+    """What a person is told when ``size`` bytes of shared memory are refused."""
+    limits = {errno.EMFILE: "of open files (ulimit -n)", errno.EFBIG: "of the size of a file (ulimit -f)"}
+    limit = limits.get(error.errno or 0)
+    return ResourceError(
+        f"Shared memory of {size / 1e6:.0f} MB cannot be allocated: {error.strerror or error}.",
+        remedy=f"Raise the limit {limit}." if limit else "Use fewer --workers, or give the container more memory.",
+    )
 
 
 class SlabHandle(NamedTuple):

@@ -209,8 +209,16 @@ class Store(ABC):
         they are; None where no query can."""
         return None
 
-    def forecast(self, run: RunSpec) -> tuple[str, ...]:
-        """What a run will do to the table that its owner should know before anything is embedded."""
+    def forecast(self, run: RunSpec, rows: int | None = None) -> tuple[str, ...]:
+        """What a run will do to the table that its owner should know before anything is embedded.
+
+        Args:
+            rows: Records that will be read, where that is known.
+        """
+        return ()
+
+    def build_outlook(self, rows: int, dimensions: int) -> tuple[str, ...]:
+        """What the owner should know before an index of so many vectors is built."""
         return ()
 
     def altered(self, run: int) -> list[str]:

@@ -151,21 +151,33 @@ def create_vector_column(address: DatabaseAddress, definition: Definition, dimen
 
         _in_file(address, lambda file: create_in_file(file, table, vector, definition.form or "blob"))
         return
-    from .postgresql.column_find import create_column
+    from .postgresql.column_effects import check_updates
+    from .postgresql.column_find import create_column, find_column
 
     place = as_typed(definition.schema, table)
-    _in_postgresql(address, lambda cursor, home: create_column(cursor, home, place, vector, dimensions))
+
+    def work(cursor: psycopg.Cursor[tuple[Any, ...]], home: Target) -> None:
+        create_column(cursor, home, place, vector, dimensions)
+        made = find_column(cursor, home, definition.name, place, text="", vector=vector, key=definition.key)
+        check_updates(cursor, made)  # else the column is not made
+
+    _in_postgresql(address, work)
+
+
+def check_view(definition: Definition) -> None:
+    """Raise UsageError where a view could not join a table of vectors to what it was made from."""
+    if not (definition.into and definition.table):
+        raise UsageError("--with-source belongs to --into, and to a table or view that is read.")
 
 
 def make_view(address: DatabaseAddress, target: ColumnTarget | TableTarget, relation: Relation | None) -> bool:
     """Make the view that joins a table of vectors to what it was made from; False where there is one.
 
     Raises:
-        UsageError: There is no such table of vectors, or what is read has no name.
         SchemaError: This role may not make it.
     """
-    if not isinstance(target, TableTarget) or relation is None or relation.kind == "query":
-        raise UsageError("--with-source belongs to --into, and to a table or view that is read.")
+    assert isinstance(target, TableTarget)
+    assert relation is not None
     name = view_name(target)
 
     def work(change: Change) -> bool:

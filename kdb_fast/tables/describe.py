@@ -71,6 +71,14 @@ class Described:
     creates: bool = False
     notes: tuple[str, ...] = ()
 
+    @property
+    def reads_anew(self) -> bool:
+        """Whether what is read has not been read so before."""
+        before = self.before
+        return before is None or any(
+            getattr(before, name) != getattr(self.definition, name) for name in (*NAMES, "schema")
+        )
+
 
 def check_given(given: Given, *, create: bool = False) -> None:
     """Raise UsageError for options that make no sense together."""
@@ -149,9 +157,9 @@ def describe(
         )
     if wanted.chunk and not wanted.into:
         raise UsageError("--chunk has no place for several vectors of a row.", remedy="Name a table: --into NAME.")
-    if "text" in given:
+    if given.get("text") or ("text" in given and "template" not in given):
         wanted = replace(wanted, template="")
-    if "template" in given:
+    elif "template" in given:
         wanted = replace(wanted, text=())
     if "model" in given and "dimensions" not in given:
         wanted = replace(wanted, dimensions=0)

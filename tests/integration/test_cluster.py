@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,11 +102,11 @@ def test_the_death_of_the_process_that_drives_the_cluster_costs_its_blocks(
         (process,) = [p for p in children if any(part.path.endswith("_raylet.so") for part in p.memory_maps())]
         process.kill()
 
-    texts = mixed_texts(700, longest=100)
+    texts = mixed_texts(400, longest=100)
     notes = Notes(kill)
     receipt = run(sqlite_database, texts, notes, cluster=cluster.address)
-    assert (receipt.state, receipt.stored, receipt.rejected) == ("done", 700, 0)
-    assert sum(host.records for host in receipt.hosts) >= 700 - 128
+    assert (receipt.state, receipt.stored, receipt.rejected) == ("done", 400, 0)
+    assert sum(host.records for host in receipt.hosts) >= 400 - 128
     assert any("died of SIGKILL; replaced, its blocks are given out again" in text for text in notes.said)
     oracle.check(index_rows(sqlite_database), records_of(texts))
 
@@ -114,6 +117,44 @@ def test_a_cluster_that_is_not_there_is_said_in_a_line(sqlite_database: Database
         run(sqlite_database, ["a text"], cluster=f"127.0.0.1:{port}")
     assert caught.value.exit_code == 5
     assert engine_processes() == []
+
+
+def test_the_cluster_is_told_neither_the_command_nor_its_directory(
+    cluster: Cluster, sqlite_database: DatabaseAddress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["kdb-fast", "reindex", "--db", sqlite_database.display])
+    run(sqlite_database, ["a text"], cluster=cluster.address)
+    # In an interpreter that has not imported Ray before the cluster's token was there.
+    program = (
+        "import sys; from ray._raylet import GcsClient; "
+        "*_, job = GcsClient(address=sys.argv[1]).get_all_job_info().values(); "
+        "print(repr((job.entrypoint, list(job.config.py_driver_sys_path), str(job))))"
+    )
+    command = [sys.executable, "-c", program, cluster.address]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=60)
+    entry_point, directories, job = ast.literal_eval(done.stdout.decode())
+    assert "multiprocessing.spawn" in entry_point
+    assert directories == ["/"]
+    assert str(tmp_path) not in job
+
+
+def test_what_is_asked_of_a_host_first_needs_no_kdb_fast_there() -> None:
+    """It travels by value; this interpreter stands for a host that lacks kdb-fast."""
+    from ray import cloudpickle
+
+    from kdb_fast.engine.cluster import survey
+
+    cloudpickle.register_pickle_by_value(survey)
+    program = (
+        "import sys, pickle; sys.modules['kdb_fast'] = None; "
+        "print(pickle.loads(sys.stdin.buffer.read())(('numpy', 'no-such-package')))"
+    )
+    packed = cloudpickle.dumps(survey.versions)
+    done = subprocess.run([sys.executable, "-c", program], input=packed, capture_output=True, check=True, timeout=60)
+    there = ast.literal_eval(done.stdout.decode())
+    assert there == survey.versions(("numpy", "no-such-package"))
+    assert there["no-such-package"] == ""
 
 
 def test_without_ray_the_message_says_how_to_install_it(

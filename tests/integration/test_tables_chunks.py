@@ -26,7 +26,7 @@ from kdb_fast.ipc.slab import Row, Slab, SlabShape
 from kdb_fast.receipt import Receipt
 from kdb_fast.records import Record, Reject, content_hash
 from kdb_fast.settings import ReindexOptions
-from kdb_fast.stores import open_store
+from kdb_fast.stores import open_store, targets
 from kdb_fast.stores.base import FlushResult, FlushSlot, RunSpec, Store
 from kdb_fast.tables.pieces import PieceOf, piece_key
 from kdb_fast.tables.table_target import TableTarget
@@ -461,3 +461,22 @@ def test_what_cannot_be_cut_is_refused(articles: Articles, minilm: Model) -> Non
         run_of(articles, minilm.max_tokens + 1)
     with contextlib.suppress(Exception):
         assert execute(articles.address, "SELECT count(*) FROM article_vectors") == [(0,)]
+
+
+def test_an_overlap_stays_while_it_fits(articles: Articles, minilm: Model) -> None:
+    articles.add("one two three")
+
+    def run(**options: Any) -> Receipt:
+        return reindex_table(articles.address, name="pieces", model_path=minilm.path, limit=1, **options)
+
+    def kept() -> tuple[int, int]:
+        found = targets.find_in(articles.address, "pieces")[1]
+        return found.chunk, found.overlap
+
+    run(table=articles.name, text="body", into="pieces", chunk=200, overlap=20)
+    run(chunk=80)
+    assert kept() == (80, 20)
+    with pytest.raises(UsageError, match=r"--overlap is 20; expected 0 to 16, half of --chunk 32\."):
+        run(chunk=32)
+    run(chunk=32, overlap=0)
+    assert kept() == (32, 0)

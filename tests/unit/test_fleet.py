@@ -12,6 +12,7 @@ from kdb_fast.embedding.encoder import EncoderSpec
 from kdb_fast.embedding.models.files import Model
 from kdb_fast.engine.base import SlotFilled
 from kdb_fast.engine.cluster import fleet as fleet_module
+from kdb_fast.engine.cluster import survey
 from kdb_fast.engine.cluster.base import (
     Actor,
     ActorFailed,
@@ -245,6 +246,17 @@ def test_an_actor_that_is_not_up_in_time_is_given_up_and_its_host_tried_again() 
     assert [actor.node for actor in stub.started] == [A, B, B]
 
 
+def test_on_a_host_that_cannot_be_reached_actors_are_started_only_from_time_to_time() -> None:
+    stub = Stub(A)
+    for _ in range(50):
+        stub.tell(ActorLost(stub.started[-1], "was lost", True))
+        stub.turn(0.1)
+    assert len(stub.started) == 1
+    stub.turn(5.0)
+    assert len(stub.started) == 2
+    assert len(stub.notes) == 1
+
+
 def test_without_a_host_the_run_waits_and_then_ends() -> None:
     stub = Stub(A)
     stub.add(0)
@@ -280,3 +292,34 @@ def test_actors_that_die_again_and_again_end_the_run() -> None:
         stub.turn()
     with pytest.raises(ResourceError, match="died 5 times in a row"):
         stub.tell(ActorLost(stub.started[-1], "died", False))
+
+
+def test_a_host_that_the_head_had_lost_begins_anew() -> None:
+    stub = Stub(A)
+    stub.tell(NodesSeen(()))
+    stub.turn()
+    stub.tell(NodesSeen((A,)))
+    assert stub.examined == [A, A]
+    stub.join(A)
+    stub.turn()
+    assert len(stub.started) == 2
+    assert stub.shares[A.name].left_out == ""
+
+
+HERE = {"Python": "3.12", "kdb-fast": "0.1.0", "numpy": "2.1"}
+
+
+@pytest.mark.parametrize(
+    ("there", "reason"),
+    [
+        (HERE, ""),
+        (HERE | {"kdb-fast": ""}, "kdb-fast is not installed there (pip install 'kdb-fast[ray]==0.1.0')"),
+        (HERE | {"numpy": ""}, "numpy is missing, here 2.1 (install the same versions)"),
+        (
+            HERE | {"Python": "3.11", "numpy": "1.26"},
+            "Python 3.11, here 3.12, numpy 1.26, here 2.1 (install the same versions)",
+        ),
+    ],
+)
+def test_a_host_with_other_versions_is_told_what_differs(there: dict[str, str], reason: str) -> None:
+    assert survey.difference(HERE, there) == reason

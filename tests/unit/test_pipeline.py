@@ -92,6 +92,9 @@ class Index:
     def count(self) -> int:
         return len(self.rows)
 
+    def build_outlook(self, rows: int, dimensions: int) -> tuple[str, ...]:
+        return (f"An index of {rows} vectors of {dimensions} numbers is large",) if rows >= 1000 else ()
+
     def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
         self.lookups += 1
         found = {key: self.rows[key] for key in keys if key in self.rows}
@@ -1237,6 +1240,7 @@ def test_a_first_load_drops_the_index_before_the_first_flush_and_builds_it_at_th
     assert kinds(run).count("PrepareIndex") == 1
     assert run.engine.requests[0] == PrepareIndex()
     assert run.engine.requests[-1] == Finish((), True)
+    assert run.pipeline.warnings[0] == f"An index of 1000 vectors of {DIMENSIONS} numbers is large"
     text = run.pipeline.index.text
     assert text.startswith("deferred: about 1000 of 1000 rows change, a quarter or more")
     assert text.endswith("; built ix_kdb_search_vector")

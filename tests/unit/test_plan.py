@@ -22,6 +22,7 @@ def planned(
     dimensions: int = 384,
     model_bytes: int = 180_000_000,
     shard_rows: int | None = None,
+    elsewhere: bool = False,
 ) -> Plan:
     """A plan for a machine with so many CPUs and so much memory."""
     usable = cpus if quota is None else max(1, min(cpus, -int(-quota // 1)))
@@ -30,7 +31,13 @@ def planned(
         patch.setattr(plan, "usable_cpus", lambda: usable)
         patch.setattr(plan, "cpu_quota", lambda: quota)
         patch.setattr(plan, "available_memory", lambda: memory)
-        return make_plan(workers=workers, dimensions=dimensions, model_bytes=model_bytes, shard_rows=shard_rows)
+        return make_plan(
+            workers=workers,
+            dimensions=dimensions,
+            model_bytes=model_bytes,
+            shard_rows=shard_rows,
+            elsewhere=elsewhere,
+        )
 
 
 def test_one_worker_for_each_cpu() -> None:
@@ -80,6 +87,17 @@ def test_of_large_slots_there_are_fewer() -> None:
     assert small.shape.slots == usual.shape.slots == 3 * 8 + FLUSH_SLOTS
     assert large.shape.slots == 2 * 8 + 2
     assert "18 slots of 2048 rows" in large.reasons[1]
+
+
+def test_a_thousand_workers_elsewhere_have_room_for_flushes_in_a_sixth_of_the_memory() -> None:
+    made = planned(cpus=2, memory=20 * GIGABYTE, workers=1024, elsewhere=True)
+    assert made.shape.slots == 3 * 1024 + FLUSH_SLOTS
+    assert made.shape.grows
+    assert made.shape.slots * made.shape.first_bytes < 1_000_000_000
+    assert made.shape.total_bytes > 3_000_000_000
+    here = planned(cpus=2, memory=20 * GIGABYTE, workers=1024)
+    assert not here.shape.grows
+    assert here.reasons[1].endswith("limited by memory)")
 
 
 @settings(deadline=None)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdb_fast.accounting import Counts
+from kdb_fast.accounting import Counts, clock
 from kdb_fast.cli import bars
-from kdb_fast.cli.bars import LINE_SECONDS, RATE_WINDOW, Bar, Estimate, Lines, choose, clock
+from kdb_fast.cli.bars import LINE_SECONDS, RATE_WINDOW, Bar, Estimate, Lines, choose
 from kdb_fast.indexing.progress import Silent
 
 
@@ -165,6 +165,24 @@ def test_lines_tell_how_far_the_run_is_every_few_seconds(time: Time) -> None:
     assert shown[-1] == "2,000 of about 30,000 records, 100/s, 3,000 tokens/s, about 4:40 left"
 
 
+def test_lines_tell_what_takes_long_every_few_seconds_and_no_counts_meanwhile(time: Time) -> None:
+    stream = io.StringIO()
+    lines = Lines(stream)
+    lines.begin(100)
+    for second in range(11):
+        time.now = 1000.0 + second
+        lines.doing(f"building articles_idx: {10 * second}%" if second > 3 else "")
+        lines.update(Counts(read=100, stored=100))
+    lines.doing("")
+    time.now += LINE_SECONDS
+    lines.update(Counts(read=100, stored=100))
+    assert stream.getvalue().splitlines() == [
+        "building articles_idx: 50%",
+        "building articles_idx: 100%",
+        "100 of about 100 records, 0/s, 0 tokens/s",
+    ]
+
+
 def test_lines_without_an_estimate_leave_total_and_time_out(time: Time) -> None:
     stream = io.StringIO()
     lines = Lines(stream)
@@ -223,6 +241,8 @@ def test_a_bar_takes_everything_and_notes_with_brackets_as_they_are(
         bar.note("entity [b]x[/b] has no text")
         bar.plan("2 workers [/]")
         bar.begin(100)
+        bar.doing("waiting [/] for the database")
+        bar.doing("")
         for second in range(3):
             time.now += 1.0
             bar.update(Counts(read=50, stored=10 * second, tokens=100 * second))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import sys
 import zlib
@@ -229,6 +230,33 @@ def test_without_memory_the_error_says_how_much_was_asked_for(monkeypatch: pytes
         Slab.create(SlabShape(100, 128, 384))
     assert "--workers" in caught.value.remedy
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memfd")
+def test_the_memory_of_long_texts_is_there_while_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    slab = Slab.create(SlabShape(4, 8, 16, grows=True))
+    assert slab._fd is not None
+    at_first = os.fstat(slab._fd).st_blocks
+    assert 4 * slab.shape.first_bytes <= 512 * at_first < slab.shape.total_bytes // 10
+    texts = ["short", "x" * 300_000, "long" * 250_000]
+    slab.slots[3].put(1, [Row(Record(("E", "1"), "of the neighbour"))], [0])
+    for text in texts:
+        slab.slots[2].put(1, [Row(Record(("E", "1"), text))], [0])
+        assert slab.slots[2].contents(0, 1) == [text]
+    assert 512 * os.fstat(slab._fd).st_blocks >= 512 * at_first + 900_000
+    slab.slots[2].trim()
+    assert 512 * os.fstat(slab._fd).st_blocks <= 512 * at_first + 2 * mmap.PAGESIZE
+    assert slab.slots[3].contents(0, 1) == ["of the neighbour"]
+
+    def full(fd: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ResourceError, match="Shared memory of 1 MB"):
+        slab.slots[2].put(2, [Row(Record(("E", "1"), texts[2]))], [0])
+    slab.slots[2].put(2, [Row(Record(("E", "1"), texts[0]))], [0])
+    assert slab.slots[2].contents(0, 1) == [texts[0]]
+    slab.close()
 
 
 def test_a_local_slab_needs_no_handle_and_closes_quietly() -> None:

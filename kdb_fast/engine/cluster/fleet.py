@@ -37,6 +37,9 @@ START_SECONDS = 120.0
 AGAIN_SECONDS = 60.0
 """After so long a host is tried again that could not take part for a reason that may pass."""
 
+RETRY_SECONDS = 5.0
+"""After so long an actor is replaced that was lost with its host, or with the network."""
+
 LOOK_SECONDS = 1.0
 """How often hosts and actors are looked after; blocks are given out at every answer."""
 
@@ -168,8 +171,11 @@ class Fleet:
         self._seen = True
         there = {node.id for node in nodes}
         for node in nodes:
-            if node.id not in self._hosts and node.cpus >= 1:
-                self._hosts[node.id] = Host(node)
+            known = self._hosts.get(node.id)
+            # One that is back after the head had lost it begins anew.
+            if node.cpus >= 1 and (known is None or known.state is State.GONE):
+                self._hosts[node.id] = known or Host(node)
+                self._hosts[node.id].state = State.EXAMINED
                 self._cluster.examine(node)
         for host in self._hosts.values():
             if host.node.id not in there and host.state is not State.GONE:
@@ -269,7 +275,12 @@ class Fleet:
                 remedy="Look at the logs of its actors on that host, and at its memory; then run the same command "
                 "again. What was committed is safe.",
             )
-        self._notes.append(f"actor {actor.number} on {host.node.name} {how}; replaced, its blocks are given out again")
+        if actor.ready or not blameless:
+            what = "replaced, its blocks are given out again"
+            self._notes.append(f"actor {actor.number} on {host.node.name} {how}; {what}")
+        if blameless:
+            # Whether its host is gone will be seen soon; until then no actor could start there.
+            host.busy_until.append(self._clock() + RETRY_SECONDS)
         self._remove(host, actor, blameless=blameless)
 
     def _remove(self, host: Host, actor: Actor, *, blameless: bool) -> None:

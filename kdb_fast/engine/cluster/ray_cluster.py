@@ -52,8 +52,14 @@ EXAMINE_SECONDS = 30.0
 SEND_SECONDS = 600.0
 """The model's files have to be on a host by then: 2 GB at 4 MB/s."""
 
-THREADS = 16
+PARTS_SECONDS = 10.0
+"""The parts of an answer are there when the answer is; through Ray's client they are one call away."""
+
+HOST_THREADS = 16
 """Hosts that are examined, or sent files, at the same time."""
+
+ACTOR_THREADS = 8
+"""Actors that are started or killed at the same time: a few milliseconds each."""
 
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_DEDUP_LOGS": "0"}
 """Set before Ray is imported. The first: nothing is reported to Ray's makers. The second: `uv run` has a hook that
@@ -103,13 +109,15 @@ def connect(spec: ClusterSpec) -> Any:
     try:
         if address != "auto":
             _reach(address)
-        ray.init(
-            address,
-            namespace=f"kdb-fast {spec.name} {os.urandom(4).hex()}",
-            log_to_driver=False,
-            configure_logging=False,
-            runtime_env={},
-        )
+        # Ray tells all hosts the working directory, to import from it.
+        with contextlib.chdir("/"):
+            ray.init(
+                address,
+                namespace=f"kdb-fast {spec.name} {os.urandom(4).hex()}",
+                log_to_driver=False,
+                configure_logging=False,
+                runtime_env={},
+            )
     except Exception as error:
         # Ray has a class of its own for nearly each reason, and its messages have several lines.
         said = " ".join(str(error).split())[:300]
@@ -155,13 +163,16 @@ class RayCluster:
         os.set_blocking(self._waker_end, False)
         os.set_blocking(self.wake_end, False)
         self._events: queue.SimpleQueue[Callable[[], ClusterEvent]] = queue.SimpleQueue()
-        self._handles: dict[Actor, Any] = {}
+        self._handles: dict[Actor, Any] = {}  # None until Ray has given one
+        self._handles_lock = threading.Lock()
         self._objects: dict[Files, tuple[dict[str, list[Any]], int]] = {}
         self._sending = threading.Lock()
         self._packages = survey.PACKAGES + (("openvino",) if spec.precision != "fp32" else ())
         self._here = survey.versions(self._packages)
         self._files = model_files.files_of(spec)
-        self._threads = ThreadPoolExecutor(THREADS, "cluster")
+        # Apart, so that hosts that do not answer hold up no actor.
+        self._host_threads = ThreadPoolExecutor(HOST_THREADS, "hosts")
+        self._actor_threads = ThreadPoolExecutor(ACTOR_THREADS, "actors")
         self._actor_class = ray.remote(EmbeddingActor)
         ray.cloudpickle.register_pickle_by_value(survey)
         self._seen = time.monotonic()
@@ -248,10 +259,11 @@ class RayCluster:
             except Exception as error:
                 cause = getattr(error, "cause", None)
                 known = cause if isinstance(cause, (KdbFastError, OSError)) else None
-                said = known or f"{type(error).__name__}: {str(error).strip().splitlines()[-1:] or ''}"
-                self._tell(HostUnfit(node, " ".join(str(said).split())[:300], again=known is None))
+                *_, last = "", *str(error).splitlines()
+                said = str(known) if known else f"{type(error).__name__} {last}"
+                self._tell(HostUnfit(node, " ".join(said.split())[:300], again=known is None))
 
-        self._threads.submit(guarded)
+        self._host_threads.submit(guarded)
 
     def _on(self, node: Node, function: Callable[..., Any], seconds: float, *arguments: Any) -> Any:
         """Call a function on a host, beside the actors there."""
@@ -268,7 +280,8 @@ class RayCluster:
     # -- actors ----------------------------------------------------------------------------------------
 
     def start(self, actor: Actor, spec: EncoderSpec) -> None:
-        self._threads.submit(self._start, actor, spec)
+        self._handles[actor] = None
+        self._actor_threads.submit(self._start, actor, spec)
 
     def _start(self, actor: Actor, spec: EncoderSpec) -> None:
         try:
@@ -279,7 +292,13 @@ class RayCluster:
                 max_task_retries=0,
                 scheduling_strategy=self._only(actor.node),
             ).remote(spec)
-            self._handles[actor] = handle
+            with self._handles_lock:
+                wanted = actor in self._handles
+                if wanted:
+                    self._handles[actor] = handle
+            if not wanted:  # killed meanwhile
+                self._ray.kill(handle, no_restart=True)
+                return
             handle.ready.remote().future().add_done_callback(lambda future: self._started(actor, future))
         except Exception as error:
             self._tell(self._loss(actor, error))
@@ -309,7 +328,7 @@ class RayCluster:
             if answer.failed is not None:
                 return ActorFailed(actor, answer.failed)
             assert answer.embedded is not None
-            vectors = tuple(self._ray.get(refs, timeout=EXAMINE_SECONDS))
+            vectors = tuple(self._ray.get(refs, timeout=PARTS_SECONDS))
             return Answered(actor, answer.embedded, answer.codes, vectors)
         except Exception as error:
             return self._loss(actor, error)
@@ -322,9 +341,10 @@ class RayCluster:
         return ActorLost(actor, how, blameless=with_host or not died)
 
     def kill(self, actor: Actor) -> None:
-        handle = self._handles.pop(actor, None)
+        with self._handles_lock:
+            handle = self._handles.pop(actor, None)
         if handle is not None:
-            self._threads.submit(lambda: self._ray.kill(handle, no_restart=True))
+            self._actor_threads.submit(lambda: self._ray.kill(handle, no_restart=True))
 
 
 def store_objects(files: Files, contents: dict[str, list[Any]]) -> str:

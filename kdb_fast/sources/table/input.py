@@ -8,7 +8,7 @@ from ...db.address import DatabaseAddress
 from ...tables.definition import Definition
 from ..base import PAGE_ROWS
 from ..reader import Reader
-from .select import select
+from .select import check_rows, select
 from .source import TableSource
 
 
@@ -21,12 +21,14 @@ class TableInput:
         limit: Read at most so many records.
         address: Where it is read, if not where the vectors are written; running.
         page_rows: Most rows of a page.
+        anew: It has not been read so before: an expression is tried on every row, before anything is written.
     """
 
     definition: Definition
     limit: int | None = None
     address: DatabaseAddress | None = None
     page_rows: int = PAGE_ROWS
+    anew: bool = False
 
     def open(self, address: DatabaseAddress) -> TableSource:
         """The source, found fit to be read.
@@ -43,6 +45,8 @@ class TableInput:
         reader = Reader(self.address or address, only_read=elsewhere)
         try:
             selection = select(reader, self.definition)
+            if self.anew:
+                check_rows(reader, selection, self.definition.text, self.limit)
             return TableSource(reader, selection, self.limit, elsewhere=elsewhere, page_rows=self.page_rows)
         except BaseException:
             reader.close()

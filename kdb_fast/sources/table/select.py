@@ -131,6 +131,31 @@ def _refused(reader: Reader, selection: Selection) -> str | None:
     return None
 
 
+def check_rows(reader: Reader, selection: Selection, text: Sequence[str], limit: int | None) -> None:
+    """Refuse SQL that fails on a row, such as a cast of what is no number; the columns of a table cannot.
+
+    Args:
+        text: The columns and expressions that are embedded.
+        limit: Only so many rows will be read.
+    """
+    relation = selection.relation
+    written = [*(part for part in text if is_expression(relation, part)), *filter(None, [selection.filter])]
+    if (relation.is_table and not written) or (selection.dialect == "sqlite" and not selection.paged):
+        return  # or every row is copied at the start
+    rows = f"SELECT {selection.text_as_text} AS kdb_fast_text FROM {selection.source()}"  # noqa: S608
+    if limit is not None:
+        rows += f" ORDER BY {selection.order} LIMIT {limit}" if selection.paged else f" LIMIT {limit}"
+    try:
+        reader.fetch(f"SELECT count(kdb_fast_text) FROM ({rows}) kdb_fast_rows", {})  # noqa: S608
+    except SchemaError as error:
+        reason = pg_errors.primary_message(error.__cause__ or error).rstrip(".")
+        raise SchemaError(
+            f"A row of {relation.shown} cannot be read{' by ' if written else ''}"
+            f"{', '.join(storable_key(part) for part in written)}: {reason}.",
+            remedy="Make it take every row (such as by CASE WHEN … THEN … END), or leave such rows out: --filter SQL.",
+        ) from None
+
+
 def _check_type(reader: Reader, selection: Selection, part: str) -> None:
     """Refuse an expression that is a number."""
     if selection.dialect == "sqlite" or not is_expression(selection.relation, part):

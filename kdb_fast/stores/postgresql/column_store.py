@@ -121,12 +121,12 @@ class PostgreSQLColumnStore(PostgreSQLStore):
     def column_dimensions(self) -> int | None:
         return self.column.vector.dimensions
 
-    def forecast(self, run: RunSpec) -> tuple[str, ...]:
+    def forecast(self, run: RunSpec, rows: int | None = None) -> tuple[str, ...]:
         def work() -> tuple[str, ...]:
             with self.session.transaction() as cursor:
                 return tuple(forecast(cursor, self.column, run.fingerprint, run.dimensions))
 
-        return self.session.retrying("looking at the table", work)
+        return (*self.session.retrying("looking at the table", work), *super().forecast(run, rows))
 
     def altered(self, run: int) -> list[str]:
         column = self.column

@@ -19,6 +19,7 @@ from .index_catalog import (
     owner_of_name,
     qualified,
 )
+from .index_progress import watched
 from .index_session import apply, beside_others, build_settings, name_build, notices
 from .index_tree import IndexTree
 from .indexed import Indexed
@@ -103,7 +104,8 @@ class IndexBuilder:
             fault("store.index_build")
             self._beat(f"building {index.name}")
             try:
-                name = build(index, again, serial)
+                with watched(self._session.address, index.place, f"building {index.name}", self._beat):
+                    name = build(index, again, serial)
                 self._built[index.schema, name] = replace(index, valid=True)
                 return
             except (psycopg.errors.DuplicateTable, psycopg.errors.UniqueViolation):

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...db.pg_connection import connect_postgresql, name_session
 from ...db.pg_settings import pinned
@@ -25,9 +25,53 @@ if TYPE_CHECKING:
 ROW_BYTES_IN_BUILD = 1.3
 """pgvector keeps elements and neighbour lists in memory while building: about 1.3 × the vectors at m = 16."""
 
+SLOWER = "several times as slow"
+"""A row of a graph that no longer fits, against one in memory."""
+
 CONCURRENT_PATIENCE = "60s"
 """How long a build beside other sessions waits for one of their transactions, each time: it needs the end of all that
 have begun before it."""
+
+
+class BuildMemory(NamedTuple):
+    """What the build of an index of vectors needs so that its graph stays in memory, and what it gets; bytes."""
+
+    needed: int
+    granted: int
+    local: bool
+    """The server is on this machine, whose memory is known."""
+
+    def shortage(self, rows: int) -> tuple[str, ...]:
+        """What is to be said where ``rows`` vectors do not fit; else nothing."""
+        if self.granted >= self.needed:
+            return ()
+        here = "a quarter of this machine's free memory is" if self.local else "maintenance_work_mem of this role is"
+        fit = rows * self.granted // self.needed
+        return (
+            f"An index of {rows:,} vectors needs about {self.needed / 1e6:,.0f} MB to be built in memory; {here} "
+            f"{self.granted / 1e6:,.0f} MB, which holds about {fit:,}. The others are added on disk, {SLOWER}. "
+            f"With more: ALTER ROLE CURRENT_USER SET maintenance_work_mem = '{-(-self.needed >> 20)}MB';",
+        )
+
+
+def build_memory(cursor: Cursor, table: Name, vector: str, dimensions: int, rows: int) -> BuildMemory:
+    """For an index of ``rows`` vectors of this column.
+
+    Args:
+        dimensions: Of the vectors, where the column does not say.
+    """
+    row = cursor.execute(
+        "SELECT greatest(a.atttypmod, %s), pg_size_bytes(current_setting('maintenance_work_mem')) "
+        "FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = %s "
+        "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
+        (dimensions, vector, *table),
+    ).fetchone()
+    assert row is not None
+    # Vector, element and neighbour lists: 4 bytes a dimension and about 700 bytes of graph at m = 16.
+    needed = int(rows * (4 * row[0] * ROW_BYTES_IN_BUILD + 700)) + (16 << 20)
+    local = cursor.connection.info.host.startswith("/") or cursor.connection.info.host in ("localhost", "127.0.0.1")
+    allowed = available_memory() // 4 if local else row[1]
+    return BuildMemory(needed, max(row[1], min(needed, allowed)), local)
 
 
 def name_build(cursor: Cursor) -> None:
@@ -49,23 +93,11 @@ def build_settings(
     Args:
         dimensions: Of the vectors, where the column does not say.
     """
-    row = cursor.execute(
-        "SELECT greatest(a.atttypmod, %s), pg_size_bytes(current_setting('maintenance_work_mem')) "
-        "FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = %s "
-        "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
-        (dimensions, vector, *table),
-    ).fetchone()
-    assert row is not None
     counted = cursor.execute(f"SELECT count(*) FROM {qualified(table)}".encode()).fetchone()  # noqa: S608 - quoted
-    rows = int(counted[0]) if counted else 0
-    # Vector, element and neighbour lists: 4 bytes a dimension and about 700 bytes of graph at m = 16.
-    needed = int(rows * (4 * row[0] * ROW_BYTES_IN_BUILD + 700)) + (16 << 20)
-    local = cursor.connection.info.host.startswith("/") or cursor.connection.info.host in ("localhost", "127.0.0.1")
-    allowed = available_memory() // 4 if local else row[1]
-    memory = max(row[1], min(needed, allowed))
-    workers = 0 if serial or vector_version(cursor) < (0, 8, 2) else max(1, usable_cpus() - 1) if local else 2
+    memory = build_memory(cursor, table, vector, dimensions, int(counted[0]) if counted else 0)
+    workers = 0 if serial or vector_version(cursor) < (0, 8, 2) else max(1, usable_cpus() - 1) if memory.local else 2
     return {
-        "maintenance_work_mem": f"{memory // 1024}kB",
+        "maintenance_work_mem": f"{memory.granted // 1024}kB",
         "max_parallel_maintenance_workers": str(workers),
         "statement_timeout": "0",
     }

@@ -32,6 +32,8 @@ from . import index as pg_index
 from . import rejects as pg_rejects
 from . import runs as pg_runs
 from .flush import FlushWriter
+from .index_default import INDEX_ROWS
+from .index_session import build_memory
 from .indexed import Indexed
 from .session import LIMITS, PgSession
 
@@ -130,6 +132,20 @@ class PostgreSQLStore(Store):
         if policy in (IndexPolicy.DEFER, IndexPolicy.CONCURRENTLY):
             self.session.retrying("looking at the indexes", lambda: pg_index.check(self.session, self.indexed))
         return ()
+
+    def forecast(self, run: RunSpec, rows: int | None = None) -> tuple[str, ...]:
+        if run.indexes is IndexPolicy.NONE or rows is None or rows < INDEX_ROWS or self.has_vector_index:
+            return ()
+        return self.build_outlook(rows, run.dimensions)
+
+    def build_outlook(self, rows: int, dimensions: int) -> tuple[str, ...]:
+        def work() -> tuple[str, ...]:
+            with self.session.transaction() as cursor:
+                indexed = self.indexed
+                place = indexed.schema, indexed.table
+                return build_memory(cursor, place, indexed.vector, dimensions, rows).shortage(rows)
+
+        return self.session.retrying("looking at the memory of an index", work)
 
     def drop_index(self) -> IndexOutcome:
         return self.session.retrying("dropping the vector index", lambda: pg_index.defer(self.session, self.indexed))

@@ -15,8 +15,17 @@ from ...tables.column_target import VectorColumn
 from ...tables.hidden_rows import check_unfiltered
 from ...tables.key import KeyColumn
 from ...tables.relation import Relation
-from ...tables.table_target import CHUNK_COLUMNS, CONTENT, TSVECTOR, VERSION, TableTarget, check_columns, check_names
-from ...tables.target import Target, identifier, rows_on
+from ...tables.table_target import (
+    CHUNK_COLUMNS,
+    CONTENT,
+    STATE_COLUMNS,
+    TSVECTOR,
+    VERSION,
+    TableTarget,
+    check_columns,
+    check_names,
+)
+from ...tables.target import Target, columns_of, identifier, rows_on
 from .check import RELATIONS
 from .foreign_key import why_no_foreign_key
 from .keyword import prepare_keyword
@@ -135,6 +144,8 @@ def find_table(
             "No schema of the session's search_path exists and may be used by this role.",
             remedy=f"Name the schema of the table: --into SCHEMA.{storable_key(into)}",
         )
+    # What was made with a column for the text keeps it.
+    there = columns_of(rows_on(cursor, "postgresql"), Target(schema), [table]).get(table, frozenset())
     refers = source if source is not None and source.kind in ("table", "partitioned table") else None
     target = TableTarget(
         name,
@@ -144,7 +155,7 @@ def find_table(
         tuple(key),
         VectorColumn(vector, "vector"),
         refers,
-        content=content or chunked,
+        content=content or chunked or {CONTENT, *STATE_COLUMNS} <= there,
         chunked=chunked,
         keyword=keyword,
         text=text if refers else "",

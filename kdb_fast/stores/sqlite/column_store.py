@@ -82,7 +82,7 @@ class SQLiteColumnStore(SQLiteStore):
             sqlite_prepare.prepare(self._connection, make, wait, self.on_wait)
         return ()
 
-    def forecast(self, run: RunSpec) -> tuple[str, ...]:
+    def forecast(self, run: RunSpec, rows: int | None = None) -> tuple[str, ...]:
         with translated("looking at the table"):
             triggers = self._triggers()
             if not triggers:

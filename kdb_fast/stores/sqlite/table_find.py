@@ -16,8 +16,8 @@ from ...records import storable_key
 from ...tables.column_target import VectorColumn, state_table
 from ...tables.key import KeyColumn
 from ...tables.relation import Relation
-from ...tables.table_target import CHUNK_COLUMNS, CONTENT, TableTarget, check_columns, check_names
-from ...tables.target import Target
+from ...tables.table_target import CHUNK_COLUMNS, CONTENT, STATE_COLUMNS, TableTarget, check_columns, check_names
+from ...tables.target import Target, columns_of, rows_on
 from .check import GENERATED, check_kind
 from .keyword import prepare_keyword
 
@@ -76,6 +76,8 @@ def find_table(
     ).fetchone()
     if into.lower().startswith("sqlite_"):
         raise SchemaError(f"{storable_key(into)} is a name that SQLite keeps for itself.", remedy="Choose another.")
+    # What was made with a column for the text keeps it.
+    there = columns_of(rows_on(connection, "sqlite"), Target(), [into]).get(into, frozenset())
     refers = source if source is not None and source.kind == "table" and source.schema is None else None
     target = TableTarget(
         name,
@@ -85,7 +87,7 @@ def find_table(
         tuple(key),
         VectorColumn(vector, "blob"),
         refers,
-        content or chunked or bool(keyword),
+        content or chunked or bool(keyword) or {CONTENT, *STATE_COLUMNS} <= there,
         chunked,
         keyword,
         vec0,

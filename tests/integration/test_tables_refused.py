@@ -1,0 +1,90 @@
+"""What can be known before a run is refused before anything is written, and the corrected command then works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from commands import Commands
+from servers import execute
+from table_commands import DESCRIBED, Table
+
+import kdb_fast
+from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.embedding.models.files import Model
+
+INTO = ("--table", "articles", "--text", "body", "--into", "vectors")
+
+
+@pytest.fixture
+def table(commands: Commands, index: DatabaseAddress) -> Iterator[Table]:
+    table = Table(commands, index)
+    table.add(1, "one", "two")
+    yield table
+    commands.clear()
+
+
+def _tables(table: Table) -> list[str]:
+    """All but the application's own."""
+    listed = "SELECT name FROM sqlite_master WHERE type = 'table'"
+    if table.is_postgresql:
+        listed = "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
+    return [name for (name,) in execute(table.address, listed) if name != "articles"]
+
+
+def _refused(table: Table, *arguments: str, code: int = 2) -> str:
+    line = table.run("reindex", *arguments, code=code)
+    assert _tables(table) == [], "nothing was written"
+    assert table.json("targets", "list")["targets"] == []
+    return line
+
+
+def test_sizes_of_pieces_that_leave_no_room(table: Table, minilm: Model) -> None:
+    def run(**options: Any) -> kdb_fast.Receipt:
+        return kdb_fast.reindex_table(
+            table.address, "articles", text="body", into="vectors", model_path=minilm.path, **options
+        )
+
+    for sizes, said in (((32, 16), "twice the overlap"), ((100_000, 0), "reads at most")):
+        with pytest.raises(kdb_fast.UsageError, match=said):
+            run(chunk=sizes[0], overlap=sizes[1])
+        assert _tables(table) == [], "nothing was written"
+    assert run(chunk=32, overlap=4).stored == 2
+    with pytest.raises(kdb_fast.UsageError, match="twice the overlap"):
+        run(overlap=16)
+    assert table.json("targets", "show", "vectors")["overlap"] == 4
+    assert run().unchanged == 2
+
+
+def test_sql_that_fails_on_a_row(table: Table) -> None:
+    execute(table.address, 'UPDATE articles SET lang = \'{"a": "x"}\'')
+    execute(table.address, "UPDATE articles SET lang = '{' WHERE id = 2")
+    text = "CAST(lang AS json)->>'a'" if table.is_postgresql else "json_extract(lang, '$.a')"
+    described = ("--table", "articles", "--text", text)
+    for place in (("--into", "vectors"), ("--vector", "embedding")):
+        line = _refused(table, *described, *place, code=4)
+        assert "A row of " in line
+        assert "articles cannot be read by " in line
+        assert "CASE WHEN" in line
+    line = _refused(table, *INTO, "--filter", f"{text} = 'x'", code=4)
+    assert "articles cannot be read by " in line
+    read = f"SELECT id, {text} AS text FROM articles"
+    _refused(table, "--query", read, "--key", "id", "--into", "vectors", code=4)
+    assert table.json("reindex", *described, "--into", "vectors", "--filter", "id = 1")["stored"] == 1
+
+
+def test_a_view_of_what_is_no_table_of_vectors(table: Table) -> None:
+    line = _refused(table, *DESCRIBED, "--with-source")
+    assert "--with-source belongs to --into" in line
+
+
+@pytest.mark.parametrize("index", ["postgresql"], indirect=True)
+def test_a_column_that_could_not_be_written_is_not_made(table: Table) -> None:
+    execute(table.address, "CREATE RULE kept AS ON UPDATE TO articles DO INSTEAD NOTHING")
+    line = _refused(table, *DESCRIBED[:-1], "made", "--create", code=4)
+    assert "The rule kept of public.articles rewrites its updates" in line
+    columns = "SELECT 1 FROM pg_attribute WHERE attrelid = 'articles'::regclass AND attname = 'made'"
+    assert execute(table.address, columns) == []
+    execute(table.address, "DROP RULE kept ON articles")
+    assert table.json("reindex", *DESCRIBED[:-1], "made", "--create")["stored"] == 2
