@@ -123,7 +123,7 @@ class Receipt:
         rejected: Records that could not be stored; ``kdb-fast rejects list`` says why.
         foreign: Of the unchanged those whose rows hold a vector of another program, which was left alone.
         empty: Records without text.
-        deleted: Rows of the index that no record has any more.
+        deleted: What the index had of records that are gone; of a text in pieces one.
         truncated: Records that are longer than the model reads.
         lost_chars: Characters of these that it has not read, about; 0 for a provider's API, which does not tell.
         chunks: Pieces of the records that were written, where texts are cut into pieces.

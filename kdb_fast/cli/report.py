@@ -220,7 +220,9 @@ def print_target(values: Mapping[str, Any]) -> None:
         else "",
         "keywords": values["keyword"],
         "indexes": values["index"],
-        "rows": "the table or column is not there" if values["rows"] is None else f"{values['rows']:,} with a vector",
+        "rows": "the table or column is not there"
+        if values["rows"] is None
+        else f"{values['rows']:,} with a vector" + (f", {values['pieces']:,} pieces" if values["pieces"] else ""),
         "rejected": f"{values['rejected']:,}" if values["rejected"] else "",
         "last run": f"{run['run']}, {run['state']}, began {str(run['started_at'])[:19]}" if run else "never",
         "kept in": Target(values["state_schema"]).shown() if values["state_schema"] else "",

@@ -113,7 +113,8 @@ class TargetStatus(NamedTuple):
     Attributes:
         home: Where our own tables of it are.
         definition: As it is kept.
-        rows: Rows with a vector, whoever made it; None where the table or column is not there, or may not be read.
+        rows: Records with a vector, whoever made it; None where the table or column is not there, or may not be read.
+        pieces: Vectors, where texts are cut and a record has several; else None.
         rejected: Records that could not be stored.
         run: The newest run; None where there was none.
     """
@@ -121,6 +122,7 @@ class TargetStatus(NamedTuple):
     home: Target
     definition: Definition
     rows: int | None
+    pieces: int | None
     rejected: int
     run: LastRun | None
 
@@ -136,6 +138,7 @@ class TargetStatus(NamedTuple):
             **asdict(self.definition),
             "state_schema": self.home.schema,
             "rows": self.rows,
+            "pieces": self.pieces,
             "rejected": self.rejected,
             "state": self.state,
             "run": run,
@@ -154,17 +157,20 @@ def statuses(rows: Rows, targets: Iterable[Kept]) -> list[TargetStatus]:
         newest = newest_runs(rows, own, ", ".join(LastRun._fields), 1)
         run = LastRun(*newest[0]) if newest else None
         rejected = len(rejected_keys(rows, own))
-        found.append(TargetStatus(home, definition, _vectors(rows, home, definition), rejected, run))
+        records, pieces = _vectors(rows, home, definition)
+        found.append(TargetStatus(home, definition, records, pieces, rejected, run))
     return found
 
 
-def _vectors(rows: Rows, home: Target, definition: Definition) -> int | None:
-    schema, table = definition.place
-    column = identifier(definition.vector, home.dialect)
+def _vectors(rows: Rows, home: Target, definition: Definition) -> tuple[int | None, int | None]:
+    """Records with a vector and, where texts are cut, their pieces."""
+    table, column = qualified(*definition.place, home.dialect), identifier(definition.vector, home.dialect)
+    first = ", count(CASE WHEN chunk = 0 THEN 1 END)" if definition.chunk else ""
     try:
-        return int(rows(f"SELECT count({column}) FROM {qualified(schema, table, home.dialect)}", {})[0][0])  # noqa: S608
+        vectors, *records = map(int, rows(f"SELECT count({column}){first} FROM {table}", {})[0])  # noqa: S608
     except SchemaError:
-        return None
+        return None, None
+    return (records[0], vectors) if records else (vectors, None)
 
 
 def keep(address: DatabaseAddress, definition: Definition) -> None:

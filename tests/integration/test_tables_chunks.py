@@ -238,7 +238,7 @@ def test_record_is_not_known_where_a_piece_is_missing_or_was_changed(writer: Wri
 def test_deleted_record_may_come_back_in_the_same_flush(writer: Writer) -> None:
     writer.put(0, "as it was", 1)
     result = writer.flush(writer.piece(0, "new", 0, 2), deletes=[0])
-    assert result.deleted == 3
+    assert result.deleted == 1
     assert writer.texts() == {0: "new"}
     assert writer.flush(deletes=[0]).deleted == 1
     assert writer.texts() == {}
@@ -429,6 +429,14 @@ def test_kept_target_goes_on_in_pieces(articles: Articles, check: Callable[..., 
     first = reindex_table(address, table, chunk=SIZE, overlap=OVERLAP, **options)
     assert numbers(first) == {"stored": 3, "chunks": check()}
     assert numbers(reindex_table(address, name="articles")) == {"unchanged": 3}
+    status = targets.status_in(address, "articles")
+    assert (status.rows, status.pieces) == (3, first.chunks)
+    assert numbers(reindex_table(address, name="articles", filter="id <> 1")) == {"unchanged": 2, "deleted": 1}
+    execute(address, f"UPDATE {table} SET body = NULL WHERE id = 2")
+    assert numbers(reindex_table(address, name="articles")) == {"unchanged": 1, "deleted": 1, "empty": 1}
+    execute(address, f"UPDATE {table} SET body = 'a' WHERE id = 2")
+    reindex_table(address, name="articles", filter="")
+    assert targets.status_in(address, "articles").rows == 3
     with pytest.raises(SchemaError, match="is a piece of a text; this run writes a whole text into each") as caught:
         reindex_table(address, name="articles", chunk=0)
     assert caught.value.remedy.startswith("Give --chunk.")

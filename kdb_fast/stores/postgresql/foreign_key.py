@@ -14,6 +14,7 @@ from ...db.pg_errors import kind_of, primary_message
 from ...db.retrying import ErrorKind
 from ...tables.table_target import TableTarget
 from .session import PgSession
+from .table_delete import delete_rows
 
 if TYPE_CHECKING:
     import psycopg
@@ -117,7 +118,7 @@ class Referred(NamedTuple):
 
     Attributes:
         checked: All rows were checked just now: each has its record.
-        deleted: Rows without one, which were removed for it.
+        deleted: Records in the table without one there, which were removed for it.
         warnings: What a person should know, if that could not be.
     """
 
@@ -159,7 +160,7 @@ def _refer(session: PgSession, target: TableTarget) -> Referred:
             with session.transaction() as cursor:
                 cursor.execute("SET LOCAL statement_timeout = 0; SET LOCAL row_security = off")
                 orphans = target.statement(DELETE_ORPHANS, living=target.has_record("t.{column}"))
-                deleted = cursor.execute(orphans).rowcount
+                deleted = delete_rows(cursor, target, orphans, ())[1]
             _validate(session, target, found[0])
     except psycopg.Error as error:
         if kind_of(error) not in (ErrorKind.REFUSED, ErrorKind.DATA):

@@ -10,11 +10,9 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...records import Key
 from ...tables.table_target import TableTarget
 from ..base import FlushSlot, RunSpec
 from . import pgcopy
-from .by_key import by_key
 from .flush import FlushWriter, Group
 from .foreign_key import Reference
 from .key_fields import key_fields
@@ -40,8 +38,6 @@ WHERE NOT EXISTS (SELECT FROM {table} t WHERE {same_row} AND t.kdb_fast_run = %(
 ORDER BY 1, 2
 """
 """Slot and row, and whether the record is gone or locked: else something has kept the row from being written."""
-
-DELETE = "DELETE FROM {table} t USING unnest({arrays}) AS k({names}) WHERE {same_row}"
 
 LOCK = " FOR KEY SHARE OF r SKIP LOCKED"
 """As the foreign key will lock a record, without waiting for another program that is deleting it."""
@@ -170,21 +166,3 @@ HASHED = (32).to_bytes(4, "big")
 def staged_words(configuration: str) -> str:
     """SQL expression of what keyword search reads of a staged text, for a statement with parameters."""
     return tsvector_of("s.content", configuration).replace("%", "%%")
-
-
-def delete_keys(cursor: psycopg.Cursor[tuple[Any, ...]], target: TableTarget, keys: Sequence[Key]) -> int:
-    """Delete the rows of these keys; returns how many there were. A key that is none of its type has no row."""
-    if not keys:
-        return 0
-    statement = target.statement(
-        DELETE,
-        arrays=target.each_key("%s::text[]"),
-        names=target.each_key("key_{number}"),
-        same_row=target.same_key("t.{column}", "k.key_{number}::{type}"),
-    )
-
-    def execute(keys: Sequence[Key], arrays: list[str]) -> int:
-        with cursor.connection.transaction():
-            return cursor.execute(statement, arrays).rowcount
-
-    return sum(by_key(keys, len(target.key), execute))

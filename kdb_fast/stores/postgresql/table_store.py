@@ -31,8 +31,9 @@ from .keyword import finish_table
 from .prepare import PRUNE_BATCH
 from .session import LIMITS
 from .store import PostgreSQLStore
+from .table_delete import delete_keys, delete_rows
 from .table_find import prepare_table
-from .table_flush import TableWriter, delete_keys
+from .table_flush import TableWriter
 
 if TYPE_CHECKING:
     import psycopg
@@ -267,22 +268,23 @@ class PostgreSQLTableStore(PostgreSQLStore):
         while True:
             try:
                 with self.session.transaction() as cursor:
-                    deleted = self._prune_once(cursor, entity, live_rows)
+                    rows, records = self._prune_once(cursor, entity, live_rows)
             except psycopg.Error as error:
                 if kind_of(error) not in (ErrorKind.REFUSED, ErrorKind.DATA):
                     raise
                 raise HiddenRowsError(primary_message(error)) from None
-            total += deleted
-            if deleted < PRUNE_BATCH:
+            total += records
+            if rows < PRUNE_BATCH:
                 return total
 
-    def _prune_once(self, cursor: Cursor, entity: str, live_rows: LiveRows) -> int:
+    def _prune_once(self, cursor: Cursor, entity: str, live_rows: LiveRows) -> tuple[int, int]:
+        """How many rows and records were removed."""
         # What a policy hides must not look deleted: in this transaction hiding is an error.
         cursor.execute("SET LOCAL row_security = off")
         table, params = self.table, Params("postgresql")
         live = live_rows(rows_on(cursor, "postgresql"), table.home, entity, params)
         if live is None:
-            return 0
+            return 0, 0
         statement = table.statement(
             PRUNE,
             row_keys=table.each_key("s.{column}"),
@@ -290,7 +292,7 @@ class PostgreSQLTableStore(PostgreSQLStore):
             batch=params(PRUNE_BATCH),
             same_row=table.same_key("t.{column}", "gone.{column}"),
         )
-        return cursor.execute(statement, params.values).rowcount
+        return delete_rows(cursor, table, statement, params.values)
 
     # -- rejects ---------------------------------------------------------------------------------------
 

@@ -119,9 +119,11 @@ class TableRows:
             raise RowIgnoredError("a trigger of the table left the row out")
 
     def delete(self, keys: Sequence[Key]) -> int:
-        """Delete the rows of these keys; returns how many there were."""
+        """Delete the rows of these keys; returns how many records there were."""
         if self._target.vec0:
             self._execute_vec0(DELETE_VEC0, keys)
+        if self._target.chunked:
+            return sum(self._connection.execute(self._delete, key).rowcount > 0 for key in keys)
         return max(0, self._connection.executemany(self._delete, keys).rowcount)
 
     def _execute_vec0(self, template: str, rows: Sequence[tuple[Any, ...]]) -> None:
