@@ -112,7 +112,7 @@ batch_size_option: Option = click.option(
 )
 
 
-class _Workers(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.3
+class Workers(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.3
     """A number, or ``all``: None, as where the option is left out."""
 
     name = "N|all"
@@ -122,7 +122,7 @@ class _Workers(click.ParamType):  # type: ignore[type-arg]  # not generic before
 
 
 workers_option: Option = click.option(
-    "--workers", type=_Workers(), help="Embedding processes. Default: all, one for each CPU this process may use."
+    "--workers", type=Workers(), help="Embedding processes. Default: all, one for each CPU this process may use."
 )
 cluster_option: Option = click.option(
     "--cluster",

@@ -39,7 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(home: Path) -> Iterator[Cluster]:
     """One host with two CPUs."""
     home.chmod(0o700)
-    found = Cluster([2], environment={"KDB_FAST_HOME": str(home)})
+    found = Cluster([2], environment={"KDB_FAST_HOME": str(home), "RAY_worker_niceness": "0"})
     yield found
     found.close()
 

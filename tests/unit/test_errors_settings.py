@@ -5,11 +5,13 @@ import pickle
 import signal
 from typing import Any
 
+import click
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb_fast import errors
+from kdb_fast.cli.options import Workers
 from kdb_fast.errors import KdbFastError, StoppedError, UsageError
 from kdb_fast.settings import (
     DEFAULT_BATCH_SIZE,
@@ -164,6 +166,32 @@ def test_options_beyond_their_bounds_are_refused_by_name_and_value(option: str, 
     with pytest.raises(UsageError) as caught:
         ReindexOptions(**{option: value})
     assert caught.value.message.startswith(f"{name} is {value}; expected ")
+
+
+def test_a_cluster_has_more_workers_than_a_machine() -> None:
+    assert ReindexOptions(cluster="auto", workers=MAX_WORKERS + 1).workers == MAX_WORKERS + 1
+
+
+@pytest.mark.parametrize("address", ["auto", "ray://head:10001", "10.0.0.1:6379", "ray://[::1]:10001"])
+def test_addresses_of_clusters_are_taken(address: str) -> None:
+    assert ReindexOptions(cluster=address).cluster == address
+
+
+@pytest.mark.parametrize("address", ["", "head", "ray://head", "http://head:8265", "ray://user@head:10001"])
+def test_what_is_no_address_of_a_cluster_is_refused(address: str) -> None:
+    with pytest.raises(UsageError, match=r"^--cluster is '.*'; expected auto, ray://HOST:10001 or HOST:6379\."):
+        ReindexOptions(cluster=address)
+
+
+def test_a_provider_needs_no_cluster() -> None:
+    with pytest.raises(UsageError, match="--cluster is for models on its hosts, not for openai"):
+        ReindexOptions(cluster="auto", provider="openai")
+
+
+@pytest.mark.parametrize(("value", "workers"), [("all", None), ("3", 3)])
+def test_workers_are_a_number_or_all(value: str, workers: int | None) -> None:
+    command = click.Command("try", params=[click.Option(["--workers"], type=Workers())], callback=lambda **found: found)
+    assert command.main(["--workers", value], standalone_mode=False) == {"workers": workers}
 
 
 def test_options_are_frozen() -> None:
