@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import psutil
+import pytest
 
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.db.embedded.server import EmbeddedServer
@@ -72,6 +73,24 @@ class Server:
             execute(address, f"GRANT {grant} TO {role}")
         return connect_as(address, user=role)
 
+    def program(self, name: str, *arguments: str | Path) -> None:
+        """Run a program that comes with the server, such as ``pg_dump``, as the server's user.
+
+        Skips the test where the server brings none of this name.
+        """
+        if not (self._server._programs / name).exists():
+            pytest.skip(f"this server brings no {name}")
+        done = self._server._run(name, *arguments)
+        assert done.returncode == 0, done.stderr
+
+    def empty_folder(self, name: str) -> Path:
+        """An empty directory of the server's user, removed with the server."""
+        folder = self._root / name
+        folder.mkdir(mode=0o700)
+        if self._server._data.account is not None:
+            os.chown(folder, *self._server._data.account)
+        return folder
+
     def restart(self, how: str = "fast") -> None:
         """Stop the server, cutting all sessions, and start it again.
 
@@ -101,6 +120,47 @@ class Server:
         """Stop the server and remove its files."""
         self._server.leave()
         shutil.rmtree(self._root, ignore_errors=True)
+
+
+class Standby:
+    """A hot standby that follows a server, a copy of all its databases."""
+
+    def __init__(self, primary: Server) -> None:
+        folder = primary.empty_folder("standby")
+        primary.program(
+            "pg_basebackup", "-D", folder, "-R", "-c", "fast", "-X", "stream", "-d", primary.address.conninfo
+        )
+        with open(folder / "postgresql.auto.conf", "a") as settings:
+            settings.write("max_standby_streaming_delay = 0\n")  # what is read there never holds it up
+        for socket in folder.glob(".s.PGSQL.*"):
+            socket.unlink()  # the primary's
+        self._primary = primary
+        self._server = EmbeddedServer(folder, primary._server._programs)
+        self._server.start()
+
+    def of(self, address: DatabaseAddress) -> DatabaseAddress:
+        """The copy of one of the primary's databases."""
+        return connect_as(replace(address, conninfo=self._server.conninfo), dbname=database_name(address))
+
+    def catch_up(self) -> None:
+        """Wait until it has all that was committed on the primary."""
+        ((end,),) = execute(self._primary.address, "SELECT pg_current_wal_lsn()::text")
+        mine = self.of(self._primary.address)
+        eventually(lambda: execute(mine, "SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", end) == [(True,)])
+
+    def lag(self, behind: bool) -> None:
+        """Take nothing from the primary from now on, or catch up."""
+        mine = self.of(self._primary.address)
+        if behind:
+            self.catch_up()
+            execute(mine, "SELECT pg_wal_replay_pause()")
+            eventually(lambda: execute(mine, "SELECT pg_get_wal_replay_pause_state()") == [("paused",)])
+        else:
+            execute(mine, "SELECT pg_wal_replay_resume()")
+            self.catch_up()
+
+    def stop(self) -> None:
+        self._server.leave()
 
 
 def connect_as(address: DatabaseAddress, **parts: str) -> DatabaseAddress:

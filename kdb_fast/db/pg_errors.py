@@ -141,7 +141,8 @@ def explain(what: str, error: Exception, address: DatabaseAddress | None = None)
     if state[:2] == "40":
         return DatabaseError(
             f"Another transaction wrote the same rows while {what}: {text} ({state}).",
-            remedy="The server has rolled back this one; run the same command again.",
+            remedy="The server has rolled back this one; run the same command again. On a standby, "
+            "hot_standby_feedback = on or a longer max_standby_streaming_delay keeps it from ending what is read.",
         )
     if state == READ_ONLY:
         return DatabaseError(

@@ -315,7 +315,7 @@ def write(address: DatabaseAddress, what: str, work: Callable[[Change], T]) -> T
     session = PgSession(address, "targets")
 
     def attempt() -> T:
-        with session.transaction() as cursor:
+        with session.writing() as cursor:
             locks.take(cursor)
             return work(
                 Change(

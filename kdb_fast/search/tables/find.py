@@ -47,9 +47,9 @@ def find_searched(connection: Any, address: DatabaseAddress, definition: Definit
             f"{storable_key(definition.into)} is a table of sqlite-vec, which cannot be read: {why}.",
             remedy="pip install 'kdb-fast[sqlite-vec]', with a Python whose sqlite3 may load extensions.",
         )
-    elsewhere = bool(definition.source)
     read = None
-    if definition.table and not elsewhere:
+    # What is read may be another database's; a column is always a table's of this one.
+    if definition.table and not (definition.into and definition.source):
         read = find_relation(rows, home.dialect, as_typed(definition.schema, definition.table))
     if not definition.into:
         assert read is not None

@@ -36,8 +36,9 @@ SELECT to_regclass(%(aside)s) IS NOT NULL, NOT EXISTS (
 """Whether there is a table for pieces, and of the columns that the table of vectors has now."""
 MAKE_ASIDE = (
     "CREATE TABLE {aside} AS SELECT {columns}, {written}, 0::int8 AS {revision} FROM {table} WITH NO DATA; "
-    "CREATE INDEX ON {aside} ({revision})"
+    "ALTER TABLE {aside} ADD PRIMARY KEY ({revision}, chunk)"
 )
+"""With a key, without which nothing can be deleted where a publication takes in all tables."""
 DROP_ASIDE = "DROP TABLE {aside}"
 TRUNCATE_ASIDE = "TRUNCATE {aside}"
 """Gives back the room of all pieces that were put aside. Waits for whoever reads the table, such as pg_dump."""

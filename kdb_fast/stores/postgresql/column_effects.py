@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...db.pg_errors import kind_of
+from ...db.retrying import ErrorKind
 from ...errors import SchemaError
 from ...records import storable_key
 from ...tables.column_target import ColumnTarget
@@ -55,6 +57,9 @@ ORDER BY 1, 2 LIMIT 1
 """  # noqa: S608 - a constant
 """A table whose updates are published, and that has nothing to tell its rows by there."""
 
+ANY_UPDATE = "EXPLAIN UPDATE {table} t SET {embedding} = t.{embedding} WHERE t.ctid = '(0,0)'"
+"""Fires no trigger and reads no row, yet the server says whether it would update any, in each partition."""
+
 SIZE = f"""
 SELECT sum(greatest(c.reltuples, 0))::bigint, sum(pg_relation_size(c.oid))::bigint, bool_or(c.reltuples < 0)
 FROM pg_class c WHERE c.relkind = 'r' AND c.oid IN {TABLES}
@@ -77,7 +82,9 @@ def find_triggers(cursor: Cursor, target: ColumnTarget) -> list[Trigger]:
 
 
 def check_updates(cursor: Cursor, target: ColumnTarget) -> None:
-    """Raise SchemaError where no row could be updated: for a rule, or for a publication."""
+    """Raise SchemaError where no row could be updated: for a rule, a publication, or what else the server says."""
+    import psycopg
+
     rule = cursor.execute(RULES.encode(), _names(target)).fetchone()
     if rule:
         name, schema, table = rule
@@ -97,6 +104,17 @@ def check_updates(cursor: Cursor, target: ColumnTarget) -> None:
             remedy=f"Run: ALTER TABLE {shown} REPLICA IDENTITY USING INDEX …; with a unique index, or REPLICA IDENTITY "
             "FULL;",
         )
+    try:
+        with cursor.connection.transaction():
+            cursor.execute(target.statement(ANY_UPDATE))
+    except psycopg.Error as error:
+        if kind_of(error) is not ErrorKind.REFUSED:
+            raise
+        why = ": ".join(filter(None, (error.diag.message_primary, error.diag.message_detail)))
+        raise SchemaError(
+            f"PostgreSQL would update no row of {target.shown}: {why.rstrip('.')}.",
+            remedy="Let its owner change what forbids that; or give --into a table of vectors beside it.",
+        ) from None
     if target.vacuum:
         row = cursor.execute(MAY_VACUUM.encode(), _names(target)).fetchone()
         if not (row and row[0]):

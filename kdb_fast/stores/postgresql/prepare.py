@@ -17,7 +17,7 @@ from . import runs as pg_runs
 from .check import check_kind, check_rights, check_table, column_names, exists, vector_version
 from .index_catalog import free_name
 from .seal import find_causes
-from .session import PgSession
+from .session import PgSession, read_only
 
 if TYPE_CHECKING:
     import psycopg
@@ -53,7 +53,7 @@ def _prepare(session: PgSession, make: Make, tables: tuple[str, ...]) -> tuple[s
         while True:
             with session.transaction() as cursor:
                 if cursor.execute("SELECT current_setting('transaction_read_only')").fetchone() == ("on",):
-                    raise _read_only()
+                    raise read_only()
                 cursor.execute("SET LOCAL default_tablespace TO DEFAULT")  # tables are made where the user's would be
                 locks.take(cursor)
                 migration = migrate.find_next(cursor, session.target)
@@ -75,7 +75,7 @@ def _prepare(session: PgSession, make: Make, tables: tuple[str, ...]) -> tuple[s
             f"{session.target.shown()} TO …; ALTER TABLE {session.target.index_shown} OWNER TO …;",
         ) from None
     except psycopg.errors.ReadOnlySqlTransaction:
-        raise _read_only() from None
+        raise read_only() from None
     except psycopg.errors.LockNotAvailable as error:
         raise _locked(session, error) from None
 
@@ -94,13 +94,6 @@ def _locked(session: PgSession, error: psycopg.Error) -> SchemaError:
     return SchemaError(
         f"Cannot prepare the index: {blocker.who} holds {blocker.what}, and did not give it free in time.",
         remedy=f"Run the same command again once it has ended, or end it: SELECT pg_terminate_backend({blocker.pid});",
-    )
-
-
-def _read_only() -> SchemaError:
-    return SchemaError(
-        "The server is read-only (a standby, or default_transaction_read_only is on).",
-        remedy="Give the address of the primary server, or add target_session_attrs=read-write.",
     )
 
 

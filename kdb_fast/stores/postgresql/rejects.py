@@ -137,7 +137,7 @@ def clear(session: PgSession, keys: Iterable[Key] | None, entity: str | None) ->
     hashes = None if keys is None else [shared.key_hash(key) for key in keys]
 
     def work() -> int:
-        with session.transaction() as cursor:
+        with session.writing() as cursor:
             if hashes is not None:
                 of_keys = target.statement(f"{DELETE} AND key_hash = ANY(%s)")
                 return cursor.execute(of_keys, (target.name, hashes)).rowcount

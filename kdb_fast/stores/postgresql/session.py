@@ -17,6 +17,7 @@ from ...db.pg_connection import connect_postgresql
 from ...db.pg_errors import READ_ONLY, explain, kind_of, sqlstate
 from ...db.pg_settings import ENCODING
 from ...db.retrying import Backoff, ErrorKind, retry
+from ...errors import SchemaError
 from ...records import Key, storable_key
 from ...tables.index_table import IndexTable
 from ...tables.kdb_search import KDB_SEARCH
@@ -132,6 +133,21 @@ class PgSession:
         with pg_settings.transaction(connection, self._limits), connection.cursor() as cursor:
             yield cursor
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
+        """:meth:`transaction` of a command that has written nothing yet: a server that is read-only is not waited for.
+
+        Raises:
+            SchemaError: It is one.
+        """
+        import psycopg
+
+        try:
+            with self.transaction() as cursor:
+                yield cursor
+        except psycopg.errors.ReadOnlySqlTransaction:
+            raise read_only() from None
+
     def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
         """See :meth:`kdb_fast.stores.base.Store.missing_characters`."""
         characters = self._characters
@@ -181,3 +197,11 @@ class PgSession:
             with contextlib.suppress(Exception):
                 self._connection.close()
             self._connection = None
+
+
+def read_only() -> SchemaError:
+    """The error for a server that is to be written and may not."""
+    return SchemaError(
+        "The server is read-only (a standby, or default_transaction_read_only is on).",
+        remedy="Give the address of the primary server, or add target_session_attrs=read-write.",
+    )
