@@ -167,7 +167,7 @@ def _stage(connection: Any, rows: Rows) -> None:
         target.write(pgcopy.TRAILER)
 
 
-def _fields(part: Rows, entity: bytes, constant: bytes) -> Sequence[Sequence[bytes | memoryview] | bytes]:
+def _fields(part: Rows, entity: bytes, constant: bytes) -> Sequence[pgcopy.Fields]:
     return [
         [pgcopy.text_field(r[0]) for r in part],
         entity,

@@ -85,13 +85,14 @@ class SlotPool:
         slot = self.slab.slots[number]
         self._number += 1
         only_rows = [row for row, _, _ in rows]
-        slot.put(self._number, only_rows, [microseconds(row.record.source_at) for row in only_rows])
+        hashes = [digest for _, _, digest in rows]
+        slot.put(self._number, only_rows, [microseconds(row.record.source_at) for row in only_rows], hashes)
         lease = SlotLease(
             number,
             self._number,
             only_rows,
             [sequence for _, sequence, _ in rows],
-            [digest for _, _, digest in rows],
+            hashes,
             fate,
             slot.text_bytes + len(rows) * (4 * self.slab.shape.dimensions + ROW_OVERHEAD_BYTES),
         )

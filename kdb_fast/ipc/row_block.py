@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 NO_VALUE = -(2**63)
 """In the place of a version that the index does not have, or of a moment that the source does not say."""
 
+HASH_BYTES = 32
+"""Of a SHA-256."""
+
 ROW_OK = 0
 ROW_REASONS = {
     1: ("not_finite", "the model gave a vector with NaN or infinity"),
@@ -36,6 +39,7 @@ class RowBlock(Protocol):
         exists: 1 = the index has a row for this key, as far as the parent saw; uint8.
         row_version: That row's version as the parent saw it, or NO_VALUE; int64.
         source_at: Last change of the record at its source, in µs since 1970 UTC, or NO_VALUE; int64.
+        hashes: SHA-256 of the content of each row; rows × HASH_BYTES, uint8.
         vectors: Rows × dimensions, float32.
     """
 
@@ -44,6 +48,7 @@ class RowBlock(Protocol):
     exists: npt.NDArray[np.uint8]
     row_version: npt.NDArray[np.int64]
     source_at: npt.NDArray[np.int64]
+    hashes: npt.NDArray[np.uint8]
     vectors: npt.NDArray[np.float32]
 
     @property

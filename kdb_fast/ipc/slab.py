@@ -15,6 +15,7 @@ Slot layout, in bytes, every part aligned to 64::
     exists       R × uint8        1 = the index has a row for this key, as far as the parent saw
     row_version  R × int64        that row's version as the parent saw it (NO_VALUE: none)
     source_at    R × int64        last change of the record at its source, µs since 1970 UTC (NO_VALUE: unknown)
+    hashes       R × 32 × uint8   SHA-256 of the content of each row
     ends         R × 2 × int32    where key and content of each row end in the blob
     vectors      R × D × float32  written by the worker
     blob         B × uint8        key and content of row 0, of row 1, …, as :meth:`RowBlock.raw_rows` gives them
@@ -26,6 +27,7 @@ of the vectors, so a late or wrong write is seen (faults A8 and D5 in docs/relia
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import mmap
 import os
@@ -41,7 +43,7 @@ import numpy.typing as npt
 
 from ..errors import ResourceError
 from ..records import MAX_CONTENT_BYTES, Record, encode_key
-from .row_block import NO_VALUE, ROW_OK, RowBlock
+from .row_block import HASH_BYTES, NO_VALUE, ROW_OK, RowBlock
 
 ALIGNMENT = 64
 """Cache line of x86-64 and most arm64: parts written by different processes share none."""
@@ -79,6 +81,7 @@ class SlabShape:
             ("exists", self.rows),
             ("row_version", self.rows * 8),
             ("source_at", self.rows * 8),
+            ("hashes", self.rows * HASH_BYTES),
             ("ends", self.rows * 2 * 4),
             ("vectors", self.rows * self.dimensions * 4),
             ("blob", self.blob_bytes),
@@ -130,6 +133,7 @@ class Slot(RowBlock):
         self.exists: npt.NDArray[np.uint8] = part("exists", np.uint8, rows)
         self.row_version: npt.NDArray[np.int64] = part("row_version", np.int64, rows)
         self.source_at: npt.NDArray[np.int64] = part("source_at", np.int64, rows)
+        self.hashes: npt.NDArray[np.uint8] = part("hashes", np.uint8, rows * HASH_BYTES).reshape(rows, HASH_BYTES)
         self.ends: npt.NDArray[np.int32] = part("ends", np.int32, rows * 2)
         self.vectors: npt.NDArray[np.float32] = part("vectors", np.float32, rows * shape.dimensions).reshape(
             rows, shape.dimensions
@@ -151,18 +155,23 @@ class Slot(RowBlock):
     def text_bytes(self) -> int:
         return int(self.header[3])
 
-    def put(self, lease: int, rows: Sequence[Row], sources: Sequence[int]) -> None:
+    def put(
+        self, lease: int, rows: Sequence[Row], sources: Sequence[int], hashes: Sequence[bytes] | None = None
+    ) -> None:
         """Write keys, texts and what is known of each row; vectors are left as they are.
 
         Args:
             lease: Number of this use of the slot.
             rows: At most ``capacity`` rows whose text fits the blob.
             sources: For each row, microseconds since 1970 of its last change, or NO_VALUE.
+            hashes: SHA-256 of each text; made here where they are not known yet.
 
         Raises:
             ResourceError: The memory for the texts cannot be had; only where the text area grows.
         """
         parts = [part for record, _, _ in rows for part in (encode_key(record.key), record.content.encode())]
+        if hashes is None:
+            hashes = [hashlib.sha256(text).digest() for text in parts[1::2]]
         ends = list(itertools.accumulate(map(len, parts)))
         n, position = len(rows), ends[-1] if ends else 0
         if position > self._room:
@@ -173,6 +182,7 @@ class Slot(RowBlock):
         self.exists[:n] = [row.exists for row in rows]
         self.row_version[:n] = [row.row_version for row in rows]
         self.source_at[:n] = sources
+        self.hashes[:n] = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(n, HASH_BYTES)
         self.header[:4] = (lease, n, 0, position)
 
     def grows_in(self, fd: int, memory: mmap.mmap) -> None:

@@ -11,7 +11,7 @@ from kdb_fast.errors import KdbFastError
 from kdb_fast.indexing.leases import ROW_OVERHEAD_BYTES, Numbered, SlotPool, microseconds
 from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.ipc.slab import Row, Slab, SlabShape
-from kdb_fast.records import Record
+from kdb_fast.records import Record, content_hash
 
 MOMENT = datetime(2024, 5, 1, 12, tzinfo=timezone(timedelta(hours=2)))
 
@@ -21,7 +21,7 @@ def pool_of(slots: int) -> SlotPool:
 
 
 def numbered(number: int) -> Numbered:
-    return Row(Record(("E", f"r{number}"), "text", MOMENT), True, 7), number, b"hash %d" % number
+    return Row(Record(("E", f"r{number}"), "text", MOMENT), True, 7), number, content_hash(str(number))
 
 
 def test_a_lease_puts_rows_into_a_free_slot_and_knows_what_is_in_it() -> None:
@@ -32,7 +32,7 @@ def test_a_lease_puts_rows_into_a_free_slot_and_knows_what_is_in_it() -> None:
     assert slot.raw_rows() == [(b"E\0r5", b"text"), (b"E\0r3", b"text")]
     assert (slot.exists[:2].tolist(), slot.row_version[:2].tolist()) == ([1, 1], [7, 7])
     assert slot.source_at[:2].tolist() == [microseconds(MOMENT)] * 2
-    assert (lease.sequences, lease.hashes, lease.fate) == ([5, 3], [b"hash 5", b"hash 3"], Fate.STORED)
+    assert (lease.sequences, lease.hashes, lease.fate) == ([5, 3], [content_hash("5"), content_hash("3")], Fate.STORED)
     assert lease.size == slot.text_bytes + 2 * (4 * 3 + ROW_OVERHEAD_BYTES)
     assert (pool.free, pool.leased) == (1, 1)
     assert pool.of(lease.slot, lease.number) is lease

@@ -25,7 +25,7 @@ from kdb_fast.ipc.row_block import (
     ROW_ZERO,
 )
 from kdb_fast.ipc.slab import ALIGNMENT, BLOB_BYTES, Row, Slab, SlabHandle, SlabShape
-from kdb_fast.records import MAX_CONTENT_BYTES, Record, encode_key
+from kdb_fast.records import MAX_CONTENT_BYTES, Record, content_hash, encode_key
 from kdb_fast.tables.kdb_search import MAX_ENTITY_CHARS, MAX_RECORD_ID_CHARS
 
 SMALL = SlabShape(slots=3, rows=4, dimensions=5, blob_bytes=4096)
@@ -72,6 +72,7 @@ def test_parts_of_a_slot_are_aligned_and_do_not_overlap(slots: int, rows: int, d
         "exists": rows,
         "row_version": 8 * rows,
         "source_at": 8 * rows,
+        "hashes": 32 * rows,
         "ends": 8 * rows,
         "vectors": 4 * rows * dimensions,
         "blob": blob,
@@ -104,6 +105,7 @@ def test_what_is_put_into_a_slot_comes_out_again(rows: list[Row], data: st.DataO
     n = len(rows)
     assert (slot.lease, slot.rows) == (7, n)
     assert slot.raw_rows() == [(encode_key(row.record.key), row.record.content.encode()) for row in rows]
+    assert [slot.hashes[i].tobytes() for i in range(n)] == [content_hash(row.record.content) for row in rows]
     start = data.draw(st.integers(0, n))
     stop = data.draw(st.integers(start, n))
     assert slot.contents(start, stop) == [row.record.content for row in rows[start:stop]]

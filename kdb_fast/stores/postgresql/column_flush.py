@@ -5,17 +5,16 @@ Keys travel as text, are cast to the type of their column, and compared by the o
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...records import Key
 from ...tables.column_target import ColumnTarget
-from ..base import FlushSlot, RunSpec
+from ..base import RunSpec
 from . import pgcopy
 from .by_key import by_key
-from .flush import FlushWriter, Group
+from .flush import FlushWriter, Group, Packed, place_fields, taken, vector_fields
 from .keyword import tsvector_of
 
 if TYPE_CHECKING:
@@ -143,40 +142,24 @@ class ColumnWriter(FlushWriter):
         # What was locked and not written something has kept from it; all else is another program's doing.
         return [(slot, row, slot << 32 | row not in self._locked) for slot, row in rows]
 
-    def _staging_rows(self, group: Group) -> bytes:
+    def _staging_rows(self, group: Group) -> Packed:
         flush_slot, rows = group
         slot = flush_slot.slot
-        number = pgcopy.int_field(slot.number, 4)
-        vectors = self._vector_fields(flush_slot, rows)
-        hashes = _hashes(vectors) if self._hashed else pgcopy.NULL
+        raw = slot.raw_rows()
+        keys = zip(*[raw[i][0].split(b"\0") for i in rows], strict=True)
+        vectors = vector_fields(flush_slot, rows)
         return pgcopy.pack_rows(
             self._columns,
             [
-                [number + pgcopy.int_field(i, 4) for i in rows],
-                _keys_and_hashes(flush_slot, rows),
-                hashes,
+                *place_fields(flush_slot, rows),
+                *map(pgcopy.text_fields, keys),
+                pgcopy.sized(slot.hashes[taken(rows)]),
+                pgcopy.sized(pgcopy.vector_hashes(vectors)) if self._hashed else pgcopy.NULL,
                 vectors,
-                pgcopy.timestamp_fields(slot.source_at[rows]),
+                pgcopy.timestamp_fields(slot.source_at[taken(rows)]),
             ],
             len(rows),
         )
-
-
-def _hashes(vectors: Sequence[bytes | memoryview] | bytes) -> list[bytes]:
-    """SHA-256 of each vector as the server sends it: what a field has behind its length."""
-    assert not isinstance(vectors, bytes)
-    size, hashed = int.to_bytes(32, 4, "big"), hashlib.sha256
-    return [size + hashed(vector[4:]).digest() for vector in vectors]
-
-
-def _keys_and_hashes(flush_slot: FlushSlot, rows: list[int]) -> list[bytes]:
-    """The parts of each key, which is of texts only, and SHA-256 of the text."""
-    raw = flush_slot.slot.raw_rows()
-    size, hashed = int.to_bytes, hashlib.sha256
-    return [
-        b"".join([size(len(part), 4, "big") + part for part in (*raw[i][0].split(b"\0"), hashed(raw[i][1]).digest())])
-        for i in rows
-    ]
 
 
 def _kept(target: ColumnTarget) -> dict[str, str]:

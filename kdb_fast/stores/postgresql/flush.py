@@ -109,7 +109,9 @@ MERGES = {
 }
 
 Group = tuple[FlushSlot, list[int]]
-"""Rows of one slot, by number."""
+"""Rows of one slot, by number, in ascending order."""
+
+Packed = bytes | memoryview
 
 
 class RowsDroppedError(Exception):
@@ -307,7 +309,7 @@ class FlushWriter:
             "fingerprint": run.fingerprint,
         }
 
-    def _copy(self, statement: str, pack: Callable[[Group], bytes], groups: Sequence[Group]) -> int:
+    def _copy(self, statement: str, pack: Callable[[Group], Packed], groups: Sequence[Group]) -> int:
         """Returns how many rows the server says it took."""
         from psycopg.copy import LibpqWriter
 
@@ -321,20 +323,14 @@ class FlushWriter:
             copy.write(pgcopy.TRAILER)
         return self.cursor.rowcount
 
-    def _keys_and_texts(self, flush_slot: FlushSlot, rows: list[int]) -> list[list[bytes]]:
+    def _keys_and_texts(self, flush_slot: FlushSlot, rows: list[int]) -> list[pgcopy.Fields]:
         """The fields of each key column, and those of the texts."""
         raw = flush_slot.slot.raw_rows()
         keys, texts = zip(*([raw[i] for i in rows] if len(rows) < len(raw) else raw), strict=True)
         parts = zip(*[key.split(b"\0") for key in keys], strict=True)
         return [pgcopy.text_fields(values) for values in (*parts, texts)]
 
-    def _vector_fields(self, flush_slot: FlushSlot, rows: list[int]) -> Sequence[bytes | memoryview] | bytes:
-        if not self._vectors:
-            return pgcopy.NULL
-        flush_slot.verify()
-        return pgcopy.vector_fields(flush_slot.slot.vectors[rows])
-
-    def _table_rows(self, group: Group) -> bytes:
+    def _table_rows(self, group: Group) -> Packed:
         flush_slot, rows = group
         slot = flush_slot.slot
         return pgcopy.pack_rows(
@@ -342,33 +338,48 @@ class FlushWriter:
             [
                 pgcopy.id_fields(len(rows)),
                 *self._keys_and_texts(flush_slot, rows),
-                self._vector_fields(flush_slot, rows),
+                vector_fields(flush_slot, rows) if self._vectors else pgcopy.NULL,
                 self._constant,
-                pgcopy.timestamp_fields(slot.source_at[rows]),
+                pgcopy.timestamp_fields(slot.source_at[taken(rows)]),
             ],
             len(rows),
         )
 
-    def _staging_rows(self, group: Group) -> bytes:
+    def _staging_rows(self, group: Group) -> Packed:
         flush_slot, rows = group
         slot = flush_slot.slot
-        number = pgcopy.int_field(slot.number, 4)
-        flags = (b"\0\0\0\1\0", b"\0\0\0\1\1")
         return pgcopy.pack_rows(
             STAGING_COLUMNS + len(self._home.index.key),
             [
-                [number + pgcopy.int_field(i, 4) + flags[int(slot.exists[i])] for i in rows],
+                *place_fields(flush_slot, rows),
+                pgcopy.sized(slot.exists[rows].reshape(-1, 1)),
                 pgcopy.version_fields(slot.row_version[rows]),
                 pgcopy.id_fields(len(rows)),
                 *self._keys_and_texts(flush_slot, rows),
-                self._vector_fields(flush_slot, rows),
-                pgcopy.timestamp_fields(slot.source_at[rows]),
+                vector_fields(flush_slot, rows) if self._vectors else pgcopy.NULL,
+                pgcopy.timestamp_fields(slot.source_at[taken(rows)]),
             ],
             len(rows),
         )
 
 
-def _ahead(pack: Callable[[Group], bytes], groups: Sequence[Group]) -> Iterator[bytes]:
+def taken(rows: list[int]) -> list[int] | slice:
+    """What takes these rows, in ascending order, from an array: without a copy where none is left out."""
+    return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] == len(rows) - 1 else rows
+
+
+def vector_fields(flush_slot: FlushSlot, rows: list[int]) -> pgcopy.Matrix:
+    """The fields of these rows' vectors, which are those that the worker wrote."""
+    flush_slot.verify()
+    return pgcopy.vector_fields(flush_slot.slot.vectors[taken(rows)])
+
+
+def place_fields(flush_slot: FlushSlot, rows: list[int]) -> list[pgcopy.Fields]:
+    """The fields of each row's place: the number of its slot, and its own."""
+    return [pgcopy.int_field(flush_slot.slot.number, 4), pgcopy.number_fields(np.array(rows), 4)]
+
+
+def _ahead(pack: Callable[[Group], Packed], groups: Sequence[Group]) -> Iterator[Packed]:
     """``map(pack, groups)``; each is packed while the server still takes the one before."""
     if len(groups) < 2:
         yield from map(pack, groups)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from . import pgcopy
 
-Fields = Callable[[Sequence[bytes]], list[bytes]]
+MakeFields = Callable[[Sequence[bytes]], pgcopy.Fields]
 """Values as text → fields of COPY, with their length. Raises NotInBinaryError where one is none of the type."""
 
-UUID_DIGITS = 32
+UUID_BYTES = 16
 
 
 class NotInBinaryError(Exception):
     """A key that has no binary form: the server is to read it."""
 
 
-def key_fields(type_name: str) -> Fields | None:
+def key_fields(type_name: str) -> MakeFields | None:
     """What makes the values of a type; None for a type whose text the server is to read.
 
     Args:
@@ -27,27 +28,30 @@ def key_fields(type_name: str) -> Fields | None:
     return FIELDS.get(type_name)
 
 
-def _integers(values: Sequence[bytes], layout: struct.Struct, size: int) -> list[bytes]:
+def _integers(values: Sequence[bytes], size: int) -> pgcopy.Matrix:
     try:
-        return [layout.pack(size, int(value)) for value in values]
-    except (ValueError, struct.error):
+        numbers = np.array([int(value) for value in values], dtype=np.int64)
+    except (ValueError, OverflowError):
         raise NotInBinaryError from None
+    if (numbers.astype(f"i{size}") != numbers).any():
+        raise NotInBinaryError
+    return pgcopy.number_fields(numbers, size)
 
 
-def _uuids(values: Sequence[bytes]) -> list[bytes]:
+def _uuids(values: Sequence[bytes]) -> pgcopy.Matrix:
     try:
-        fields = [pgcopy.text_field(bytes.fromhex(value.decode().replace("-", ""))) for value in values]
+        raw = [bytes.fromhex(value.decode().replace("-", "")) for value in values]
     except ValueError:
         raise NotInBinaryError from None
-    if any(len(field) != 4 + UUID_DIGITS // 2 for field in fields):
+    if any(len(value) != UUID_BYTES for value in raw):
         raise NotInBinaryError
-    return fields
+    return pgcopy.sized(np.frombuffer(b"".join(raw), dtype=np.uint8).reshape(-1, UUID_BYTES))
 
 
-FIELDS: dict[str, Fields] = {
-    "smallint": functools.partial(_integers, layout=struct.Struct(">ih"), size=2),
-    "integer": functools.partial(_integers, layout=struct.Struct(">ii"), size=4),
-    "bigint": functools.partial(_integers, layout=struct.Struct(">iq"), size=8),
+FIELDS: dict[str, MakeFields] = {
+    "smallint": functools.partial(_integers, size=2),
+    "integer": functools.partial(_integers, size=4),
+    "bigint": functools.partial(_integers, size=8),
     "uuid": _uuids,
     "text": pgcopy.text_fields,
     "character varying": pgcopy.text_fields,

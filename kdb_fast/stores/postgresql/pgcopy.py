@@ -1,20 +1,27 @@
 """Rows → bytes of PostgreSQL's binary COPY format. Pure: no connection, no database.
 
-Vectors are turned to network byte order in one NumPy operation for a whole slot; per row only ready
-pieces are joined. Format: https://www.postgresql.org/docs/current/sql-copy.html (Binary Format), and
-``vector_recv`` of pgvector for the vector type: int16 dimensions, int16 unused, float4 × dimensions.
+Fields of one width are made for a whole slot at once, as the columns of a matrix of bytes; only where texts are among
+the columns are rows joined one by one. Format: https://www.postgresql.org/docs/current/sql-copy.html (Binary Format),
+and ``vector_recv`` of pgvector for the vector type: int16 dimensions, int16 unused, float4 × dimensions.
 """
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from ...ipc.row_block import NO_VALUE
-from ..new_ids import ID_CHARS, new_ids
+from ...ipc.row_block import HASH_BYTES, NO_VALUE
+from ..new_ids import new_ids
+
+Matrix = npt.NDArray[np.uint8]
+"""Fields of one width: a row of bytes for each row."""
+
+Fields = bytes | Matrix | Sequence[bytes]
+"""Ready fields of one column or of several: the same in every row, of one width, or a piece for each row."""
 
 SIGNATURE = b"PGCOPY\n\xff\r\n\x00" + struct.pack(">ii", 0, 0)
 TRAILER = struct.pack(">h", -1)
@@ -70,46 +77,85 @@ def timestamp_field(microseconds: int) -> bytes:
     return NULL if microseconds == NO_VALUE else struct.pack(">iq", 8, microseconds - EPOCH_SHIFT)
 
 
-def timestamp_fields(microseconds: npt.NDArray[np.int64]) -> list[bytes]:
-    """:func:`timestamp_field` of each; consecutive equal values are packed once."""
-    result: list[bytes] = []
-    last, packed = None, b""
-    for value in microseconds.tolist():
-        if value != last:
-            last, packed = value, timestamp_field(value)
-        result.append(packed)
-    return result
+def timestamp_fields(microseconds: npt.NDArray[np.int64]) -> Fields:
+    """:func:`timestamp_field` of each."""
+    missing = microseconds == NO_VALUE
+    if missing.all():
+        return NULL
+    fields = number_fields(microseconds - EPOCH_SHIFT, 8)
+    if not missing.any():
+        return fields
+    return [NULL if no else field.tobytes() for no, field in zip(missing.tolist(), fields, strict=True)]
 
 
-def vector_fields(vectors: npt.NDArray[np.float32]) -> list[memoryview]:
+def number_fields(values: npt.NDArray[np.int64], size: int) -> Matrix:
+    """:func:`int_field` of each; they must fit ``size`` bytes."""
+    return sized(values.astype(f">i{size}").view(np.uint8).reshape(len(values), size))
+
+
+def vector_fields(vectors: npt.NDArray[np.float32]) -> Matrix:
     """One pgvector value with its length for each row of a float32 matrix (rows × dimensions)."""
     n, d = vectors.shape
-    width = 8 + 4 * d
-    packed = np.empty((n, width), dtype=np.uint8)
+    packed = np.empty((n, 8 + 4 * d), dtype=np.uint8)
     packed[:, :8] = np.frombuffer(struct.pack(">ihh", 4 + 4 * d, d, 0), dtype=np.uint8)
     packed[:, 8:].view(">f4")[...] = vectors
-    view = packed.reshape(-1).data
-    return [view[i * width : (i + 1) * width] for i in range(n)]
+    return packed
 
 
-def id_fields(n: int) -> list[bytes]:
+def vector_hashes(fields: Matrix) -> Matrix:
+    """SHA-256 of each vector of :func:`vector_fields` as the server keeps and sends it (rows × 32)."""
+    n, width = fields.shape
+    raw, hashed = fields.reshape(-1).data, hashlib.sha256
+    digests = [hashed(raw[start + 4 : start + width]).digest() for start in range(0, n * width, width)]
+    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(n, HASH_BYTES)
+
+
+def sized(values: Matrix) -> Matrix:
+    """A field for each row of bytes: its length, and then itself."""
+    n, width = values.shape
+    fields = np.empty((n, 4 + width), dtype=np.uint8)
+    fields[:, :4] = np.frombuffer(struct.pack(">i", width), dtype=np.uint8)
+    fields[:, 4:] = values
+    return fields
+
+
+def id_fields(n: int) -> Matrix:
     """``n`` new ids (:func:`~kdb_fast.stores.new_ids.new_ids`) as text values with their length."""
-    fields = np.empty((n, 4 + ID_CHARS), dtype=np.uint8)
-    fields[:, :4] = np.frombuffer(struct.pack(">i", ID_CHARS), dtype=np.uint8)
-    fields[:, 4:] = new_ids(n)
-    packed = fields.tobytes()
-    return [packed[i : i + 4 + ID_CHARS] for i in range(0, len(packed), 4 + ID_CHARS)]
+    return sized(new_ids(n))
 
 
-def pack_rows(columns: int, parts: Sequence[Sequence[bytes | memoryview] | bytes], n: int) -> bytes:
-    """Join ready fields to COPY rows.
+def pack_rows(columns: int, parts: Sequence[Fields], n: int) -> bytes | memoryview:
+    """Put ready fields side by side to COPY rows.
 
     Args:
         columns: Fields of a row.
-        parts: In column order; each a sequence with one piece a row, or bytes that are the same in every row.
-            A piece may hold several fields.
+        parts: In column order.
         n: Number of rows.
     """
-    head = struct.pack(">h", columns)
-    lists = [[part] * n if isinstance(part, bytes) else part for part in parts]
-    return b"".join([piece for row in zip([head] * n, *lists, strict=True) for piece in row])
+    blocks: list[Sequence[bytes | memoryview]] = []
+    aligned: list[bytes | Matrix] = [struct.pack(">h", columns)]
+    for part in parts:
+        if isinstance(part, bytes | np.ndarray):
+            aligned.append(part)
+            continue
+        if aligned:
+            blocks.append(_pieces(_side_by_side(aligned, n)))
+        blocks.append(part)
+        aligned = []
+    if not blocks:
+        return _side_by_side(aligned, n).reshape(-1).data
+    if aligned:
+        blocks.append(_pieces(_side_by_side(aligned, n)))
+    return b"".join([piece for row in zip(*blocks, strict=True) for piece in row])
+
+
+def _side_by_side(parts: Sequence[bytes | Matrix], n: int) -> Matrix:
+    same = [np.frombuffer(part, dtype=np.uint8) if isinstance(part, bytes) else part for part in parts]
+    return np.concatenate([part if part.ndim > 1 else np.broadcast_to(part, (n, len(part))) for part in same], axis=1)
+
+
+def _pieces(rows: Matrix) -> list[memoryview]:
+    """The bytes of each row."""
+    n, width = rows.shape
+    raw = rows.reshape(-1).data
+    return [raw[start : start + width] for start in range(0, n * width, width)]

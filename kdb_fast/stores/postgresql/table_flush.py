@@ -6,14 +6,13 @@ that is ours to make; the others are staged, and their keys read by the server.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...tables.table_target import TableTarget
 from ..base import FlushSlot, RunSpec
 from . import pgcopy
-from .flush import FlushWriter, Group
+from .flush import FlushWriter, Group, Packed, place_fields, taken, vector_fields
 from .foreign_key import Reference
 from .key_fields import key_fields
 from .keyword import tsvector_of
@@ -112,8 +111,8 @@ class TableWriter(FlushWriter):
         return self.cursor.execute(statement, parameters).fetchall()
 
     def _fields(
-        self, group: Group, keys: Iterable[Sequence[bytes]], texts: Sequence[bytes], *, text: bool
-    ) -> list[Any]:
+        self, group: Group, keys: Iterable[pgcopy.Fields], texts: Sequence[bytes], *, text: bool
+    ) -> list[pgcopy.Fields]:
         """The fields of each column up to what is the same in all rows.
 
         Args:
@@ -122,18 +121,12 @@ class TableWriter(FlushWriter):
             text: Whether the text is among the fields.
         """
         flush_slot, rows = group
-        flush_slot.verify()
-        vectors = pgcopy.vector_fields(flush_slot.slot.vectors[rows])
-        sha256 = hashlib.sha256
-        # The database keeps a vector as it is sent, after its length.
-        hashes = [
-            HASHED + sha256(text).digest() + HASHED + sha256(vector[4:]).digest()
-            for text, vector in zip(texts, vectors, strict=True)
-        ]
+        vectors = vector_fields(flush_slot, rows)
+        hashes = flush_slot.slot.hashes[taken(rows)], pgcopy.vector_hashes(vectors)
         content = [pgcopy.text_fields(texts)] if text else []
-        return [*keys, *content, vectors, hashes]
+        return [*keys, *content, vectors, *map(pgcopy.sized, hashes)]
 
-    def _table_rows(self, group: Group) -> bytes:
+    def _table_rows(self, group: Group) -> Packed:
         flush_slot, rows = group
         columns, texts = _keys_and_texts(flush_slot, rows)
         keys = [fields(values) for fields, values in zip(self._key_fields, columns, strict=True)]
@@ -142,14 +135,13 @@ class TableWriter(FlushWriter):
             count, [*self._fields(group, keys, texts, text=self._target.content), self._constant], len(rows)
         )
 
-    def _staging_rows(self, group: Group) -> bytes:
+    def _staging_rows(self, group: Group) -> Packed:
         flush_slot, rows = group
-        number = pgcopy.int_field(flush_slot.slot.number, 4)
-        places = [number + pgcopy.int_field(i, 4) for i in rows]
         columns, texts = _keys_and_texts(flush_slot, rows)
         keys = [pgcopy.text_fields(values) for values in columns]
         count = 5 + len(keys) + self._stages_text
-        return pgcopy.pack_rows(count, [places, *self._fields(group, keys, texts, text=self._stages_text)], len(rows))
+        fields = self._fields(group, keys, texts, text=self._stages_text)
+        return pgcopy.pack_rows(count, [*place_fields(flush_slot, rows), *fields], len(rows))
 
 
 def _keys_and_texts(flush_slot: FlushSlot, rows: Sequence[int]) -> tuple[list[tuple[bytes, ...]], Sequence[bytes]]:
@@ -157,10 +149,6 @@ def _keys_and_texts(flush_slot: FlushSlot, rows: Sequence[int]) -> tuple[list[tu
     raw = flush_slot.slot.raw_rows()
     keys, texts = zip(*[raw[i] for i in rows], strict=True)
     return list(zip(*[key.split(b"\0") for key in keys], strict=True)), texts
-
-
-HASHED = (32).to_bytes(4, "big")
-"""Length of a SHA-256, before it."""
 
 
 def staged_words(configuration: str) -> str:
