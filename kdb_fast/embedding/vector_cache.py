@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,10 @@ class VectorCache:
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._at or digest in self._pinned
 
+    def has_none(self, digests: Iterable[bytes]) -> bool:
+        """Whether none of them is in the cache."""
+        return self._at.keys().isdisjoint(digests) and self._pinned.keys().isdisjoint(digests)
+
     def put(self, digests: Sequence[bytes], vectors: npt.NDArray[np.float32]) -> None:
         """Remember the rows of ``vectors`` (float32, n × dimensions) under their content hashes."""
         start = 0
@@ -36,13 +41,21 @@ class VectorCache:
             at = self._next
             self._ring[at : at + count] = vectors[start : start + count]
             part = digests[start : start + count]
-            for i, old in enumerate(self._owner[at : at + count], at):
-                if old is not None and self._at.get(old) == i:
-                    del self._at[old]
+            self._forget(at, at + count)
             self._owner[at : at + count] = part
             self._at.update(zip(part, range(at, at + count), strict=True))
             start += count
             self._next = (at + count) % self.capacity
+
+    def _forget(self, start: int, stop: int) -> None:
+        """These places are needed for others."""
+        owners = self._owner[start:stop]
+        if len(self._at) == self.capacity:  # each place is of another text
+            deque(map(self._at.pop, owners), 0)  # type: ignore[arg-type]
+            return
+        for i, old in enumerate(owners, start):
+            if old is not None and self._at.get(old) == i:
+                del self._at[old]
 
     def pin(self, digest: bytes) -> None:
         """Keep this vector until :meth:`take`; it must be in the cache."""

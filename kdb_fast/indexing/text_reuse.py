@@ -62,6 +62,14 @@ class TextReuse:
         self.waiting += 1
         return WAITING
 
+    def place_new(self, rows: Sequence[Numbered]) -> bool:
+        """Take in rows whose texts are unknown, and differ: all are NEW. Where that is not so, nothing is done."""
+        texts = dict.fromkeys([digest for _, _, digest in rows])
+        if len(texts) < len(rows) or not self._on_the_way.keys().isdisjoint(texts) or not self._cache.has_none(texts):
+            return False
+        self._on_the_way.update(texts)
+        return True
+
     def filled(
         self, hashes: Sequence[bytes], vectors: npt.NDArray[np.float32], codes: npt.NDArray[np.uint8]
     ) -> list[tuple[list[Numbered], int]]:

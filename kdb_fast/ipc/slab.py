@@ -169,7 +169,8 @@ class Slot(RowBlock):
         Raises:
             ResourceError: The memory for the texts cannot be had; only where the text area grows.
         """
-        parts = [part for record, _, _ in rows for part in (encode_key(record.key), record.content.encode())]
+        records, exists, versions = zip(*rows, strict=True) if rows else ((), (), ())
+        parts = [part for record in records for part in (encode_key(record.key), record.content.encode())]
         if hashes is None:
             hashes = [hashlib.sha256(text).digest() for text in parts[1::2]]
         ends = list(itertools.accumulate(map(len, parts)))
@@ -179,8 +180,8 @@ class Slot(RowBlock):
         self._blob[:position] = b"".join(parts)
         self.ends[: 2 * n] = ends
         self.code[:n] = ROW_OK
-        self.exists[:n] = [row.exists for row in rows]
-        self.row_version[:n] = [row.row_version for row in rows]
+        self.exists[:n] = exists
+        self.row_version[:n] = versions
         self.source_at[:n] = sources
         self.hashes[:n] = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(n, HASH_BYTES)
         self.header[:4] = (lease, n, 0, position)
