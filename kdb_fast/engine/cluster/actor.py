@@ -16,7 +16,7 @@ from ...embedding.encoder import Encoder, EncoderSpec
 from ...embedding.offline import import_fastembed
 from ...embedding.precision.choice import missing_instructions
 from ...ipc.messages import Embed, Embedded, Failed
-from ...ipc.row_block import ROW_OK, RowBlock
+from ...ipc.row_block import HASH_BYTES, ROW_OK, RowBlock
 from ...resources import available_memory, collect_rarely, cpu_flags
 from ..worker import embed_rows
 
@@ -37,6 +37,7 @@ class Texts(RowBlock):
         # What only the writer needs stays with the parent.
         self.exists = np.zeros(0, dtype=np.uint8)
         self.row_version = self.source_at = np.zeros(0, dtype=np.int64)
+        self.hashes = np.zeros((0, HASH_BYTES), dtype=np.uint8)
         self._lease, self._texts = order.lease, texts
 
     @property
