@@ -48,13 +48,18 @@ class Watch:
 
 @contextlib.contextmanager
 def watched(
-    *, worker_target: Callable[..., None] | None = None, build_index: bool = True, delay: float = 0.0
+    *,
+    worker_target: Callable[..., None] | None = None,
+    build_index: bool = True,
+    delay: float = 0.0,
+    memory: bool = True,
 ) -> Iterator[Watch]:
     """Watch the runs of :func:`kdb_fast.indexing.reindex.reindex` within the block.
 
     Args:
         worker_target: Entry point of the worker processes instead of kdb-fast's own.
         build_index: False leaves out the building of the search indexes at the end.
+        memory: False leaves out the memory meter, which takes a twentieth of a core from the parent.
         delay: Seconds to wait for each shard that was embedded: makes the engine slow on purpose.
     """
     watch = Watch()
@@ -109,6 +114,7 @@ def watched(
             stack.enter_context(
                 patch.object(Pipeline, "finish", lambda self, prune, live_rows: finish(self, prune, False, live_rows))
             )
-        stack.enter_context(sampler.running())
+        if memory:
+            stack.enter_context(sampler.running())
         yield watch
     watch.pss = sampler.peaks

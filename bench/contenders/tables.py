@@ -77,7 +77,7 @@ def beside(params: dict[str, Any]) -> dict[str, Any]:
     """kdb-fast into a table of vectors beside the table, which is made; its foreign key is validated in the end."""
     count = _filled(params)
     address = database.address_of(params["conninfo"])
-    with watched(worker_target=free_encoder.run) as watch:
+    with watched(worker_target=free_encoder.run, memory=False) as watch:
         started = time.perf_counter()
         reindex(
             address, TableInput(_definition(address, BESIDE)), ReindexOptions(index="none"), target=_beside(address)
@@ -210,7 +210,7 @@ def _filled(params: dict[str, Any]) -> int:
 def _reindex(params: dict[str, Any], index: str = "none") -> tuple[float, Watch]:
     address = database.address_of(params["conninfo"])
     definition = _definition(address)
-    with watched(worker_target=free_encoder.run) as watch:
+    with watched(worker_target=free_encoder.run, memory=False) as watch:
         started = time.perf_counter()
         options = ReindexOptions(index=index if address.dialect == "postgresql" else None)
         reindex(address, TableInput(definition), options, target=_target(address))

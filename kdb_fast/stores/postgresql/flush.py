@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -317,7 +316,7 @@ class FlushWriter:
             self._statement(statement), writer=LibpqWriter(self.cursor, flush_threshold=UNSENT_BYTES)
         ) as copy:
             copy.write(pgcopy.SIGNATURE)
-            for chunk in _ahead(pack, groups):
+            for chunk in map(pack, groups):
                 self.bytes += len(chunk)
                 copy.write(chunk)
             copy.write(pgcopy.TRAILER)
@@ -377,20 +376,6 @@ def vector_fields(flush_slot: FlushSlot, rows: list[int]) -> pgcopy.Matrix:
 def place_fields(flush_slot: FlushSlot, rows: list[int]) -> list[pgcopy.Fields]:
     """The fields of each row's place: the number of its slot, and its own."""
     return [pgcopy.int_field(flush_slot.slot.number, 4), pgcopy.number_fields(np.array(rows), 4)]
-
-
-def _ahead(pack: Callable[[Group], Packed], groups: Sequence[Group]) -> Iterator[Packed]:
-    """``map(pack, groups)``; each is packed while the server still takes the one before."""
-    if len(groups) < 2:
-        yield from map(pack, groups)
-        return
-    with ThreadPoolExecutor(1, "pack") as pool:
-        following = pool.submit(pack, groups[0])
-        for group in groups[1:]:
-            chunk = following.result()
-            following = pool.submit(pack, group)
-            yield chunk
-        yield following.result()
 
 
 def _count(groups: Iterable[Group]) -> int:
