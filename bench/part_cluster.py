@@ -24,14 +24,17 @@ SECONDS = 12.0
 LEAST_SECONDS_OF_TWO = 24.0
 """Of the smallest clusters, which commit seldom."""
 
+MOST_RATE = 35_000
+"""Rows a second that are expected at most."""
+
 FREE_ROWS = 300_000
 """For the free encoder."""
 
 DISTANCE = 0.02
 """Seconds to a host and back."""
 
-IN_FLIGHT = 256
-"""Rows that a CPU has: two blocks."""
+IN_FLIGHT, CUT = 256, 32_768
+"""Rows that a CPU has, two blocks, and most rows that the parent has ready for all: read, but not committed."""
 
 ALONE = 4000
 """Records that encoders alone embed: 7 s of two."""
@@ -128,11 +131,11 @@ def _cluster(cpus: int, rate: float, timers: dict[str, Any], options: Options) -
     """So many records that the cluster is busy for SECONDS between its start and its end."""
     in_flight = IN_FLIGHT * cpus
     seconds = max(SECONDS, LEAST_SECONDS_OF_TWO * 2 / cpus)
-    steady = int(min(cpus * rate, 35_000) * options.size(int(seconds), 1))
+    steady = int(min(cpus * rate, MOST_RATE) * options.size(int(seconds), 1))
     return Contender(
         f"{cpus:,} CPUs",
         "simulated",
-        {**timers, "cpus": cpus, "settled": in_flight, "records": 2 * in_flight + steady},
+        {**timers, "cpus": cpus, "settled": in_flight, "records": 2 * in_flight + min(in_flight, CUT) + steady},
         ours=True,
     )
 

@@ -27,7 +27,7 @@ from kdb_fast.engine.ray_pool import RayPool
 from kdb_fast.engine.shard_queue import QUEUE_DEPTH
 from kdb_fast.engine.sharding import SHARD_ROWS
 from kdb_fast.errors import MissingPackageError
-from kdb_fast.indexing.pipeline import Pipeline
+from kdb_fast.indexing.pipeline import BACKLOG_SHARDS, Pipeline
 from kdb_fast.indexing.reindex import reindex
 from kdb_fast.ipc.messages import Embed, Embedded, Flushed
 from kdb_fast.records import Record, Reject
@@ -87,7 +87,7 @@ def simulated(params: dict[str, Any]) -> dict[str, Any]:
             timers = Timers(cpus, params["row_seconds"], params["distance"], params["block_seconds"])
             stack.enter_context(patch.object(driver, "run", partial(timer_cluster.run, timers)))
             options = ReindexOptions(cluster="timers:1")
-            in_flight = QUEUE_DEPTH * cpus * SHARD_ROWS
+            in_flight = (QUEUE_DEPTH * cpus + min(QUEUE_DEPTH * cpus, BACKLOG_SHARDS)) * SHARD_ROWS
         else:
             pool = partial(ProcessPool, worker_target=free_encoder.run)
             stack.enter_context(patch.object(start, "ProcessPool", pool))

@@ -47,6 +47,10 @@ DRAIN_SECONDS = 6.0
 What is not written by then is embedded again by the next run."""
 
 
+BACKLOG_SHARDS = 256
+"""Most shards that are cut before they are needed: a second's work of the parent. More are only memory."""
+
+
 class StopRequested(Exception):
     """Raised inside the pipeline when a signal asked for the end."""
 
@@ -268,7 +272,7 @@ class Pipeline:
         if self.engine is None:
             return False
         return (
-            len(self._shards) > 2 * max(1, self.engine.pool.workers)
+            len(self._shards) > min(2 * max(1, self.engine.pool.workers), BACKLOG_SHARDS)
             or len(self._reuse.ready) >= 4 * SHARD_ROWS
             or (self._reuse.waiting >= WINDOW_ROWS and bool(self._embedding() or self._shards))
             or self.flushes.has_too_many_notices
