@@ -5,6 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from kdb_fast.engine.plan import FLUSH_SLOTS
+from kdb_fast.engine.sharding import SHARD_ROWS
+from kdb_fast.indexing.pipeline import BACKLOG_SHARDS
+
 from .chart import Bar
 from .measure import pairwise, spread
 from .options import Options
@@ -33,8 +37,8 @@ FREE_ROWS = 300_000
 DISTANCE = 0.02
 """Seconds to a host and back."""
 
-IN_FLIGHT, CUT = 256, 32_768
-"""Rows that a CPU has, two blocks, and most rows that the parent has ready for all: read, but not committed."""
+IN_FLIGHT = 2 * SHARD_ROWS
+"""Rows that a CPU has: two blocks."""
 
 ALONE = 4000
 """Records that encoders alone embed: 7 s of two."""
@@ -85,9 +89,10 @@ def run(options: Options) -> Result:
                 **database,
             }
             most = options.size(FREE_ROWS, 3000)
-            free = Contender("free encoder", "simulated", {**timers, "records": most, "settled": most // 5}, ours=True)
+            few = {"records": most, "settled": most // 5, "held": most // 50}
+            free = Contender("free encoder", "simulated", {**timers, **few}, ours=True)
             simulated = alternate(
-                [free, *(_cluster(cpus, rate, timers, options) for cpus in CPUS[:: 1 if not options.quick else 4])],
+                [free, *(_cluster(cpus, rate, timers, options) for cpus in (CPUS[:5:2] if options.quick else CPUS))],
                 s.runs,
                 s.reset,
             )
@@ -130,12 +135,15 @@ def run(options: Options) -> Result:
 def _cluster(cpus: int, rate: float, timers: dict[str, Any], options: Options) -> Contender:
     """So many records that the cluster is busy for SECONDS between its start and its end."""
     in_flight = IN_FLIGHT * cpus
+    # Where the writer cannot follow, every slot comes to be full.
+    held = (3 * cpus + FLUSH_SLOTS) * SHARD_ROWS if cpus * rate > MOST_RATE / 2 else in_flight
+    ahead = min(in_flight, BACKLOG_SHARDS * SHARD_ROWS)
     seconds = max(SECONDS, LEAST_SECONDS_OF_TWO * 2 / cpus)
     steady = int(min(cpus * rate, MOST_RATE) * options.size(int(seconds), 1))
     return Contender(
         f"{cpus:,} CPUs",
         "simulated",
-        {**timers, "cpus": cpus, "settled": in_flight, "records": 2 * in_flight + min(in_flight, CUT) + steady},
+        {**timers, "cpus": cpus, "settled": held, "held": held + ahead, "records": 2 * held + ahead + steady},
         ours=True,
     )
 

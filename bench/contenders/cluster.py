@@ -24,10 +24,8 @@ from kdb_fast.engine.cluster.actor import INLINED_BYTES, Answer
 from kdb_fast.engine.cluster.base import Actor, ActorReady, Answered, ClusterEvent, NodesSeen
 from kdb_fast.engine.process_pool import ProcessPool
 from kdb_fast.engine.ray_pool import RayPool
-from kdb_fast.engine.shard_queue import QUEUE_DEPTH
-from kdb_fast.engine.sharding import SHARD_ROWS
 from kdb_fast.errors import MissingPackageError
-from kdb_fast.indexing.pipeline import BACKLOG_SHARDS, Pipeline
+from kdb_fast.indexing.pipeline import Pipeline
 from kdb_fast.indexing.reindex import reindex
 from kdb_fast.ipc.messages import Embed, Embedded, Flushed
 from kdb_fast.records import Record, Reject
@@ -71,23 +69,21 @@ def simulated(params: dict[str, Any]) -> dict[str, Any]:
     """``records`` rows through the real parent, writer and database.
 
     With ``cpus``, timers embed them (:class:`bench.timer_cluster.Timers`, by its names); without, the free encoder of
-    part ``engine`` does. Reported is what was so between two COMMITs: from the first one
-    after ``settled`` rows to the last one before reading was done, so that neither start nor end counts.
+    part ``engine`` does. Reported is what was so between two COMMITs, of the first ``settled`` rows and of all but the
+    last ``held``, so that neither start nor end counts.
     """
     texts = list(data.read(params["data"]))
     records = params["records"]
     source = RepeatedSource(texts, records)
     marks = _Marks(params["conninfo"])
     options = ReindexOptions()
-    in_flight = 0
     with ExitStack() as stack:
         stack.enter_context(patch.object(start, "Engine", marks.engine_class()))
         stack.enter_context(patch.object(Pipeline, "finish", lambda *_, **__: None))
         if cpus := params.get("cpus"):
             timers = Timers(cpus, params["row_seconds"], params["distance"], params["block_seconds"])
             stack.enter_context(patch.object(driver, "run", partial(timer_cluster.run, timers)))
-            options = ReindexOptions(cluster="timers:1")
-            in_flight = (QUEUE_DEPTH * cpus + min(QUEUE_DEPTH * cpus, BACKLOG_SHARDS)) * SHARD_ROWS
+            options = ReindexOptions(cluster="timers:1", workers=cpus)
         else:
             pool = partial(ProcessPool, worker_target=free_encoder.run)
             stack.enter_context(patch.object(start, "ProcessPool", pool))
@@ -103,7 +99,7 @@ def simulated(params: dict[str, Any]) -> dict[str, Any]:
         "slots": marks.engine.slab.shape.slots,
         "slab_bytes": marks.engine.slab.shape.slots * marks.engine.slab.shape.first_bytes,
         "pss_by_process": sampler.peaks,
-        **marks.between(params.get("settled", 0), records - in_flight),
+        **marks.between(params["settled"], records - params["held"]),
     }
 
 
