@@ -51,6 +51,8 @@ SETTINGS = {
     "RAY_health_check_failure_threshold": "4",
     "RAY_num_prestart_python_workers": "0",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "3",
+    # With it the head's process for a client is forked in the middle of gRPC's calls, and now and then hangs.
+    "GRPC_ENABLE_FORK_SUPPORT": "0",
 }
 """A host that does not answer is given up after some 6 s, not 30; one that leaves waits 3 s for its actors."""
 

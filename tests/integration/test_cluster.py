@@ -18,6 +18,7 @@ from kdb_fast.accounting import Counts
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.embedding.models.files import sha256_of
 from kdb_fast.embedding.models.lookup import Model
+from kdb_fast.engine.cluster.messages import ClusterSpec
 from kdb_fast.errors import ClusterError, MissingPackageError
 from kdb_fast.indexing.progress import Progress, Silent
 from kdb_fast.indexing.reindex import reindex
@@ -163,3 +164,21 @@ def test_without_ray_the_message_says_how_to_install_it(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"pip install 'kdb-fast\[ray\]'"):
         run(sqlite_database, ["a text"], cluster="auto")
+
+
+def test_a_client_that_the_head_failed_to_serve_tries_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdb_fast.engine.cluster import ray_cluster
+
+    tried: list[str] = []
+
+    def fail(ray: Any, spec: ClusterSpec) -> None:
+        tried.append(spec.address)
+        raise ConnectionAbortedError("Initialization failure: Starting Ray client server failed.")
+
+    monkeypatch.setattr(ray_cluster, "_init", fail)
+    monkeypatch.setattr(ray_cluster, "_reach", lambda address: None)
+    monkeypatch.setattr(ray_cluster, "import_ray", lambda: None)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with pytest.raises(ClusterError, match="Starting Ray client server failed"):
+        ray_cluster.connect(ClusterSpec("ray://head:10001", "1", None, 1.0))
+    assert tried == ["ray://head:10001"] * 2

@@ -109,15 +109,14 @@ def connect(spec: ClusterSpec) -> Any:
     try:
         if address != "auto":
             _reach(address)
-        # Ray tells all hosts the working directory, to import from it.
-        with contextlib.chdir("/"):
-            ray.init(
-                address,
-                namespace=f"kdb-fast {spec.name} {os.urandom(4).hex()}",
-                log_to_driver=False,
-                configure_logging=False,
-                runtime_env={},
-            )
+        for last in (False, True):
+            try:
+                _init(ray, spec)
+                break
+            except ConnectionError as error:
+                # The head starts a process for each client, whose fork now and then fails within gRPC.
+                if last or "Starting Ray client server failed" not in str(error):
+                    raise
     except Exception as error:
         # Ray has a class of its own for nearly each reason, and its messages have several lines.
         said = " ".join(str(error).split())[:300]
@@ -127,6 +126,18 @@ def connect(spec: ClusterSpec) -> Any:
             "What was committed is safe.",
         ) from None
     return ray
+
+
+def _init(ray: Any, spec: ClusterSpec) -> None:
+    # Ray tells all hosts the working directory, to import from it.
+    with contextlib.chdir("/"):
+        ray.init(
+            spec.address,
+            namespace=f"kdb-fast {spec.name} {os.urandom(4).hex()}",
+            log_to_driver=False,
+            configure_logging=False,
+            runtime_env={},
+        )
 
 
 def _has_token() -> bool:
