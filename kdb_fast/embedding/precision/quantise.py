@@ -1,4 +1,4 @@
-"""Static int8 for OpenVINO: dense layers that multiply uint8 activations by int8 weights.
+"""Static int8 for ONNX Runtime: dense layers that multiply uint8 activations by int8 weights.
 
 Nothing is decided while it runs: every range is fixed beforehand from texts of the user's own, so a vector does not
 depend on what else is in its batch. Four steps, each of which answers a known cause of error:
@@ -10,11 +10,12 @@ depend on what else is in its batch. Four steps, each of which answers a known c
    layer's own calibration tokens the least error.
 3. *Activations* get one range a layer, uint8, in which zero is exact.
 4. *Weights* get one scale for each output channel and are rounded one input channel at a time, each rounding
-   making good for the errors of those before it (Frantar et al. 2022, "GPTQ").
+   making good for the errors of those before it (Frantar et al. 2022, "GPTQ"). No two neighbours of them are so
+   large together that a CPU without VNNI would saturate (see quantised_weights.py): its products are those of any
+   other CPU.
 
-Everything outside of dense layers (attention scores, softmax, layer norm, embeddings) stays in floating point (fp32, or
-bf16 where the CPU can: ``EncoderSpec.unquantised_precision``): it is 2 % of the work. Measured on 63,000 package
-records, MiniLM: see :data:`ALPHAS`.
+Everything outside of dense layers (attention scores, softmax, layer norm, embeddings, residuals) stays in fp32. A dense
+layer is one ``MatMulIntegerToFloat``, which adds the bias as well; layers with the same input share its quantisation.
 
 The graph is changed here; what a scale, a step or a rounded weight is, quantised_weights.py computes.
 """
@@ -30,10 +31,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import ModelError
-from ...telemetry import import_openvino
+from .onnx_graph import OnnxGraph
+from .onnx_session import open_session
 from .quantised_weights import Floats, activation_grid, output_error, round_weights, smoothing, weight_scale
 
-FORMAT = 2
+FORMAT = 3
 """Part of the digest. To be raised when the same texts would give other weights."""
 
 ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
@@ -64,156 +66,132 @@ MAX_EXTRA = 64
 MIN_CHANNELS = 64
 """Smaller products are left as they are: they cost nothing."""
 
-ELEMENTWISE = frozenset(
-    ("Add", "Subtract", "Multiply", "Divide", "Erf", "Gelu", "Tanh", "Relu", "Sigmoid", "Swish", "Power", "Convert")
-)
+ELEMENTWISE = frozenset(("Add", "Sub", "Mul", "Div", "Erf", "Gelu", "Tanh", "Relu", "Sigmoid", "Pow", "Cast"))
+
+CONTRIB = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
 
 Feed = dict[str, npt.NDArray[np.int64]]
 
 
 @dataclass
 class _Source:
-    """An activation that feeds one or more dense layers, and what the calibration texts showed of it."""
+    """An activation that feeds one or more dense layers, and what the calibration texts showed of it.
 
-    output: Any
+    ``place`` is a node and the number of its input, where a constant can be replaced.
+    """
+
+    name: str
+    channels: int
     dense: list[Any] = field(default_factory=list)
     low: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
     high: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
     moments: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     rows: list[Floats] = field(default_factory=list)
 
-    @property
-    def channels(self) -> int:
-        return int(self.output.get_partial_shape()[-1].get_length())
-
 
 class Quantised(NamedTuple):
-    """What was done: dense layers in int8, of them with split channels, calibration tokens."""
+    """What was done: dense layers in int8, of them with split channels, calibration tokens, files written."""
 
     layers: int
     split: int
     tokens: int
+    files: list[Path]
 
 
 def quantise(
     model_file: Path, feeds: Sequence[Feed], target: Path, report: Callable[[str], None], threads: int = 1
 ) -> Quantised:
-    """Write ``model_file`` with int8 dense layers to ``target`` (``.xml``; the weights beside it in ``.bin``).
+    """Write ``model_file`` with int8 dense layers to ``target`` (``.onnx``; large constants beside it).
 
     The same texts in the same order give the same bytes on the same machine.
 
     Args:
-        model_file: The fp32 (or fp16) ONNX file.
+        model_file: The fp32 ONNX file.
         feeds: Inputs of the model by name, int64 [rows, tokens], without padding.
         target: File to write; its directory must exist.
         report: Called with one line for each step that takes time.
         threads: Threads that run the texts.
 
     Raises:
-        ModelError: OpenVINO cannot read the model, or it has no dense layers in floating point.
+        ModelError: The model cannot be read, or has no dense layers in fp32.
     """
-    openvino = import_openvino()
-    model = read_onnx(model_file)
-    sources = _find_sources(model)
+    graph = OnnxGraph(model_file)
+    sources = _find_sources(graph)
     if not sources:
         raise ModelError(
-            f"{model_file.name} has no dense layers in floating point; expected an unquantised model.",
+            f"{model_file.name} has no dense layers in fp32; expected an unquantised model.",
             remedy="Use --precision fp32, or another model.",
         )
     tokens = sum(feed["input_ids"].size for feed in feeds)
     report(f"Calibrating {sum(len(s.dense) for s in sources)} dense layers on {tokens:,} tokens …")
     split = 0
     for group in _passes(sources):
-        _observe(model, group, feeds, tokens, threads)
+        _observe(graph, group, feeds, tokens, threads)
         for source in group:
-            split += _split_outliers(source)
-    model.validate_nodes_and_infer_types()
+            split += _split_outliers(graph, source)
+    graph.add_domain(CONTRIB, 1)
     for number, source in enumerate(sources):
-        _quantise_source(source, f"q{number}")
+        _quantise_source(graph, source, f"q{number}")
         source.moments, source.rows = np.zeros((0, 0), np.float32), []
-    model.validate_nodes_and_infer_types()
-    openvino.save_model(model, str(target), compress_to_fp16=False)
-    return Quantised(sum(len(s.dense) for s in sources), split, tokens)
-
-
-def read_onnx(model_file: Path) -> Any:
-    """The model as OpenVINO's graph. Raises ModelError if OpenVINO cannot read it."""
-    openvino = import_openvino()
-    try:
-        return openvino.Core().read_model(str(model_file))
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"OpenVINO cannot read {model_file.name}: {reason[:200]}", remedy="Use --precision fp32."
-        ) from error
+    return Quantised(sum(len(s.dense) for s in sources), split, tokens, graph.save(target))
 
 
 # --- the graph ---
 
 
-def _find_sources(model: Any) -> list[_Source]:
-    sources: dict[tuple[str, int], _Source] = {}
-    for node in model.get_ordered_ops():
-        if _weight(node) is not None:
-            output = node.input_value(0)
-            source = sources.setdefault((output.get_node().get_name(), output.get_index()), _Source(output))
-            source.dense.append(node)
+def _find_sources(graph: OnnxGraph) -> list[_Source]:
+    sources: dict[str, _Source] = {}
+    for node in graph.nodes:
+        if _is_dense(graph, node):
+            channels = graph.shape(node.input[1])[0]
+            sources.setdefault(node.input[0], _Source(node.input[0], channels)).dense.append(node)
     return list(sources.values())
 
 
-def _weight(node: Any) -> Floats | None:
-    """The weight [in, out] of a dense layer in fp32; None for any other node."""
-    if node.get_type_name() != "MatMul":
-        return None
-    constant, attributes = node.input_value(1).get_node(), node.get_attributes()
-    if constant.get_type_name() != "Constant" or attributes["transpose_a"]:
-        return None
-    values = np.asarray(constant.data)
-    if values.dtype != np.float32 or values.ndim != 2 or min(values.shape) < MIN_CHANNELS:
-        return None
-    return values.T if attributes["transpose_b"] else values
+def _is_dense(graph: OnnxGraph, node: Any) -> bool:
+    """Whether a node multiplies by a constant matrix in fp32 that is worth while."""
+    if node.op_type != "MatMul" or graph.is_constant(node.input[0]) or not graph.is_constant(node.input[1]):
+        return False
+    shape = graph.shape(node.input[1])
+    return len(shape) == 2 and min(shape) >= MIN_CHANNELS and graph.is_float(node.input[1])
 
 
-def _set_weight(node: Any, weight: Floats, name: str) -> None:
-    values = weight.T if node.get_attributes()["transpose_b"] else weight
-    node.input(1).replace_source_output(_constant(values, name).output(0))
-
-
-def _constant(values: Any, name: str) -> Any:
-    # Names are given, never generated: generated ones count up in the process and would be part of the digest.
-    opset13 = import_openvino().opset13
-    return opset13.constant(np.ascontiguousarray(values), name=name)
-
-
-def _producers(source: _Source) -> list[Any] | None:
-    """Inputs that hold a constant with the source's channels, back to the dense layer that computes them.
+def _producers(graph: OnnxGraph, source: _Source) -> list[tuple[Any, int]] | None:
+    """Inputs (node and number) that hold a constant with the source's channels, back to the dense layer that computes
+    them.
 
     None if anything but elementwise steps lies between, or if anything else uses a value on the way.
     """
+    producers, readers = graph.producers(), graph.readers()
     inside: dict[str, Any] = {}
-    constants, stack = [], [source.output.get_node()]
+    constants: list[tuple[Any, int]] = []
+    stack = [source.name]
     while stack:
-        node = stack.pop()
-        if node.get_name() in inside:
-            continue
-        inside[node.get_name()] = node
-        if _weight(node) is not None:
-            constants.append(node.input(1))
-            continue
-        if node.get_type_name() not in ELEMENTWISE:
+        name = stack.pop()
+        node = producers.get(name)
+        if node is None or name in graph.outputs:
             return None
-        for place in node.inputs():
-            producer = place.get_source_output().get_node()
-            if producer.get_type_name() != "Constant":
-                stack.append(producer)
+        if name in inside:
+            continue
+        inside[name] = node
+        if _is_dense(graph, node):
+            constants.append((node, 1))
+            continue
+        if node.op_type not in ELEMENTWISE:
+            return None
+        for number, place in enumerate(node.input):
+            if not graph.is_constant(place):
+                stack.append(place)
                 continue
-            shape = list(producer.shape)
+            shape = graph.shape(place)
             if shape and shape[-1] == source.channels == np.prod(shape):
-                constants.append(place)
+                constants.append((node, number))
             elif np.prod(shape) != 1:
                 return None
-    users = {use.get_node().get_name() for node in inside.values() for use in node.output(0).get_target_inputs()}
-    return constants if users <= inside.keys() | {node.get_name() for node in source.dense} else None
+    known = {name for node in (*inside.values(), *source.dense) for name in node.output}
+    users = {name for value in inside for node in readers.get(value, ()) for name in node.output}
+    return constants if users <= known else None
 
 
 # --- what the texts show ---
@@ -233,15 +211,11 @@ def _passes(sources: list[_Source]) -> Iterator[list[_Source]]:
         yield group
 
 
-def _observe(model: Any, group: list[_Source], feeds: Sequence[Feed], tokens: int, threads: int) -> None:
+def _observe(graph: OnnxGraph, group: list[_Source], feeds: Sequence[Feed], tokens: int, threads: int) -> None:
     """Run the texts in fp32 and note extremes, second moments and some tokens of each source."""
-    from .openvino_backend import compile_model
-
-    openvino = import_openvino()
-    opset13 = openvino.opset13
-    tapped = openvino.Model([opset13.result(source.output) for source in group], model.get_parameters())
-    request = compile_model(tapped, "f32", threads).create_infer_request()
-    names = [node.get_friendly_name() for node in model.get_parameters()]
+    names = [source.name for source in group]
+    session = open_session(graph.tapped(names), threads, graph.directory, exact=True)
+    inputs = {node.name for node in session.get_inputs()}
     for source in group:
         source.low, source.high = np.zeros((2, source.channels), np.float32)
         source.moments = np.zeros((source.channels, source.channels), np.float32)
@@ -250,10 +224,10 @@ def _observe(model: Any, group: list[_Source], feeds: Sequence[Feed], tokens: in
     seen = 0
     waiting: list[list[Floats]] = [[] for _ in group]
     for feed in feeds:
-        request.infer({name: feed[name] for name in names})
+        outputs = session.run(names, {name: feed[name] for name in inputs})
         count = feed["input_ids"].size
-        for number, source in enumerate(group):
-            values = request.get_output_tensor(number).data.reshape(count, source.channels)
+        for number, (source, output) in enumerate(zip(group, outputs, strict=True)):
+            values = output.reshape(count, source.channels)
             np.minimum(source.low, values.min(axis=0), out=source.low)
             np.maximum(source.high, values.max(axis=0), out=source.high)
             waiting[number].append(values[-seen % for_moments :: for_moments].copy())
@@ -266,13 +240,13 @@ def _observe(model: Any, group: list[_Source], feeds: Sequence[Feed], tokens: in
             waiting = [[] for _ in group]
 
 
-def _split_outliers(source: _Source) -> int:
+def _split_outliers(graph: OnnxGraph, source: _Source) -> int:
     """Replace each channel that stands out by copies of a fraction of its weight. Returns how many were."""
-    weight = np.concatenate([_need_weight(node) for node in source.dense], axis=1)
+    weight = np.concatenate([graph.values(node.input[1]) for node in source.dense], axis=1)
     effect = np.maximum(-source.low, source.high) * np.linalg.norm(weight, axis=1)
     usual = float(np.percentile(effect, 99))
     outliers = np.flatnonzero(effect > OUTLIER * usual) if usual > 0 else np.zeros(0, np.intp)
-    constants = _producers(source) if len(outliers) else None
+    constants = _producers(graph, source) if len(outliers) else None
     if not constants:
         return 0
     parts = np.ones(source.channels, np.intp)
@@ -283,57 +257,63 @@ def _split_outliers(source: _Source) -> int:
     parts[outliers[np.argmax(effect[outliers])]] += -extra % 32
     index = np.concatenate([np.arange(source.channels), np.repeat(np.arange(source.channels), parts - 1)])
     for node in source.dense:
-        _set_weight(
-            node, _need_weight(node)[index] / parts[index, None].astype(np.float32), f"{node.get_friendly_name()}/split"
-        )
-    for place in constants:
-        node = place.get_node()
-        weight_of_producer = _weight(node)
-        if weight_of_producer is not None:
-            _set_weight(node, weight_of_producer[:, index], f"{node.get_friendly_name()}/copies")
-        else:
-            values = np.asarray(place.get_source_output().get_node().data)[..., index]
-            place.replace_source_output(_constant(values, f"{node.get_friendly_name()}/copies").output(0))
+        values = graph.values(node.input[1])[index] / parts[index, None].astype(np.float32)
+        node.input[1] = graph.set_constant(f"{node.output[0]}/split", values)
+    for node, number in constants:
+        values = graph.values(node.input[number])[..., index]
+        node.input[number] = graph.set_constant(f"{node.output[0]}/copies{number}", values)
+    source.channels = len(index)
     source.low, source.high = source.low[index], source.high[index]
     source.moments = source.moments[np.ix_(index, index)]
     source.rows = [rows[:, index] for rows in source.rows]
     return len(outliers)
 
 
-def _need_weight(node: Any) -> Floats:
-    weight = _weight(node)
-    assert weight is not None
-    return weight
-
-
 # --- from fp32 to int8 ---
 
 
-def _quantise_source(source: _Source, name: str) -> None:
-    opset13 = import_openvino().opset13
-    weights = [_need_weight(node) for node in source.dense]
+def _quantise_source(graph: OnnxGraph, source: _Source, name: str) -> None:
+    weights = [graph.values(node.input[1]) for node in source.dense]
     weight = np.concatenate(weights, axis=1)
     smooth = min(
         (smoothing(source.low, source.high, weight, alpha) for alpha in ALPHAS),
         key=lambda s: output_error(np.concatenate(source.rows), source.low, source.high, weight, s),
     )
     step, zero = activation_grid(source.low / smooth, source.high / smooth)
-    low, high = (
-        _constant(np.float32(v), f"{name}/{what}") for v, what in ((-zero * step, "low"), ((255 - zero) * step, "high"))
-    )
-    scaled = opset13.multiply(
-        source.output, _constant((1 / smooth)[None, None, :], f"{name}/smooth"), name=f"{name}/smoothed"
-    )
-    activation = opset13.fake_quantize(scaled, low, high, low, high, 256, name=f"{name}/uint8")
     weight = weight * smooth[:, None]
     scale = weight_scale(weight)
     rounded = round_weights(weight, source.moments / np.outer(smooth, smooth), scale)
-    at = 0
-    for number, (node, part) in enumerate(zip(source.dense, weights, strict=True)):
-        columns = slice(at, at := at + part.shape[1])
-        label = f"{name}/{number}"
-        integers = opset13.convert(_constant(rounded[:, columns], f"{label}/int8"), "f32", name=f"{label}/float")
-        restored = opset13.multiply(integers, _constant(scale[None, columns], f"{label}/scale"), name=f"{label}/weight")
-        product = opset13.matmul(activation, restored, False, False, name=f"{label}/product")
-        for use in list(node.output(0).get_target_inputs()):
-            use.replace_source_output(product.output(0))
+
+    def constant(what: str, values: Any) -> str:
+        return graph.set_constant(f"{name}/{what}", np.asarray(values))
+
+    grid = constant("step", np.float32(step)), constant("zero", np.uint8(zero))
+    smoothed, quantised = f"{name}/smoothed", f"{name}/uint8"
+    new = [
+        graph.node("Mul", [source.name, constant("smooth", (1 / smooth).astype(np.float32))], smoothed),
+        graph.node("QuantizeLinear", [smoothed, *grid], quantised),
+    ]
+    columns = np.cumsum([part.shape[1] for part in weights])[:-1]
+    parts = zip(source.dense, np.split(rounded, columns, axis=1), np.split(scale, columns), strict=True)
+    for number, (node, integers, steps) in enumerate(parts):
+        inputs = [quantised, constant(f"{number}/int8", integers), grid[0], constant(f"{number}/scale", steps), grid[1]]
+        output, bias = _bias(graph, node)
+        product = graph.node(
+            "MatMulIntegerToFloat", [*inputs, *(("", bias) if bias else ())], output, domain=CONTRIB
+        )
+        at = graph.nodes.index(node)
+        graph.nodes[at : at + 1] = [*new, product]
+        new = []
+
+
+def _bias(graph: OnnxGraph, dense: Any) -> tuple[str, str]:
+    """(name of the result, constant) of the addition that alone reads a dense layer, which is taken away; (the layer's
+    own result, '') if there is none."""
+    output = dense.output[0]
+    readers = graph.readers().get(output, [])
+    if len(readers) == 1 and readers[0].op_type == "Add" and output not in graph.outputs:
+        bias = next((name for name in readers[0].input if name != output), "")
+        if graph.is_constant(bias) and graph.shape(bias) == graph.shape(dense.input[1])[1:]:
+            graph.nodes.remove(readers[0])
+            return readers[0].output[0], bias
+    return output, ""

@@ -12,6 +12,16 @@ afterwards, so its square counts a quarter."""
 DAMPING = 0.01
 """Share of the mean of the diagonal added to the second moments, as in GPTQ, so that they can be inverted."""
 
+LARGEST = 127
+"""Of a weight in int8."""
+
+PAIR = 128
+"""Most that two neighbouring weights of one sign may be together, as int8.
+
+Without VNNI, kernels for x86 multiply two neighbouring channels each by ``vpmaddubsw``, which adds both products in 16 bits:
+255 · 128 is just within them. So the result is exact; weights of 7 bits, the usual answer, would be 64 at most.
+"""
+
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
@@ -32,8 +42,13 @@ def activation_grid(low: Floats, high: Floats) -> tuple[np.float32, np.float32]:
 
 
 def weight_scale(weight: Floats) -> Floats:
-    """Step of the int8 grid, −127 … 127, of each output channel. float32 [out]."""
-    scale: Floats = np.maximum(np.abs(weight).max(axis=0), 1e-12).astype(np.float32) / np.float32(127)
+    """Step of the int8 grid of each output channel, in which no weight and no PAIR goes beyond its bound. float32
+    [out]."""
+    largest = np.abs(weight).max(axis=0) / LARGEST
+    even = np.pad(weight, ((0, len(weight) % 2), (0, 0)))
+    pairs = [np.maximum(sign * even, 0) for sign in (1, -1)]
+    of_pairs = np.max([(part[::2] + part[1::2]).max(axis=0) for part in pairs], axis=0) / PAIR
+    scale: Floats = np.maximum(np.maximum(largest, of_pairs), 1e-12).astype(np.float32)
     return scale
 
 
@@ -50,6 +65,8 @@ def output_error(rows: Floats, low: Floats, high: Floats, weight: Floats, smooth
 def round_weights(weight: Floats, moments: Floats, scale: Floats) -> npt.NDArray[np.int8]:
     """GPTQ: round one input channel after the other; those that follow make good for the error. int8 [in, out].
 
+    No PAIR goes beyond its bound.
+
     Args:
         weight: float32 [in, out].
         moments: Second moments of the layer's inputs, float32 [in, in].
@@ -62,13 +79,17 @@ def round_weights(weight: Floats, moments: Floats, scale: Floats) -> npt.NDArray
     diagonal = np.diag(hessian).copy()
     hessian[np.diag_indices(inputs)] += DAMPING * diagonal.mean() + (diagonal == 0) + 1e-12
     upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
-    result = np.empty(weight.shape, np.int8)
+    result = np.zeros(weight.shape, np.int8)
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
         errors = np.empty((stop - start, weight.shape[1]))
         for i in range(start, stop):
-            rounded = np.clip(np.round(rest[i] / scale), -127, 127)
-            result[order[i]] = rounded
+            place = order[i]
+            beside = result[place ^ 1].astype(np.float64) if place ^ 1 < inputs else np.zeros(1)
+            least = np.maximum(-LARGEST, -PAIR - np.minimum(beside, 0))
+            most = np.minimum(LARGEST, PAIR - np.maximum(beside, 0))
+            rounded = np.clip(np.round(rest[i] / scale), least, most)
+            result[place] = rounded
             errors[i - start] = (rest[i] - rounded * scale) / upper[i, i]
             rest[i + 1 : stop] -= np.outer(upper[i, i + 1 : stop], errors[i - start])
         rest[stop:] -= upper[start:stop, stop:].T @ errors
