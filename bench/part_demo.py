@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdb_fast.embedding.precision.choice import unsupported
+from kdb_fast.embedding.precision.support import unsupported
 
 from .chart import Bar
 from .measure import spread

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kdb_fast.embedding.precision.support import int8_on_openvino
+
 from .chart import Bar
 from .measure import spread
 from .options import STRESS_SETS, Options, say
@@ -112,8 +114,8 @@ def _contenders(s: Session, data: DataSet, precisions: list[str]) -> list[Conten
 
 
 def _requirements(name: str, outcomes: dict[str, Outcome]) -> list[Requirement]:
-    """What a whole job must reach against the others, and of the rate of the encoder alone. What only int8 can reach is
-    required only where it ran."""
+    """What a whole job must reach against the others, and of the rate of the encoder alone. What only int8 with
+    VNNI can reach is required only where it ran."""
     ours = outcomes["kdb-fast fp32"]
     best = max((o for o in ran(outcomes) if o.contender.ours), key=lambda o: spread(o.rates).median)
     bounds = [
@@ -122,7 +124,7 @@ def _requirements(name: str, outcomes: dict[str, Outcome]) -> list[Requirement]:
         (ours, EXECUTEMANY, 2.4),
         (ours, PARALLEL, 1.9),
     ]
-    if INT8 in outcomes:
+    if INT8 in outcomes and int8_on_openvino():
         bounds.append((best, ONE_CALL, 5.0))
     if name == "mixed":
         del bounds[0]  # the encoder alone embeds the duplicates too
@@ -131,7 +133,7 @@ def _requirements(name: str, outcomes: dict[str, Outcome]) -> list[Requirement]:
         for o, other, bound in bounds
         if outcomes[other].runs
     ]
-    if name == "contacts" and INT8 in outcomes:
+    if name == "contacts" and INT8 in outcomes and int8_on_openvino():
         result.append(
             Requirement(f"{name}: {best.contender.label}", best.spread("seconds"), 30, at_most=True, unit=" s")
         )

@@ -1,25 +1,25 @@
-"""CPUs other than this one: what tests may take away of its instructions, flags of real ones, and an emulator.
+"""CPUs other than this one: what tests may take away of its instructions, and flags of real ones.
 
-Taking instructions away shows what kdb-fast chooses there. What another CPU computes is seen only where it is there, or
-where QEMU plays it: ``apt-get install qemu-user``.
+Taking instructions away shows what kdb-fast chooses there. What a CPU with AVX2 and nothing newer computes is seen by
+``tools/avx2_only.py``, which takes them away from the libraries as well.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
-import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kdb_fast.embedding.precision.choice import CPU_FLAGS
+from kdb_fast.embedding.precision.support import VNNI
 from kdb_fast.resources import WITHOUT_CPU_FLAGS, cpu_flags
 
 TAKEN_AWAY = {
@@ -27,6 +27,7 @@ TAKEN_AWAY = {
     "VNNI without BF16": "avx512_bf16 amx_bf16",
     "AVX-512 without VNNI": "avx512_vnni avx512_bf16 avx_vnni* amx_*",
     "AVX2 only": "avx512* avx_* amx_*",
+    "not even AVX2": "avx2 avx512* avx_* amx_*",
 }
 """Value of KDB_FAST_WITHOUT_CPU_FLAGS that leaves a CPU like this."""
 
@@ -34,19 +35,20 @@ GIVEN = os.environ.get(WITHOUT_CPU_FLAGS, "")
 """What whoever started the tests takes away already: they are then tried as if on that CPU."""
 
 LEFT = {
-    "VNNI without BF16": frozenset(CPU_FLAGS["int8"]),
+    "VNNI without BF16": frozenset(VNNI),
     "AVX-512 without VNNI": frozenset({"avx512f"}),
     "AVX2 only": frozenset({"avx2"}),
+    "not even AVX2": frozenset({"avx2"}),
 }
 """What this CPU must have for that: one of them."""
 
 RECORDED = {
-    "AMD EPYC 7xx3 (Zen 3), family 25, model 1": ("avx fma avx2 bmi2 vaes vpclmulqdq", set()),
+    "AMD EPYC 7xx3 (Zen 3), family 25, model 1": ("avx fma avx2 bmi2 vaes vpclmulqdq", {"int8"}),
     "AMD EPYC 9xx4 (Zen 4), family 25, model 17": (
         "avx fma avx2 avx512f avx512dq avx512bw avx512vl avx512_bf16 avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg",
         {"int8", "bf16"},
     ),
-    "Intel Xeon, Skylake-SP": ("avx fma avx2 avx512f avx512dq avx512cd avx512bw avx512vl", set()),
+    "Intel Xeon, Skylake-SP": ("avx fma avx2 avx512f avx512dq avx512cd avx512bw avx512vl", {"int8"}),
     "Intel Xeon, Cascade Lake": ("avx fma avx2 avx512f avx512dq avx512cd avx512bw avx512vl avx512_vnni", {"int8"}),
     "Intel Xeon, Sapphire Rapids": (
         "avx fma avx2 avx_vnni avx512f avx512bw avx512vl avx512_bf16 avx512_vnni amx_bf16 amx_tile amx_int8",
@@ -76,9 +78,6 @@ def pretend(cpu: str, patch: pytest.MonkeyPatch) -> None:
 
 # --- numerics of another CPU ---
 
-AVX2_CPU = "Haswell,-pcid,-x2apic,-tsc-deadline,-hle,-invpcid,-rtm"
-"""Of QEMU's; without what it cannot play, of which it would warn."""
-
 PROGRAM = """
 import json, sys
 from dataclasses import replace
@@ -98,36 +97,41 @@ np.save(out, Encoder(spec).embed(texts))
 
 
 @functools.cache
-def emulator() -> str | None:
-    return shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
+def _tool() -> Any:
+    """tools/avx2_only.py, as a module."""
+    file = Path(__file__).parent.parent / "tools" / "avx2_only.py"
+    spec = importlib.util.spec_from_file_location("avx2_only", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def needs_emulator(what: str) -> None:
-    """Skip the test where no other CPU can be played.
+def needs_avx2_only(what: str) -> None:
+    """Skip the test where no CPU with AVX2 and nothing newer can be played.
 
     Args:
         what: What is not run then, for the reason.
     """
-    if platform.machine() != "x86_64":
-        pytest.skip(f"{what} was not run: QEMU plays an x86-64 CPU with AVX2 for programs of an x86-64 machine")
-    if emulator() is None:
-        pytest.skip(f"{what} was not run: no qemu-x86_64 here to play a CPU with AVX2 only (Debian: qemu-user)")
+    if reason := _tool().missing():
+        pytest.skip(f"{what} was not run: {reason}")
 
 
 def embed_with_avx2(
     texts: Sequence[str], out: Path, model: str, path: Path, prepared: Path | None = None
 ) -> npt.NDArray[np.float32]:
-    """Vectors that a CPU with AVX2 and nothing newer computes, a thousand times slower than a real one.
+    """Vectors that a CPU with AVX2 and nothing newer computes with ONNX Runtime.
 
     Args:
         texts: Few and short.
         out: A file to write.
         model, path: Name and directory of the model.
-        prepared: The quantised model, for int8 with all else in fp32.
+        prepared: The quantised model, for int8.
     """
-    command = [str(emulator()), "-cpu", AVX2_CPU, sys.executable, "-c", PROGRAM,
-               model, str(path), str(prepared or ""), str(out), *texts]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ), check=False)
+    environment = {**os.environ, **_tool().environment(("numpy", "onnxruntime"))}
+    command = [sys.executable, "-c", PROGRAM, model, str(path), str(prepared or ""), str(out), *texts]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     vectors: npt.NDArray[np.float32] = np.load(out)
     return vectors

@@ -2,10 +2,10 @@
 
 usage: python tools/avx2_only.py COMMAND…
 
-What NumPy, ONNX Runtime and OpenVINO ask the processor (``cpuid``) is answered without AVX-512, VNNI, BF16 and AMX, in the
-command and all that it starts, and kdb-fast is told the same. So they take the kernels of such a CPU: their values are
-right to the last bit, and their speed shows what is worth while there; the clock, the caches and the memory stay this
-machine's. Needs Linux on x86-64, gcc and binutils. Nothing of it is part of the package.
+What NumPy, ONNX Runtime and OpenVINO ask the processor (``cpuid``) is answered without AVX-512, VNNI, BF16 and AMX, in
+the command and all that it starts, and kdb-fast is told the same. So they take the kernels of such a CPU: their values
+are right to the last bit, and their speed shows what is worth while there; the clock, the caches and the memory stay
+this machine's. Needs Linux on x86-64, gcc and binutils. Nothing of it is part of the package.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 LIBRARIES = {
     "numpy": ("../numpy.libs/*.so*", "_core/*.so"),
-    "onnxruntime": ("capi/*.so*",),
+    "onnxruntime": ("capi/onnxruntime_pybind11_state*.so",),
     "openvino": ("libs/libopenvino.so*", "libs/libopenvino_intel_cpu_plugin.so"),
 }
 """Packages whose libraries choose kernels by ``cpuid``, and where in them those libraries are."""
@@ -39,14 +40,14 @@ def missing() -> str:
     return f"{' and '.join(absent)} not installed, of which a CPU with AVX2 only is made" if absent else ""
 
 
-def environment() -> dict[str, str]:
-    """Variables under which a program sees a CPU with AVX2 only.
+def environment(packages: Collection[str] = tuple(LIBRARIES)) -> dict[str, str]:
+    """Variables under which these packages, in a program, see a CPU with AVX2 only.
 
     Raises:
         subprocess.CalledProcessError: The compiler or the disassembler failed.
     """
     source = Path(__file__).with_suffix(".c")
-    libraries = sorted({path.resolve() for path in _libraries()})
+    libraries = sorted({path.resolve() for path in _libraries(packages)})
     stamps = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in libraries]
     digest = hashlib.sha256("\n".join([source.read_text(), *stamps]).encode()).hexdigest()[:16]
     directory = Path(tempfile.gettempdir()) / f"avx2_only-{os.getuid()}-{digest}"
@@ -60,12 +61,12 @@ def environment() -> dict[str, str]:
     return {"LD_AUDIT": str(audit), "AVX2_ONLY_PLACES": str(places), "KDB_FAST_WITHOUT_CPU_FLAGS": FLAGS}
 
 
-def _libraries() -> list[Path]:
+def _libraries(packages: Collection[str]) -> list[Path]:
     found: list[Path] = []
-    for package, patterns in LIBRARIES.items():
+    for package in packages:
         spec = importlib.util.find_spec(package)
         for root in (spec.submodule_search_locations or ()) if spec else ():
-            found += [path for pattern in patterns for path in Path(root).glob(pattern)]
+            found += [path for pattern in LIBRARIES[package] for path in Path(root).glob(pattern)]
     return found
 
 

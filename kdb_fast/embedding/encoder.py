@@ -50,7 +50,8 @@ class Tally(NamedTuple):
 class EncoderSpec:
     """All a process needs to build an encoder. Small and picklable.
 
-    ``precision`` other than fp32 runs on OpenVINO: the model's own file, or the quantised ``prepared`` in its place.
+    ``precision`` int8 runs the quantised ``prepared`` in place of the model's own file.
+    ``on_openvino``: by OpenVINO, not by ONNX Runtime.
     ``unquantised_precision`` is what int8 leaves unquantised, attention above all, is computed in: fp32 or bf16.
     ``prefix`` is put in front of each text: it is read with it, and counted in its tokens.
     """
@@ -62,6 +63,7 @@ class EncoderSpec:
     precision: str = "fp32"
     prepared: Path | None = None
     unquantised_precision: str = "fp32"
+    on_openvino: bool = False
     prefix: str = ""
 
     @property
@@ -93,11 +95,11 @@ class Encoder:
         self.dimensions = spec.model.dimensions
         self.max_tokens = spec.model.max_tokens
         with _explained(spec.model, "cannot be loaded"):
-            # Where OpenVINO runs the model, ONNX Runtime need not load it: 100 MB and 0.3 s.
+            # Where another file is run, ONNX Runtime need not load the model's own: 100 MB and 0.3 s.
             self._inner = load_fastembed(spec.model, spec.threads, lazy=spec.precision != "fp32")
         self._backend: _Backend
         if spec.precision != "fp32":
-            self._backend = _openvino(self._inner, spec)
+            self._backend = _lower(self._inner, spec)
         elif is_plain(self._inner):
             self._backend = _OnnxBackend(self._inner, self._inner.model, prefix=spec.prefix)
         else:
@@ -348,10 +350,8 @@ def mean_pool(hidden: npt.NDArray[np.float32], mask: Tokens) -> Matrix:
     return result
 
 
-def _openvino(inner: Any, spec: EncoderSpec) -> _OnnxBackend:
+def _lower(inner: Any, spec: EncoderSpec) -> _OnnxBackend:
     from fastembed.common.preprocessor_utils import load_tokenizer
-
-    from .precision.openvino_backend import OpenVinoSession
 
     if not is_plain(inner):
         raise ModelError(
@@ -359,6 +359,13 @@ def _openvino(inner: Any, spec: EncoderSpec) -> _OnnxBackend:
         )
     inner.tokenizer, inner.special_token_to_id = load_tokenizer(model_dir=spec.model.path)
     path = spec.prepared or spec.model.path / spec.model.model_file
+    if not spec.on_openvino:
+        from .precision.onnx_session import open_session
+
+        with _explained(spec.model, f"in {spec.precision} cannot be loaded"):
+            return _OnnxBackend(inner, open_session(path, spec.threads), prefix=spec.prefix)
+    from .precision.openvino_backend import OpenVinoSession
+
     hint = "bf16" if "bf16" in (spec.precision, spec.unquantised_precision) else "f32"
     session = OpenVinoSession(path, precision=spec.precision, hint=hint, threads=spec.threads)
     return _OnnxBackend(inner, session, WIDTH_CLASS, spec.prefix)

@@ -13,7 +13,7 @@ import pytest
 
 from kdb_fast import telemetry
 from kdb_fast.embedding.models.lookup import Model
-from kdb_fast.embedding.precision.choice import unsupported
+from kdb_fast.embedding.precision.support import unsupported
 from kdb_fast.ipc.spawning import WORKER_ENVIRONMENT
 
 pytestmark = pytest.mark.timeout(400)  # int8 is calibrated: ten seconds of two idle cores

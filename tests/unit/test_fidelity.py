@@ -9,7 +9,14 @@ from kdb_fast.embedding.batching import pack_batches
 from kdb_fast.embedding.precision.fidelity import overlap, unit
 from kdb_fast.embedding.precision.openvino_rows import SIZES, STEP, row_numbers
 from kdb_fast.embedding.precision.preparation import prepared_fingerprint
-from kdb_fast.embedding.precision.quantised_weights import activation_grid, round_weights, smoothing, weight_scale
+from kdb_fast.embedding.precision.quantised_weights import (
+    LARGEST,
+    PAIR,
+    activation_grid,
+    round_weights,
+    smoothing,
+    weight_scale,
+)
 from kdb_fast.errors import UsageError
 from kdb_fast.origins import same_model
 from kdb_fast.settings import ReindexOptions
@@ -88,6 +95,17 @@ def test_rounding_makes_good_for_its_errors() -> None:
     exact = inputs @ weight
     error = np.square(inputs @ (rounded * scale) - exact).sum()
     assert error < 0.7 * np.square(inputs @ (nearest * scale) - exact).sum()
+
+
+def test_no_two_neighbours_of_one_sign_are_too_large_together() -> None:
+    inputs = RNG.standard_normal((300, 65)).astype(np.float32)
+    weight = np.abs(RNG.standard_normal((65, 16))).astype(np.float32) * RNG.choice([-1, 1], 16).astype(np.float32)
+    rounded = round_weights(
+        weight, inputs.T @ inputs, weight_scale(weight) / np.float32(3)
+    )  # so that all of them are too large
+    pairs = np.pad(rounded.astype(int), ((0, 1), (0, 0))).reshape(33, 2, 16)
+    assert np.abs(pairs.sum(axis=1)).max() == PAIR
+    assert np.abs(rounded.astype(int)).max() == LARGEST
 
 
 def test_smoothing_keeps_the_geometric_mean() -> None:

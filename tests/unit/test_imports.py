@@ -264,6 +264,7 @@ def test_only_encoder_and_catalogue_import_the_model_libraries() -> None:
         "embedding.encoder",
         "embedding.loading",
         "embedding.offline",
+        "embedding.precision.onnx_session",
         "embedding.models.hub",
         "embedding.models.catalogue",
     }

@@ -21,12 +21,13 @@ from ...errors import ModelError, StoppedError
 from ...ipc.spawning import describe_exit, spawn, tail
 from ...paths import default_data_dir
 from ...receipt import Fidelity
-from ...resources import WITHOUT_CPU_FLAGS, cpu_flags, usable_cpus
+from ...resources import cpu_flags, usable_cpus
+from ..batching import TOKEN_BUDGET
 from ..encoder import EncoderSpec
 from ..models.files import check_private, sha256_of
-from . import openvino_backend
 from .openvino_rows import BATCH_TOKENS
-from .preparation import MANIFEST, MODEL, prepared_fingerprint, run
+from .preparation import MANIFEST, OPENVINO_MODEL, prepared_fingerprint, prepared_model, run
+from .support import int8_on_openvino, missing_instructions, unsupported
 
 SAMPLE_RECORDS = 1000
 """Records read: the first 300 for calibration, of the others up to 30,000 tokens for the comparison."""
@@ -35,18 +36,10 @@ LEAST_RECORDS = 100
 """With fewer records nothing can be said about a precision, and nothing is gained either."""
 
 FLOORS = {"bf16": (0.9999, 0.98), "int8": (0.997, 0.94)}
-"""Least mean cosine and least overlap of the 10 nearest. Measured: bf16 0.99999 and 0.994, int8 0.9992 and 0.96."""
+"""Least mean cosine and least overlap of the 10 nearest. Measured: bf16 0.99999 and 0.994, int8 0.9993 and 0.965."""
 
 LEAST_SPEED = 1.1
 """``auto`` takes a precision only if it is at least this much faster than fp32 on this machine."""
-
-CPU_FLAGS = {
-    "int8": ("avx512_vnni", "avx_vnni", "amx_int8"),
-    "bf16": ("avx512_bf16", "amx_bf16"),
-}
-"""Any of these in /proc/cpuinfo makes a precision worth while. Without them OpenVINO computes bf16 in fp32, and int8 by
-instructions that add two products of eight bits in sixteen and saturate: on AVX2 (AMD EPYC, family 25, model 1) a mean
-cosine of 0.99621, at 0.8 times the speed of fp32. No flag of aarch64 is here, since nothing was measured there."""
 
 PREPARE_SECONDS = 900.0
 """Deadline. It takes half a minute for MiniLM."""
@@ -69,24 +62,6 @@ class Choice:
     fingerprint: str
     why: str
     fidelity: Fidelity | None = None
-
-
-def unsupported(precision: str) -> str:
-    """Why this machine cannot use a precision, as a clause; '' if it can."""
-    if reason := missing_instructions(precision, cpu_flags()):
-        away = os.environ.get(WITHOUT_CPU_FLAGS, "").strip()
-        return f"{reason}, with {away} set aside ({WITHOUT_CPU_FLAGS})" if away else reason
-    if not openvino_backend.installed():
-        return "the Python package openvino is not installed (pip install 'kdb-fast[openvino]')"
-    return ""
-
-
-def missing_instructions(precision: str, flags: frozenset[str]) -> str:
-    """Why a CPU with these flags cannot use a precision, as a clause; '' if it can."""
-    if not flags.isdisjoint(CPU_FLAGS[precision]):
-        return ""
-    kind, wanted = "BF16" if precision == "bf16" else "VNNI", ", ".join(CPU_FLAGS[precision])
-    return f"this CPU has no {kind} instructions (none of {wanted})"
 
 
 def _unquantised_suffix(spec: EncoderSpec) -> str:
@@ -160,12 +135,14 @@ class PrecisionSelector:
         return Choice(self._spec, self._spec.fingerprint(), why)
 
     def _lower(self, precision: str, floor: float | None) -> Choice:
-        spec = replace(self._spec, precision=precision, token_budget=BATCH_TOKENS)
+        spec = replace(self._spec, precision=precision, on_openvino=precision == "bf16" or int8_on_openvino())
         fidelity = None
         if precision == "int8":
-            spec = replace(spec, unquantised_precision="fp32" if missing_instructions("bf16", cpu_flags()) else "bf16")
             if known := self._find_prepared():
-                spec = replace(spec, prepared=known / MODEL)
+                spec = replace(spec, prepared=known, on_openvino=known.name == OPENVINO_MODEL)
+            if spec.on_openvino and not missing_instructions("bf16", cpu_flags()):
+                spec = replace(spec, unquantised_precision="bf16")
+        spec = replace(spec, token_budget=BATCH_TOKENS if spec.on_openvino else TOKEN_BUDGET)
         if precision != "int8" or spec.prepared:
             fidelity = self._read_fidelity(spec)
         if fidelity is None:
@@ -192,7 +169,8 @@ class PrecisionSelector:
     # --- what is kept ---
 
     def _find_prepared(self) -> Path | None:
-        """The quantised model with which this index was made, or one that was measured on it; verified."""
+        """File of the quantised model with which this index was made, or of one that was measured on it; verified, and
+        fit for this machine."""
         try:
             present = [entry for entry in self._directory.iterdir() if (entry / MANIFEST).is_file()]
         except FileNotFoundError:
@@ -201,7 +179,7 @@ class PrecisionSelector:
         newest_first = sorted(present, key=lambda entry: (entry / MANIFEST).stat().st_mtime, reverse=True)
         used = [entry for number in self._history for entry in newest_first if number.startswith(entry.name)]
         measured = [entry for entry in newest_first if any(entry.glob(f"fidelity-{self._index}*.json"))]
-        return next((entry for entry in [*used, *measured] if self._is_good(entry)), None)
+        return next((prepared_model(entry) for entry in [*used, *measured] if self._is_good(entry)), None)
 
     def _is_good(self, entry: Path) -> bool:
         from .quantise import FORMAT
@@ -213,6 +191,8 @@ class PrecisionSelector:
                 return False
             if prepared_fingerprint(base, manifest["precision"], files) != entry.name:
                 raise ValueError("its fingerprint is another")
+            if OPENVINO_MODEL in files and not int8_on_openvino():
+                return False
             for name, expected in files.items():
                 if sha256_of(entry / name) != expected:
                     raise ValueError(f"{name} has changed")
@@ -250,8 +230,8 @@ class PrecisionSelector:
                 f"expected at least {LEAST_RECORDS} different ones.",
                 remedy="Use --precision fp32.",
             )
-        directory, fidelity = self._run_child(spec, texts)
-        return replace(spec, prepared=directory / MODEL if directory else None), Fidelity(**fidelity)
+        prepared, fidelity = self._run_child(spec, texts)
+        return replace(spec, prepared=prepared), Fidelity(**fidelity)
 
     def _own_texts(self) -> list[str]:
         if self._texts is None:

@@ -99,7 +99,7 @@ class OnnxGraph:
         file, offset = self.directory / place["location"], int(place.get("offset", 0))
         return np.memmap(file, dtype, "r", offset, (count,)).reshape(tuple(tensor.dims))
 
-    def set_constant(self, name: str, values: Values) -> str:
+    def set_constant(self, name: str, values: npt.ArrayLike) -> str:
         """Add or replace a constant. Returns its name."""
         from onnx import numpy_helper
 
@@ -125,6 +125,10 @@ class OnnxGraph:
         from onnx import helper
 
         return helper.make_node(kind, list(inputs), [output], name=output, domain=domain, **attributes)
+
+    def insert(self, before: Any, node: Any) -> None:
+        """Put a node in front of another."""
+        self.nodes.insert(self.nodes.index(before), node)
 
     def add_domain(self, domain: str, version: int) -> None:
         """Allow operators of a domain."""

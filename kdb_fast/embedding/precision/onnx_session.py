@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 DISABLED = ["SkipLayerNormFusion"]
-"""Optimisations left out. The kernel of SkipLayerNormalization takes 1.03 ms for 504 tokens × 384 channels, the addition
-and the kernel of LayerNormalization together 0.19 ms."""
+"""Optimisations left out. The kernel of SkipLayerNormalization takes 1.03 ms for 504 tokens × 384 channels, the
+addition and the kernel of LayerNormalization together 0.19 ms."""
 
 TANH_GELU = "optimization.enable_gelu_approximation"
 """GELU by its usual approximation with tanh, off by 0.0005 at most: far less than a step of its quantised values."""

@@ -38,7 +38,7 @@ MEASURED_TOKENS = 30_000
 LEAST_MEASURED = 64
 """… but never fewer texts than this."""
 
-MODEL, MANIFEST = "model.xml", "prepared.json"
+OPENVINO_MODEL, ONNX_MODEL, MANIFEST = "model.xml", "model.onnx", "prepared.json"
 
 
 def run(connection: Connection, spec: EncoderSpec, texts: Sequence[str], directory: Path, stderr: Any) -> None:
@@ -68,12 +68,12 @@ def quantise_and_measure(
     """Quantise (int8 without ``spec.prepared``) and measure.
 
     Returns:
-        The directory of the prepared model (None for a precision that needs none), and the fields of a Fidelity.
+        The prepared model's file (None for a precision that needs none), and the fields of a Fidelity.
 
     Raises:
-        ModelError: OpenVINO cannot read or quantise the model, or the result depends on the batch.
+        ModelError: The model cannot be read or quantised, or the result depends on the batch.
     """
-    exact = Encoder(replace(spec, precision="fp32", prepared=None, threads=1))
+    exact = Encoder(replace(spec, precision="fp32", prepared=None, on_openvino=False, threads=1))
     tokens = exact.token_ids(texts)
     calibration = _first_within(tokens, CALIBRATION_TOKENS, min(CALIBRATION_TEXTS, len(texts) // 2))
     prepared: Path | None = spec.prepared
@@ -85,7 +85,7 @@ def quantise_and_measure(
     count = max(LEAST_MEASURED, _first_within(tokens[calibration:], MEASURED_TOKENS, len(held_out)))
     report(f"Comparing {spec.precision} with fp32 on {min(count, len(held_out)):,} of the records …")
     fidelity = measure(exact, lower, held_out[:count])
-    return (prepared.parent if prepared else None), asdict(fidelity)
+    return prepared, asdict(fidelity)
 
 
 def _quantise(
@@ -97,8 +97,9 @@ def _quantise(
     work = Path(tempfile.mkdtemp(prefix=".new-", dir=directory))
     try:
         feeds = [exact.feed(ids) for ids in tokens]
-        quantise(spec.model.path / spec.model.model_file, feeds, work / MODEL, report, usable_cpus())
-        files = {name: sha256_of(work / name) for name in (MODEL, str(Path(MODEL).with_suffix(".bin")))}
+        target = work / (OPENVINO_MODEL if spec.on_openvino else ONNX_MODEL)
+        done = quantise(spec.model.path / spec.model.model_file, feeds, target, report, usable_cpus())
+        files = {file.name: sha256_of(file) for file in done.files}
         fingerprint = prepared_fingerprint(spec.fingerprint(), spec.precision, files)
         manifest = {
             "base": spec.fingerprint(),
@@ -109,15 +110,20 @@ def _quantise(
             "fingerprint": fingerprint,
         }
         (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        target = directory / fingerprint
+        place = directory / fingerprint
         try:
-            work.rename(target)
+            work.rename(place)
         except OSError:  # another run has prepared the same: the same texts give the same bytes
-            if not target.is_dir():
+            if not place.is_dir():
                 raise
-        return target / MODEL
+        return place / target.name
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def prepared_model(directory: Path) -> Path:
+    """File of the quantised model in a directory of what was prepared."""
+    return next(file for name in (OPENVINO_MODEL, ONNX_MODEL) if (file := directory / name).exists())
 
 
 def prepared_fingerprint(base: str, precision: str, files: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Static int8 for ONNX Runtime: dense layers that multiply uint8 activations by int8 weights.
+"""Static int8: dense layers that multiply uint8 activations by int8 weights.
 
 Nothing is decided while it runs: every range is fixed beforehand from texts of the user's own, so a vector does not
 depend on what else is in its batch. Four steps, each of which answers a known cause of error:
@@ -14,8 +14,12 @@ depend on what else is in its batch. Four steps, each of which answers a known c
    large together that a CPU without VNNI would saturate (see quantised_weights.py): its products are those of any
    other CPU.
 
-Everything outside of dense layers (attention scores, softmax, layer norm, embeddings, residuals) stays in fp32. A dense
-layer is one ``MatMulIntegerToFloat``, which adds the bias as well; layers with the same input share its quantisation.
+Everything outside of dense layers (attention scores, softmax, layer norm, embeddings, residuals) stays in floating
+point (fp32, or bf16 where OpenVINO runs the model and the CPU can: ``EncoderSpec.unquantised_precision``). Layers with
+the same input share its quantisation. The result has one of two forms:
+
+* for ONNX Runtime, a dense layer is one ``MatMulIntegerToFloat``, which adds the bias as well;
+* for OpenVINO, ``FakeQuantize`` and a product in floating point, which OpenVINO makes one of integers.
 
 The graph is changed here; what a scale, a step or a rounded weight is, quantised_weights.py computes.
 """
@@ -31,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import ModelError
+from ...telemetry import import_openvino
 from .onnx_graph import OnnxGraph
 from .onnx_session import open_session
 from .quantised_weights import Floats, activation_grid, output_error, round_weights, smoothing, weight_scale
@@ -68,18 +73,18 @@ MIN_CHANNELS = 64
 
 ELEMENTWISE = frozenset(("Add", "Sub", "Mul", "Div", "Erf", "Gelu", "Tanh", "Relu", "Sigmoid", "Pow", "Cast"))
 
-CONTRIB = "com.microsoft"
-"""Domain of ONNX Runtime's own operators."""
+CONTRIB, TOOLKIT = "com.microsoft", "org.openvinotoolkit"
+"""Domains of ONNX Runtime's own operators, and of OpenVINO's."""
+
+FLOAT = 1
+"""ONNX's number of float32."""
 
 Feed = dict[str, npt.NDArray[np.int64]]
 
 
 @dataclass
 class _Source:
-    """An activation that feeds one or more dense layers, and what the calibration texts showed of it.
-
-    ``place`` is a node and the number of its input, where a constant can be replaced.
-    """
+    """An activation that feeds one or more dense layers, and what the calibration texts showed of it."""
 
     name: str
     channels: int
@@ -102,14 +107,14 @@ class Quantised(NamedTuple):
 def quantise(
     model_file: Path, feeds: Sequence[Feed], target: Path, report: Callable[[str], None], threads: int = 1
 ) -> Quantised:
-    """Write ``model_file`` with int8 dense layers to ``target`` (``.onnx``; large constants beside it).
+    """Write ``model_file`` with int8 dense layers to ``target``, its large constants beside it.
 
     The same texts in the same order give the same bytes on the same machine.
 
     Args:
         model_file: The fp32 ONNX file.
         feeds: Inputs of the model by name, int64 [rows, tokens], without padding.
-        target: File to write; its directory must exist.
+        target: File to write, ``.onnx`` for ONNX Runtime or ``.xml`` for OpenVINO; its directory must exist.
         report: Called with one line for each step that takes time.
         threads: Threads that run the texts.
 
@@ -130,11 +135,22 @@ def quantise(
         _observe(graph, group, feeds, tokens, threads)
         for source in group:
             split += _split_outliers(graph, source)
-    graph.add_domain(CONTRIB, 1)
+    for_openvino = target.suffix == ".xml"
+    graph.add_domain(TOOLKIT if for_openvino else CONTRIB, 1)
     for number, source in enumerate(sources):
-        _quantise_source(graph, source, f"q{number}")
+        _quantise_source(graph, source, f"q{number}", _openvino_form if for_openvino else _onnxruntime_form)
         source.moments, source.rows = np.zeros((0, 0), np.float32), []
-    return Quantised(sum(len(s.dense) for s in sources), split, tokens, graph.save(target))
+    files = _save_for_openvino(graph, target) if for_openvino else graph.save(target)
+    return Quantised(sum(len(s.dense) for s in sources), split, tokens, files)
+
+
+def _save_for_openvino(graph: OnnxGraph, target: Path) -> list[Path]:
+    openvino = import_openvino()
+    files = graph.save(target.with_suffix(".onnx"))
+    openvino.save_model(openvino.Core().read_model(str(files[0])), str(target), compress_to_fp16=False)
+    for file in files:
+        file.unlink()
+    return [target, target.with_suffix(".bin")]
 
 
 # --- the graph ---
@@ -272,7 +288,19 @@ def _split_outliers(graph: OnnxGraph, source: _Source) -> int:
 # --- from fp32 to int8 ---
 
 
-def _quantise_source(graph: OnnxGraph, source: _Source, name: str) -> None:
+class _Layer(NamedTuple):
+    """A dense layer with its integers."""
+
+    name: str
+    node: Any
+    weight: npt.NDArray[np.int8]
+    scale: Floats
+
+
+_Form = Callable[[OnnxGraph, str, np.float32, np.float32, list[_Layer]], None]
+
+
+def _quantise_source(graph: OnnxGraph, source: _Source, name: str, write: _Form) -> None:
     weights = [graph.values(node.input[1]) for node in source.dense]
     weight = np.concatenate(weights, axis=1)
     smooth = min(
@@ -283,30 +311,39 @@ def _quantise_source(graph: OnnxGraph, source: _Source, name: str) -> None:
     weight = weight * smooth[:, None]
     scale = weight_scale(weight)
     rounded = round_weights(weight, source.moments / np.outer(smooth, smooth), scale)
-
-    def constant(what: str, values: Any) -> str:
-        return graph.set_constant(f"{name}/{what}", np.asarray(values))
-
-    grid = constant("step", np.float32(step)), constant("zero", np.uint8(zero))
-    smoothed, quantised = f"{name}/smoothed", f"{name}/uint8"
-    new = [
-        graph.node("Mul", [source.name, constant("smooth", (1 / smooth).astype(np.float32))], smoothed),
-        graph.node("QuantizeLinear", [smoothed, *grid], quantised),
-    ]
+    divisor = graph.set_constant(f"{name}/smooth", (1 / smooth).astype(np.float32))
+    graph.insert(source.dense[0], graph.node("Mul", [source.name, divisor], f"{name}/smoothed"))
     columns = np.cumsum([part.shape[1] for part in weights])[:-1]
     parts = zip(source.dense, np.split(rounded, columns, axis=1), np.split(scale, columns), strict=True)
-    for number, (node, integers, steps) in enumerate(parts):
-        inputs = [quantised, constant(f"{number}/int8", integers), grid[0], constant(f"{number}/scale", steps), grid[1]]
-        output, bias = _bias(graph, node)
-        product = graph.node(
-            "MatMulIntegerToFloat", [*inputs, *(("", bias) if bias else ())], output, domain=CONTRIB
-        )
-        at = graph.nodes.index(node)
-        graph.nodes[at : at + 1] = [*new, product]
-        new = []
+    write(graph, name, step, zero, [_Layer(f"{name}/{number}", *part) for number, part in enumerate(parts)])
 
 
-def _bias(graph: OnnxGraph, dense: Any) -> tuple[str, str]:
+def _onnxruntime_form(graph: OnnxGraph, name: str, step: np.float32, zero: np.float32, layers: list[_Layer]) -> None:
+    grid = graph.set_constant(f"{name}/step", step), graph.set_constant(f"{name}/zero", np.uint8(zero))
+    graph.insert(layers[0].node, graph.node("QuantizeLinear", [f"{name}/smoothed", *grid], f"{name}/uint8"))
+    for layer in layers:
+        weight = graph.set_constant(f"{layer.name}/int8", layer.weight)
+        scale = graph.set_constant(f"{layer.name}/scale", layer.scale)
+        output, bias = _take_bias(graph, layer.node)
+        inputs = [f"{name}/uint8", weight, grid[0], scale, grid[1], *(("", bias) if bias else ())]
+        graph.insert(layer.node, graph.node("MatMulIntegerToFloat", inputs, output, CONTRIB))
+        graph.nodes.remove(layer.node)
+
+
+def _openvino_form(graph: OnnxGraph, name: str, step: np.float32, zero: np.float32, layers: list[_Layer]) -> None:
+    low = graph.set_constant(f"{name}/low", np.float32(-zero * step))
+    high = graph.set_constant(f"{name}/high", np.float32((255 - zero) * step))
+    inputs = [f"{name}/smoothed", low, high, low, high]
+    graph.insert(layers[0].node, graph.node("FakeQuantize", inputs, f"{name}/uint8", TOOLKIT, levels=256))
+    for layer in layers:
+        weight = graph.set_constant(f"{layer.name}/int8", layer.weight)
+        scale = graph.set_constant(f"{layer.name}/scale", layer.scale[None, :])
+        graph.insert(layer.node, graph.node("Cast", [weight], f"{layer.name}/float", to=FLOAT))
+        graph.insert(layer.node, graph.node("Mul", [f"{layer.name}/float", scale], f"{layer.name}/weight"))
+        layer.node.input[:] = [f"{name}/uint8", f"{layer.name}/weight"]
+
+
+def _take_bias(graph: OnnxGraph, dense: Any) -> tuple[str, str]:
     """(name of the result, constant) of the addition that alone reads a dense layer, which is taken away; (the layer's
     own result, '') if there is none."""
     output = dense.output[0]
@@ -315,5 +352,5 @@ def _bias(graph: OnnxGraph, dense: Any) -> tuple[str, str]:
         bias = next((name for name in readers[0].input if name != output), "")
         if graph.is_constant(bias) and graph.shape(bias) == graph.shape(dense.input[1])[1:]:
             graph.nodes.remove(readers[0])
-            return readers[0].output[0], bias
+            return str(readers[0].output[0]), bias
     return output, ""

@@ -18,8 +18,8 @@ LARGEST = 127
 PAIR = 128
 """Most that two neighbouring weights of one sign may be together, as int8.
 
-Without VNNI, kernels for x86 multiply two neighbouring channels each by ``vpmaddubsw``, which adds both products in 16 bits:
-255 · 128 is just within them. So the result is exact; weights of 7 bits, the usual answer, would be 64 at most.
+Without VNNI, kernels for x86 multiply two neighbouring channels each by ``vpmaddubsw``, which adds both products in 16
+bits: 255 · 128 is just within them. So the result is exact; weights of 7 bits, the usual answer, would be 64 at most.
 """
 
 Floats = npt.NDArray[np.float32]

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...embedding.encoder import Encoder, EncoderSpec
 from ...embedding.offline import import_fastembed
-from ...embedding.precision.choice import missing_instructions
+from ...embedding.precision.support import missing_for
 from ...ipc.messages import Embed, Embedded, Failed
 from ...ipc.row_block import HASH_BYTES, ROW_OK, RowBlock
 from ...resources import available_memory, collect_rarely, cpu_flags
@@ -119,7 +119,4 @@ class Means(NamedTuple):
 
 def means(spec: EncoderSpec) -> Means:
     """Of this host."""
-    flags = cpu_flags()
-    needed = [name for name in {spec.precision, spec.unquantised_precision} if name != "fp32"]
-    unfit = next((reason for name in needed if (reason := missing_instructions(name, flags))), "")
-    return Means(available_memory(), unfit, os.getpid())
+    return Means(available_memory(), missing_for(spec, cpu_flags()), os.getpid())

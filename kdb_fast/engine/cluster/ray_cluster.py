@@ -178,7 +178,7 @@ class RayCluster:
         self._handles_lock = threading.Lock()
         self._objects: dict[Files, tuple[dict[str, list[Any]], int]] = {}
         self._sending = threading.Lock()
-        self._packages = survey.PACKAGES + (("openvino",) if spec.precision != "fp32" else ())
+        self._packages = survey.PACKAGES + (("openvino",) if spec.on_openvino else ())
         self._here = survey.versions(self._packages)
         self._files = model_files.files_of(spec)
         # Apart, so that hosts that do not answer hold up no actor.
