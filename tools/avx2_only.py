@@ -50,7 +50,9 @@ def environment(packages: Collection[str] = tuple(LIBRARIES)) -> dict[str, str]:
     libraries = sorted({path.resolve() for path in _libraries(packages)})
     stamps = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in libraries]
     digest = hashlib.sha256("\n".join([source.read_text(), *stamps]).encode()).hexdigest()[:16]
-    directory = Path(tempfile.gettempdir()) / f"avx2_only-{os.getuid()}-{digest}"
+    # Kept in the environment whose libraries it is about: to disassemble them takes half a minute.
+    parent = sys.prefix if os.access(sys.prefix, os.W_OK) else tempfile.gettempdir()
+    directory = Path(parent) / f".avx2_only-{os.getuid()}-{digest}"
     audit, places = directory / "audit.so", directory / "places"
     if not places.exists():
         directory.mkdir(mode=0o700, exist_ok=True)
