@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .accounting import Fate
+from .records import number_of
 
 NEIGHBOURS = 10
 """Nearest records of a record that a comparison of two precisions looks at."""
@@ -38,7 +39,7 @@ class Fidelity:
         return (
             f"cosine with fp32 {self.cosine_mean:.5f} on average, {self.cosine_min:.5f} at worst, "
             f"{self.overlap:.1%} of the {NEIGHBOURS} nearest the same, {self.speed:.1f} times as fast "
-            f"({self.records:,} records)"
+            f"({number_of(self.records, 'record')})"
         )
 
 

@@ -167,6 +167,24 @@ def storable_key(value: object, limit: int = 200) -> str:
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"
 
 
-def command_word(name: str) -> str:
-    """A name in a command that can be typed."""
-    return shlex.quote(storable_key(name))
+def number_of(count: int, one: str, several: str = "") -> str:
+    """A number of things, as a sentence has it: "1 record", "2 records".
+
+    Args:
+        several: What stands after another number than 1; with an s where it is not given.
+    """
+    return f"{count:,} {one if count == 1 else several or f'{one}s'}"
+
+
+def shell_word(text: str) -> str:
+    """``text`` as one word of a command that can be typed in a shell, without unprintable characters."""
+    if text.isprintable():
+        return shlex.quote(text)
+    # The shells' form for characters that cannot be printed.
+    quoted = text.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(c if c.isprintable() else _escape(ord(c)) for c in quoted) + "'"
+
+
+def _escape(code: int) -> str:
+    # Half a surrogate pair stands for a byte of the argument that is not UTF-8.
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\U{code:08x}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import RejectLimitError, UsageError
+from .records import number_of
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_BATCH_SIZE = 100
@@ -100,7 +101,7 @@ class RejectLimit:
         """
         if self.exceeded(rejected=rejected, read=read, finished=finished):
             raise RejectLimitError(
-                f"{rejected} of {read} records were rejected; --max-rejects allows {self}.",
+                f"{rejected} of {number_of(read, 'record was', 'records were')} rejected; --max-rejects allows {self}.",
                 remedy="See why with `kdb-fast rejects list`; raise the limit with --max-rejects.",
             )
 
@@ -127,7 +128,8 @@ class ExpectedCount:
         """What to say where ``read`` records are not what was expected; '' where they are."""
         if read == self.count or (self.or_more and read > self.count):
             return ""
-        return f"{read:,} records were read, expected {'at least ' if self.or_more else ''}{self.count:,}."
+        expected = f"{'at least ' if self.or_more else ''}{self.count:,}"
+        return f"{number_of(read, 'record was', 'records were')} read, expected {expected}."
 
 
 def check_prefix(of: str, prefix: str) -> None:

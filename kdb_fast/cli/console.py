@@ -8,13 +8,12 @@ import io
 import os
 import re
 import select
-import shlex
 import sys
 import traceback
 from typing import Any
 
 from ..errors import KdbFastError, ResourceError
-from ..records import storable_key
+from ..records import shell_word, storable_key
 
 EXHAUSTED = frozenset(
     (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EAGAIN, errno.EROFS)
@@ -187,17 +186,3 @@ def with_database(text: str) -> str:
         return text
     option = " ".join(map(_shown, _database))
     return _NAMED_COMMAND.sub(lambda found: f"kdb-fast {found[1]} {option}", text)
-
-
-def shell_word(text: str) -> str:
-    """``text`` as one word of a command that can be typed in a shell, without unprintable characters."""
-    if text.isprintable():
-        return shlex.quote(text)
-    # The shells' form for characters that cannot be printed.
-    quoted = text.replace("\\", "\\\\").replace("'", "\\'")
-    return "$'" + "".join(c if c.isprintable() else _escape(ord(c)) for c in quoted) + "'"
-
-
-def _escape(code: int) -> str:
-    # Half a surrogate pair stands for a byte of the argument that is not UTF-8.
-    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\U{code:08x}"

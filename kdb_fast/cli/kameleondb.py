@@ -20,8 +20,8 @@ from ..kameleondb import installation as integration
 from ..kameleondb.patching import Replaced, needed
 from ..kameleondb.providers import address_of, embedding_of
 from ..receipt import InsertReceipt
+from ..records import shell_word
 from ..settings import DEFAULT_BATCH_SIZE
-from .console import shell_word
 
 BATCH_SIZE_HELP = "Most rows of one model run."
 

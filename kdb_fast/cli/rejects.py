@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..errors import EXIT_OK, EXIT_REJECTS, UsageError
+from ..records import number_of
 from .options import RunArguments, database_option, json_option, opened_database, provider_option, run_options
 from .tables import in_schema, state_schema_option
 
@@ -66,7 +67,7 @@ def rejects_clear(
             count = clear_of(in_schema(address, state_schema), target)
         else:
             count = clear_rejects(address, entity)
-    print(json.dumps({"cleared": count}) if as_json else f"{count:,} rejects forgotten")
+    print(json.dumps({"cleared": count}) if as_json else f"{number_of(count, 'reject')} forgotten")
 
 
 @rejects_group.command("retry")

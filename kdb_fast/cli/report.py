@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..accounting import clock
 from ..receipt import HostShare, InsertReceipt, Receipt, Retried
-from ..records import storable_key
+from ..records import number_of, shell_word, storable_key
 from ..tables.target import Target
-from .console import shell_word, with_database
+from .console import with_database
 
 if TYPE_CHECKING:
     from ..search.tables.results import TableResult
@@ -33,14 +33,14 @@ def print_receipt(receipt: Receipt, database: str) -> None:
     database = _with_schema(database, receipt.schema)
     written, read = receipt.written, receipt.read
     if not read and receipt.empty:
-        print(f"{database}: none of the {receipt.empty:,} records has any text.")
+        print(f"{database}: none of {number_of(receipt.empty, 'record')} has any text.")
     elif not read:
         print(f"{database}: there were no records to read.")
     elif not written and not receipt.rejected:
-        print(f"{database}: nothing changed: {receipt.unchanged:,} records are up to date.")
+        print(f"{database}: nothing changed: {number_of(receipt.unchanged, 'record is', 'records are')} up to date.")
     else:
         print(
-            f"{database}: {written:,} of {read:,} records written in {clock(receipt.seconds)} "
+            f"{database}: {written:,} of {number_of(read, 'record')} written in {clock(receipt.seconds)} "
             f"({receipt.records_per_second:,.0f} records/s, {receipt.tokens_per_second:,.0f} tokens/s)"
         )
     ends = [f"{count:,} {fate}" for fate, count in receipt.fates.items() if count or fate == "stored"]
@@ -142,7 +142,7 @@ def print_status(status: Mapping[str, Any], database: str) -> None:
     entities, targets = status["entities"], status.get("targets", [])
     database = _with_schema(database, status.get("schema"))
     if entities or not targets:
-        print(f"{database}: {status['indexed']:,} records indexed")
+        print(f"{database}: {number_of(status['indexed'], 'record')} indexed")
     else:
         print(f"{database}: no index of KameleonDB")
     if entities:
@@ -222,7 +222,8 @@ def print_target(values: Mapping[str, Any]) -> None:
         "indexes": values["index"],
         "rows": "the table or column is not there"
         if values["rows"] is None
-        else f"{values['rows']:,} with a vector" + (f", {values['pieces']:,} pieces" if values["pieces"] else ""),
+        else f"{values['rows']:,} with a vector"
+        + (f", {number_of(values['pieces'], 'piece')}" if values["pieces"] else ""),
         "rejected": f"{values['rejected']:,}" if values["rejected"] else "",
         "last run": f"{run['run']}, {run['state']}, began {str(run['started_at'])[:19]}" if run else "never",
         "kept in": Target(values["state_schema"]).shown() if values["state_schema"] else "",
@@ -242,7 +243,7 @@ def print_models(entries: Iterable[Any]) -> None:
 
 def print_inserted(receipt: InsertReceipt, entity: str, database: str) -> None:
     """The summary of an insert."""
-    print(f"{database}: {receipt.inserted:,} records inserted into {printable(entity, 60)}")
+    print(f"{database}: {number_of(receipt.inserted, 'record')} inserted into {printable(entity, 60)}")
     if receipt.read:
         print_receipt(receipt, database)
     elif receipt.empty:
@@ -286,7 +287,7 @@ def print_retried(result: Retried, database: str) -> None:
         return
     if result.receipt is not None:
         print_receipt(result.receipt, database)
-        print(f"{result.remaining:,} rejected records remain")
+        print(f"{number_of(result.remaining, 'rejected record remains', 'rejected records remain')}")
     there = with_database("kdb-fast status").removeprefix("kdb-fast status")
     for entity, count in result.lines_of_inserts.items():
         name = printable(entity, 60)

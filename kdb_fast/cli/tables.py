@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from ..errors import UsageError
-from ..records import storable_key
+from ..records import shell_word, storable_key
 from ..settings import INDEX_POLICIES
-from .console import shell_word
 from .groups import group
 from .options import F, RunArguments, provider_of
 

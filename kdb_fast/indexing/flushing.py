@@ -16,7 +16,7 @@ from typing import Any
 from ..accounting import Counts, Fate
 from ..ipc.messages import Flush, Flushed, SlotRows, rows_of_bits
 from ..ipc.slab import SlabShape
-from ..records import Key, Reject
+from ..records import Key, Reject, number_of
 from ..resources import available_memory
 from .key_ledger import KeyLedger
 from .leases import SlotLease
@@ -107,7 +107,7 @@ class FlushSize:
             "slots": "the slots of the slab",
             "ceiling": "the fixed ceiling",
         }[self.limited_by]
-        return text + ")" + (f", shrunk {self.shrunk} times" if self.shrunk else "")
+        return text + ")" + (f", shrunk {number_of(self.shrunk, 'time')}" if self.shrunk else "")
 
 
 class FlushPlanner:

@@ -10,7 +10,7 @@ from typing import BinaryIO
 from ..db.address import DatabaseAddress
 from ..errors import KdbFastError, RejectLimitError, StoppedError
 from ..receipt import InsertReceipt, Receipt, RejectedLine
-from ..records import storable_key
+from ..records import number_of, storable_key
 from ..settings import ReindexOptions, RejectLimit
 from ..sources.insert.source import REJECTS_KEPT, InsertingSource
 from .progress import Progress
@@ -110,7 +110,7 @@ def _explain(error: KdbFastError, entity: str, source: InsertingSource, options:
     if isinstance(error, RejectLimitError):
         rejected = max(source.rejected, error.receipt.rejected if error.receipt else 0)
         error.message = (
-            f"{rejected:,} of the first {source.read:,} records were rejected; "
+            f"{rejected:,} of the first {number_of(source.read, 'record was', 'records were')} rejected; "
             f"--max-rejects allows {options.max_rejects}."
         )
         error.remedy = "Nothing was inserted. Correct them, or raise the limit with --max-rejects."
@@ -119,7 +119,8 @@ def _explain(error: KdbFastError, entity: str, source: InsertingSource, options:
     name = storable_key(entity)
     error.completed_by_reindex = True
     error.remedy = (
-        f"{source.inserted:,} records were inserted, all of the input up to line {source.line:,} but those rejected: "
+        f"{number_of(source.inserted, 'record was', 'records were')} inserted, all of the input up to line "
+        f"{source.line:,} but those rejected: "
         f"a reindex of {name} completes their index. Insert only what follows that line, since a record inserted "
         "again would be there twice."
     )

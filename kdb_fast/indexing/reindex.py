@@ -13,6 +13,7 @@ from ..accounting import Counts
 from ..db.address import DatabaseAddress
 from ..errors import KdbFastError, StoppedError, UnexpectedError, UsageError
 from ..receipt import Phases, Receipt
+from ..records import number_of
 from ..resources import collecting_rarely, peak_rss_bytes
 from ..settings import ReindexOptions
 from ..sources.base import Input, Source
@@ -218,8 +219,8 @@ class _Run:
                 self.progress.note(warning)
         if self.pipeline.counts.truncated and isinstance(self.run.target, TableTarget) and not options.chunk:
             self.pipeline.warnings.append(
-                f"{self.pipeline.counts.truncated:,} records are longer than the model reads. Cut into pieces, their "
-                "texts are read whole: --chunk 200 --overlap 20."
+                f"{number_of(self.pipeline.counts.truncated, 'record is', 'records are')} longer than the model "
+                "reads. Cut into pieces, their texts are read whole: --chunk 200 --overlap 20."
             )
         if source.complete:
             # What this run has read and not rejected is no longer rejected: changed, gone, or without text.

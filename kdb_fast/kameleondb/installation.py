@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import KdbFastError, UsageError
-from ..records import content_of, storable_key
+from ..records import content_of, number_of, storable_key
 from ..settings import DEFAULT_BATCH_SIZE
 from .patching import Replaced, needed, plain_method
 from .providers import address_of, embedding_of, provider_for
@@ -315,8 +315,8 @@ def _index(engine: Any, db: Any, entity_name: str, records: Mapping[str, Mapping
     except BaseException as error:
         name = storable_key(entity_name)
         left = (
-            f"{len(records):,} records of {name} are stored and not indexed: reindex_embeddings({name!r}) completes "
-            "it. Stored again, they would be there twice."
+            f"{number_of(len(records), 'record')} of {name} stored and not indexed: reindex_embeddings({name!r}) "
+            "completes it. Stored again, they would be there twice."
         )
         error.record_ids = list(records)  # type: ignore[attr-defined]
         if isinstance(error, KdbFastError):

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from ..records import storable_key
+from ..records import number_of, storable_key
 from .json_records import kind
 
 NAMES_KEPT, NAMES_SHOWN = 1000, 10
@@ -57,7 +57,9 @@ class TextFields:
         """Which fields were left out, and which were in no record."""
         found = []
         if self._left_out:
-            names = [f"{shown(n)} ({count:,} records)" for n, count in self._left_out.most_common(NAMES_SHOWN)]
+            names = [
+                f"{shown(n)} ({number_of(count, 'record')})" for n, count in self._left_out.most_common(NAMES_SHOWN)
+            ]
             more = len(self._left_out) - len(names)
             found.append(
                 f"Fields that do not hold text were left out: {', '.join(names)}{f' and {more} more' if more else ''}."

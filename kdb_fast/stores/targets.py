@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from ..db.address import DatabaseAddress
 from ..db.reading import read
 from ..errors import SchemaError
-from ..records import command_word, storable_key
+from ..records import shell_word, storable_key
 from ..tables.column_target import state_table
 from ..tables.definition import Definition
 from ..tables.keyword import full_text_of
@@ -236,7 +236,7 @@ def _check_indexes(change: Change, definition: Definition) -> None:
     if change.rows(change.home.text(DROPPED_INDEXES, key=key), params.values):
         raise SchemaError(
             f"A run has dropped indexes of {definition.written} and not built them again yet.",
-            remedy=f"Let it end first: kdb-fast reindex {command_word(definition.name)}",
+            remedy=f"Let it end first: kdb-fast reindex {shell_word(definition.name)}",
         )
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from ..errors import SchemaError
 from ..receipt import TargetNames
-from ..records import MAX_CONTENT_BYTES, storable_key
+from ..records import MAX_CONTENT_BYTES, number_of, storable_key
 from .keyed_table import KeyedTable
 from .target import identifier
 
@@ -174,6 +174,7 @@ def altered_rows(shown: str, count: int, by: str) -> str:
         by: Its triggers.
     """
     return (
-        f"{count:,} rows of {shown} do not hold the text and vector that were written ({by}, or another program): the "
-        "next run embeds those with another text again, and leaves another vector alone."
+        f"{number_of(count, 'row')} of {shown} {'does' if count == 1 else 'do'} not hold the text and vector that were "
+        f"written ({by}, or another program): the next run embeds those with another text again, "
+        "and leaves another vector alone."
     )

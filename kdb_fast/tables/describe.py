@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 from ..errors import SchemaError, UsageError
-from ..records import command_word, storable_key
+from ..records import shell_word, storable_key
 from .definition import Definition, changes
 from .find_relation import find_relation, no_column, no_key, no_place
 from .names import as_typed, or_nearest, split_identifier
@@ -189,7 +189,7 @@ def _check_file(before: Definition | None, from_file: bool) -> None:
     """Raise UsageError where a target of files is given none, or another one a file."""
     if before is None or from_file == (not (before.table or before.query)):
         return
-    word = command_word(before.name)
+    word = shell_word(before.name)
     if from_file:
         raise UsageError(
             f"The target {storable_key(before.name)} reads {before.read}, not a file.",
@@ -234,7 +234,7 @@ def adapting(before: Definition | None) -> Iterator[None]:
     except SchemaError as error:
         if before is None:
             raise
-        word = command_word(before.name)
+        word = shell_word(before.name)
         raise SchemaError(
             f"The target {storable_key(before.name)} is not as it was described: {error.message}",
             remedy=f"{error.remedy} Or say what it is now, such as: kdb-fast reindex {word} --table TABLE "
@@ -249,7 +249,7 @@ def _place(rows: Rows, dialect: Dialect, into: str, relation: Relation | None) -
         if schema is not None and schema.lower() != "main":
             raise SchemaError(
                 f"--into {storable_key(into)}: vectors go into the file of --db itself, not into one attached to it.",
-                remedy=f"Leave the schema out: --into {command_word(name)}",
+                remedy=f"Leave the schema out: --into {shell_word(name)}",
             )
         return None, name
     if schema is None:
@@ -313,7 +313,7 @@ def _moved(before: Definition, wanted: Definition) -> SchemaError:
     return SchemaError(
         f"There is a target {storable_key(before.name)}: {before.shown}; this would be {wanted.shown}.",
         remedy="Give this one a name of its own: --name NAME. Or forget the other: kdb-fast targets drop "
-        f"{command_word(before.name)}",
+        f"{shell_word(before.name)}",
     )
 
 
@@ -336,7 +336,7 @@ def _check_same_source(read: Rows, dialect: Dialect, before: Definition, wanted:
     raise SchemaError(
         f"{before.written} holds the vectors of {other}; those that {this} does not have would be removed.",
         remedy="Write into another: --into NAME. For rows of both, one --query with UNION ALL. Or name the target to "
-        f"change what it reads: kdb-fast reindex {command_word(before.name)} {what}",
+        f"change what it reads: kdb-fast reindex {shell_word(before.name)} {what}",
     )
 
 
@@ -369,7 +369,7 @@ def _check_place(wanted: Definition, kept: Iterable[Definition], dialect: Dialec
             raise SchemaError(
                 f"{wanted.place_shown} is part of the text of the target {storable_key(other.name)}: its vectors "
                 "would be embedded.",
-                remedy=f"Name the text of that: kdb-fast reindex {command_word(other.name)} --text COLUMN",
+                remedy=f"Name the text of that: kdb-fast reindex {shell_word(other.name)} --text COLUMN",
             )
         if _overlap(other, wanted, dialect):
             raise _taken(wanted, other)
@@ -386,8 +386,8 @@ def _taken(wanted: Definition, other: Definition, where: str = "") -> SchemaErro
     return SchemaError(
         f"{wanted.written}{'' if whole else f'.{wanted.vector}'} is written by the target {storable_key(other.name)}"
         f"{where} already.",
-        remedy=f"Run: kdb-fast reindex {command_word(other.name)}; or forget that target: "
-        f"kdb-fast targets drop {command_word(other.name)}",
+        remedy=f"Run: kdb-fast reindex {shell_word(other.name)}; or forget that target: "
+        f"kdb-fast targets drop {shell_word(other.name)}",
     )
 
 

@@ -101,7 +101,7 @@ def _why_unfit(key: Sequence[object], content: object, columns: Sequence[KeyColu
         return "empty_text", "the text is empty or only white space"
     for value in (content, *(part for _, part in parts)):
         if "\x00" in value:
-            return "nul_byte", "a NUL character (U+0000) cannot be stored in PostgreSQL text"
+            return "nul_byte", "a NUL character (U+0000) cannot be stored as text"
         if not value.isascii():
             try:
                 value.encode("utf-8")

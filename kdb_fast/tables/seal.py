@@ -12,6 +12,8 @@ import hashlib
 import sqlite3
 from collections.abc import Collection
 
+from ..records import number_of
+
 COLUMN = "kdb_fast_seal"
 
 SQLITE_FUNCTION = "kdb_fast_seal_of"
@@ -89,7 +91,7 @@ def warnings(table: str, causes: Collection[str], times: int, others: int, *, se
         )
     if others:
         found.append(
-            f"{others:,} rows of {table} do not hold the text and vector that were written ({by}, or another program): "
-            "their records are embedded again by the next run."
+            f"{number_of(others, 'row')} of {table} {'does' if others == 1 else 'do'} not hold the text and vector "
+            f"that were written ({by}, or another program): their records are embedded again by the next run."
         )
     return found

@@ -199,8 +199,8 @@ def test_what_kameleondb_gives_itself_is_not_taken_from_the_input(note: Kameleon
     assert len(note.index()) == 2
     assert OWNER not in note.index()
     assert [warning.split(", ")[0] for warning in answer.json["warnings"]] == [
-        "1 records have a value for 'created_at'",
-        "1 records have a value for 'created_by'",
+        "1 record has a value for 'created_at'",
+        "1 record has a value for 'created_by'",
         "2 records have a value for 'id'",
     ]
 
@@ -334,7 +334,7 @@ def test_the_first_ten_rejects_are_printed_and_a_hundred_given_as_json(note: Kam
     printed = answer.err.splitlines()
     assert printed[0].startswith("line 1: unknown_field: 'bad' is no field of the entity")
     assert [line.split(":")[0] for line in printed] == [*(f"line {n}" for n in range(1, 11)), "and 110 more"]
-    assert "1 records inserted into Note" in answer.out
+    assert "1 record inserted into Note" in answer.out
     again = note.kdb_fast("insert", "Note", "--json", "--no-progress", "--max-rejects", "200", stdin=lines)
     assert again.code == 3
     assert len(again.json["rejects"]) == 100

@@ -131,7 +131,7 @@ def test_records_stay_and_a_reindex_completes_them_when_indexing_fails(kameleon:
     with pytest.raises(KdbFastError, match="Failing failed") as failure:
         contacts.insert_many(RECORDS[1:2])
     said = str(failure.value)
-    assert "1 records of Contact are stored and not indexed: reindex_embeddings('Contact') completes it" in said
+    assert "1 record of Contact stored and not indexed: reindex_embeddings('Contact') completes it" in said
     assert len(failure.value.record_ids) == 1  # type: ignore[attr-defined]
     assert [s["pending"] for s in kameleon.client.embedding_status()] == [1]
     provider.fails = False

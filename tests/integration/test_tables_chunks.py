@@ -391,7 +391,7 @@ def test_without_pieces_what_is_lost_is_told_with_the_option(articles: Articles)
     assert receipt.truncated == 1
     assert 0.1 * len(text) < receipt.lost_chars < 0.9 * len(text)
     (warning,) = receipt.warnings
-    assert warning.startswith("1 records are longer than the model reads.")
+    assert warning.startswith("1 record is longer than the model reads.")
     assert "--chunk 200" in warning
     source = ArticleSource(articles.address, articles.target(), page_rows=16, complete=True)
     assert reindex(articles.address, source, ReindexOptions(force=True), target=articles.target()).warnings == ()

@@ -86,7 +86,7 @@ def test_what_is_given_changes_what_is_kept(table: Table) -> None:
     command = table.start("reindex", "articles", "--text", "body")
     assert command.wait() == 0
     assert "The target articles is changed: text body instead of title, body." in command.err
-    assert "1 of 1 records written" in command.out
+    assert "1 of 1 record written" in command.out
     assert table.json("targets", "show", "articles")["text"] == ["body"]
     again = table.start("reindex", *DESCRIBED[:2], "--vector", "embedding")
     assert again.wait() == 0
@@ -275,7 +275,7 @@ def test_an_entity_of_the_same_name_keeps_its_meaning(
         assert "Note is an entity of KameleonDB, and that is brought up to date; for the target" in both.err
         assert database.kdb_fast("reindex", "--name", "Note", "--json").json["unchanged"] == 2
         status = database.kdb_fast("status")
-        assert ("1 records indexed" in status.out, "things.embedding" in status.out) == (True, True)
+        assert ("1 record indexed" in status.out, "things.embedding" in status.out) == (True, True)
         wrong = database.kdb_fast("reindex", "Nothing")
         assert (wrong.code, "There is no entity 'Nothing'; found: Note" in wrong.err) == (4, True)
     finally:

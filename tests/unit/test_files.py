@@ -376,7 +376,7 @@ class TestJson:
     def test_fields_without_text_are_named_at_the_end(self, tmp_path: Path) -> None:
         made = source(tmp_path, b'{"id": 1, "a": "x", "n": 1}\n', "r.jsonl")
         assert texts(read(made)) == {"1": "x"}
-        assert "'n' (1 records)" in made.warnings()[0]
+        assert "'n' (1 record)" in made.warnings()[0]
         made = source(tmp_path, b'{"id": 1, "a": "x"}\n', "r.jsonl", text=("a", "typo"))
         read(made)
         assert made.warnings() == ["No record has the field 'typo'."]

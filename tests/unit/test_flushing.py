@@ -132,7 +132,7 @@ def test_description_names_sizes_reason_and_shrinking() -> None:
     assert size.describe() == "nothing to flush"
     size.note(500_000, 0.1)
     size.note(1_500_000, 10.0)
-    assert size.describe() == ("0.5 to 1.5 MB, at most 4.0 MB (available memory 0.1 GB ÷ 32), shrunk 1 times")
+    assert size.describe() == ("0.5 to 1.5 MB, at most 4.0 MB (available memory 0.1 GB ÷ 32), shrunk 1 time")
     few = FlushSize(4_000_000, Memory())
     few.note(1_000_000, 2.0)
     assert few.describe() == "1.0 to 1.0 MB, at most 4.0 MB (the slots of the slab)"

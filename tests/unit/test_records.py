@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 from typing import Any
 
 import pytest
@@ -157,3 +158,13 @@ def test_a_key_that_can_be_stored_as_it_is_stays_as_it_is(value: str) -> None:
 def test_control_characters_in_a_key_are_written_out() -> None:
     assert storable_key("a\x00b\x1b[2J\ud800") == "a\\x00b\\x1b[2J\\ud800"
     assert storable_key("x" * 300) == "x" * 199 + "…"
+
+
+def test_numbers_of_things_and_words_of_a_shell() -> None:
+    assert records.number_of(0, "record") == "0 records"
+    assert records.number_of(1, "record is", "records are") == "1 record is"
+    assert records.number_of(1200, "record is", "records are") == "1,200 records are"
+    assert records.shell_word("a b") == "'a b'"
+    word = records.shell_word("odd\x07 name")
+    printed = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True)
+    assert printed.stdout == b"odd\x07 name"

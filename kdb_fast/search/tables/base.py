@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import SchemaError, UsageError
 from ...origins import Origin
-from ...records import Key, command_word, storable_key
+from ...records import Key, shell_word, storable_key
 from ...tables.names import as_one_expression, or_nearest
 from ...tables.target import RUNS, Params, columns_of
 from ..query import Query, Term
@@ -292,7 +292,7 @@ def nothing_embedded(table: SearchedTable) -> SchemaError:
     """The error for a target without any vector of ours."""
     return SchemaError(
         f"Of {table.shown} no vector is known to be of any model.",
-        remedy=f"Embed it: kdb-fast reindex {command_word(table.name)}. Vectors of another program stay then, unless "
+        remedy=f"Embed it: kdb-fast reindex {shell_word(table.name)}. Vectors of another program stay then, unless "
         "with --replace; to search them name their model: --model.",
     )
 

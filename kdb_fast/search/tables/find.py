@@ -8,7 +8,7 @@ from typing import Any
 from ...db.address import DatabaseAddress
 from ...db.sqlite_vec import why_no_sqlite_vec
 from ...errors import SchemaError
-from ...records import command_word, storable_key
+from ...records import shell_word, storable_key
 from ...tables.column_target import ColumnTarget, VectorColumn, state_table
 from ...tables.definition import Definition
 from ...tables.find_relation import find_relation
@@ -155,7 +155,7 @@ def _vector(connection: Any, home: Target, definition: Definition, table: Relati
         raise SchemaError(
             f"The table {table.shown} has no column {storable_key(name)} any more, which held the vectors of "
             f"{storable_key(definition.name)}.",
-            remedy=f"Name the one that does: kdb-fast reindex {command_word(definition.name)} --vector ….",
+            remedy=f"Name the one that does: kdb-fast reindex {shell_word(definition.name)} --vector ….",
         )
     if home.dialect == "sqlite":
         form = "json" if definition.form == "json" else "blob"

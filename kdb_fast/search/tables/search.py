@@ -18,7 +18,7 @@ from ...db.address import DatabaseAddress, opened, parse_address
 from ...db.reading import read
 from ...errors import SchemaError, SearchWarning, UsageError
 from ...origins import Maker, Origin, QueryVector
-from ...records import Key, command_word, storable_key
+from ...records import Key, shell_word, storable_key
 from ...stores import targets
 from ...tables.definition import Definition
 from ..query import Query, parse_query, why_blank
@@ -219,7 +219,7 @@ def _mode(definition: Definition, question: Question, words: Query) -> Mode:
 
 
 def _no_keyword(definition: Definition) -> str:
-    return f"To search by keyword, too: kdb-fast reindex {command_word(definition.name)} --keyword"
+    return f"To search by keyword, too: kdb-fast reindex {shell_word(definition.name)} --keyword"
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from ...db.address import DatabaseAddress
 from ...errors import ResourceError
-from ...records import Record, Reject, content_from_fields
+from ...records import Record, Reject, content_from_fields, number_of
 from ...settings import RejectLimit
 from ..base import PAGE_ROWS
 from ..files.record_file import PAGE_CHARS
@@ -122,8 +122,8 @@ class InsertingSource(JsonlSource):
         found = super().warnings()
         for name in sorted(self._ignored):
             found.append(
-                f"{self._ignored[name]:,} records have a value for {name!r}, which KameleonDB gives itself; "
-                "it was not used."
+                f"{number_of(self._ignored[name], 'record has', 'records have')} a value for {name!r}, which "
+                "KameleonDB gives itself; it was not used."
             )
         return found
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ...db import pg_errors, pg_settings
 from ...errors import KdbFastError, SchemaError
-from ...records import command_word, storable_key
+from ...records import shell_word, storable_key
 from ...tables.definition import Definition
 from ...tables.find_relation import EMPTY_KEY, describe_query, find_relation, key_of, no_key, no_place
 from ...tables.key import KeyColumn
@@ -169,7 +169,7 @@ def _check_type(reader: Reader, selection: Selection, part: str) -> None:
         if category == NUMBERS:
             raise SchemaError(
                 f"--text {storable_key(part)} is of type {kind}; expected text.",
-                remedy=f"To embed it all the same, make text of it: --text {command_word(f'CAST({part} AS text)')}",
+                remedy=f"To embed it all the same, make text of it: --text {shell_word(f'CAST({part} AS text)')}",
             )
 
 

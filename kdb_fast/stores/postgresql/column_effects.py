@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...db.pg_errors import kind_of
 from ...db.retrying import ErrorKind
 from ...errors import SchemaError
-from ...records import storable_key
+from ...records import number_of, storable_key
 from ...tables.column_target import ColumnTarget
 from ...tables.target import identifier
 
@@ -151,7 +151,11 @@ def _of_triggers(target: ColumnTarget, triggers: list[Trigger], pending: int) ->
         f"{storable_key(t.name)} ({'before' if t.before else 'after'} {'each row' if t.each_row else 'each statement'})"
         for t in triggers[:5]
     )
-    times = f"up to {pending:,} times" if any(t.each_row for t in triggers) else "once with each part that is written"
+    times = (
+        f"up to {number_of(pending, 'time')}"
+        if any(t.each_row for t in triggers)
+        else "once with each part that is written"
+    )
     return [f"Triggers of {target.shown} fire as vectors are written, {times}: {shown}."]
 
 

@@ -104,6 +104,10 @@ class ColumnWriter(FlushWriter):
         self.locked_since: float | None = None
         """Since when rows are locked, as ``time.monotonic()`` has it; None before."""
 
+    @property
+    def shown(self) -> str:
+        return self._target.shown
+
     def _create_staging(self) -> bytes:
         return self._target.statement(
             CREATE_STAGING,

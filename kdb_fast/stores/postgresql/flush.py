@@ -78,9 +78,13 @@ ORDER BY s.slot, s.row
 """
 
 
-def dropped(target: Target) -> tuple[str, str]:
-    """Reason and detail of a row that the server took and did not store."""
-    return "database_refused", f"a trigger or rule of {target.index.name} dropped the row without an error"
+def dropped(table: str) -> tuple[str, str]:
+    """Reason and detail of a row that the server took and did not store.
+
+    Args:
+        table: As messages name it.
+    """
+    return "database_refused", f"a trigger or rule of {table} dropped the row without an error"
 
 
 SEAL_OF_STAGED = seal.expression(
@@ -129,6 +133,11 @@ class FlushWriter:
     """
 
     copy_table = COPY_TABLE
+
+    @property
+    def shown(self) -> str:
+        """The table that is written, for a message."""
+        return self._home.index.name
 
     def __init__(
         self,
@@ -238,7 +247,7 @@ class FlushWriter:
             if is_there:
                 self.superseded.append((slot, row))
             else:
-                self.rejected.append((slot, row, *dropped(self._home)))
+                self.rejected.append((slot, row, *dropped(self.shown)))
 
     def _stage(self, groups: list[Group]) -> int:
         self.cursor.execute(self._create_staging())

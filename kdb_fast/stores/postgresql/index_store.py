@@ -185,7 +185,7 @@ class PostgreSQLIndexStore(PostgreSQLStore, IndexStore):
                 if kind_of(error) is not ErrorKind.DATA:
                     raise explain("writing", error, self.address) from error
                 writer = write(True)
-            unwritten = [*writer.rejected, *((*place, *dropped(target)) for place in writer.superseded)]
+            unwritten = [*writer.rejected, *((*place, *dropped(target.index.name)) for place in writer.superseded)]
             if unwritten:
                 raise refusal_of_unit(slots, unwritten)
             self._delete(cursor, self.session.holdable(deletes))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...errors import SchemaError
-from ...records import storable_key
+from ...records import number_of, storable_key
 from ...tables.column_target import text_bytes
 from ...tables.names import ends_with, nearest
 
@@ -169,8 +169,8 @@ def finish_table(session: PgSession, target: TableTarget, beat: Callable[[str], 
     if not wordless:
         return ()
     return (
-        f"{wordless:,} rows of {target.shown} were embedded before there was keyword search, which does not find them; "
-        "--force embeds them again.",
+        f"{number_of(wordless, 'row')} of {target.shown} {'was' if wordless == 1 else 'were'} embedded before there "
+        "was keyword search, which does not find what it holds; --force embeds it again.",
     )
 
 

@@ -75,6 +75,10 @@ class TableWriter(FlushWriter):
         )
 
     @property
+    def shown(self) -> str:
+        return self._target.shown
+
+    @property
     def _stages_text(self) -> bool:
         return self._target.content or bool(self._target.keyword)
 

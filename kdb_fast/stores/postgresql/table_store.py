@@ -11,7 +11,7 @@ from ...db.address import DatabaseAddress
 from ...db.pg_errors import kind_of, primary_message
 from ...db.retrying import ErrorKind
 from ...faults import fault
-from ...records import Key, Reject
+from ...records import Key, Reject, number_of
 from ...tables.hidden_rows import HiddenRowsError
 from ...tables.index_policy import IndexOutcome
 from ...tables.key import KeyColumn
@@ -145,8 +145,8 @@ class PostgreSQLTableStore(PostgreSQLStore):
             if not count:
                 return []
             return [
-                f"{count:,} rows of {table.shown} do not hold the vector that was written (trigger {names}, or another "
-                "program)."
+                f"{number_of(count, 'row')} of {table.shown} {'does' if count == 1 else 'do'} not hold the vector that "
+                f"was written (trigger {names}, or another program)."
             ]
 
         return self.session.retrying("looking at what was stored", work)

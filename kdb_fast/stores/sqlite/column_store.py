@@ -13,7 +13,7 @@ from ...db.sqlite_connection import connect_sqlite
 from ...db.sqlite_errors import translated
 from ...db.sqlite_session import transaction
 from ...faults import fault
-from ...records import Key, Reject, storable_key
+from ...records import Key, Reject, number_of, storable_key
 from ...tables.column_target import COUNT, ColumnTarget, altered_rows
 from ...tables.index_policy import IndexAction, IndexOutcome
 from ...tables.key import KeyColumn
@@ -94,7 +94,8 @@ class SQLiteColumnStore(SQLiteStore):
         if pending <= 0:
             return ()
         shown = ", ".join(triggers[:5])
-        return (f"Triggers of {self.column.shown} fire as vectors are written, up to {pending:,} times: {shown}.",)
+        times = number_of(pending, "time")
+        return (f"Triggers of {self.column.shown} fire as vectors are written, up to {times}: {shown}.",)
 
     def _triggers(self) -> list[str]:
         """The triggers of the table that fire where the column is updated."""

@@ -12,7 +12,7 @@ from ...db.sqlite_connection import connect_sqlite
 from ...db.sqlite_errors import kind_of, translated
 from ...db.sqlite_session import transaction
 from ...faults import fault
-from ...records import Key, storable_key
+from ...records import Key, number_of, storable_key
 from ...tables.hidden_rows import HiddenRowsError
 from ...tables.index_policy import IndexAction, IndexOutcome
 from ...tables.key import KeyColumn
@@ -100,8 +100,8 @@ class SQLiteTableStore(SQLiteStore):
         if not count:
             return []
         return [
-            f"{count:,} rows of {self.table.shown} do not hold the vector that was written (trigger "
-            f"{', '.join(triggers[:5])}, or another program): they are embedded again by the next run."
+            f"{number_of(count, 'row')} of {self.table.shown} {'does' if count == 1 else 'do'} not hold the vector "
+            f"that was written (trigger {', '.join(triggers[:5])}, or another program): the next run embeds again."
         ]
 
     def finish_index(self, beat: Callable[[str], None], run: RunSpec | None = None) -> IndexOutcome:
