@@ -31,6 +31,18 @@ class Origin(NamedTuple):
     dimensions: int | None
 
 
+class IndexModel(NamedTuple):
+    """What made the vectors of an index; None for what is not known."""
+
+    name: str | None
+    dimensions: int | None
+    fingerprint: str | None
+
+    @classmethod
+    def of(cls, origin: Origin) -> IndexModel:
+        return cls(origin.model, origin.dimensions, origin.fingerprint)
+
+
 class Maker(NamedTuple):
     """A model that embeds: its fingerprint, its name and the length of its vectors."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from ..catalog.definitions import load_entities
 from ..db.address import DatabaseAddress
 from ..db.reading import read
 from ..errors import SchemaError
-from ..stores.past_runs import last_run
+from ..origins import IndexModel
 from ..tables.reading import rows_of
 from ..tables.target import find_target
 from .readers import open_reader
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ..origins import Origin, QueryVector
+    from .ahead import QueryAhead
     from .readers.base import Origins
     from .results import LeftOut, SearchResult
     from .scope import Scope
@@ -40,25 +41,6 @@ def embed_queries(texts: Sequence[str], model_name: str, model_path: Path | None
     return Encoder(EncoderSpec(model, batch_size=1)).embed(texts)
 
 
-def import_first() -> None:
-    """Import what any model of FastEmbed needs, be it there or still to be fetched."""
-    from ..embedding.offline import import_libraries
-
-    import_libraries()
-    from . import retrieval  # noqa: F401
-
-
-def import_ahead() -> None:
-    """Import what embeds a query, without what FastEmbed needs for downloads.
-
-    For processes of our own only, as :func:`kdb_fast.embedding.offline.import_fastembed`.
-    """
-    from ..embedding.offline import import_fastembed
-
-    import_fastembed()
-    from ..embedding import encoder  # noqa: F401
-
-
 def run_search(
     address: DatabaseAddress,
     query: str,
@@ -73,14 +55,15 @@ def run_search(
     provider: str | None = None,
     base_url: str | None = None,
     alone: bool = False,
+    ahead: QueryAhead | None = None,
 ) -> tuple[list[dict[str, Any]], list[LeftOut]]:
     """Results as plain dictionaries with the fields of SearchResult, and what could not be ranked by vector.
 
     Without a model and a provider the query is embedded by every model that made vectors of what is searched.
 
     Args:
-        alone: The process ends after it. What embeds is then imported while the database counts what made the vectors
-            and while the model's files are verified, and an SQLite file is read through memory.
+        alone: The process ends after it: an SQLite file is read through memory.
+        ahead: Embeds the query while the database counts what made the vectors.
 
     Raises:
         SchemaError: There is no index; its vectors are another model's; a search by vector can compare none.
@@ -88,7 +71,7 @@ def run_search(
     """
     from .query import meaning
     from .query_model import query_vectors
-    from .readers.base import count_origins
+    from .readers.base import count_origins, origin_of_a_row
     from .results import left_out
     from .scope import resolve_scope
 
@@ -97,17 +80,22 @@ def run_search(
     missed: list[LeftOut] = []
     text = meaning(query)
     if mode != "keyword" and text:
+        likely: Future[IndexModel | None] = Future()
 
         def count(connection: Any) -> tuple[Origins, Scope]:
             rows = rows_of(connection, address.dialect)
             target = find_target(rows, address.dialect)
+            if not likely.done():
+                origin = origin_of_a_row(rows, target)
+                likely.set_result(IndexModel.of(origin) if origin else None)
             scope = resolve_scope(load_entities(rows, target), entities, where)
             return count_origins(rows, target), scope
 
         with ThreadPoolExecutor(1, "kdb-fast-count") as pool:
             counting = pool.submit(read, address, count, mapped=alone)
-            if alone and provider != "openai" and not base_url:
-                import_first()
+            # After an error there may be no answer.
+            counting.add_done_callback(lambda _: None if likely.done() else likely.set_result(None))
+            embedded = ahead.embed(text, likely) if ahead else None
             counted, scope = counting.result()
         counts = {key: number for key, number in counted.rows.items() if scope.admits(key[0])}
         origins: Counter[Origin] = Counter()
@@ -120,7 +108,7 @@ def run_search(
             model=model_name,
             model_path=model_path,
             base_url=base_url,
-            meanwhile=import_ahead if alone else lambda: None,
+            ahead=embedded,
         )
         missed = left_out(counts, why)
         if mode == "vector" and missed and all(map(why, origins)):
@@ -182,6 +170,7 @@ def search_open(
 
 def run_status(address: DatabaseAddress) -> dict[str, Any]:
     """Counts of each entity, their sums, the last run, and the targets that are kept."""
+    from ..stores.past_runs import last_run
     from ..stores.targets import homes_on
     from ..stores.targets import statuses as target_statuses
     from .status import statuses

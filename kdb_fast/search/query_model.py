@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import KdbFastError, ModelError, SchemaError
-from ..origins import Maker, Origin, QueryVector, same_name
+from ..origins import IndexModel, Maker, Origin, QueryVector, same_name
 from ..records import storable_key
 from ..settings import DEFAULT_MODEL
-from ..stores.past_runs import IndexModel
 from ..tables.kdb_search import KDB_SEARCH
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from ..embedding.models.files import Model
 
     Vector = npt.NDArray[np.float32]
 
@@ -32,7 +33,7 @@ def query_vectors(
     model: str | None = None,
     model_path: Path | None = None,
     base_url: str | None = None,
-    meanwhile: Callable[[], None] = lambda: None,
+    ahead: tuple[Vector, Maker] | None = None,
 ) -> tuple[list[QueryVector], Callable[[Origin], str]]:
     """The query's vector by each model that made rows of ``origins``, or by the one that is asked for.
 
@@ -42,7 +43,7 @@ def query_vectors(
         model: Name of the only model; None for all of the index.
         model_path: Directory of a FastEmbed model, instead of looking it up.
         base_url: Address of the openai provider's API; with it that is the provider where none is named.
-        meanwhile: Called while the files of a FastEmbed model are verified, if it is the only model.
+        ahead: The query's vector by a FastEmbed model, made before it was known which are needed.
 
     Returns:
         The vectors, and a function that says why rows of an origin can be compared with none of them; '' if they can.
@@ -73,7 +74,6 @@ def query_vectors(
         return any(m.dimensions == origin.dimensions and same_name(m.model, origin.model or "") for m in makers)
 
     if len({origin.model for origin in named}) > 1:
-        meanwhile = lambda: None  # noqa: E731
         failed = _not_to_be_had(named)
     for origin in named:
         if origin in failed or known(origin) or any(maker.has_made(origin) for maker in makers):
@@ -87,7 +87,7 @@ def query_vectors(
                 model=model,
                 model_path=model_path,
                 base_url=base_url,
-                meanwhile=meanwhile,
+                ahead=ahead,
             )
         except KdbFastError as error:
             failed[origin] = error
@@ -137,7 +137,7 @@ def embed_query(
     model: str | None = None,
     model_path: Path | None = None,
     base_url: str | None = None,
-    meanwhile: Callable[[], None] = lambda: None,
+    ahead: tuple[Vector, Maker] | None = None,
 ) -> tuple[Vector, Maker]:
     """The query's vector (float32, dimensions), always in fp32, and the model that made it.
 
@@ -147,7 +147,7 @@ def embed_query(
         model: Name of the model; None for that of the index.
         model_path: Directory of a FastEmbed model, instead of looking it up.
         base_url: Address of the openai provider's API; with it that is the provider where none is named.
-        meanwhile: Called while the files of a FastEmbed model are verified.
+        ahead: As of :func:`query_vectors`.
 
     Raises:
         SchemaError: The vectors of the index are another model's.
@@ -155,26 +155,40 @@ def embed_query(
         UsageError: The provider lacks a key or a package.
         ProviderError: The provider's API does not answer.
     """
-    if provider is None:
-        provider = "openai" if base_url or (model_path is None and is_openais(made, model)) else "fastembed"
-    name = model or _name_of(
-        made, provider, provider == "openai" and bool(base_url or os.environ.get("OPENAI_BASE_URL"))
-    )
+    provider, name = chosen(made, provider, model, model_path, base_url)
     if provider == "openai":
         return _by_openai(query, made, name, **({"base_url": base_url} if base_url else {}))
+    if ahead is not None and same_name(ahead[1].model, name or DEFAULT_MODEL):
+        _check(made, ahead[1].model, ahead[1].dimensions)
+        return ahead
     from ..embedding.models.lookup import resolve
 
     try:
-        found = resolve(name or DEFAULT_MODEL, model_path, meanwhile=meanwhile)
+        found = resolve(name or DEFAULT_MODEL, model_path)
     except ModelError as error:
         if name and made and name == made.name:
             error.remedy += " If a server made this index's vectors, give its address: --base-url, or OPENAI_BASE_URL."
         raise
+    _check(made, found.name, found.dimensions)
+    return embedded(query, found)
+
+
+def embedded(query: str, model: Model) -> tuple[Vector, Maker]:
+    """The query's vector by a model that is verified."""
     from ..embedding.encoder import Encoder, EncoderSpec
 
-    _check(made, found.name, found.dimensions)
-    vector = Encoder(EncoderSpec(found, batch_size=1)).embed([query])[0]
-    return vector, Maker(found.fingerprint(), found.name, found.dimensions)
+    vector = Encoder(EncoderSpec(model, batch_size=1)).embed([query])[0]
+    return vector, Maker(model.fingerprint(), model.name, model.dimensions)
+
+
+def chosen(
+    made: IndexModel | None, provider: str | None, model: str | None, model_path: Path | None, base_url: str | None
+) -> tuple[str, str | None]:
+    """Provider and name of the model, as :func:`embed_query` has them; None for the provider's default."""
+    if provider is None:
+        provider = "openai" if base_url or (model_path is None and is_openais(made, model)) else "fastembed"
+    served = provider == "openai" and bool(base_url or os.environ.get("OPENAI_BASE_URL"))
+    return provider, model or _name_of(made, provider, served)
 
 
 def _by_openai(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..db.address import DatabaseAddress
 from ..db.reading import read
 from ..errors import SchemaError
-from ..origins import Origin
+from ..origins import IndexModel
 from ..records import Key, key_of_json
 from ..tables.kdb_search import KDB_SEARCH
 from ..tables.reading import no_index, rows_of
@@ -21,18 +21,6 @@ from .base import TargetTable
 
 RECENT_RUNS = 50
 """Runs of which :func:`recent_fingerprints` reads the fingerprint."""
-
-
-class IndexModel(NamedTuple):
-    """What made the vectors of an index; None for what is not known."""
-
-    name: str | None
-    dimensions: int | None
-    fingerprint: str | None
-
-    @classmethod
-    def of(cls, origin: Origin) -> IndexModel:
-        return cls(origin.model, origin.dimensions, origin.fingerprint)
 
 
 def index_model(connection: Any, dialect: str) -> IndexModel | None:

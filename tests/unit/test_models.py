@@ -212,17 +212,6 @@ def test_changed_byte_is_refused_and_pull_repairs_it(hub_has_bge: list[str]) -> 
     assert models.resolve(BGE) == model
 
 
-def test_meanwhile_comes_before_the_verdict_and_a_damaged_model_is_refused_all_the_same(
-    hub_has_bge: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = models.pull(BGE)
-    (model.path / "tokenizer.json").write_text("[]")
-    began = []
-    with pytest.raises(ModelError, match="damaged"):
-        models.resolve(BGE, meanwhile=lambda: began.append("imports"))
-    assert began == ["imports"]
-
-
 def test_missing_file_is_refused(hub_has_bge: list[str]) -> None:
     model = models.pull(BGE)
     (model.path / "config.json").unlink()

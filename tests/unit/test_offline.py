@@ -13,6 +13,10 @@ REAL = {
     "huggingface_hub/utils/__init__.py": "class HubError(Exception): pass",
     "requests.py": "def get(): return 'got'",
     "PIL/Image.py": "class Image: pass",
+    "tqdm.py": "def tqdm(): return 'bar'",
+    "loguru.py": "1 / 0",
+    "fastembed/image.py": "1 / 0",
+    "fastembed/text.py": "from loguru import logger\ndef warn(): logger.warning('odd')",
 }
 USUAL = """
 from typing import Union
@@ -63,6 +67,18 @@ def test_others_get_the_real_packages(tmp_path: Path) -> None:
         [sys.executable, "-c", "import sys; print(len(sys.meta_path))"], capture_output=True, text=True, check=True
     )
     assert run(tmp_path, USUAL, code) == f"downloaded got {plain.stdout.strip()}"
+
+
+def test_other_kinds_of_models_are_left_out_and_the_log_is_pythons_own(tmp_path: Path) -> None:
+    code = "import logging\nlogging.basicConfig(format='%(name)s: %(message)s', stream=sys.stdout)\n"
+    usual = "from fastembed.image import ImageEmbedding\nfrom fastembed.text import warn\n"
+    assert run(tmp_path, usual, f"{code}fastembed.warn()") == "fastembed: odd"
+
+
+def test_the_whole_of_it_can_be_imported_after_all(tmp_path: Path) -> None:
+    code = "from kdb_fast.embedding.offline import import_whole_fastembed\nimport_whole_fastembed()\n"
+    usual = "from huggingface_hub import snapshot_download\ndef fetch(): return snapshot_download()"
+    assert run(tmp_path, usual, f"{code}import fastembed\nprint(fastembed.fetch())") == "downloaded"
 
 
 def test_a_version_that_needs_them_gets_them(tmp_path: Path) -> None:

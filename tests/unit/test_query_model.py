@@ -12,11 +12,11 @@ from kdb_fast.embedding.encoder import EncoderSpec
 from kdb_fast.embedding.models.lookup import Model
 from kdb_fast.embedding.providers.openai.provider import openai_fingerprint
 from kdb_fast.errors import ModelError, SchemaError
-from kdb_fast.origins import Maker, Origin
+from kdb_fast.origins import IndexModel, Maker, Origin
 from kdb_fast.search import query_model
 from kdb_fast.search.query_model import embed_query, query_vectors
 from kdb_fast.settings import DEFAULT_MODEL
-from kdb_fast.stores.past_runs import IndexModel, index_model
+from kdb_fast.stores.past_runs import index_model
 from kdb_fast.stores.sqlite import migrate
 from kdb_fast.tables import kdb_search
 from kdb_fast.tables.migrations import MIGRATIONS

@@ -55,7 +55,7 @@ def find(name: str) -> Path | None:
     return next((path for path in directories() if path.name.lower() == wanted), None)
 
 
-def load(directory: Path, meanwhile: Callable[[], None] = lambda: None) -> Model:
+def load(directory: Path) -> Model:
     """The model in a directory of the cache, verified."""
     check_private(directory)
     model, written_by = read_manifest(directory)
@@ -64,7 +64,7 @@ def load(directory: Path, meanwhile: Callable[[], None] = lambda: None) -> Model
             f"{directory} holds the model {model.name}; expected it to be named {directory_name(model.name)}.",
             remedy="Remove or rename the directory.",
         )
-    verify(model, meanwhile)
+    verify(model)
     return follow_catalogue(model, written_by)
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,11 +100,8 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def verify(model: Model, meanwhile: Callable[[], None] = lambda: None) -> None:
+def verify(model: Model) -> None:
     """Compare every file with the sum that ``model`` carries; about 1 s for each GB, two files at a time.
-
-    Args:
-        meanwhile: Called while the sums are computed, by threads that need no interpreter.
 
     Raises:
         ModelError: A file is missing, cannot be read or has changed.
@@ -118,9 +114,7 @@ def verify(model: Model, meanwhile: Callable[[], None] = lambda: None) -> None:
             return f"no readable file ({error.strerror})"
 
     with ThreadPoolExecutor(2, "verify") as pool:
-        computed = pool.map(sum_of, dict(model.files))
-        meanwhile()
-        sums = list(computed)
+        sums = list(pool.map(sum_of, dict(model.files)))
     for (relative, expected), found in zip(model.files, sums, strict=True):
         if found != expected:
             raise ModelError(

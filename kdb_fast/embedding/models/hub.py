@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..offline import import_whole_fastembed
 from .catalogue import CatalogueEntry
 from .files import TOKENIZER_FILES
 
@@ -39,6 +40,7 @@ def download(entry: CatalogueEntry, target: Path, staging: Path, report: Callabl
     probe(entry.repository)
     report(f"Fetching {entry.name} from the model hub ({entry.size_gb:g} GB) …")
     staging.mkdir(mode=0o700, exist_ok=True)
+    import_whole_fastembed()
     from fastembed import TextEmbedding
 
     try:

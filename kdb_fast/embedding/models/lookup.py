@@ -44,13 +44,7 @@ class SupportedModel(NamedTuple):
     installed: bool
 
 
-def resolve(
-    name: str,
-    model_path: Path | None = None,
-    *,
-    report: Report = lambda line: None,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> Model:
+def resolve(name: str, model_path: Path | None = None, *, report: Report = lambda line: None) -> Model:
     """The model ``name``, complete and verified; fetched first where it is not in the cache.
 
     Args:
@@ -58,16 +52,15 @@ def resolve(
         model_path: Directory to use instead of the cache. It must hold the files that FastEmbed expects for
             ``name``; their sums are compared if a manifest of kdb-fast lies beside them.
         report: Called with one line for each step that takes time.
-        meanwhile: Called while the files of a model that is there are verified.
 
     Raises:
         ModelError: The name is unknown, a file is missing or damaged, or the model cannot be fetched.
     """
     with _os_errors_named(name):
         if model_path is not None:
-            return _from_directory(name, absolute_path(model_path), meanwhile)
+            return _from_directory(name, absolute_path(model_path))
         directory = find(name)
-        return load(directory, meanwhile) if directory else fetch(name, report)
+        return load(directory) if directory else fetch(name, report)
 
 
 def pull(name: str, report: Report = lambda line: None) -> Model:
@@ -115,7 +108,7 @@ def _os_errors_named(name: str) -> Iterator[None]:
         ) from None
 
 
-def _from_directory(name: str, path: Path, meanwhile: Callable[[], None]) -> Model:
+def _from_directory(name: str, path: Path) -> Model:
     if not path.is_dir():
         raise ModelError(f"--model-path {path} is not a directory.", remedy="Give the directory with the ONNX file.")
     if not (path / MANIFEST).exists():
@@ -123,5 +116,5 @@ def _from_directory(name: str, path: Path, meanwhile: Callable[[], None]) -> Mod
     model, written_by = read_manifest(path)
     if model.name.lower() != name.lower():
         raise ModelError(f"{path} holds the model {model.name}, not {name}.", remedy=f"Add: --model {model.name}")
-    verify(model, meanwhile)
+    verify(model)
     return follow_catalogue(model, written_by)

@@ -67,6 +67,24 @@ def count_origins(rows: Rows, target: Target) -> Origins:
     return Origins(found, tracked)
 
 
+def origin_of_a_row(rows: Rows, target: Target) -> Origin | None:
+    """What made the vector of some row, found at once; None where no row has one, or there is no index.
+
+    Raises:
+        DatabaseError: The database cannot answer.
+    """
+    columns = columns_of(rows, target, (target.index.name,)).get(target.index.name)
+    if columns is None:
+        return None
+    fingerprint = "kdb_fast_fingerprint" if "kdb_fast_fingerprint" in columns else "NULL"
+    found = rows(
+        f"SELECT {fingerprint}, model, dimensions FROM {target.table(target.index.name)} "  # noqa: S608
+        "WHERE embedding IS NOT NULL LIMIT 1",
+        {},
+    )
+    return Origin(*found[0]) if found else None
+
+
 class SearchReader(KeywordRanking[Scope]):
     """Rankings and records of one open connection. Nothing is written. Not shared between threads.
 
