@@ -4,9 +4,9 @@ usage: python tools/avx2_only.py COMMAND…
 
 What NumPy, ONNX Runtime and OpenVINO ask the processor (``cpuid``) is answered without AVX-512, VNNI, BF16 and AMX, in
 the command and what it starts, and kdb-fast is told the same. (Workers of a whole run see a short list of variables,
-without those for this: they choose as told, and compute with this CPU's kernels.) So they take the kernels of such a CPU: their values
-are right to the last bit, and their speed shows what is worth while there; the clock, the caches and the memory stay
-this machine's. Needs Linux on x86-64, gcc and binutils. Nothing of it is part of the package.
+without those for this: they choose as told, and compute with this CPU's kernels.) So the libraries take the kernels of
+such a CPU: their values are right to the last bit, and their speed shows what is worth while there; the clock, the
+caches and the memory stay this machine's. Needs Linux on x86-64, gcc and binutils. No part of the package.
 """
 
 from __future__ import annotations
