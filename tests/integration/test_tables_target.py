@@ -460,7 +460,7 @@ def test_trigger_of_the_table_is_named(articles: Articles, begin: Open) -> None:
     assert writer.flush((articles.key(0), "one")).rows == 1
     assert writer.fingerprints(articles.key(0)) == ["f" if articles.postgresql else None]
     (warning,) = writer.store.altered(writer.run.number)
-    assert warning.startswith("1 rows of ")
+    assert warning.startswith("1 row of ")
     assert "trigger meddle" in warning
 
 
