@@ -39,6 +39,7 @@ from .intake import Intake, ReadAgain, Split
 from .key_ledger import KeyLedger
 from .leases import Numbered, SlotPool
 from .piece_ledger import PieceLedger
+from .progress import Progress, Silent
 from .screening import Screen
 from .text_reuse import TextReuse
 
@@ -72,9 +73,7 @@ class Pipeline:
         unique_keys: No key comes twice.
         estimate: How many records there will be, where that is known.
         index_policy: What may be done with the search indexes.
-        on_progress: Called with the counts after every step.
-        on_note: Called with what a person should know.
-        on_doing: Called every few seconds with what takes the writer long, and with '' when that is over.
+        progress: Is told how far it is, after every step, and what a person should know.
         should_stop: Asked often; true ends the run after what is embedded has been written.
         on_phase: Called with the phase of the run at every turn.
     """
@@ -94,9 +93,7 @@ class Pipeline:
         unique_keys: bool = False,
         estimate: int | None = None,
         index_policy: IndexPolicy = IndexPolicy.DEFER,
-        on_progress: Callable[[Counts], None] = lambda counts: None,
-        on_note: Callable[[str], None] = lambda text: None,
-        on_doing: Callable[[str], None] = lambda text: None,
+        progress: Progress | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
@@ -107,8 +104,7 @@ class Pipeline:
         self.engine: Engine | None = None
         self._store, self._start_engine, self._dimensions = store, start_engine, dimensions
         self._max_rejects, self._estimate, self._index_policy = max_rejects, estimate, index_policy
-        self._on_progress, self._on_note, self._on_doing = on_progress, on_note, on_doing
-        self._should_stop, self._on_phase = should_stop, on_phase
+        self._progress, self._should_stop, self._on_phase = progress or Silent(), should_stop, on_phase
         self._ledger = PieceLedger(self.counts) if split else KeyLedger(self.counts, unique_keys=unique_keys)
         self._reuse = TextReuse(dimensions)
         self.flushes = FlushPlanner(self.counts, self._ledger)
@@ -177,7 +173,7 @@ class Pipeline:
     def _take(self, page: list[Record | Reject], emptied: list[Key]) -> None:
         """Take in a page, and the keys of records without text that were read with it."""
         for _ in self._intake.take_in(page):
-            self._on_progress(self.counts)
+            self._progress.update(self.counts)
             self._pump(0)
         self._intake.take_out(emptied)
         if self._intake.is_full:
@@ -306,7 +302,7 @@ class Pipeline:
             self._happened(event, slots)
         # At once and not after the next page, for which the database would have to wait.
         self._send_flush(engine, slots, last)
-        self._on_progress(self.counts)
+        self._progress.update(self.counts)
         # Only now: an answer that came beside the one that went over the limit must not be lost.
         self._check_limits()
 
@@ -339,13 +335,13 @@ class Pipeline:
         if self.index.deferred and self.index.decision is not None:
             for outlook in self._store.build_outlook(self.index.decision.rows_after, self._dimensions):
                 self.warnings.append(outlook)
-                self._on_note(outlook)
+                self._progress.note(outlook)
             engine.writer.request(PrepareIndex())
         return self.index.deferred
 
     def _happened(self, event: Event, slots: SlotPool) -> None:
         if isinstance(event, Busy):
-            self._on_doing(event.doing)
+            self._progress.doing(event.doing)
             return
         if isinstance(event, SlotFilled):
             self._filling.embedded(event, slots)
@@ -360,4 +356,4 @@ class Pipeline:
             self._finished = event
         else:
             self.warnings.append(event.text)
-            self._on_note(event.text)
+            self._progress.note(event.text)

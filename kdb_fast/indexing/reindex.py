@@ -196,9 +196,7 @@ class _Run:
             ),
             estimate=estimate,
             index_policy=self.run.indexes,
-            on_progress=self.progress.update,
-            on_note=self.progress.note,
-            on_doing=self.progress.doing,
+            progress=self.progress,
             should_stop=lambda: self.stop.count > 0,
             on_phase=self.heartbeat.note,
         )

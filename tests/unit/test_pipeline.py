@@ -33,6 +33,7 @@ from kdb_fast.indexing.flushing import FlushSize
 from kdb_fast.indexing.leases import microseconds
 from kdb_fast.indexing.piece_ledger import PieceLedger
 from kdb_fast.indexing.pipeline import Pipeline, StopRequested
+from kdb_fast.indexing.progress import Silent
 from kdb_fast.ipc.messages import Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex, row_bits, rows_of_bits
 from kdb_fast.ipc.row_block import NO_VALUE, ROW_NOT_FINITE
 from kdb_fast.ipc.slab import Slab, SlabShape
@@ -99,6 +100,20 @@ class Index:
         self.lookups += 1
         found = {key: self.rows[key] for key in keys if key in self.rows}
         return {key: Stored(content_hash(e.content), e.fingerprint, e.row_version) for key, e in found.items()}
+
+
+class Watch(Silent):
+    """Hears what a run tells."""
+
+    def __init__(self, on_update: Callable[[], None] = lambda: None) -> None:
+        self.notes: list[str] = []
+        self._on_update = on_update
+
+    def update(self, counts: Counts) -> None:
+        self._on_update()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 class FakeEngine(Engine, Pool, Writer):
@@ -942,7 +957,7 @@ def test_rows_held_do_not_grow_with_the_stream(
     items = [record(n, f"text {chance.randrange(distinct)}") for n in range(600)]
     most = 0
     with pytest.MonkeyPatch.context() as patch:
-        run = setup.run(Index(), patch, unique_keys=True, on_progress=lambda counts: watch())
+        run = setup.run(Index(), patch, unique_keys=True, progress=Watch(lambda: watch()))
         p = run.pipeline
 
         def watch() -> None:
@@ -1192,15 +1207,15 @@ def test_a_stop_before_anything_was_read_is_a_stop() -> None:
 
 
 def test_notes_reach_the_user_and_the_receipt() -> None:
-    shown: list[str] = []
-    run = Run(on_note=shown.append)
+    watch = Watch()
+    run = Run(progress=watch)
     run.engine.notes = ["worker-1 was replaced"]
     run.go([record(1, "text")])
-    assert run.pipeline.warnings == shown == ["worker-1 was replaced"]
+    assert run.pipeline.warnings == watch.notes == ["worker-1 was replaced"]
 
 
 def test_tokens_bytes_and_seconds_are_added_up() -> None:
-    run = Run(on_progress=lambda counts: None).go([record(n, f"text {n}") for n in range(10)])
+    run = Run().go([record(n, f"text {n}") for n in range(10)])
     c = run.counts
     assert (c.tokens, c.padded_tokens, c.bytes_written) == (30, 40, 100)
     flushes = [r for r in run.engine.requests if isinstance(r, Flush)]

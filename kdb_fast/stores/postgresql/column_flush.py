@@ -14,8 +14,9 @@ from ...tables.column_target import ColumnTarget
 from ..base import RunSpec
 from . import pgcopy
 from .by_key import by_key
-from .flush import FlushWriter, Group, Packed, place_fields, taken, vector_fields
+from .flush import FlushWriter, Group, Packed
 from .keyword import tsvector_of
+from .slot_fields import place_fields, taken, vector_fields
 
 if TYPE_CHECKING:
     import psycopg

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from ...tables.table_target import TableTarget
 from ..base import FlushSlot, RunSpec
 from . import pgcopy
-from .flush import FlushWriter, Group, Packed, place_fields, taken, vector_fields
+from .flush import FlushWriter, Group, Packed
 from .foreign_key import Reference
 from .key_fields import key_fields
 from .keyword import tsvector_of
+from .slot_fields import place_fields, taken, vector_fields
 
 if TYPE_CHECKING:
     import psycopg
