@@ -265,9 +265,7 @@ class Pipeline:
 
     def _backlog(self) -> bool:
         """Whether to wait before reading more: enough shards are cut to keep every worker busy meanwhile."""
-        if self.engine is None:
-            return False
-        return (
+        return self.engine is not None and (
             len(self._shards) > min(2 * max(1, self.engine.pool.workers), BACKLOG_SHARDS)
             or len(self._reuse.ready) >= 4 * SHARD_ROWS
             or (self._reuse.waiting >= WINDOW_ROWS and bool(self._embedding() or self._shards))
@@ -328,23 +326,20 @@ class Pipeline:
         # A run that is being stopped will not be there to build them again.
         if self.index.deferred or self._stopping or not self._store.has_vector_index:
             return False
-        counts = self.counts
-        written = (counts.read, counts.to_write, counts.written)
-        rows = self._intake.rows_at_start or 0
-        self.index.decided(decide(rows, self._estimate, *written, policy=self._index_policy))
+        written = (self.counts.read, self.counts.to_write, self.counts.written)
+        rows = self._intake.rows_at_start or 0, self._estimate
+        self.index.decided(decide(*rows, *written, policy=self._index_policy))
         if self.index.deferred and self.index.decision is not None:
             for outlook in self._store.build_outlook(self.index.decision.rows_after, self._dimensions):
-                self.warnings.append(outlook)
-                self._progress.note(outlook)
+                self._note(outlook)
             engine.writer.request(PrepareIndex())
         return self.index.deferred
 
     def _happened(self, event: Event, slots: SlotPool) -> None:
-        if isinstance(event, Busy):
-            self._progress.doing(event.doing)
-            return
         if isinstance(event, SlotFilled):
             self._filling.embedded(event, slots)
+        elif isinstance(event, Busy):
+            self._progress.doing(event.doing)
         elif isinstance(event, Flushed):
             fault("pipeline.flushed")
             for lease in self.flushes.flushed(event):
@@ -355,5 +350,8 @@ class Pipeline:
         elif isinstance(event, Finished):
             self._finished = event
         else:
-            self.warnings.append(event.text)
-            self._progress.note(event.text)
+            self._note(event.text)
+
+    def _note(self, text: str) -> None:
+        self.warnings.append(text)
+        self._progress.note(text)
