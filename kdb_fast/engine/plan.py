@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..embedding.batching import TOKEN_BUDGET
 from ..ipc.slab import SlabShape
+from ..records import number_of
 from ..resources import available_memory, cpu_list, cpu_quota, usable_cpus
 from .sharding import SHARD_ROWS
 
@@ -79,10 +80,10 @@ def make_plan(
         elif quota is not None and quota < (len(cpus) or by_cpu):
             why = f"CPU quota {quota:g}"
         else:
-            why = f"{by_cpu} CPU{'s' if by_cpu > 1 else ''} usable"
-        reasons.append(f"{workers} worker{'s' if workers > 1 else ''} × 1 thread ({why})")
+            why = f"{number_of(by_cpu, 'CPU')} usable"
+        reasons.append(f"{number_of(workers, 'worker')} × 1 thread ({why})")
     else:
-        reasons.append(f"{workers} worker{'s' if workers > 1 else ''} × 1 thread ({why})")
+        reasons.append(f"{number_of(workers, 'worker')} × 1 thread ({why})")
     rows = shard_rows or SHARD_ROWS
     wanted = max(2 * workers + 2, (3 * growth * workers + FLUSH_SLOTS) * SHARD_ROWS // max(rows, SHARD_ROWS))
     one = SlabShape(1, rows, dimensions, grows=elsewhere).first_bytes

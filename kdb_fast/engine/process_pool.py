@@ -11,6 +11,7 @@ from ..errors import ResourceError
 from ..faults import fault
 from ..ipc.messages import Embed, Embedded, Ready
 from ..ipc.slab import Slab
+from ..records import number_of
 from . import worker
 from .base import Event, Note, Pool
 from .child_processes import Child, Children
@@ -100,7 +101,7 @@ class ProcessPool(Pool):
             # The same number of workers would run out of memory again.
             del self._workers[number], self._cpus[number]
             self.workers = len(self._workers)
-            what = f"going on with {self.workers} workers"
+            what = f"going on with {number_of(self.workers, 'worker')}"
         else:
             self._workers[number] = self._start(number)
             what = "replaced, its shard is given out again"

@@ -13,6 +13,7 @@ from ..errors import ClusterError, ResourceError
 from ..ipc.messages import Embed
 from ..ipc.slab import Slab
 from ..receipt import HostShare
+from ..records import number_of
 from .base import Event, Note, Pool
 from .child_processes import CHECK_SECONDS, Child, Children
 from .cluster import driver
@@ -193,4 +194,4 @@ class RayPool(Pool):
 
 def counted(hosts: int, cpus: int) -> str:
     """``2 hosts, 32 CPUs``."""
-    return f"{hosts} host{'s' if hosts != 1 else ''}, {cpus} CPU{'s' if cpus != 1 else ''}"
+    return f"{number_of(hosts, 'host')}, {number_of(cpus, 'CPU')}"

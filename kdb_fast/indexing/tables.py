@@ -22,8 +22,9 @@ from ..stores.homes import Homes
 from ..tables.definition import Definition
 from ..tables.describe import Described, Given, adapting, describe, find_kept
 from ..tables.names import qualified, split_identifier
+from ..tables.other_packages import made_by
 from ..tables.reading import rows_of
-from ..tables.target import Dialect, Rows, Target, identifier
+from ..tables.target import Dialect, Rows, Target, columns_of, identifier
 from .progress import Progress, Silent
 from .reindex import reindex
 from .run_embedding import Embedding, Records, find_embedding
@@ -284,6 +285,12 @@ def _with_prefixes(rows: Rows, described: Described, given: Given, dialect: Dial
     ours = definition.into or described.creates or (before and (before.document_prefix or before.query_prefix))
     if chosen or not changed or not (ours or (asked.source and _is_empty(rows, definition, dialect))):
         return described
+    if not ours and (package := _package_of(rows, definition)):
+        left_out = (
+            f"{definition.model} was trained with prefixes ({asked.source}), but {definition.written} is a table of "
+            f"{package}, which embeds its queries: no prefix is used unless you give --document-prefix"
+        )
+        return dataclasses.replace(described, notes=(*described.notes, left_out))
     wanted = dataclasses.replace(definition, document_prefix=asked.document, query_prefix=asked.query)
     notes = described.notes
     if asked.source:
@@ -298,6 +305,12 @@ def _is_empty(rows: Rows, definition: Definition, dialect: Dialect) -> bool:
     """Whether the column of the vectors holds none."""
     table, column = qualified(*definition.place, dialect), identifier(definition.vector, dialect)
     return not rows(f"SELECT 1 FROM {table} WHERE {column} IS NOT NULL LIMIT 1", {})  # noqa: S608 - names
+
+
+def _package_of(rows: Rows, definition: Definition) -> str:
+    """The package whose table the vectors go to; '' for one's own."""
+    schema, table = definition.place
+    return made_by(columns_of(rows, Target(schema), [table]).get(table, frozenset()))
 
 
 def _run(

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from ..origins import Origin
+from ..records import number_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class LeftOut(NamedTuple):
     def __str__(self) -> str:
         names = ", ".join(self.entities[:3]) + (", …" if len(self.entities) > 3 else "")
         made = f"the model {self.model}" if self.model else "an unknown model"
-        counted = f"{self.rows:,} row{'s' if self.rows != 1 else ''} of {names}"
+        counted = f"{number_of(self.rows, 'row')} of {names}"
         return f"left out of the ranking by meaning: {counted}, embedded by {made}: {self.reason}"
 
 

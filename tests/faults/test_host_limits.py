@@ -278,7 +278,7 @@ def test_a_worker_killed_for_want_of_memory_is_not_replaced(tmp_path: Path, monk
     receipt = run_reindex(address, ListSource(records), ReindexOptions(workers=2))
     assert (receipt.stored, receipt.workers) == (200, 1)
     (note,) = receipt.warnings
-    assert note.endswith("was killed because memory ran out; going on with 1 workers")
+    assert note.endswith("was killed because memory ran out; going on with 1 worker")
     assert {key[1] for key in index_rows(address)} == {record.key[1] for record in records}
 
 

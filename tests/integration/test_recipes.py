@@ -20,6 +20,7 @@ from search_engines import sqlalchemy_url
 from servers import Oracle, execute
 
 from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.tables.other_packages import made_by
 
 PYTHON = os.environ.get("KDB_FAST_RECIPES", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="tools/elsewhere.py recipes runs it, where the packages are")
@@ -76,12 +77,19 @@ def url_of(address: DatabaseAddress, driver: str = "") -> str:
     return sqlalchemy_url(address).replace("+psycopg", f"+{driver}" if driver else "")
 
 
+def package_of(address: DatabaseAddress, table: str) -> str:
+    """The package that kdb-fast takes a table for."""
+    columns = execute(address, "SELECT column_name::text FROM information_schema.columns WHERE table_name = %s", table)
+    return made_by({name for (name,) in columns})
+
+
 def test_langchain(database: DatabaseAddress, vectors: dict[str, list[float]]) -> None:
     """Its column takes vectors of any length, so the new model's may be longer."""
     url = url_of(database, "psycopg")
     package("langchain", do="make", url=url, texts=TEXTS, vectors=old_vectors(8))
     command = ["reindex", "--db", url_of(database), "--table", "langchain_pg_embedding", "--text", "document"]
     command += ["--vector", "embedding"]
+    assert package_of(database, "langchain_pg_embedding") == "LangChain"
     assert kdb_fast(*command)["foreign"] == len(TEXTS)
     assert kdb_fast(*command, "--replace")["stored"] == len(TEXTS)
     found = package("langchain", do="find", url=url, query=QUERY, vectors=vectors)
@@ -95,6 +103,7 @@ def test_llama_index(database: DatabaseAddress, vectors: dict[str, list[float]])
     """Its column has a length, and its index is kept."""
     url = url_of(database, "psycopg2")
     package("llama_index", do="make", url=url, texts=TEXTS, vectors=old_vectors(384))
+    assert package_of(database, "data_notes") == "LlamaIndex"
     definitions = "SELECT indexdef FROM pg_indexes WHERE tablename = 'data_notes' ORDER BY 1"
     before = execute(database, definitions)
     assert any("hnsw" in definition for (definition,) in before)

@@ -352,6 +352,21 @@ def test_prefixes_that_a_model_asks_for_are_those_of_new_targets(table: Table) -
 
 
 @in_a_file
+def test_a_table_of_another_package_takes_no_prefix_by_itself(table: Table) -> None:
+    execute(
+        table.address,
+        "CREATE TABLE embeddings (collection_id INTEGER, id TEXT, embedding BLOB, content TEXT, content_blob BLOB, "
+        "content_hash BLOB, metadata TEXT, updated INTEGER, PRIMARY KEY (collection_id, id))",
+    )
+    execute(table.address, "INSERT INTO embeddings (collection_id, id, content) VALUES (1, 'a', 'one')")
+    described = ("--table", "embeddings", "--text", "content", "--vector", "embedding")
+    job = table.start("reindex", *described, "--model", "intfloat/multilingual-e5-large", "--json")
+    assert job.wait() == 0, job.err
+    assert "embeddings is a table of llm, which embeds its queries" in job.err
+    assert (job.receipt["stored"], job.receipt["document_prefix"]) == (1, "")
+
+
+@in_a_file
 def test_a_file_is_read_into_a_table_of_vectors(table: Table, tmp_path: Path) -> None:
     file = tmp_path / "notes.csv"
     file.write_text('id,title,body\n1,One,first\n2,Two,"second, line"\nx,Bad,third\n')

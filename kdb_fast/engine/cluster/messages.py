@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...receipt import HostShare
+from ...records import number_of
 from ..base import SlotFilled
 
 SHOWN = 8
@@ -42,10 +43,10 @@ class Survey(NamedTuple):
 
     def describe(self) -> str:
         """For the plan."""
-        hosts = ", ".join(f"{name} with {cpus} CPU{'s' if cpus != 1 else ''}" for name, cpus in self.hosts[:SHOWN])
+        hosts = ", ".join(f"{name} with {number_of(cpus, 'CPU')}" for name, cpus in self.hosts[:SHOWN])
         more = f" and {len(self.hosts) - SHOWN} more" if len(self.hosts) > SHOWN else ""
         left = "".join(f"; left out: {name}: {reason}" for name, reason in self.left_out[:SHOWN])
-        return f"{len(self.hosts)} host{'s' if len(self.hosts) != 1 else ''} of the cluster: {hosts}{more}{left}"
+        return f"{number_of(len(self.hosts), 'host')} of the cluster: {hosts}{more}{left}"
 
     @property
     def cpus(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from ...errors import UsageError
-from ...records import Reject
+from ...records import Reject, number_of
 from ..input_formats import BOM
 from ..json_records import MAX_LINE_BYTES, skip_line
 from .rows import Row, Rows
@@ -76,7 +76,7 @@ class DelimitedRows(Rows):
                 yield line, dict(zip(names, values)), raw  # noqa: B905 - as long
             else:
                 reason = "too_few_fields" if len(values) < width else "too_many_fields"
-                found = f"{len(values)} field{'s' if len(values) > 1 else ''}"
+                found = number_of(len(values), "field")
                 yield line, _reject(reason, f"the row has {found}, the first line {width}", raw), b""
 
     def _rows(self) -> Iterator[tuple[int, list[str] | Reject, bytes]]:
