@@ -19,6 +19,9 @@ from .template import split_template
 
 BLANK_LINE = "\n\n"
 
+MOST_ARGUMENTS = 100
+"""That a function of PostgreSQL takes (its FUNC_MAX_ARGS)."""
+
 _WORD = re.compile(r"[^\W\d][\w$]*")
 
 
@@ -79,7 +82,10 @@ def text_expression(relation: Relation, text: Sequence[str], template: str, dial
         return parts[0]
     kept = [f"nullif({part}, '')" for part in parts]
     if dialect == "postgresql":
-        return f"pg_catalog.concat_ws({_literal(BLANK_LINE)}, {', '.join(kept)})"
+        listed = ", ".join(kept)
+        if len(kept) >= MOST_ARGUMENTS:
+            listed = f"VARIADIC ARRAY[{listed}]::text[]"
+        return f"pg_catalog.concat_ws({_literal(BLANK_LINE)}, {listed})"
     # No function: they end a text at a NUL, which makes it a bad one.
     joined = [f"coalesce({kept[0]}, '')"]
     for number, part in enumerate(kept[1:], 1):

@@ -414,6 +414,11 @@ KEYS: dict[str, tuple[str, str, list[Any]]] = {
         "id date PRIMARY KEY",
         [*(datetime.date(2020, 1, n + 1) for n in range(19)), "infinity"],
     ),
+    "interval": (
+        "postgresql",
+        "id interval PRIMARY KEY",
+        ["1 mon", "00:00:00", *(f"{n} days" for n in range(2, 20))],
+    ),
     "text": ("both", "id text PRIMARY KEY", [f"a\"b\\c,{{}} %s ' {n}" for n in range(20)]),
     "nocase": ("sqlite", "id TEXT COLLATE NOCASE PRIMARY KEY", [f"Key {n}" for n in range(20)]),
     "blob": ("sqlite", "id BLOB PRIMARY KEY", [b"\x00" + bytes([n]) for n in range(20)]),

@@ -134,6 +134,13 @@ def test_columns_expressions_and_a_template_make_the_text(articles: DatabaseAddr
     assert found.empty == [key(articles, 7)], "of a row without any text the template is not filled"
 
 
+def test_more_columns_than_a_function_takes_are_one_text(index: DatabaseAddress) -> None:
+    names = [f"c{number}" for number in range(120)]
+    execute(index, f"CREATE TABLE wide (id integer PRIMARY KEY, {', '.join(f'{name} text' for name in names)})")
+    execute(index, "INSERT INTO wide (id, c3, c7, c119) VALUES (1, 'three', '', 'last')")
+    assert texts(index, "wide") == {key(index, 1): "three\n\nlast"}
+
+
 def test_a_filter_and_a_limit_leave_rows_out(articles: DatabaseAddress) -> None:
     condition = "published % 3 = 1 -- those"
     assert list(texts(articles, "articles", filter=condition)) == [key(articles, n) for n in (1, 4)]

@@ -351,10 +351,13 @@ def escaped(sql: str) -> str:
 
 
 def _load_as_text_what_python_lacks(connection: psycopg.Connection[Any]) -> None:
-    """Times that Python has no value for (``infinity``, years before Christ, 24:00) come as PostgreSQL writes them."""
+    """Times that Python has no value for (``infinity``, years before Christ, 24:00) come as PostgreSQL writes them, and
+    so do all intervals: a month is no number of days."""
     from psycopg.types import datetime as times
+    from psycopg.types.string import TextLoader
 
-    for name in ("date", "time", "timetz", "timestamp", "timestamptz", "interval"):
+    connection.adapters.register_loader("interval", TextLoader)
+    for name in ("date", "time", "timetz", "timestamp", "timestamptz"):
         base = getattr(times, f"{name.capitalize()}Loader")
         connection.adapters.register_loader(name, type(base.__name__, (base,), {"load": _tolerant(base.load)}))
 
