@@ -26,7 +26,7 @@ from kdb_fast.indexing.key_ledger import KeyLedger
 from kdb_fast.indexing.leases import SlotLease, SlotPool
 from kdb_fast.ipc.messages import Flush, Flushed, row_bits
 from kdb_fast.ipc.slab import Row, Slab, SlabShape
-from kdb_fast.records import Record, Reject
+from kdb_fast.records import Record, Reject, content_hash
 
 GIGABYTE = 10**9
 
@@ -165,7 +165,7 @@ class Planner:
         for key in keys:
             self.sequence += 1
             self.ledger.begin(("E", key))
-            rows.append((Row(Record(("E", key), "text")), self.sequence, b"hash"))
+            rows.append((Row(Record(("E", key), "text")), self.sequence, content_hash("text")))
         lease = self.pool.lease(rows, fate)
         self.planner.filled(lease)
         for key, (_, sequence, _) in zip(keys, rows, strict=True):
