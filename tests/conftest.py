@@ -15,6 +15,7 @@ from kdb_fast.db.address import DatabaseAddress
 if TYPE_CHECKING:
     from commands import Commands, MakeJob
     from servers import Oracle, Server
+    from table_commands import Table
 
     from kdb_fast.embedding.encoder import Encoder
     from kdb_fast.embedding.models.lookup import Model
@@ -109,6 +110,17 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     found = Commands(tmp_path_factory.mktemp("commands"))
     yield found
     found.close()
+
+
+@pytest.fixture
+def table(commands: Commands, index: DatabaseAddress) -> Iterator[Table]:
+    """A table of two articles, and commands on it."""
+    from table_commands import Table
+
+    found = Table(commands, index)
+    found.add(1, "one", "two")
+    yield found
+    commands.clear()
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ COLUMNS = {
 
 DESCRIBED = ("--table", "articles", "--text", "title", "--text", "body", "--vector", "embedding")
 
+INTO = ("--table", "articles", "--text", "body", "--into", "vectors")
+
 MODEL = Model("stub", Path(), "stub.onnx", DIMENSIONS, 512, "mean", True, ())
 
 

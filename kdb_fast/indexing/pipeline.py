@@ -27,7 +27,7 @@ from ..engine.base import Engine, Event, SlotFilled
 from ..engine.sharding import SHARD_ROWS, WINDOW_ROWS
 from ..errors import RejectLimitError
 from ..faults import fault
-from ..ipc.messages import Busy, Finish, Finished, Flushed, IndexPrepared, PrepareIndex
+from ..ipc.messages import Answer, Busy, Finish, Finished, Flushed, IndexPrepared, PrepareIndex
 from ..records import Key, Record, Reject
 from ..settings import RejectLimit
 from ..stores.base import Store
@@ -219,10 +219,9 @@ class Pipeline:
     def finish(self, prune: tuple[str, ...], build_index: bool = True, live_rows: LiveRows | None = None) -> None:
         """Remove rows of the entities in ``prune`` without a live record, and build whatever index is missing."""
         fault("pipeline.finish")
-        if self.engine is None:
-            if prune == () and not build_index:
-                return
-            self._ensure_engine(0, False)
+        if self.engine is None and prune == () and not build_index:
+            return
+        self._ensure_engine(0, False)
         while (part := first_of(prune, MESSAGE_BYTES)) < len(prune):
             self._ask(Finish(prune[:part], False, live_rows))
             prune = prune[part:]
@@ -336,6 +335,8 @@ class Pipeline:
         return self.index.deferred
 
     def _happened(self, event: Event, slots: SlotPool) -> None:
+        if isinstance(event, Answer):
+            self._progress.doing("")  # what took the writer long is over
         if isinstance(event, SlotFilled):
             self._filling.embedded(event, slots)
         elif isinstance(event, Busy):

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from commands import Commands
 from servers import execute
-from table_commands import DESCRIBED, Table
+from table_commands import DESCRIBED, INTO, Table
 
 import kdb_fast
-from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.embedding.models.files import Model
-
-INTO = ("--table", "articles", "--text", "body", "--into", "vectors")
-
-
-@pytest.fixture
-def table(commands: Commands, index: DatabaseAddress) -> Iterator[Table]:
-    table = Table(commands, index)
-    table.add(1, "one", "two")
-    yield table
-    commands.clear()
 
 
 def _tables(table: Table) -> list[str]:

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Commands
 from servers import execute
-from table_commands import DESCRIBED, MODEL, Table, stub_model
+from table_commands import DESCRIBED, INTO, MODEL, Table, stub_model
 
 import kdb_fast
 from kdb_fast.cli.demo import sqlalchemy_url
-from kdb_fast.db.address import DatabaseAddress, parse_address
-
-INTO = ("--table", "articles", "--text", "body", "--into", "vectors")
-
-
-@pytest.fixture
-def table(commands: Commands, index: DatabaseAddress) -> Iterator[Table]:
-    table = Table(commands, index)
-    table.add(1, "one", "two")
-    yield table
-    commands.clear()
+from kdb_fast.db.address import parse_address
 
 
 def _kept(table: Table, name: str = "articles") -> dict[str, Any]:

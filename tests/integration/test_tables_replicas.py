@@ -28,13 +28,6 @@ def primary() -> Iterator[Server]:
     server.stop()
 
 
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    found = Commands(tmp_path_factory.mktemp("commands"))
-    yield found
-    found.close()
-
-
 @pytest.fixture
 def table(primary: Server, commands: Commands) -> Iterator[Table]:
     database = primary.create_database()

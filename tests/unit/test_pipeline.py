@@ -34,7 +34,17 @@ from kdb_fast.indexing.leases import microseconds
 from kdb_fast.indexing.piece_ledger import PieceLedger
 from kdb_fast.indexing.pipeline import Pipeline, StopRequested
 from kdb_fast.indexing.progress import Silent
-from kdb_fast.ipc.messages import Finish, Finished, Flush, Flushed, IndexPrepared, PrepareIndex, row_bits, rows_of_bits
+from kdb_fast.ipc.messages import (
+    Busy,
+    Finish,
+    Finished,
+    Flush,
+    Flushed,
+    IndexPrepared,
+    PrepareIndex,
+    row_bits,
+    rows_of_bits,
+)
 from kdb_fast.ipc.row_block import NO_VALUE, ROW_NOT_FINITE
 from kdb_fast.ipc.slab import Slab, SlabShape
 from kdb_fast.records import MAX_CONTENT_BYTES, Key, Record, Reject, content_hash, decode_key
@@ -107,6 +117,7 @@ class Watch(Silent):
 
     def __init__(self, on_update: Callable[[], None] = lambda: None) -> None:
         self.notes: list[str] = []
+        self.done: list[str] = []
         self._on_update = on_update
 
     def update(self, counts: Counts) -> None:
@@ -114,6 +125,9 @@ class Watch(Silent):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def doing(self, text: str) -> None:
+        self.done.append(text)
 
 
 class FakeEngine(Engine, Pool, Writer):
@@ -143,6 +157,7 @@ class FakeEngine(Engine, Pool, Writer):
         self.finish_outcome = IndexOutcome(IndexAction.KEPT)
         self.before_poll: Callable[[], None] = lambda: None
         self.notes: list[str] = []
+        self.busy: list[str] = []
         self._orders: dict[int, tuple[int, int, list[tuple[bytes, bytes]]]] = {}
         self._crcs: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {}
         self._request: Flush | PrepareIndex | Finish | None = None
@@ -184,6 +199,7 @@ class FakeEngine(Engine, Pool, Writer):
         self._in_vain = 0 if possible else self._in_vain + 1
         assert self._in_vain < 1000, "the pipeline waits for something that will never come"
         events: list[Event] = [Note(self.notes.pop())] if self.notes else []
+        events += [Busy(self.busy.pop())] if self.busy else []
         for kind, slot in self.choose(possible):
             events.append(self._embed(slot) if kind == "embed" else self._answer())
         return events
@@ -1212,6 +1228,17 @@ def test_notes_reach_the_user_and_the_receipt() -> None:
     run.engine.notes = ["worker-1 was replaced"]
     run.go([record(1, "text")])
     assert run.pipeline.warnings == watch.notes == ["worker-1 was replaced"]
+
+
+def test_what_takes_the_writer_long_is_over_with_its_answer() -> None:
+    watch = Watch()
+    run = Run(progress=watch)
+    run.engine.busy = ["waiting for the database"]
+    run.go([record(1, "text")])
+    first, *rest = watch.done
+    assert first == "waiting for the database"
+    assert rest
+    assert set(rest) == {""}
 
 
 def test_tokens_bytes_and_seconds_are_added_up() -> None:
