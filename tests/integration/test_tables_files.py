@@ -154,6 +154,30 @@ def test_a_key_of_numbers_is_kept_as_numbers(notes: Notes) -> None:
     assert notes.read(b"id,a\n7,x\n", "id:bigint").unchanged == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "values", "kept", "wrong"),
+    [
+        ("float", [0.5, 1e300, 7], [0.5, 1e300, 7.0], "nan"),
+        ("uuid", ["A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11"], ["a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"], "a0eebc99"),
+        ("date", ["2024-02-29", "20240301"], ["2024-02-29", "2024-03-01"], "2023-02-29"),
+    ],
+)
+def test_a_key_has_the_type_that_is_named(
+    notes: Notes, kind: str, values: list[Any], kept: list[Any], wrong: str
+) -> None:
+    if notes.address.dialect == "sqlite" and kind != "float":  # it has no such types
+        kept, wrong = values, ""
+    raw = "".join(json.dumps({"id": value, "a": f"text of {value}"}) + "\n" for value in [*values, wrong]).encode()
+    receipt = notes.read(raw, f"id:{kind}", name="notes.jsonl")
+    assert (receipt.stored, receipt.rejected) == (len(values), 1)
+    key = "id::text" if kind != "float" and notes.address.dialect == "postgresql" else "id"
+    assert sorted(execute(notes.address, f"SELECT {key} FROM note_vectors")) == sorted((key,) for key in kept)
+    table = "id,a\n" + "".join(f"{value},text of {value}\n" for value in kept)
+    again = notes.read(table.encode(), f"id:{kind}")
+    assert again.stored + again.reused + again.unchanged == len(values)
+    assert len(notes.rows()) == len(values)
+
+
 def test_all_formats_give_the_same_rows(notes: Notes) -> None:
     rows = [{"id": 1, "title": "One", "body": "first"}, {"id": 2, "title": None, "body": "second"}]
     notes.read(b"id,title,body\n1,One,first\n2,,second\n")

@@ -249,6 +249,31 @@ class TestRecords:
         assert [r.key for r in read(source(tmp_path, raw, key=("id:bigint",), sqlite=True))][:2] == [(7,), (8,)]
         assert [r.key for r in read(source(tmp_path, raw, sqlite=True))][:2] == [("007",), ("+8",)]
 
+    @pytest.mark.parametrize(
+        ("kind", "raw", "key"),
+        [
+            ("float", "1.50", "1.5"),
+            ("float", "-0", "0.0"),
+            ("float", "1_000", None),
+            ("float", "inf", None),
+            ("uuid", "A0EEBC999C0B4EF8BB6D6BB9BD380A11", "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"),
+            ("uuid", "7", None),
+            ("date", "20240229", "2024-02-29"),
+            ("date", "29.2.2024", None),
+        ],
+    )
+    def test_a_key_of_each_type_has_one_form(self, tmp_path: Path, kind: str, raw: str, key: str | None) -> None:
+        (item,) = read(source(tmp_path, f"id,a\n{raw},x\n".encode(), key=(f"id:{kind}",)))
+        assert item.key == (key or "",)
+        assert isinstance(item, Reject) == (key is None)
+
+    def test_a_type_that_is_none_is_told(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="no column 'id:flaot'.* types are text, bigint, float, uuid, date"):
+            source(tmp_path, CSV, key=("id:flaot",))
+        (bad,) = read(source(tmp_path, b'{"id": 1.5, "a": "x"}\n', "rows.jsonl", key=("id:flaot",)))
+        assert isinstance(bad, Reject)
+        assert "the types are" in bad.detail
+
     def test_the_key_is_text_unless_its_type_is_named(self) -> None:
         assert [(c.name, c.type) for c in key_columns(("id:bigint", "a:b", ":text"), "postgresql")] == [
             ("id", "bigint"),

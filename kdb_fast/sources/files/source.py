@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
-from uuid import UUID
 
 from ...errors import UsageError
 from ...records import Key, Record, Reject, is_blank
 from ...tables.key import KeyColumn, unfit_for
 from ...tables.template import split_template
 from ...tables.text import BLANK_LINE
-from ..json_records import kind
-from ..text_fields import TextFields, shown
-from .columns import check_columns
+from ..text_fields import TextFields
+from .columns import check_columns, key_part
 from .opened_file import OpenedFile
 from .record_file import Emptied, RecordFile
 from .rows import Rows
-
-_WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
-_BIGINT = 1 << 63
 
 
 class FileSource(RecordFile):
@@ -60,10 +54,10 @@ class FileSource(RecordFile):
         self._pieces = split_template(template) if template else []
         names = [column.name for column in key]
         text = self._pieces[1::2] or text
-        check_columns(rows, names, text)
+        check_columns(rows, self._key, text)
         if not text and rows.columns is not None:
             text = [name for name in rows.texts() if name and name not in names]
-            check_columns(rows, names, text)
+            check_columns(rows, self._key, text)
         self._columns = tuple(dict.fromkeys([*names, *text]))
         self._fields = TextFields(text, names, lists=True)
         self._names = tuple(dict.fromkeys(text)) if rows.only_text else ()
@@ -93,9 +87,9 @@ class FileSource(RecordFile):
                 yield self._record(position, data, raw)
 
     def _record(self, position: int, data: dict[str, Any], raw: bytes) -> Record | Reject | Emptied:
-        key: list[str | int] = []
+        key: list[str | int | float] = []
         for column in self._key:
-            part = _key_part(data.get(column.name), column)
+            part = key_part(data.get(column.name), column)
             if isinstance(part, tuple):
                 return Reject(self._unknown, *part, hashlib.sha256(raw).digest(), position)
             key.append(part)
@@ -122,17 +116,3 @@ class FileSource(RecordFile):
         return pieces[0] + "".join(
             (values.get(name) or "") + literal for name, literal in zip(pieces[1::2], pieces[2::2], strict=True)
         )
-
-
-def _key_part(value: Any, column: KeyColumn) -> str | int | tuple[str, str]:
-    """A part of a key as it travels; or reason and detail where there is none."""
-    if value is None or value == "":
-        return "missing_key", f"the key column {shown(column.name)} is empty"
-    if type(value) not in (str, int, UUID):
-        return "bad_key", f"the key column {shown(column.name)} is {kind(value)}, expected text or a whole number"
-    text = str(value)
-    if column.type.lower() not in ("bigint", "integer"):
-        return text
-    if not _WHOLE.fullmatch(text) or not -_BIGINT <= int(text) < _BIGINT:
-        return "bad_key", f"the key column {shown(column.name)} holds no whole number of 64 bits"
-    return int(text) if column.typed else str(int(text))
