@@ -41,6 +41,12 @@ KEEPALIVE: dict[str, Any] = {
 TIMES_UNKNOWN = 10
 """Checks without an answer (behind a pooler the session is not known) before the connection is given up."""
 
+NO_SESSION = (
+    "no session of the server was to be had: a pooler in front of it has none left, where a run takes 5 "
+    "(PgBouncer: SHOW POOLS, default_pool_size)"
+)
+"""A pooler lets clients in before it has a session for them, and then says nothing."""
+
 SECOND_LOOK_SECONDS = 1.0
 """An answer may be on its way when the server says that it has nothing to do."""
 
@@ -60,6 +66,7 @@ class ConnectionWatchdog:
         self.silence = silence_seconds()
         self.session: int | None = None
         self._second = second
+        self._answered = False
 
     def over(self, connection: Connection, waiting: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
         """psycopg's generator ``waiting``, ended with an OperationalError when nobody works on it any more.
@@ -84,6 +91,9 @@ class ConnectionWatchdog:
                         works = self._works(connection)
                     except psycopg.errors.ConnectionTimeout:
                         works, idle = False, 1  # there is nobody there to look at a second time
+                    if works is None and not self._answered:
+                        connection.pgconn.finish()
+                        raise psycopg.OperationalError(NO_SESSION)
                     unknown += works is None
                     idle = idle + 1 if works is False else 0
                     if idle > 1 or unknown >= TIMES_UNKNOWN:
@@ -94,6 +104,7 @@ class ConnectionWatchdog:
                         heard -= self.silence - min(SECOND_LOOK_SECONDS, self.silence)
                 wanted = waiting.send(ready)
         except StopIteration as ended:
+            self._answered = self._answered or bool(ended.value)
             return ended.value
 
     def _works(self, connection: Connection) -> bool | None:
@@ -204,6 +215,11 @@ def connect_postgresql(address: DatabaseAddress, *, role: str, autocommit: bool 
 
 def connection_remedy(detail: str) -> str:
     """What to do where a connection is refused. libpq gives no code, only words, which may be in any language."""
+    if "startup parameter" in detail:
+        return (
+            "A pooler takes no such options: leave them out of --db and PGOPTIONS, and give them to the role instead, "
+            "such as ALTER ROLE … SET search_path = …"
+        )
     if "does not exist" in detail:
         return "Check user and database name in --db; createdb makes a database."
     if re.search(r"(invalid|unrecognized|bad|definition of) .*(value|parameter|service)", detail):

@@ -18,12 +18,12 @@ from kdb_fast.db.address import DatabaseAddress
 
 
 @contextlib.contextmanager
-def pooler(database: DatabaseAddress, mode: str) -> Iterator[DatabaseAddress]:
+def pooler(database: DatabaseAddress, mode: str, sessions: int) -> Iterator[DatabaseAddress]:
     """The database through PgBouncer; skips the test where that is not installed.
 
     Args:
-        mode: ``transaction``: each transaction is given any of three sessions of the server; ``session``: a connection
-            keeps its own.
+        mode: ``transaction``: each transaction is given any of the sessions; ``session``: a connection keeps its own.
+        sessions: Those with the server.
     """
     program = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
     if program is None:
@@ -41,7 +41,7 @@ def pooler(database: DatabaseAddress, mode: str) -> Iterator[DatabaseAddress]:
         settings.write_text(
             f"[databases]\n* = host={server['host']} port={server['port']} user=postgres\n"
             f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
-            f"pool_mode = {mode}\ndefault_pool_size = {3 if mode == 'transaction' else 20}\n"
+            f"pool_mode = {mode}\ndefault_pool_size = {sessions}\n"
         )
         settings.chmod(0o644)
         with open(Path(folder) / "log", "wb") as log:

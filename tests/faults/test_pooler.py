@@ -1,4 +1,4 @@
-"""Every kind of target through PgBouncer, in both of its modes; another client of it has changed its sessions' settings."""
+"""Every kind of target through PgBouncer, in both of its modes; another client has left its own settings there."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from table_commands import DESCRIBED, INTO, Table
 
 from kdb_fast.db.address import DatabaseAddress
 
-LEFT_BEHIND = "SET DateStyle = 'SQL, DMY'; SET bytea_output = escape; SET extra_float_digits = -15; SET TimeZone = 'Asia/Kathmandu'"
+LEFT_BEHIND = (
+    "SET DateStyle = 'SQL, DMY'; SET TimeZone = 'Asia/Kathmandu'; SET bytea_output = escape; "
+    "SET extra_float_digits = -15; SET default_transaction_isolation = 'repeatable read'"
+)
+
+SESSIONS = {"transaction": 3, "session": 12}
 
 
-@pytest.fixture(params=["transaction", "session"])
+@pytest.fixture(params=SESSIONS)
 def pooled(request: pytest.FixtureRequest, database: DatabaseAddress) -> Iterator[DatabaseAddress]:
-    with pooler(database, request.param) as address:
+    """The database through a pooler."""
+    with pooler(database, request.param, SESSIONS[request.param]) as address:
         with contextlib.ExitStack() as clients:
             for _ in range(3):
-                client = clients.enter_context(psycopg.connect(address.conninfo))
-                client.execute(LEFT_BEHIND)
-                client.commit()
+                clients.enter_context(psycopg.connect(address.conninfo)).execute(LEFT_BEHIND)
         yield address
 
 
@@ -36,35 +40,68 @@ def table(commands: Commands, pooled: DatabaseAddress) -> Iterator[Table]:
     commands.clear()
 
 
-QUERY = ("--query", "SELECT id, body FROM articles", "--key", "id", "--into", "vectors")
-INDEXED = "CREATE INDEX near ON {} USING hnsw (embedding vector_cosine_ops)"
+TARGETS = {
+    "column": (*DESCRIBED, "--keyword", "--vacuum"),
+    "table": (*INTO, "--keyword", "--with-source"),
+    "pieces": (*INTO, "--chunk", "40"),
+    "query": ("--query", "SELECT id, body FROM articles", "--key", "id", "--into", "vectors"),
+}
 
 
 @pytest.mark.parametrize(
-    ("described", "name"),
+    ("pooled", "kind"),
     [
-        ((*DESCRIBED, "--keyword", "--vacuum"), "articles"),
-        ((*INTO, "--keyword", "--with-source"), "vectors"),
-        ((*INTO, "--chunk", "40"), "vectors"),
-        (QUERY, "vectors"),
+        *((mode, kind) for mode in SESSIONS for kind in ("column", "table")),
+        ("transaction", "pieces"),
+        ("transaction", "query"),
     ],
-    ids=["column", "table", "pieces", "query"],
+    indirect=["pooled"],
 )
-def test_table_through_a_pooler(table: Table, described: tuple[str, ...], name: str) -> None:
-    assert table.json("reindex", *described)["stored"] == 30
-    execute(table.address, INDEXED.format(name))
-    assert table.json("reindex", name)["unchanged"] == 30
+def test_a_table_through_a_pooler(table: Table, kind: str) -> None:
+    name = "articles" if kind == "column" else "vectors"
+    assert table.json("reindex", *TARGETS[kind])["stored"] == 30
+    execute(table.address, f"CREATE INDEX near ON {name} USING hnsw (embedding vector_cosine_ops)")
     execute(table.address, "UPDATE articles SET body = body || ' and more' WHERE id < 20")
     execute(table.address, "DELETE FROM articles WHERE id > 28")
-    for index in ("defer", "concurrently"):
-        counts = table.json("reindex", name, "--index", index)
-        print({k:v for k,v in counts.items() if v and k in ("stored","unchanged","removed","warnings","index","superseded","reused")})
-        execute(table.address, "UPDATE articles SET body = body || ' and more' WHERE id < 20")
-    print(table.run("reindex", name, "--force", "--index", "concurrently"))
-    c = table.start("search", name, "text 7 and more", "--mode", "keyword"); print(c.wait(), c.out[:300], c.err)
-    print(table.run("status", name))
-    print(table.run("targets", "list"))
-    print(table.run("targets", "show", name))
-    print(table.run("rejects", "list", "--target", name))
-    print(table.run("targets", "drop", name))
-    print(table.run("uninstall", "--yes"))
+    execute(table.address, "ANALYZE")
+    changed = table.json("reindex", name, "--index", "defer")
+    assert (changed["stored"], changed["unchanged"]) == (19, 9)
+    assert changed["index"].endswith("near")
+    again = table.json("reindex", name, "--force", "--index", "concurrently")
+    assert (again["stored"], again["index"][:4]) == (28, "kept")
+    if "--keyword" in TARGETS[kind]:
+        assert "text 7" in table.run("search", name, '"text 7 and more"', "--mode", "keyword", "--columns", "body")
+    if kind == "column":
+        table.check(*range(1, 29))
+    assert execute(table.address, "SELECT indisvalid FROM pg_index WHERE indexrelid = 'near'::regclass") == [(True,)]
+    assert "28" in table.run("targets", "list")
+    assert "is forgotten" in table.run("targets", "drop", name, "--with-vectors")
+
+
+def test_the_index_of_kameleondb_through_a_pooler(
+    database: DatabaseAddress, pooled: DatabaseAddress, make_job: MakeJob
+) -> None:
+    job = make_job(pooled, [f"note {number}" for number in range(30)])
+    receipt = job.run()
+    # The pooler keeps its sessions with the server.
+    execute(database, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'postgres' "
+            "AND datname = current_database() AND pid <> pg_backend_pid()")  # fmt: skip
+    job.database = database
+    job.check(receipt)
+
+
+def test_a_pooler_with_too_few_sessions_is_named(database: DatabaseAddress, make_job: MakeJob) -> None:
+    """It lets a client in, and then says nothing for two minutes."""
+    with pooler(database, "session", 1) as address:
+        job = make_job(address, ["note"])
+        run = job.start(KDB_FAST_SILENCE="0.5", KDB_FAST_PATIENCE="1")
+        assert run.wait() == 5
+        assert "a pooler in front of it has none left" in run.err
+
+
+def test_a_pooler_takes_no_options(database: DatabaseAddress, make_job: MakeJob) -> None:
+    with pooler(database, "transaction", 1) as address:
+        run = make_job(connect_as(address, options="-csearch_path=public"), ["note"]).start()
+        assert run.wait() == 5
+        assert "unsupported startup parameter" in run.err
+        assert "ALTER ROLE" in run.err

@@ -70,7 +70,7 @@ def test_pairs_of_runs(index: DatabaseAddress, make_job: MakeJob) -> None:
 @pytest.fixture
 def pooled(database: DatabaseAddress) -> Iterator[DatabaseAddress]:
     """The database through PgBouncer, which gives each transaction any of three sessions."""
-    with pooler(database, "transaction") as address:
+    with pooler(database, "transaction", 3) as address:
         yield address
 
 

@@ -187,6 +187,33 @@ def test_updates_of_a_published_table_arrive(table: Table, subscriber: DatabaseA
     eventually(lambda: arrived(subscriber, "articles", second))
 
 
+VECTORS = (
+    "CREATE TABLE article_vectors (id bigint PRIMARY KEY, embedding vector, content text, kdb_fast_hash bytea, "
+    "kdb_fast_seal bytea, kdb_fast_fingerprint varchar(64), kdb_fast_run bigint, kdb_fast_at timestamptz, "
+    "kdb_fast_version xid)"
+)
+
+
+def test_a_published_table_of_vectors_arrives(table: Table, subscriber: DatabaseAddress) -> None:
+    """As it is after the first load by COPY, and after a run that changed, added and removed rows."""
+    execute(subscriber, VECTORS)
+    table.run("reindex", *BESIDE)
+    execute(table.address, "CREATE PUBLICATION news FOR TABLE article_vectors")
+    subscribe(table, subscriber)
+    all_vectors = "SELECT id, embedding::text FROM article_vectors WHERE embedding IS NOT NULL ORDER BY id"
+    first = execute(table.address, all_vectors)
+    assert len(first) == 6
+    eventually(lambda: arrived(subscriber, "article_vectors", first))
+    execute(table.address, "UPDATE articles SET body = 'newer' WHERE id = 2")
+    execute(table.address, "DELETE FROM articles WHERE id = 4")
+    execute(table.address, "UPDATE articles SET title = NULL, body = '' WHERE id = 5")
+    table.add(7, "another one")
+    assert counts(table, "article_vectors") == {"stored": 2, "unchanged": 3}
+    second = execute(table.address, all_vectors)
+    assert [number for number, _ in second] == [1, 2, 3, 6, 7]
+    eventually(lambda: arrived(subscriber, "article_vectors", second))
+
+
 def test_whole_database_is_published(table: Table) -> None:
     """Our own tables with it: each has what updates and deletions are published by."""
     execute(table.address, "CREATE PUBLICATION news FOR ALL TABLES")

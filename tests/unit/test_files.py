@@ -268,7 +268,7 @@ class TestRecords:
         assert isinstance(item, Reject) == (key is None)
 
     def test_a_type_that_is_none_is_told(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="no column 'id:flaot'.* types are text, bigint, float, uuid, date"):
+        with pytest.raises(UsageError, match=r"no column 'id:flaot'.* types are text, bigint, float, uuid, date"):
             source(tmp_path, CSV, key=("id:flaot",))
         (bad,) = read(source(tmp_path, b'{"id": 1.5, "a": "x"}\n', "rows.jsonl", key=("id:flaot",)))
         assert isinstance(bad, Reject)
