@@ -12,7 +12,7 @@ from pathlib import Path
 from . import history, machine, results
 from .options import RESULTS, STRESS_SETS, Options, say
 
-PARTS = ("demo", "stress", "embed", "engine", "scale", "store", "tables", "search", "relevance", "cluster")
+PARTS = ("demo", "stress", "embed", "engine", "scale", "store", "tables", "bytes", "search", "relevance", "cluster")
 
 
 def main(arguments: list[str] | None = None) -> int:

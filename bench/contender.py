@@ -34,6 +34,7 @@ CONTENDERS = {
     "loading_beside": "tables:loading_beside",
     "update_executemany": "tables:update_executemany",
     "update_staging": "tables:update_staging",
+    "sizes": "sizes:sizes",
     "fill": "find:fill",
     "find": "find:find",
     "cold": "find:cold",

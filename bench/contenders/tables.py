@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -51,7 +51,7 @@ def column(params: dict[str, Any]) -> dict[str, Any]:
     No index is made where there is none. With ``index`` each row has a vector by then and there is an HNSW index over
     them, all texts have changed, and that is what is done with the index: ``keep`` or ``defer``.
     """
-    count = _filled(params)
+    count = filled(params)
     if params.get("index"):
         _reindex(params)
         _execute(params["conninfo"], "UPDATE kdb_articles SET body = body || ' changed'")
@@ -75,13 +75,12 @@ def column_again(params: dict[str, Any]) -> dict[str, Any]:
 
 def beside(params: dict[str, Any]) -> dict[str, Any]:
     """kdb-fast into a table of vectors beside the table, which is made; its foreign key is validated in the end."""
-    count = _filled(params)
+    count = filled(params)
     address = database.address_of(params["conninfo"])
     with watched(worker_target=free_encoder.run, memory=False) as watch:
         started = time.perf_counter()
-        reindex(
-            address, TableInput(_definition(address, BESIDE)), ReindexOptions(index="none"), target=_beside(address)
-        )
+        read = TableInput(definition(address, BESIDE))
+        reindex(address, read, ReindexOptions(index="none"), target=beside_target(address))
         seconds = time.perf_counter() - started
         ended = time.monotonic()
     _verify(params, count, BESIDE)
@@ -96,7 +95,7 @@ def loading_beside(params: dict[str, Any]) -> dict[str, Any]:
 
     The rows are ready beforehand. With ``noted`` they have the columns that :func:`beside` fills, too.
     """
-    count = _filled(params)
+    count = filled(params)
     columns = {"id": "bigint PRIMARY KEY", "embedding": f"vector({database.DIMENSIONS})"}
     if params.get("noted"):
         columns |= {"text_hash": "bytea", "vector_hash": "bytea", "fingerprint": "varchar(64)", "run": "bigint"}
@@ -126,7 +125,7 @@ def loading_beside(params: dict[str, Any]) -> dict[str, Any]:
 
 def update_executemany(params: dict[str, Any]) -> dict[str, Any]:
     """By hand: read pages, update each row, and note text and vector, in transactions of STATEMENT_ROWS rows."""
-    count = _filled(params)
+    count = filled(params)
     with database.connect(params["conninfo"]) as connection, connection.cursor() as cursor:
         connection.execute(STATE)
         started = time.perf_counter()
@@ -141,7 +140,7 @@ def update_executemany(params: dict[str, Any]) -> dict[str, Any]:
 
 def update_staging(params: dict[str, Any]) -> dict[str, Any]:
     """By hand: read pages, COPY into a temporary table, then one UPDATE … FROM it and one INSERT of what is noted."""
-    count = _filled(params)
+    count = filled(params)
     with database.connect(params["conninfo"]) as connection:
         connection.execute(STATE)
         started = time.perf_counter()
@@ -188,10 +187,14 @@ def _pages(connection: Any) -> Iterator[list[tuple[int, bytes, bytes, Any]]]:
 # -- the table ---------------------------------------------------------------------------------------------
 
 
-def _filled(params: dict[str, Any]) -> int:
-    """A new table of texts of about TEXT_CHARS characters, without vectors."""
+def filled(params: dict[str, Any], *, whole: bool = False, vector: str = "vector") -> int:
+    """A new table of texts of about TEXT_CHARS characters (``whole``: as they are), without vectors.
+
+    Args:
+        vector: Type of the column of vectors in PostgreSQL.
+    """
     read = data.read(params["data"], params["records"])
-    texts = (f"{i}: {f'{text} ' * 5}"[:TEXT_CHARS] for i, text in enumerate(read))
+    texts: Iterable[str] = read if whole else (f"{i}: {f'{text} ' * 5}"[:TEXT_CHARS] for i, text in enumerate(read))
     if params["conninfo"].startswith("sqlite:"):
         with contextlib.closing(_sqlite(params["conninfo"])) as connection, connection:
             connection.execute("BEGIN")
@@ -199,7 +202,7 @@ def _filled(params: dict[str, Any]) -> int:
             connection.executemany("INSERT INTO kdb_articles (id, body) VALUES (?, ?)", enumerate(texts))
         return int(params["records"])
     with database.connect(params["conninfo"]) as connection:
-        connection.execute(TABLE.format(vector=f"vector({database.DIMENSIONS})"))
+        connection.execute(TABLE.format(vector=f"{vector}({database.DIMENSIONS})").encode())
         with connection.cursor().copy("COPY kdb_articles (id, body) FROM STDIN") as copy:
             for row in enumerate(texts):
                 copy.write_row(row)
@@ -209,21 +212,23 @@ def _filled(params: dict[str, Any]) -> int:
 
 def _reindex(params: dict[str, Any], index: str = "none") -> tuple[float, Watch]:
     address = database.address_of(params["conninfo"])
-    definition = _definition(address)
+    read = TableInput(definition(address))
     with watched(worker_target=free_encoder.run, memory=False) as watch:
         started = time.perf_counter()
         options = ReindexOptions(index=index if address.dialect == "postgresql" else None)
-        reindex(address, TableInput(definition), options, target=_target(address))
+        reindex(address, read, options, target=column_target(address))
         seconds = time.perf_counter() - started
     return seconds, watch
 
 
-def _definition(address: DatabaseAddress, into: str = "") -> Definition:
+def definition(address: DatabaseAddress, into: str = "") -> Definition:
+    """What is read of the table that :func:`filled` has made."""
     schema = None if address.dialect == "sqlite" else "public"
     return Definition(name="bench", schema=schema, table="kdb_articles", text=("body",), into=into)
 
 
-def _beside(address: DatabaseAddress) -> TableTarget:
+def beside_target(address: DatabaseAddress) -> TableTarget:
+    """A table of vectors beside it."""
     if address.dialect == "sqlite":
         with contextlib.closing(connect_sqlite(address)) as connection:
             relation = find_relation(rows_on(connection, "sqlite"), "sqlite", "kdb_articles")
@@ -236,7 +241,8 @@ def _beside(address: DatabaseAddress) -> TableTarget:
         )
 
 
-def _target(address: DatabaseAddress) -> ColumnTarget:
+def column_target(address: DatabaseAddress) -> ColumnTarget:
+    """Its column of vectors."""
     text = column_text("body", address.dialect)
     if address.dialect == "sqlite":
         with contextlib.closing(connect_sqlite(address)) as connection:
