@@ -92,7 +92,6 @@ def reindex_command(
     fields: tuple[str, ...],
     precision: str | None,
     min_fidelity: float | None,
-    cluster: str | None,
     force: bool,
     limit: int | None,
     max_rejects: str,
@@ -114,7 +113,6 @@ def reindex_command(
         entities=names,
         precision=precision or "fp32",
         min_fidelity=min_fidelity,
-        cluster=cluster,
         force=force,
         limit=limit,
         wait=wait,
@@ -160,7 +158,7 @@ def _exit_code(receipt: Receipt) -> int:
 @click.argument("entity")
 @click.argument("file", required=False, metavar="[FILE|-]")
 @database_option
-@run_options(model_options, provider_option, dimensions_option, max_rejects_option)
+@run_options(model_options, provider_option, dimensions_option, cluster_option, max_rejects_option)
 def insert_command(arguments: RunArguments, entity: str, file: str | None, max_rejects: str) -> int:
     """Create records of an ENTITY of KameleonDB from JSON, and index them in the same go.
 
@@ -198,7 +196,7 @@ def _reindex_instead(entity: str) -> str:
     """The reindex that completes an insert, with its options for database and model."""
     context = click.get_current_context()
     command = ["reindex", entity]
-    for name in ("db", "model", "model_path", "provider", "base_url", "dimensions"):
+    for name in ("db", "model", "model_path", "provider", "base_url", "dimensions", "cluster"):
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             command += [f"--{name.replace('_', '-')}", str(context.params[name])]
     return command_line(command)

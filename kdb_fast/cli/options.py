@@ -149,6 +149,7 @@ class RunArguments:
     as_json: bool
     no_progress: bool
     dimensions: int | None = None
+    cluster: str | None = None
 
     def options(self, **more: Any) -> ReindexOptions:
         """The settings of the run, with those that only some commands have.
@@ -164,6 +165,7 @@ class RunArguments:
             dimensions=self.dimensions or None,
             batch_size=self.batch_size,
             workers=self.workers,
+            cluster=self.cluster,
             **more,
         )
 

@@ -9,7 +9,15 @@ import click
 
 from ..errors import EXIT_OK, EXIT_REJECTS, UsageError
 from ..records import number_of
-from .options import RunArguments, database_option, json_option, opened_database, provider_option, run_options
+from .options import (
+    RunArguments,
+    cluster_option,
+    database_option,
+    json_option,
+    opened_database,
+    provider_option,
+    run_options,
+)
 from .tables import in_schema, state_schema_option
 
 target_option = click.option("--target", metavar="NAME", help="Only this target: see `kdb-fast targets list`.")
@@ -76,6 +84,7 @@ def rejects_clear(
     click.option("--model", metavar="NAME", help="Any FastEmbed model. Default: that of the newest run."),
     click.option("--model-path", type=click.Path(path_type=Path, file_okay=False), help="Directory of a model."),
     provider_option,
+    cluster_option,
 )
 def rejects_retry(arguments: RunArguments) -> int:
     """Read the entities with rejected records again, and store what can be stored now.
