@@ -12,7 +12,20 @@ from pathlib import Path
 from . import history, machine, results
 from .options import RESULTS, STRESS_SETS, Options, say
 
-PARTS = ("demo", "stress", "embed", "engine", "scale", "store", "tables", "bytes", "search", "relevance", "cluster")
+PARTS = (
+    "demo",
+    "stress",
+    "embed",
+    "engine",
+    "scale",
+    "store",
+    "tables",
+    "bytes",
+    "search",
+    "relevance",
+    "cluster",
+    "hosts",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="DIR",
         help="parts search, engine, scale: also a checkout of another version, run in turn",
     )
+    parser.add_argument(
+        "--cpus", nargs="+", type=int, default=(), metavar="N", help="part cluster: only simulated clusters of so many"
+    )
     parser.add_argument("--seed", type=int, default=1, help="seed of the data sets")
     parser.add_argument("--out", type=Path, help="directory of the results (default bench/results)")
     given = parser.parse_args(arguments)
@@ -42,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         quick=given.quick,
         sweep=given.sweep,
         sets=tuple(given.sets),
+        cpus=tuple(given.cpus),
         seed=given.seed,
         out=out,
         against=given.against and given.against.resolve(),

@@ -20,6 +20,7 @@ class Options:
         quick: Tiny sizes and one run: says whether everything works, measures nothing.
         sweep: Also try token budgets (part ``embed``).
         sets: Data sets of the part ``stress``.
+        cpus: Of simulated clusters, for the part ``cluster``; empty for all of its sizes.
         against: Checkout of another version, measured in turn with this one (parts ``search``, ``engine``, ``scale``).
         seed: Of the data sets.
         out: Directory of the results.
@@ -29,6 +30,7 @@ class Options:
     quick: bool = False
     sweep: bool = False
     sets: tuple[str, ...] = STRESS_SETS
+    cpus: tuple[int, ...] = ()
     against: Path | None = None
     seed: int = 1
     out: Path = RESULTS

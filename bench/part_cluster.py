@@ -1,4 +1,4 @@
-"""What is the most that one parent with one writer can take from a cluster, and what does Ray cost on two CPUs?"""
+"""What is the most that one parent with one writer can take from a cluster?"""
 
 from __future__ import annotations
 
@@ -46,21 +46,15 @@ ALONE = 4000
 BLOCKS, BLOCK_ROWS = 800, (128, 256, 512)
 """For what Ray costs; a block of the run has the first number of rows."""
 
-BY_TWO = 4000
-"""Records of two hosts: half a minute."""
-
 LEAST_SHARE = 0.9
 """Of what all CPUs give together, or of the free encoder's rate where that is less."""
-
-LEAST_OF_PROCESSES = 0.92
-"""Two hosts of one CPU against the same CPUs as processes: Ray's own processes share them here."""
 
 
 def run(options: Options) -> Result:
     """Measure the part."""
+    chosen = options.cpus or (CPUS[:5:2] if options.quick else CPUS)
     with session(options) as s:
         contacts = s.dataset("contacts", options.size(TEXTS, 400))
-        tickets = s.dataset("tickets", options.size(BY_TWO, 300))
         database: dict[str, Any] = {"conninfo": s.conninfo}
         costs = alternate(
             [
@@ -92,24 +86,14 @@ def run(options: Options) -> Result:
             few = {"records": most, "settled": most // 5, "held": most // 50}
             free = Contender("free encoder", "simulated", {**timers, **few}, ours=True)
             simulated = alternate(
-                [free, *(_cluster(cpus, rate, timers, options) for cpus in (CPUS[:5:2] if options.quick else CPUS))],
+                [free, *(_cluster(cpus, rate, timers, options) for cpus in chosen)],
                 s.runs,
                 s.reset,
             )
-        two = alternate(
-            [
-                Contender(
-                    "two hosts of a cluster", "hosts", {**tickets.params(), **database, "cluster": True}, ours=True
-                ),
-                Contender("two processes", "hosts", {**tickets.params(), **database}, ours=True),
-            ],
-            s.runs,
-            s.reset,
-        )
     return Result(
-        "cluster",
-        "Where does one parent with one writer saturate before a cluster, and what does Ray cost where its own "
-        "processes share two CPUs with the encoders?",
+        # Some of the sizes only: beside the page of all, and not in its place.
+        "-".join(("cluster", *map(str, options.cpus))),
+        "Where does one parent with one writer saturate before a cluster?",
         s.lines,
         [
             f"By simulation: each CPU of the cluster is a timer, as slow as the real encoder is here with all cores "
@@ -119,16 +103,13 @@ def run(options: Options) -> Result:
             "all CPUs have work.",
             "Linear is the number of CPUs times the rate of one. The free encoder is that of part `engine`, measured "
             "in the same way.",
-            "Two hosts: two raylets with one CPU each on this machine. The rate is from the first encoder that is "
-            "ready to the last COMMIT, without search indexes.",
         ],
-        _tables(costs, encoders, simulated, two),
-        requirements=_requirements(simulated, two, encoders),
+        _tables(costs, encoders, simulated),
+        requirements=_requirements(simulated, encoders),
         chart=("Rows a second by CPUs of the cluster", "rows/s",
                [Bar(o.contender.label, spread(o.values("rows_per_second")), o.contender.params.get("cpus", 0) > 0)
                 for o in simulated.values()]) if simulated else None,
-        raw={"ray": raw(costs.values()), "encoders": raw(alone.values()), "simulated": raw(simulated.values()),
-             "hosts": raw(two.values())},
+        raw={"ray": raw(costs.values()), "encoders": raw(alone.values()), "simulated": raw(simulated.values())},
     )  # fmt: skip
 
 
@@ -160,33 +141,21 @@ def _shares(outcome: Outcome, simulated: dict[str, Outcome], encoders: Outcome) 
     return [rate / most for rate, most in zip(outcome.values("rows_per_second"), possible, strict=True)]
 
 
-def _requirements(simulated: dict[str, Outcome], two: dict[str, Outcome], encoders: Outcome) -> list[Requirement]:
-    found = []
-    if simulated:
-        shares = [_shares(o, simulated, encoders) for o in itertools.islice(simulated.values(), 1, None)]
-        found.append(
-            Requirement(
-                f"{CPUS[0]} to {CPUS[-1]:,} CPUs: least share of linear, or of the free encoder's rate",
-                min((spread(share) for share in shares), key=lambda share: share.median),
-                LEAST_SHARE,
-            )
+def _requirements(simulated: dict[str, Outcome], encoders: Outcome) -> list[Requirement]:
+    if not simulated:
+        return []
+    outcomes = list(itertools.islice(simulated.values(), 1, None))
+    cpus = [outcome.contender.params["cpus"] for outcome in outcomes]
+    return [
+        Requirement(
+            f"{min(cpus)} to {max(cpus):,} CPUs: least share of linear, or of the free encoder's rate",
+            min((spread(_shares(o, simulated, encoders)) for o in outcomes), key=lambda share: share.median),
+            LEAST_SHARE,
         )
-    cluster, processes = two.values()
-    if cluster.runs and processes.runs:
-        found.append(
-            Requirement(
-                "two hosts ÷ two processes, from the first that is ready to the last COMMIT",
-                pairwise(processes.values("seconds_after_start"), cluster.values("seconds_after_start")),
-                LEAST_OF_PROCESSES,
-                unit="×",
-            )
-        )
-    return found
+    ]
 
 
-def _tables(
-    costs: dict[str, Outcome], encoders: Outcome, simulated: dict[str, Outcome], two: dict[str, Outcome]
-) -> list[Table]:
+def _tables(costs: dict[str, Outcome], encoders: Outcome, simulated: dict[str, Outcome]) -> list[Table]:
     return [
         Table(
             "What a block costs with actors that compute nothing, ms of a core",
@@ -208,12 +177,6 @@ def _tables(
             ("CPUs", "rows/s", "of linear", "of the lesser of linear and free", "cores: parent", "driver", "writer",
              "server", "idle", "slots, MB", "parent, MB", "driver, MB", "writer, MB"),
             [_simulated(o, simulated, encoders) for o in simulated.values()],
-        ),
-        Table(
-            "Two CPUs",
-            ("encoders", "records/s", "whole job, s", "ratio", "seconds of a core: encoders", "driver", "raylets",
-             "Ray's head and agents", "parent and writer", "server"),
-            [_two(o, list(two.values())[-1]) for o in two.values() if o.runs],
         ),
     ]  # fmt: skip
 
@@ -241,22 +204,4 @@ def _simulated(outcome: Outcome, simulated: dict[str, Outcome], encoders: Outcom
         *cores,
         f"{outcome.runs[0]['slots']:,}, {outcome.spread('slab_bytes').median / 1e6:,.0f}",
         *memory,
-    ]
-
-
-def _two(outcome: Outcome, processes: Outcome) -> list[str]:
-    def used(*names: str) -> str:
-        return spread(sum(run["used_seconds"].get(name, 0.0) for name in names) for run in outcome.runs).text(1)
-
-    return [
-        outcome.contender.label,
-        spread(run["records"] / run["seconds_after_start"] for run in outcome.runs).text(1),
-        outcome.spread("seconds").text(1),
-        pairwise(processes.values("seconds_after_start"), outcome.values("seconds_after_start")).text(3, "×"),
-        used("actors", "worker-1", "worker-2"),
-        used("cluster"),
-        used("raylet"),
-        used("gcs_server", "Ray's agents"),
-        used("parent", "writer"),
-        used("server"),
     ]

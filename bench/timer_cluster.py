@@ -81,7 +81,7 @@ def run(timers: Timers, connection: Connection, spec: ClusterSpec, encoder: Enco
 class TimerCluster:
     """See :class:`kdb_fast.engine.cluster.base.Cluster`."""
 
-    silent_seconds = 0.0
+    connected = True
 
     def __init__(self, timers: Timers, spec: EncoderSpec) -> None:
         self._timers, self._spec = timers, spec
