@@ -7,31 +7,31 @@ joins them: then a cable can be pulled. Elsewhere all share the machine's addres
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
-import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
+from cluster_machine import (
+    FOLDER,
+    NETWORK,
+    clear,
+    devices,
+    free_port,
+    free_subnet,
+    network_of,
+    no_networks,
+    processes_of,
+    run,
+    sweep,
+)
 from servers import eventually
-
-NAME = re.compile(r"kf(\d+)c\d+")
-"""Of a cluster, from the number of its process. With a host's number behind it, it is a name of a network device still,
-which has at most 15 characters."""
-
-FOLDER = Path("/tmp")
-"""Where Ray's files go: the paths of its sockets may have 107 characters."""
-
-NETWORK = "198.18.{}.{}"
-"""Addresses that are set aside for tests of networks (RFC 2544), so nobody's own network is hidden."""
 
 ACCESS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 """Environment of whoever uses the cluster. Who does not know this token is refused: where hosts have no networks of
@@ -137,14 +137,18 @@ class Cluster:
         self._started: list[subprocess.Popen[bytes]] = []
         self.hosts: list[Host] = []
         try:
-            self.head = self._start_head()
-            for count in cpus:  # they ask until the head answers
-                self._launch(count, {})
-            for host in (self.head, *self.hosts):
-                self._await(host)
+            self._lay_network()
+            self._begin(cpus)
         except BaseException:
             self.close()
             raise
+
+    def _begin(self, cpus: Sequence[int]) -> None:
+        self.head = self._start_head()
+        for count in cpus:  # they ask until the head answers
+            self._launch(count, {})
+        for host in (self.head, *self.hosts):
+            self._await(host)
 
     # -- hosts -----------------------------------------------------------------------------------------
 
@@ -174,8 +178,23 @@ class Cluster:
                 return True
         return False
 
+    def kill_head(self) -> None:
+        """SIGKILL to all of the head; its hosts live on, for as long as Ray has them wait for it."""
+        for process in self.head.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.head.process.wait(30)
+
+    def start_anew(self, count: int) -> None:
+        """A new head with the address of the old one, and so many new hosts of one CPU."""
+        for host in list(self.hosts):
+            self.kill_raylet(host)
+        self._begin((1,) * count)
+
     def make_whole(self, count: int) -> None:
         """So many hosts of one CPU with nothing odd about them, whatever there was."""
+        if self.head.process.poll() is not None:
+            self.start_anew(count)
         for host in list(self.hosts):
             if host.process.poll() is not None:
                 self.hosts.remove(host)
@@ -233,19 +252,25 @@ class Cluster:
 
     # -- how -------------------------------------------------------------------------------------------
 
-    def _start_head(self) -> Host:
-        port, client = free_port(), free_port()
+    def _lay_network(self) -> None:
+        """Choose the head's address, which is that of the bridge, and its ports."""
         if not self.networks:
             from ray.util import get_node_ip_address
 
-            self._shared = address = get_node_ip_address()  # what Ray makes of 127.0.0.1
+            self._shared = self._head_address = get_node_ip_address()  # what Ray makes of 127.0.0.1
         else:
             self._subnet = free_subnet()
-            address = NETWORK.format(self._subnet, 1)
+            self._head_address = NETWORK.format(self._subnet, 1)
             run("ip", "link", "add", self.name, "type", "bridge")
-            run("ip", "addr", "add", f"{address}/24", "dev", self.name)
+            run("ip", "addr", "add", f"{self._head_address}/24", "dev", self.name)
             run("ip", "link", "set", self.name, "up")
-        self.address, self.client = f"{address}:{port}", f"ray://{address}:{client}"
+        self._ports = free_port(), free_port()
+        self.address, self.client = (
+            f"{scheme}{self._head_address}:{port}" for scheme, port in zip(("", "ray://"), self._ports, strict=True)
+        )
+
+    def _start_head(self) -> Host:
+        address, (port, client) = self._head_address, self._ports
         ports = (f"--port={port}", f"--ray-client-server-port={client}")
         options = ("--head", *ports, "--include-dashboard=false", "--num-cpus=0", f"--node-ip-address={address}")
         return self._ray(0, address, options, self._environment, ())
@@ -266,7 +291,7 @@ class Cluster:
         self, number: int, address: str, options: Sequence[str], environment: Mapping[str, str], words: Sequence[str]
     ) -> Host:
         folder = self.folder / str(number)
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)  # of a head that has died
         common = ("--block", f"--temp-dir={folder}", f"--object-store-memory={STORE_BYTES}")
         fewer = ("--include-log-monitor=false", "--dashboard-agent-listen-port=0")
         ports = ("--min-worker-port=0", "--max-worker-port=0")
@@ -286,7 +311,7 @@ class Cluster:
 
     def _plug_in(self, host: Host) -> None:
         cable = self._cable(host.number)
-        eventually(lambda: _network_of(host.pid) != _network_of(os.getpid()))
+        eventually(lambda: network_of(host.pid) != network_of(os.getpid()))
         run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(host.pid))
         run("ip", "link", "set", cable, "master", self.name, "up")
         inside = ("nsenter", f"--net=/proc/{host.pid}/ns/net", "ip")
@@ -314,100 +339,3 @@ class Cluster:
     def _gone(self, host: Host) -> None:
         host.process.wait(30)
         self.hosts.remove(host)
-
-
-# -- what is left ------------------------------------------------------------------------------------------
-
-
-def processes_of(name: str) -> list[psutil.Process]:
-    """Living processes of the cluster of this name."""
-    return [process for process, owner in _all_processes() if owner == name]
-
-
-def _all_processes() -> Iterator[tuple[psutil.Process, str]]:
-    """Every living process of a cluster, with the cluster's name. They are known by their directory: Ray gives workers
-    titles that cover their environment, and some outlive their parent."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            directory = Path(process.cwd())
-            if directory.is_relative_to(FOLDER) and process.status() != psutil.STATUS_ZOMBIE:
-                name = directory.relative_to(FOLDER).parts[:1]
-                if name and NAME.fullmatch(name[0]):
-                    yield process, name[0]
-
-
-def devices() -> Iterator[tuple[str, str]]:
-    """Every network device of a cluster, with the cluster's name."""
-    with contextlib.suppress(FileNotFoundError):
-        for device in os.listdir("/sys/class/net"):
-            if found := NAME.match(device):
-                yield device, found[0]
-
-
-def clear(name: str) -> None:
-    """Remove whatever there is of a cluster."""
-
-    def none_is_left() -> bool:
-        left = processes_of(name)
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        return not left
-
-    eventually(none_is_left)
-    for device, owner in devices():
-        if owner == name:
-            run("ip", "link", "delete", device, check=False)
-    shutil.rmtree(FOLDER / name, ignore_errors=True)
-
-
-def sweep() -> None:
-    """Remove what clusters have left whose process was killed."""
-    names = {name for _, name in _all_processes()} | {name for _, name in devices()} | set(os.listdir(FOLDER))
-    for name in names:
-        if (found := NAME.fullmatch(name)) and not psutil.pid_exists(int(found[1])):
-            clear(name)
-
-
-# -- the machine -------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def no_networks() -> str:
-    """Why hosts cannot have networks of their own here; empty where they can."""
-    if missing := [word for word in ("ip", "bridge", "unshare", "nsenter") if shutil.which(word) is None]:
-        return f"no program {missing[0]}"
-    if run("unshare", "--net", "true", check=False):
-        return "no network namespaces for this user"
-    device = f"kf{os.getpid()}c0"
-    if run("ip", "link", "add", device, "type", "bridge", check=False):
-        return "no bridges for this user"
-    run("ip", "link", "delete", device)
-    return ""
-
-
-def run(*command: str, check: bool = True) -> int:
-    """Its exit code; with ``check`` it must be 0."""
-    done = subprocess.run(command, capture_output=True, check=False)
-    assert not check or done.returncode == 0, (command, done.stderr)
-    return done.returncode
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
-def free_subnet() -> int:
-    """The last number but one of addresses that no device of this machine has."""
-    taken = {address.address for group in psutil.net_if_addrs().values() for address in group}
-    for number in range(256):
-        subnet = (os.getpid() + number) % 256
-        if NETWORK.format(subnet, 1) not in taken:
-            return subnet
-    raise AssertionError("256 clusters")
-
-
-def _network_of(pid: int) -> str:
-    return os.readlink(f"/proc/{pid}/ns/net")

@@ -61,6 +61,7 @@ class RayPool(Pool):
         self._deaths = 0
         self._lost_at: float | None = None
         self._start_at = 0.0
+        self._trouble = ""  # that a person knows of
         self._start()
         self.survey = self._first_survey()
         self.workers = min(self.survey.cpus, spec.workers or self.survey.cpus)
@@ -130,7 +131,7 @@ class RayPool(Pool):
                 self._surveyed = True
                 self.use(self._slab)
         if child.ended:
-            events.append(self._lost(child))
+            events += self._lost(child)
         elif note := self._children.check(child, owes=True, limit=SILENT_SECONDS):
             events.append(Note(note))
         self._feed()
@@ -143,7 +144,7 @@ class RayPool(Pool):
             order = self._orders.get(filled.slot)
             if order is not None and order.lease == filled.lease:
                 del self._orders[filled.slot]
-                self._deaths, self._lost_at = 0, None
+                self._deaths, self._lost_at, self._trouble = 0, None, ""
                 events.append(filled)
         if news.hosts:
             for share in news.hosts:
@@ -166,11 +167,14 @@ class RayPool(Pool):
             self._sent += 1
             self._child.send(order)
 
-    def _lost(self, child: Child) -> Note:
+    def _lost(self, child: Child) -> list[Event]:
         """Reap it; a successor is given what it had not answered. A cluster that is gone may come back."""
         now = time.monotonic()
         self._child = None
         self._before = {name: replace(share, cpus=0) for name, share in self._shares.items()}
+        self._shares = dict(self._before)
+        if self._at_work:
+            self._on_hosts(counted(0, 0))
         self._unsent = {**self._orders, **self._unsent}
         self._orders = {}
         self._lost_at = self._lost_at or now
@@ -181,7 +185,8 @@ class RayPool(Pool):
             # One that had connected has waited for a host already.
             if self._surveyed or now - self._lost_at > self._spec.patience:
                 raise
-            return Note(f"{error.message} Trying again.")
+            known, self._trouble = self._trouble, error.message
+            return [] if error.message == known else [Note(f"{error.message} Trying again.")]
         self._deaths += 1
         if self._deaths >= POISON_TRIES:
             raise ResourceError(
@@ -189,7 +194,7 @@ class RayPool(Pool):
                 f"{death.how}.{death.stderr}",
                 remedy="What was committed is safe; run the same command again.",
             )
-        return Note(f"{child} {death.how}; replaced, its blocks are given out again")
+        return [Note(f"{child} {death.how}; replaced, its blocks are given out again")]
 
 
 def counted(hosts: int, cpus: int) -> str:

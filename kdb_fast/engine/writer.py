@@ -7,12 +7,13 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection
 from typing import Any
 
 from ..db.address import DatabaseAddress
 from ..faults import fault
-from ..ipc.child import enter_child
+from ..ipc.child import enter_child, saying
 from ..ipc.messages import (
     Answer,
     Busy,
@@ -80,24 +81,10 @@ class _Sender:
     def say(self, doing: str) -> None:
         self._doing = doing
 
-    @contextlib.contextmanager
-    def beating(self) -> Any:
+    def beating(self) -> AbstractContextManager[None]:
         """Send Busy every BEAT_SECONDS while the block runs."""
         self._doing = ""
-        done = threading.Event()
-
-        def beat() -> None:
-            while not done.wait(BEAT_SECONDS):
-                with contextlib.suppress(OSError):
-                    self.send(Busy(self._doing))
-
-        thread = threading.Thread(target=beat, name="beat", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
+        return saying(BEAT_SECONDS, lambda: self.send(Busy(self._doing)))
 
 
 def serve(connection: Connection, sender: _Sender, slab: Slab, store: Store, spec: RunSpec) -> None:

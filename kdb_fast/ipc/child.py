@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import math
 import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..resources import collect_rarely
@@ -34,6 +37,30 @@ def start(packed: bytes) -> None:
     collect_rarely()
     target, *arguments = pickle.loads(packed)  # noqa: S301 - from our parent
     target(*arguments)
+
+
+@contextlib.contextmanager
+def saying(seconds: float, say: Callable[[], None], *, at_most: float = math.inf) -> Iterator[None]:
+    """Have the parent told, every so many seconds while the block runs, that this process is alive.
+
+    Args:
+        say: Does so; called in a thread.
+        at_most: Seconds after which nothing more is said: the block hangs.
+    """
+    done, end = threading.Event(), time.monotonic() + at_most
+
+    def beat() -> None:
+        while not done.wait(seconds) and time.monotonic() < end:
+            with contextlib.suppress(OSError):  # the parent has ended
+                say()
+
+    thread = threading.Thread(target=beat, name="beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def enter_child(stderr: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import sqlite3
 import time
@@ -14,13 +15,15 @@ import cluster_stub
 import psutil
 import psycopg
 import pytest
-from clusters import ACCESS, Cluster, no_networks
+from cluster_machine import no_networks
+from clusters import ACCESS, Cluster
 from commands import Command, Commands, FileJob, MakeJob
 from oracle import Receipt
 from poison_worker import DEADLY, EACH_SECONDS, GATED
 from servers import eventually, execute, kept_rejects
 
 from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.engine.cluster.ray_cluster import POLL_SECONDS
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="nothing was run on a cluster: ray is missing"),
@@ -30,10 +33,15 @@ pytestmark = [
 HOSTS = 2
 
 FULL = os.environ.get("KDB_FAST_CLUSTER_FAULTS") == "full"
-"""The long form: both databases, and cuts of several lengths."""
+"""The long form: both databases, both ways to reach a cluster, and cuts of several lengths."""
 
 CUTS = [1.0, 4.0, 6.0, 8.0, 20.0, 45.0] if FULL else [20.0]
 """Seconds. The cluster gives a host up that does not answer for six."""
+
+
+RAYS_PATIENCE = {"RAY_CLIENT_RECONNECT_GRACE_PERIOD": "4", "RAY_gcs_rpc_server_reconnect_timeout_s": "6"}
+"""Of the commands here, in seconds instead of 30 and 60: how long the head keeps what a client had that has gone, and
+how long Ray's driver lives without a head."""
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +60,20 @@ def cluster(started: Cluster) -> Cluster:
     return started
 
 
+@pytest.fixture(params=["address", "client"] if FULL else ["address"])
+def through(request: pytest.FixtureRequest) -> str:
+    """How the command reaches the cluster: by a raylet of its own machine, or by the head's server of Ray's client."""
+    return str(request.param)
+
+
 class Run:
-    """A job on the cluster, whose texts wait for :meth:`go` unless it says otherwise."""
+    """A job on the cluster, whose texts wait for :meth:`go` unless it says otherwise.
+
+    Attributes:
+        through: ``address`` or ``client``, of the cluster.
+    """
+
+    through = "address"
 
     def __init__(self, job: FileJob, cluster: Cluster) -> None:
         self.job, self.cluster = job, cluster
@@ -61,7 +81,8 @@ class Run:
         (self._folder / "embedded").touch()
 
     def start(self, *, seconds: dict[str, float] | None = None, **environment: str) -> Command:
-        return self.job.start("--cluster", self.cluster.address, seconds=seconds, **ACCESS, **environment)
+        address = getattr(self.cluster, self.through)
+        return self.job.start("--cluster", address, seconds=seconds, **ACCESS, **RAYS_PATIENCE, **environment)
 
     def go(self) -> None:
         """Texts with GATED are embedded from now on."""
@@ -115,7 +136,8 @@ def test_a_host_that_joins_is_used(make_run: MakeRun, cluster: Cluster) -> None:
     assert receipt["workers"] == HOSTS + 1
     if cluster.networks:  # the receipt tells hosts apart by their address
         assert sum(host["records"] for host in receipt["hosts"]) == receipt["stored"] == 200
-    assert "takes part from now on" in command.err
+    (seconds,) = re.findall(r"takes part from now on, with 1 CPU, (\d+) s after it was seen", command.err)
+    assert int(seconds) + POLL_SECONDS <= 10
 
 
 @pytest.mark.parametrize("how", ["leaves", "is killed"])
@@ -185,21 +207,23 @@ def test_a_slow_host_does_not_hold_up_the_end(make_run: MakeRun, cluster: Cluste
         assert sorted(records_by_host(receipt).values()) == [0, 60]
 
 
-def test_the_command_is_killed_and_run_again(make_run: MakeRun, cluster: Cluster) -> None:
+def test_the_command_is_killed_and_run_again(make_run: MakeRun, cluster: Cluster, through: str) -> None:
     run = make_run([*(f"text {number}" for number in range(100)), *gated(20)])
+    run.through = through
     command = run.start()
     run.wait_for_embedders(HOSTS, command)
     eventually(lambda: stored(run.job.database), 60)
     command.kill()
-    eventually(lambda: not cluster.actors(), 10)
+    eventually(lambda: not cluster.actors(), 10 if through == "address" else 20)
     run.go()
     receipt = run.finish(run.start())
     assert receipt["stored"] < 120
     assert receipt["unchanged"] > 0
 
 
-def test_ctrl_c_ends_the_actors_too(make_run: MakeRun, cluster: Cluster) -> None:
+def test_ctrl_c_ends_the_actors_too(make_run: MakeRun, cluster: Cluster, through: str) -> None:
     run = make_run([*(f"text {number}" for number in range(100)), *gated(20)])
+    run.through = through
     command = run.start(seconds={"drain": 0.5})
     run.wait_for_embedders(HOSTS, command)
     eventually(lambda: stored(run.job.database), 60)
@@ -209,6 +233,27 @@ def test_ctrl_c_ends_the_actors_too(make_run: MakeRun, cluster: Cluster) -> None
     run.go()
     receipt = run.finish(run.start())
     assert receipt["unchanged"] > 0
+
+
+def test_through_rays_client_a_run_is_interrupted_and_killed_and_run_to_the_end(
+    make_run: MakeRun, cluster: Cluster
+) -> None:
+    run = make_run([*(f"text {number}" for number in range(100)), *gated(20)])
+    run.through = "client"
+    command = run.start(seconds={"drain": 0.5})
+    run.wait_for_embedders(HOSTS, command)
+    eventually(lambda: stored(run.job.database), 60)
+    command.send(signal.SIGINT)
+    assert command.wait() == 130, command.err
+    eventually(lambda: not cluster.actors(), 20)
+    command = run.start()
+    run.wait_for_embedders(HOSTS * 2, command)
+    command.kill()
+    eventually(lambda: not cluster.actors(), 20)
+    run.go()
+    receipt = run.finish(run.start())
+    assert receipt["unchanged"] > 0
+    assert receipt["unchanged"] + receipt["stored"] == 120
 
 
 def test_the_process_that_talks_to_the_cluster_is_killed(make_run: MakeRun, cluster: Cluster) -> None:
@@ -236,6 +281,22 @@ def test_no_host_is_left(make_run: MakeRun, cluster: Cluster) -> None:
     assert "What was committed is safe" in command.err
     run.go()
     cluster.add_host()
+    receipt = run.finish(run.start())
+    assert receipt["unchanged"] > 0
+    assert receipt["unchanged"] + receipt["stored"] == 120
+
+
+def test_the_head_dies(make_run: MakeRun, cluster: Cluster, through: str) -> None:
+    run = make_run([*(f"text {number}" for number in range(100)), *gated(20)])
+    run.through = through
+    command = run.start(KDB_FAST_PATIENCE="3")
+    run.wait_for_embedders(HOSTS, command)
+    eventually(lambda: stored(run.job.database), 60)
+    cluster.kill_head()
+    assert command.wait() == 5, command.err
+    assert "What was committed is safe" in command.err
+    cluster.start_anew(HOSTS)
+    run.go()
     receipt = run.finish(run.start())
     assert receipt["unchanged"] > 0
     assert receipt["unchanged"] + receipt["stored"] == 120

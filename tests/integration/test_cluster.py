@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
-from clusters import Cluster, free_port
+from cluster_machine import free_port
+from clusters import Cluster
+from kameleon import close_kameleon, open_kameleon
 from servers import ListSource, Oracle, engine_processes, index_rows, mixed_texts, records_of
 
 from kdb_fast.accounting import Counts
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.embedding.models.files import sha256_of
 from kdb_fast.embedding.models.lookup import Model
+from kdb_fast.embedding.precision.support import unsupported
+from kdb_fast.engine.cluster import survey
 from kdb_fast.engine.cluster.messages import ClusterSpec
 from kdb_fast.errors import ClusterError, MissingPackageError
 from kdb_fast.indexing.progress import Progress, Silent
 from kdb_fast.indexing.reindex import reindex
 from kdb_fast.receipt import HostShare, Receipt
+from kdb_fast.resources import WITHOUT_CPU_FLAGS
 from kdb_fast.settings import ReindexOptions
+from kdb_fast.sources import SourceSpec
 
 pytest.importorskip("ray")
 
@@ -77,6 +85,66 @@ def test_rays_client_carries_a_run_too(cluster: Cluster, sqlite_database: Databa
     receipt = run(sqlite_database, texts, cluster=cluster.client, workers=1)
     assert (receipt.stored, receipt.workers, receipt.hosts[0].cpus) == (40, 1, 1)
     oracle.check(index_rows(sqlite_database), records_of(texts))
+
+
+@pytest.fixture
+def odd_hosts(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
+    """One with another version of a package, as far as Python knows, and one with a lesser CPU."""
+    package = tmp_path / "packages" / "tokenizers-0.0.1.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: tokenizers\nVersion: 0.0.1\n")
+    hosts = [
+        cluster.add_host(environment={"PYTHONPATH": str(package.parent)}),
+        cluster.add_host(environment={WITHOUT_CPU_FLAGS: "avx512* avx_* amx_*"}),
+    ]
+    yield
+    for host in hosts:
+        cluster.kill_raylet(host)
+
+
+@pytest.mark.usefixtures("odd_hosts")
+def test_hosts_that_would_give_other_vectors_are_left_out(
+    cluster: Cluster, sqlite_database: DatabaseAddress, tmp_path: Path, minilm: Model
+) -> None:
+    """What the lesser CPU gives in fp32 is as good."""
+    file = tmp_path / "notes.jsonl"
+    file.write_text("".join(json.dumps({"id": i, "text": f"note {i}"}) + "\n" for i in range(120)))
+    notes = SourceSpec(from_file=str(file), entity="Note")
+    exact = reindex(sqlite_database, notes, ReindexOptions(cluster=cluster.address))
+    here = survey.versions(("tokenizers",))["tokenizers"]
+    assert f"tokenizers 0.0.1, here {here} (install the same versions)" in exact.plan
+    assert "2 hosts of the cluster" in exact.plan
+    assert exact.plan.count("left out") == 1
+    if reason := unsupported("bf16"):
+        pytest.skip(f"whether a host without BF16 is left out was not tried: {reason}")
+    receipt = reindex(sqlite_database, notes, ReindexOptions(cluster=cluster.address, precision="bf16"))
+    assert "this CPU has no BF16 instructions" in receipt.plan
+    assert "1 host of the cluster" in receipt.plan
+    assert (exact.stored, receipt.stored) == (120, 120)
+
+
+@pytest.mark.filterwarnings("ignore:The default datetime adapter is deprecated:DeprecationWarning")
+def test_insert_and_a_retry_of_rejects_may_use_a_cluster_too(
+    cluster: Cluster, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], tmp_path: Path, minilm: Model
+) -> None:
+    pytest.importorskip("kameleondb")
+    database = open_kameleon("sqlite", request, capsys, tmp_path)
+    database.client.create_entity("Note", fields=[{"name": "text", "type": "text"}]).insert({"text": "fine"})
+    database.reindex()
+    database.execute(
+        "CREATE TRIGGER no_word BEFORE INSERT ON kdb_search WHEN NEW.content LIKE '%forbidden%' "
+        "BEGIN SELECT RAISE(ABORT, 'no such word'); END"
+    )
+    there = ("--cluster", cluster.address)
+    inserted = database.insert("Note", [{"text": "forbidden"}, {"text": "good"}], "--max-rejects", "1", *there)
+    assert (inserted.code, inserted.json["stored"], inserted.json["rejected"]) == (3, 1, 1), inserted
+    assert sum(host["records"] for host in inserted.json["hosts"]) == 2
+    database.execute("DROP TRIGGER no_word")
+    retried = database.kdb_fast("rejects", "retry", "--json", "--no-progress", *there)
+    assert (retried.code, retried.json["remaining"]) == (0, 0), retried
+    assert sum(host["records"] for host in retried.json["receipt"]["hosts"]) == 1
+    assert sorted(database.index().values()) == ["text: fine", "text: forbidden", "text: good"]
+    close_kameleon(database, request)
 
 
 class Notes(Silent):
@@ -144,8 +212,6 @@ def test_what_is_asked_of_a_host_first_needs_no_kdb_fast_there() -> None:
     """It travels by value; this interpreter stands for a host that lacks kdb-fast."""
     from ray import cloudpickle
 
-    from kdb_fast.engine.cluster import survey
-
     cloudpickle.register_pickle_by_value(survey)
     program = (
         "import sys, pickle; sys.modules['kdb_fast'] = None; "
@@ -166,19 +232,27 @@ def test_without_ray_the_message_says_how_to_install_it(
         run(sqlite_database, ["a text"], cluster="auto")
 
 
-def test_a_client_that_the_head_failed_to_serve_tries_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("said", ["Starting Ray client server failed.", "Proxy failed to Connect to backend!"])
+def test_a_client_that_the_head_failed_to_serve_tries_until_a_deadline(
+    monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
     from kdb_fast.engine.cluster import ray_cluster
 
     tried: list[str] = []
 
     def fail(ray: Any, spec: ClusterSpec) -> None:
         tried.append(spec.address)
-        raise ConnectionAbortedError("Initialization failure: Starting Ray client server failed.")
+        if len(tried) == 4:
+            clock.append(1000.0)
+        raise ConnectionAbortedError(f"Initialization failure: {said}")
 
+    clock = [0.0]
+    still = SimpleNamespace(monotonic=lambda: clock[-1], sleep=lambda seconds: None)
+    monkeypatch.setattr(ray_cluster, "time", still)
     monkeypatch.setattr(ray_cluster, "_init", fail)
     monkeypatch.setattr(ray_cluster, "_reach", lambda address: None)
     monkeypatch.setattr(ray_cluster, "import_ray", lambda: None)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    with pytest.raises(ClusterError, match="Starting Ray client server failed"):
+    with pytest.raises(ClusterError, match=said):
         ray_cluster.connect(ClusterSpec("ray://head:10001", "1", None, 1.0))
-    assert tried == ["ray://head:10001"] * 2
+    assert tried == ["ray://head:10001"] * 4

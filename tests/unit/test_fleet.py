@@ -222,7 +222,12 @@ def test_a_host_that_joins_later_takes_part() -> None:
     stub.join(B)
     stub.turn()
     assert stub.started[-1].node is B
-    assert any("b (10.0.0.2) takes part from now on, with 1 CPU" in note for note in stub.notes)
+    assert stub.notes == []
+    stub.now += 4.0
+    stub.tell(ActorReady(stub.started[-1]))
+    stub.turn()
+    assert stub.notes == ["b (10.0.0.2) takes part from now on, with 1 CPU, 4 s after it was seen"]
+    assert stub.shares[B.name].cpus == 1
 
 
 def test_an_unfit_host_is_left_out_with_its_reason() -> None:

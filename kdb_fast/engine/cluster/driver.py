@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ...embedding.encoder import EncoderSpec
-from ...ipc.child import enter_child
+from ...ipc.child import enter_child, saying
 from ...ipc.messages import Embed, Failed, Ready, Stop
 from ...ipc.slab import Slab
 from . import ray_cluster
@@ -24,8 +24,13 @@ from .fleet import Fleet
 from .messages import ClusterSpec, News
 
 VARIABLES = ("RAY_ADDRESS", "RAY_TMPDIR", "RAY_USE_TLS", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT",
-             "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")  # fmt: skip
-"""What this process sees of the environment beside what a worker sees: where the cluster is, and how to enter it."""
+             "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH",
+             "RAY_CLIENT_RECONNECT_GRACE_PERIOD", "RAY_gcs_rpc_server_reconnect_timeout_s")  # fmt: skip
+"""What this process sees of the environment beside what a worker sees: where the cluster is, how to enter it, and how
+long Ray waits for its head."""
+
+CONNECT_SECONDS = 300.0
+"""Whoever has not reached the cluster by then hangs: four attempts of Ray's client that fail after a minute each."""
 
 SURVEY_SECONDS = 40.0
 """Hosts that have not said by then what they have may join later."""
@@ -56,10 +61,11 @@ def run(connection: Connection, spec: ClusterSpec, encoder: EncoderSpec, stderr:
     # What spawn hands on of the parent's; Ray or a library might show it.
     sys.argv = ["kdb-fast"]
     try:
-        ray = ray_cluster.connect(spec)
+        connection.send(Ready(time.monotonic() - started))
+        with saying(BEAT_SECONDS, lambda: connection.send(News()), at_most=CONNECT_SECONDS):
+            ray = ray_cluster.connect(spec)
         cluster = ray_cluster.RayCluster(ray, encoder, spec.name)
         fleet = Fleet(cluster, spec, encoder.model.memory_bytes)
-        connection.send(Ready(time.monotonic() - started))
         _survey(connection, cluster, fleet, spec.patience)
         connection.send(fleet.survey())
         slab = Slab.receive(connection)
@@ -89,7 +95,11 @@ def _survey(connection: Connection, cluster: ray_cluster.RayCluster, fleet: Flee
 
 
 def serve(connection: Connection, cluster: ray_cluster.RayCluster, fleet: Fleet) -> None:
-    """Carry orders to the fleet and news to the parent until Stop."""
+    """Carry orders to the fleet and news to the parent until Stop.
+
+    Raises:
+        ConnectionError: The head is gone for good; a successor of this process may find another.
+    """
     taken, said = 0, 0.0
     while True:
         ready = wait([connection, cluster.wake_end], BEAT_SECONDS)
@@ -106,6 +116,8 @@ def serve(connection: Connection, cluster: ray_cluster.RayCluster, fleet: Fleet)
         news = fleet.news()
         now = time.monotonic()
         if any(news) or now - said >= BEAT_SECONDS:
+            if not cluster.connected:
+                raise ConnectionError("has lost the head of the cluster")
             said = now
             for at in range(0, max(1, len(news.filled)), NEWS_SLOTS):
                 connection.send(news._replace(taken=taken, filled=news.filled[at : at + NEWS_SLOTS]))

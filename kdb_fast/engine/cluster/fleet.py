@@ -13,6 +13,7 @@ from ... import errors
 from ...errors import ClusterError, KdbFastError, ResourceError
 from ...ipc.messages import Embed
 from ...ipc.slab import Slab
+from ...records import number_of
 from ..plan import WORKER_BYTES
 from .base import (
     Actor,
@@ -134,8 +135,7 @@ class Fleet:
                 self._host_said(event)
             elif event.actor in self._living(event.actor):
                 if isinstance(event, ActorReady):
-                    event.actor.ready, event.actor.since = True, self._clock()
-                    self.blocks.ready(event.actor)
+                    self._ready(event.actor)
                 elif isinstance(event, ActorFailed):
                     self._failed(event)
                 else:
@@ -176,6 +176,7 @@ class Fleet:
             if node.cpus >= 1 and (known is None or known.state is State.GONE):
                 self._hosts[node.id] = known or Host(node)
                 self._hosts[node.id].state = State.EXAMINED
+                self._hosts[node.id].joined_at = self._clock() if self._blocks is not None else None
                 self._cluster.examine(node)
         for host in self._hosts.values():
             if host.node.id not in there and host.state is not State.GONE:
@@ -196,8 +197,6 @@ class Fleet:
             host.state = State.FIT
             host.most = min(host.node.cpus, max(1, int(event.memory * 0.7) // self._memory))
             self._cluster.prepare(host.node)
-            if self._blocks is not None:
-                self._notes.append(f"{host.node.name} takes part from now on, with {host.most} CPUs")
         elif isinstance(event, HostPrepared):
             host.state, host.spec = State.READY, event.spec
         else:
@@ -237,9 +236,20 @@ class Fleet:
             self._numbers += 1
             actor = Actor(host.node, self._numbers, now)
             host.actors.append(actor)
-            self._changed[host] = None
             self._cluster.start(actor, host.spec)
             actors += 1
+
+    def _ready(self, actor: Actor) -> None:
+        host, now = self._hosts[actor.node.id], self._clock()
+        actor.ready, actor.since = True, now
+        self.blocks.ready(actor)
+        self._changed[host] = None
+        if host.joined_at is not None:
+            cpus, seconds = number_of(host.most, "CPU"), now - host.joined_at
+            self._notes.append(
+                f"{host.node.name} takes part from now on, with {cpus}, {seconds:.0f} s after it was seen"
+            )
+            host.joined_at = None
 
     def _check(self, host: Host, actor: Actor, now: float) -> None:
         """One that hangs is killed and replaced; where none comes up, another job has the CPU, or the host hangs."""

@@ -32,6 +32,8 @@ class Host:
     """Actors that its CPUs and its memory allow."""
     busy_until: list[float] = field(default_factory=list)
     """Of CPUs on which no actor came up: until when none is tried."""
+    joined_at: float | None = None
+    """When it was seen, of one that has joined during the run and does not embed yet."""
     spec: EncoderSpec | None = None
     actors: list[Actor] = field(default_factory=list)
     records: int = 0
@@ -41,4 +43,5 @@ class Host:
     def share(self) -> HostShare:
         """For the parent and the receipt."""
         why = self.reason if self.state in (State.LEFT_OUT, State.GONE) else ""
-        return HostShare(self.node.name, len(self.actors), self.records, self.tokens, self.deaths, why)
+        embedding = sum(actor.ready for actor in self.actors)
+        return HostShare(self.node.name, embedding, self.records, self.tokens, self.deaths, why)

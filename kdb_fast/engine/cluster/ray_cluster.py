@@ -46,6 +46,13 @@ POLL_SECONDS = 2.0
 REACH_SECONDS = 10.0
 """A head that does not take a connection by then is not there."""
 
+CLIENT_SECONDS = 150.0
+"""So long the head is asked again for a server of Ray's client, which is up in 3 s, or is given up by the head at once
+or, as was seen, after 40 or 60 s."""
+
+NO_SERVER = ("Starting Ray client server failed", "Proxy failed to Connect to backend")
+"""In what the head says then."""
+
 EXAMINE_SECONDS = 30.0
 """A host that has not said what it has by then is asked again later: Ray starts an interpreter there first."""
 
@@ -109,14 +116,7 @@ def connect(spec: ClusterSpec) -> Any:
     try:
         if address != "auto":
             _reach(address)
-        for last in (False, True):
-            try:
-                _init(ray, spec)
-                break
-            except ConnectionError as error:
-                # The head starts a process for each client, whose fork now and then fails within gRPC.
-                if last or "Starting Ray client server failed" not in str(error):
-                    raise
+        _init_again_and_again(ray, spec)
     except Exception as error:
         # Ray has a class of its own for nearly each reason, and its messages have several lines.
         said = " ".join(str(error).split())[:300]
@@ -126,6 +126,18 @@ def connect(spec: ClusterSpec) -> Any:
             "What was committed is safe.",
         ) from None
     return ray
+
+
+def _init_again_and_again(ray: Any, spec: ClusterSpec) -> None:
+    """The head forks a server for each client while gRPC's threads run, and now and then it dies of that, or hangs."""
+    deadline = time.monotonic() + CLIENT_SECONDS
+    while True:
+        try:
+            return _init(ray, spec)
+        except ConnectionError as error:
+            if not any(words in str(error) for words in NO_SERVER) or time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
 
 
 def _init(ray: Any, spec: ClusterSpec) -> None:
@@ -186,13 +198,12 @@ class RayCluster:
         self._actor_threads = ThreadPoolExecutor(ACTOR_THREADS, "actors")
         self._actor_class = ray.remote(EmbeddingActor)
         ray.cloudpickle.register_pickle_by_value(survey)
-        self._seen = time.monotonic()
         threading.Thread(target=self._watch, name="nodes", daemon=True).start()
 
     @property
-    def silent_seconds(self) -> float:
-        """Since the cluster last said which hosts it has."""
-        return time.monotonic() - self._seen
+    def connected(self) -> bool:
+        """False once Ray's client has given up the head; its driver would have ended this process."""
+        return bool(self._ray.is_initialized())
 
     def events(self) -> Iterator[ClusterEvent]:
         """What has happened since this was asked last."""
@@ -218,7 +229,6 @@ class RayCluster:
         while True:
             with contextlib.suppress(Exception):  # the head may be away for a while
                 nodes = self._ray.nodes()
-                self._seen = time.monotonic()
                 self._tell(NodesSeen(tuple(_node(values) for values in nodes if values["Alive"])))
             time.sleep(POLL_SECONDS)
 
