@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import psutil
+
+from kdb_fast.ipc.repeating import repeating
 
 SAMPLE_SECONDS = 0.5
 """Time between two samples of memory: reading it takes about 2 ms a process, so under 1 % of a core."""
@@ -89,17 +90,6 @@ class Sampler:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Sample until the block ends."""
-        done = threading.Event()
-
-        def loop() -> None:
-            self.take()
-            while not done.wait(self._seconds):
-                self.take()
-
-        thread = threading.Thread(target=loop, name="memory", daemon=True)
-        thread.start()
-        try:
+        self.take()
+        with repeating(self.take, self._seconds, "memory"):
             yield
-        finally:
-            done.set()
-            thread.join()

@@ -56,6 +56,38 @@ class Reject(NamedTuple):
     position: int = 0
 
 
+class KeptReject(NamedTuple):
+    """A rejected record, as it is kept.
+
+    Attributes:
+        entity: Of KameleonDB; '' for a record of a target.
+        record_id: Its key, of several columns with commas between; '' for a line of an input that became no record.
+        reason: One word, such as ``nul_byte``.
+        detail: What was found, in words.
+        position: Number of its line in the input; 0 for a record of the database.
+        run: The run that rejected it.
+        rejected_at: When; aware.
+        content_hash: SHA-256 of its text in hexadecimal digits.
+        target: Name of its target; '' for a record of KameleonDB's index.
+    """
+
+    entity: str
+    record_id: str
+    reason: str
+    detail: str
+    position: int
+    run: int
+    rejected_at: datetime
+    content_hash: str
+    target: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``rejects list --json`` prints."""
+        values = self._asdict()
+        target, line, _ = values.pop("target"), values.pop("position"), values.pop("content_hash")
+        return {**({"target": target} if target else {}), **values, "line": line}
+
+
 NOT_TEXT = b"\xff"
 """First byte of an encoded key that has other parts than texts: UTF-8 has no such byte."""
 

@@ -113,14 +113,19 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 
 
 @pytest.fixture
-def table(commands: Commands, index: DatabaseAddress) -> Iterator[Table]:
-    """A table of two articles, and commands on it."""
+def empty_table(commands: Commands, index: DatabaseAddress) -> Iterator[Table]:
+    """A table for articles, and commands on it."""
     from table_commands import Table
 
-    found = Table(commands, index)
-    found.add(1, "one", "two")
-    yield found
+    yield Table(commands, index)
     commands.clear()
+
+
+@pytest.fixture
+def table(empty_table: Table) -> Table:
+    """The same with two articles."""
+    empty_table.add(1, "one", "two")
+    return empty_table
 
 
 @pytest.fixture

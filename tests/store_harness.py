@@ -27,7 +27,7 @@ from servers import IndexRow, connect_as, execute, index_rows
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.ipc.slab import Row, Slab, SlabShape
-from kdb_fast.records import Record, Reject, content_hash
+from kdb_fast.records import KeptReject, Record, Reject, content_hash
 from kdb_fast.stores import open_store
 from kdb_fast.stores.base import FlushResult, FlushSlot, IndexStore, RunSpec, Store, Stored, TargetTable
 from kdb_fast.tables.kdb_search import KDB_SEARCH, entity_and_id
@@ -127,11 +127,11 @@ def reject(key: str, position: int = 0, entity: str = ENTITY) -> Reject:
     return Reject((entity, key), "empty_text", "the text is empty", content_hash(""), position)
 
 
-def names(row: Mapping[str, Any]) -> tuple[str, str]:
+def names(row: KeptReject) -> tuple[str, str]:
     """Entity and record id of a reject; where the target has no groups, they are shown as one key."""
-    if row["entity"]:
-        return row["entity"], row["record_id"]
-    entity, _, record_id = row["record_id"].partition(", ")
+    if row.entity:
+        return row.entity, row.record_id
+    entity, _, record_id = row.record_id.partition(", ")
     return entity, record_id
 
 

@@ -51,7 +51,7 @@ def rejects_list(
     with opened_database(db, reads=True) as address:
         rows = list_all(in_schema(address, state_schema), entity, target)
     if as_json:
-        print(json.dumps({"total": len(rows), "rejects": rows[:limit]}, default=str))
+        print(json.dumps({"total": len(rows), "rejects": [row.as_json() for row in rows[:limit]]}, default=str))
     else:
         print_rejects(rows, limit)
 

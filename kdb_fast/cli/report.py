@@ -13,7 +13,10 @@ from ..tables.target import Target
 from .console import with_database
 
 if TYPE_CHECKING:
+    from ..records import KeptReject
+    from ..search.commands import Status
     from ..search.tables.results import TableResult
+    from ..stores.targets import TargetStatus
 
 SHOWN_CHARS = 100
 """Characters of a text in a list of results."""
@@ -134,15 +137,20 @@ def print_table_results(results: Sequence[TableResult]) -> None:
         print(f"{number:>3}. {result.score:.4f}  {key}{piece}")
         print(f"     {printable(result.matched_text)}")
         for name, value in result.columns.items():
-            print(f"     {printable(name, 40)}: {printable(str(value))}")
+            print(f"     {printable(name, 40)}: {printable(_of_database(value))}")
 
 
-def print_status(status: Mapping[str, Any], database: str) -> None:
+def _of_database(value: object) -> str:
+    """A value as SQL writes it where Python has a word of its own."""
+    return "NULL" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def print_status(status: Status, database: str) -> None:
     """A table of entities, and one of targets."""
-    entities, targets = status["entities"], status.get("targets", [])
-    database = _with_schema(database, status.get("schema"))
+    entities, targets = status.entities, status.targets
+    database = _with_schema(database, status.schema)
     if entities or not targets:
-        print(f"{database}: {number_of(status['indexed'], 'record')} indexed")
+        print(f"{database}: {number_of(status.indexed, 'record')} indexed")
     else:
         print(f"{database}: no index of KameleonDB")
     if entities:
@@ -151,42 +159,37 @@ def print_status(status: Mapping[str, Any], database: str) -> None:
         print_targets(targets)
 
 
-def _print_entities(status: Mapping[str, Any]) -> None:
+def _print_entities(status: Status) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    entities = status["entities"]
+    entities = status.entities
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("entity")
     for name in ("indexed", "pending", "stale", "rejected"):
         table.add_column(name, justify="right")
     table.add_column("last update")
     for row in entities:
-        pending = "?" if row["pending"] is None else f"{row['pending']:,}"
-        updated = str(row["last_updated"] or "never")[:19]
-        table.add_row(printable(row["entity"], 60), f"{row['indexed']:,}", pending, f"{row['stale']:,}",
-                      f"{row['rejected']:,}", updated)  # fmt: skip
+        pending = "?" if row.pending is None else f"{row.pending:,}"
+        updated = str(row.last_updated or "never")[:19]
+        table.add_row(printable(row.entity, 60), f"{row.indexed:,}", pending, f"{row.stale:,}",
+                      f"{row.rejected:,}", updated)  # fmt: skip
     Console(highlight=False, markup=False, soft_wrap=True).print(table)
-    if status.get("run"):
-        run = status["run"]
-        print(f"last run: {run['run']}, {run['state']}, began {str(run['started_at'])[:19]}")
+    if run := status.run:
+        print(f"last run: {run.run}, {run.state}, began {str(run.started_at)[:19]}")
 
 
-def print_targets(targets: Sequence[Mapping[str, Any]]) -> None:
-    """A table of targets.
-
-    Args:
-        targets: As :meth:`kdb_fast.stores.targets.TargetStatus.as_json` gives each.
-    """
+def print_targets(targets: Sequence[TargetStatus]) -> None:
+    """A table of targets."""
     if not targets:
         print("There are no targets. Describe one: kdb-fast reindex --table TABLE --text COLUMN --vector COLUMN")
         return
     lines = [("target", "vectors in", "rows", "rejected", "last run")]
-    for values in targets:
-        rows = "?" if values["rows"] is None else f"{values['rows']:,}"
-        run = values["run"]
-        last = f"{values['state']}, {str(run['started_at'])[:19]}" if run else "never"
-        lines.append((printable(values["name"], 60), printable(_place(values)), rows, f"{values['rejected']:,}", last))
+    for target in targets:
+        rows = "?" if target.rows is None else f"{target.rows:,}"
+        last = f"{target.state}, {str(target.run.started_at)[:19]}" if target.run else "never"
+        name, place = printable(target.definition.name, 60), printable(target.definition.place_shown)
+        lines.append((name, place, rows, f"{target.rejected:,}", last))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for name, place, rows, rejected, last in lines:
         print(
@@ -194,39 +197,32 @@ def print_targets(targets: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _place(values: Mapping[str, Any]) -> str:
-    """Table and column of the vectors of a target."""
-    schema, table = (values["into_schema"], values["into"]) if values["into"] else (values["schema"], values["table"])
-    return f"{Target(schema).shown(table)}.{values['vector']}"
-
-
-def print_target(values: Mapping[str, Any]) -> None:
-    """What is kept of a target, and what there is of it; see :func:`print_targets`."""
-    run = values["run"]
-    read = Target(values["schema"]).shown(values["table"]) if values["table"] else values["query"] or "files"
+def print_target(target: TargetStatus) -> None:
+    """What is kept of a target, and what there is of it."""
+    run, kept = target.run, target.definition
+    read = Target(kept.schema).shown(kept.table) if kept.table else kept.query or "files"
     lines = {
-        "target": values["name"],
+        "target": kept.name,
         "reads": read
-        + (f" of {values['source']}" if values["source"] else "")
-        + (f" where {values['filter']}" if values["filter"] else ""),
-        "text": values["template"] or ", ".join(values["text"]),
-        "key": ", ".join(values["key"]),
-        "vectors in": _place(values),
-        "model": f"{values['model']}, {values['dimensions']} dimensions, {values['precision']}"
-        + (f", {values['provider']} {values['base_url']}".rstrip() if values["provider"] != "fastembed" else ""),
-        "pieces": f"of {values['chunk']} tokens, {values['overlap']} of them shared" if values["chunk"] else "",
-        "prefixes": f"{values['document_prefix']!r} before texts, {values['query_prefix']!r} before queries"
-        if values["document_prefix"] or values["query_prefix"]
+        + (f" of {kept.source}" if kept.source else "")
+        + (f" where {kept.filter}" if kept.filter else ""),
+        "text": kept.template or ", ".join(kept.text),
+        "key": ", ".join(kept.key),
+        "vectors in": kept.place_shown,
+        "model": f"{kept.model}, {kept.dimensions} dimensions, {kept.precision}"
+        + (f", {kept.provider} {kept.base_url}".rstrip() if kept.provider != "fastembed" else ""),
+        "pieces": f"of {kept.chunk} tokens, {kept.overlap} of them shared" if kept.chunk else "",
+        "prefixes": f"{kept.document_prefix!r} before texts, {kept.query_prefix!r} before queries"
+        if kept.document_prefix or kept.query_prefix
         else "",
-        "keywords": values["keyword"],
-        "indexes": values["index"],
+        "keywords": kept.keyword,
+        "indexes": kept.index,
         "rows": "the table or column is not there"
-        if values["rows"] is None
-        else f"{values['rows']:,} with a vector"
-        + (f", {number_of(values['pieces'], 'piece')}" if values["pieces"] else ""),
-        "rejected": f"{values['rejected']:,}" if values["rejected"] else "",
-        "last run": f"{run['run']}, {run['state']}, began {str(run['started_at'])[:19]}" if run else "never",
-        "kept in": Target(values["state_schema"]).shown() if values["state_schema"] else "",
+        if target.rows is None
+        else f"{target.rows:,} with a vector" + (f", {number_of(target.pieces, 'piece')}" if target.pieces else ""),
+        "rejected": f"{target.rejected:,}" if target.rejected else "",
+        "last run": f"{run.run}, {run.state}, began {str(run.started_at)[:19]}" if run else "never",
+        "kept in": target.home.shown() if target.home.schema else "",
     }
     for name, text in lines.items():
         if text:
@@ -263,19 +259,19 @@ def print_rejected_lines(receipt: Receipt | None) -> None:
         print(f"and {receipt.rejected - SHOWN_REJECTS:,} more", file=sys.stderr)
 
 
-def print_rejects(rows: Sequence[Mapping[str, Any]], limit: int) -> None:
+def print_rejects(rows: Sequence[KeptReject], limit: int) -> None:
     """Rejected records, one line each."""
     if not rows:
         print("There are no rejected records.")
         return
     for row in rows[:limit]:
-        where = printable(row.get("target") or row["entity"], 60)
-        if row["record_id"]:
-            where += f"/{printable(row['record_id'], 60)}"
-        if row["line"]:
-            where += f" line {row['line']}"
-        reason = printable(f"{row['reason']}: {row['detail']}", 500)
-        print(f"{where}: {reason} (run {row['run']}, {str(row['rejected_at'])[:19]})")
+        where = printable(row.target or row.entity, 60)
+        if row.record_id:
+            where += f"/{printable(row.record_id, 60)}"
+        if row.position:
+            where += f" line {row.position}"
+        reason = printable(f"{row.reason}: {row.detail}", 500)
+        print(f"{where}: {reason} (run {row.run}, {str(row.rejected_at)[:19]})")
     if len(rows) > limit:
         print(f"and {len(rows) - limit:,} more: see --limit")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import UsageError
+from ..errors import SchemaError, UsageError
 from .console import complain
 from .options import BASE_URL_HELP, database_option, json_option, opened_database
 from .tables import in_schema, state_schema_option
@@ -125,9 +125,16 @@ def _ahead(
 
 def _search_table(address: DatabaseAddress, name: str, question: Question, as_json: bool) -> None:
     from ..search.tables.search import search_kept
+    from ..tables.describe import NO_TARGET
     from .report import print_table_results, printable
 
-    found = search_kept(address, name, question)
+    try:
+        found = search_kept(address, name, question)
+    except SchemaError as error:
+        if error.message.startswith(NO_TARGET):
+            both = shlex.quote(f"{name} {question.query}")
+            error.remedy += f" If both words are the query, put them in quotes: kdb-fast search {both}"
+        raise
     for part in found.left_out:
         complain(f"warning: {printable(str(part), 1000)}")
     if as_json:
@@ -215,9 +222,9 @@ def status_command(target: str | None, db: str | None, state_schema: str | None,
     with opened_database(db, reads=True) as address:
         result = run_status(in_schema(address, state_schema))
         name = address.display
-    for note in result["hidden_targets"]:
+    for note in result.hidden_targets:
         complain(f"note: {note}")
     if as_json:
-        print(json.dumps(result, default=str))
+        print(json.dumps(result.as_json(), default=str))
     else:
         print_status(result, name)

@@ -57,7 +57,8 @@ def table_options(command: Callable[..., int]) -> Callable[..., int]:
             "--key",
             multiple=True,
             metavar="COLUMN",
-            help="A column that tells rows apart; repeat it. Default: the primary key.",
+            help="A column that tells rows apart; repeat it. Of a file also with a type: id:bigint. Default: the "
+            "primary key; of a file, id.",
         ),
         click.option(
             "--query", metavar="SQL", help="A SELECT that is read, instead of a table; needs --key and --into."

@@ -33,7 +33,7 @@ def targets_list(db: str | None, state_schema: str | None, as_json: bool) -> Non
     if as_json:
         print(json.dumps({"targets": [target.as_json() for target in found]}, default=str))
     elif found or not hidden:
-        print_targets([target.as_json() for target in found])
+        print_targets(found)
 
 
 @targets_group.command("show")
@@ -56,7 +56,7 @@ def show_target(name: str, db: str | None, state_schema: str | None, as_json: bo
     if as_json:
         print(json.dumps(found.as_json(), default=str))
     else:
-        print_target(found.as_json())
+        print_target(found)
 
 
 @targets_group.command("drop")

@@ -95,7 +95,7 @@ def parse_address(url: str | None) -> DatabaseAddress:
         return _parse_postgresql(re.sub(r"^(postgresql|postgres)(\+\w+)?://", "postgresql://", url))
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]{0,20}:", url)
     raise UsageError(
-        f"--db starts with {scheme[0] if scheme else 'no scheme'!r}; "
+        f"--db {f'starts with {scheme[0]!r}' if scheme else 'has no scheme'}; "
         "expected postgresql://…, sqlite:///file.db or embedded:DIR."
     )
 

@@ -81,7 +81,7 @@ class _Sender:
     def say(self, doing: str) -> None:
         self._doing = doing
 
-    def beating(self) -> AbstractContextManager[None]:
+    def beating(self) -> AbstractContextManager[object]:
         """Send Busy every BEAT_SECONDS while the block runs."""
         self._doing = ""
         return saying(BEAT_SECONDS, lambda: self.send(Busy(self._doing)))

@@ -126,7 +126,7 @@ class EngineFactory:
         if self._store.after_a_crash(self._run.number):
             return True
         reason, _ = ROW_REASONS[ROW_WORKER_DIED]
-        return any(reject["reason"] == reason for reject in self._store.rejects())
+        return any(reject.reason == reason for reject in self._store.rejects())
 
     def close(self, *, kill: bool) -> None:
         """End the engine, at once with ``kill``."""

@@ -91,9 +91,9 @@ def _extended(receipt: Receipt, source: InsertingSource, address: DatabaseAddres
         # Inserted and then refused by the model or the index; a database that is away cannot say which.
         with contextlib.suppress(KdbFastError):
             rejects += [
-                RejectedLine(row["line"], row["record_id"], row["reason"], row["detail"])
+                RejectedLine(row.position, row.record_id, row.reason, row.detail)
                 for row in list_rejects(address, source.entities[0])
-                if row["run"] == receipt.run and row["record_id"]
+                if row.run == receipt.run and row.record_id
             ][: REJECTS_KEPT - len(rejects)]
     indexed = receipt.written + receipt.superseded + receipt.unchanged
     return InsertReceipt(

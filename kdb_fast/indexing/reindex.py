@@ -140,7 +140,7 @@ class _Run:
         state = "failed"
         error: KdbFastError | None = None
         try:
-            with self.heartbeat, collecting_rarely():
+            with self.heartbeat.beating(), collecting_rarely():
                 self._work()
             state = "done"
         except StopRequested:

@@ -12,7 +12,7 @@ from ..catalog.definitions import active_entities
 from ..db.address import DatabaseAddress
 from ..db.reading import read
 from ..receipt import Receipt, Retried
-from ..records import storable_key
+from ..records import KeptReject, storable_key
 from ..settings import DEFAULT_MODEL, ReindexOptions, RejectLimit
 from ..sources import SourceSpec
 from ..stores import open_store
@@ -28,10 +28,8 @@ from ..tables.target import REJECTS, columns_of, find_target
 from .progress import Progress
 from .reindex import reindex
 
-Rows = list[dict[str, Any]]
 
-
-def list_all(address: DatabaseAddress, entity: str | None = None, target: str | None = None) -> Rows:
+def list_all(address: DatabaseAddress, entity: str | None = None, target: str | None = None) -> list[KeptReject]:
     """Rejected records as :func:`list_rejects` gives them, those of a target with its name as ``target``.
 
     Args:
@@ -42,14 +40,14 @@ def list_all(address: DatabaseAddress, entity: str | None = None, target: str | 
         SchemaError: There is no such target.
         DatabaseError: The database cannot be reached.
     """
-    rows: Rows = []
+    rows: list[KeptReject] = []
     if target is None:
         rows = list_rejects(address, entity)
     if entity is None:
         homes = kept_in(address)
         for kept in homes.meant if target is None else [homes.one(target)]:
             name, index = kept.definition.name, _index_of(kept.definition)
-            rows += [{"target": name, **row} for row in list_rejects(kept.where(address), index=index)]
+            rows += [row._replace(target=name) for row in list_rejects(kept.where(address), index=index)]
     return rows
 
 
@@ -68,11 +66,10 @@ def _index_of(definition: Definition) -> IndexTable:
     return IndexTable(definition.identity, (KeyColumn("key", "text", "key"),))
 
 
-def list_rejects(address: DatabaseAddress, entity: str | None = None, index: IndexTable = KDB_SEARCH) -> Rows:
+def list_rejects(
+    address: DatabaseAddress, entity: str | None = None, index: IndexTable = KDB_SEARCH
+) -> list[KeptReject]:
     """The rejected records, those of the newest run first; [] where there has been no run.
-
-    Each has ``entity``, ``record_id`` ('' for a line of an input that became no record), ``reason``, ``detail``,
-    ``line`` (0 for a record of the database), ``run`` and ``rejected_at`` (an aware datetime).
 
     Args:
         entity: Only those of this entity.
@@ -84,17 +81,12 @@ def list_rejects(address: DatabaseAddress, entity: str | None = None, index: Ind
     if address.dialect == "sqlite":
         from ..stores.sqlite.index_store import SQLiteIndexStore
 
-        def work(file: Any) -> Rows:
+        def work(file: Any) -> list[KeptReject]:
             return list(SQLiteIndexStore(file, index).rejects(entity)) if _is_there(file, address, index) else []
 
-        rows = read(address, work)
-    else:
-        with _opened(address, index) as store:
-            rows = list(store.rejects(entity)) if store is not None else []
-    for row in rows:
-        row["line"] = row.pop("position")
-        row.pop("content_hash")
-    return rows
+        return read(address, work)
+    with _opened(address, index) as store:
+        return list(store.rejects(entity)) if store is not None else []
 
 
 def clear_rejects(address: DatabaseAddress, entity: str | None = None, index: IndexTable = KDB_SEARCH) -> int:
@@ -125,7 +117,7 @@ def retry_rejects(
     """
     before = list_rejects(address)
     known = _known_entities(address)
-    names = sorted({known[row["entity"]] for row in before if row["entity"] in known and row["record_id"]})
+    names = sorted({known[row.entity] for row in before if row.entity in known and row.record_id})
     receipt: Receipt | None = None
     if names:
         chosen = replace(
@@ -136,12 +128,12 @@ def retry_rejects(
         )
         receipt = reindex(address, SourceSpec(names), chosen, progress)
     after = list_rejects(address)
-    of_known = [row for row in after if row["entity"] in known]
+    of_known = [row for row in after if row.entity in known]
     return Retried(
         rejects_before=len(before),
-        remaining=sum(1 for row in of_known if row["record_id"]),
-        lines_of_inserts=dict(Counter(row["entity"] for row in of_known if not row["record_id"])),
-        lines_of_files=dict(Counter(row["entity"] for row in after if row["entity"] not in known)),
+        remaining=sum(1 for row in of_known if row.record_id),
+        lines_of_inserts=dict(Counter(row.entity for row in of_known if not row.record_id)),
+        lines_of_files=dict(Counter(row.entity for row in after if row.entity not in known)),
         receipt=receipt,
     )
 

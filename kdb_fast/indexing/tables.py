@@ -333,8 +333,6 @@ def _run(
     definition = described.definition
     if with_source:
         check_view(definition)
-    for note in described.notes:
-        progress.note(note)
     with contextlib.ExitStack() as stack:
         with adapting(described.as_kept):
             source, what = open_source(
@@ -361,6 +359,8 @@ def _run(
                 made = (*made, "view")
             found = dataclasses.replace(definition, model=embedding.name, dimensions=embedding.dimensions, created=made)
             targets.keep(address, found)
+            for note in described.notes:
+                progress.note(note)
 
         return reindex(address, source, options, progress, embedding, target=target, begun=begun)
 

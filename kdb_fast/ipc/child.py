@@ -15,10 +15,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ..resources import collect_rarely
+from .repeating import repeating
 
 ORPHANED = 3
 """Exit code of a child whose parent died."""
@@ -39,28 +41,21 @@ def start(packed: bytes) -> None:
     target(*arguments)
 
 
-@contextlib.contextmanager
-def saying(seconds: float, say: Callable[[], None], *, at_most: float = math.inf) -> Iterator[None]:
+def saying(seconds: float, say: Callable[[], None], *, at_most: float = math.inf) -> AbstractContextManager[object]:
     """Have the parent told, every so many seconds while the block runs, that this process is alive.
 
     Args:
         say: Does so; called in a thread.
         at_most: Seconds after which nothing more is said: the block hangs.
     """
-    done, end = threading.Event(), time.monotonic() + at_most
+    end = time.monotonic() + at_most
 
     def beat() -> None:
-        while not done.wait(seconds) and time.monotonic() < end:
+        if time.monotonic() < end:
             with contextlib.suppress(OSError):  # the parent has ended
                 say()
 
-    thread = threading.Thread(target=beat, name="beat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    return repeating(beat, seconds, "beat")
 
 
 def enter_child(stderr: Any) -> None:

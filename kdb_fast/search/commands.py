@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..catalog.definitions import load_entities
 from ..db.address import DatabaseAddress
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ..origins import Origin, QueryVector
+    from ..stores.base import EntityStatus
+    from ..stores.past_runs import LastRun
+    from ..stores.targets import TargetStatus
     from .ahead import QueryAhead
     from .readers.base import Origins
     from .results import LeftOut, SearchResult
@@ -168,30 +171,73 @@ def search_open(
     return [dataclasses.asdict(result) for result in read(address, work, mapped=mapped)]
 
 
-def run_status(address: DatabaseAddress) -> dict[str, Any]:
-    """Counts of each entity, their sums, the last run, and the targets that are kept."""
+class Status(NamedTuple):
+    """What there is in a database.
+
+    Attributes:
+        database: As it may be printed.
+        schema: Of our own tables; None on SQLite.
+        entities: The counts of each entity of KameleonDB and of the index.
+        run: The newest run of KameleonDB's index; None where there was none.
+        targets: The tables whose vectors are kept up to date.
+        hidden_targets: What the role needs to see the targets that it may not read, a sentence for each schema.
+    """
+
+    database: str
+    schema: str | None
+    entities: list[EntityStatus]
+    run: LastRun | None
+    targets: list[TargetStatus]
+    hidden_targets: tuple[str, ...]
+
+    @property
+    def indexed(self) -> int:
+        """Rows of KameleonDB's index with a vector."""
+        return sum(row.indexed for row in self.entities)
+
+    @property
+    def pending(self) -> int:
+        """Records of KameleonDB without one, or changed since."""
+        return sum(row.pending or 0 for row in self.entities)
+
+    @property
+    def stale(self) -> int:
+        """Rows whose vector another model made, or another program."""
+        return sum(row.stale for row in self.entities)
+
+    @property
+    def rejected(self) -> int:
+        """Records of KameleonDB that could not be stored."""
+        return sum(row.rejected for row in self.entities)
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``status --json`` prints."""
+        return {
+            "database": self.database,
+            "schema": self.schema,
+            "indexed": self.indexed,
+            "pending": self.pending,
+            "stale": self.stale,
+            "rejected": self.rejected,
+            "entities": [row._asdict() for row in self.entities],
+            "run": self.run._asdict() if self.run else None,
+            "targets": [target.as_json() for target in self.targets],
+            "hidden_targets": list(self.hidden_targets),
+        }
+
+
+def run_status(address: DatabaseAddress) -> Status:
+    """The state of each entity, the last run, and the targets that are kept."""
     from ..stores.past_runs import last_run
     from ..stores.targets import homes_on
     from ..stores.targets import statuses as target_statuses
     from .status import statuses
 
-    def work(connection: Any) -> tuple[Any, ...]:
+    def work(connection: Any) -> Status:
         rows = rows_of(connection, address.dialect)
         schema = find_target(rows, address.dialect).schema
         homes = homes_on(connection, address)
         of_index = statuses(connection, address.dialect, None), last_run(connection, address.dialect)
-        return *of_index, schema, target_statuses(rows, homes.meant), homes.notes
+        return Status(address.display, schema, *of_index, target_statuses(rows, homes.meant), homes.notes)
 
-    rows, run, schema, targets, hidden = read(address, work)
-    return {
-        "database": address.display,
-        "schema": schema,
-        "indexed": sum(row.indexed for row in rows),
-        "pending": sum(row.pending or 0 for row in rows),
-        "stale": sum(row.stale for row in rows),
-        "rejected": sum(row.rejected for row in rows),
-        "entities": [row._asdict() for row in rows],
-        "run": run._asdict() if run else None,
-        "targets": [target.as_json() for target in targets],
-        "hidden_targets": list(hidden),
-    }
+    return read(address, work)

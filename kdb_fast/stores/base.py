@@ -23,7 +23,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..ipc.row_block import NO_VALUE
-from ..records import Key, Reject
+from ..records import KeptReject, Key, Reject
 from ..tables.column_target import ColumnTarget
 from ..tables.index_policy import IndexOutcome, IndexPolicy
 from ..tables.index_table import IndexTable
@@ -297,7 +297,7 @@ class Store(ABC):
         """Close the connection; what was not committed is rolled back by the database."""
 
     @abstractmethod
-    def rejects(self, entity: str | None = None) -> Iterable[dict[str, Any]]:
+    def rejects(self, entity: str | None = None) -> Iterable[KeptReject]:
         """Rows of the rejects table, newest run first."""
 
     @abstractmethod

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import RecordError
 from ..receipt import Receipt
-from ..records import Key, Reject, decode_key, key_json, key_of_json, shown_key
+from ..records import KeptReject, Key, Reject, decode_key, key_json, key_of_json, shown_key
 from ..tables.pieces import piece_of, record_key
 from ..tables.target import ALL, Target
 from .base import FlushSlot
@@ -37,9 +37,6 @@ READ = (
 KEY = "key"
 NAMES_OF_KEY = "entity_name, record_id"
 """The key in a table that is not migrated yet, which has no column of that name, and none for the target."""
-
-NAMES = ("entity", "record_id", "reason", "detail", "position", "run", "rejected_at", "content_hash")
-"""What a reject is made of outside the database."""
 
 NOT_FINITE = ("not_finite", "the vector has NaN or infinity")
 """Reason and detail of a row that no database is to have."""
@@ -95,19 +92,19 @@ def groups_prefixes(groups: Iterable[str], storable: Callable[..., str]) -> list
     return ["["] if ALL in groups else [prefix for group in groups for prefix in group_prefixes(group, storable)]
 
 
-def as_dictionary(row: Sequence[Any], target: Target, storable: Callable[..., str]) -> dict[str, Any]:
-    """A row of ``READ`` by name, the hash in hexadecimal digits.
+def kept_reject(row: Sequence[Any], target: Target, storable: Callable[..., str]) -> KeptReject:
+    """A row of ``READ``.
 
     Args:
         row: Its key as JSON, or in the two columns of tables that are not migrated yet.
         target: Its target; of one without groups the whole key is the record's id.
         storable: As for :func:`row_of`.
     """
-    names = len(NAMES) - 2
-    key = key_of_json(row[0]) if len(row) == 1 + names else row[:2]
+    *of_key, reason, detail, position, run, rejected_at, digest = row
+    key = key_of_json(of_key[0]) if len(of_key) == 1 else tuple(of_key)
     entity, record_id = key if target.grouped and len(key) == 2 else ("", ", ".join(map(str, key)))
-    *rest, digest = row[-names:]
-    return dict(zip(NAMES, (storable(entity), storable(record_id), *rest, bytes(digest).hex()), strict=True))
+    names = storable(entity), storable(record_id)
+    return KeptReject(*names, reason, detail, position, run, rejected_at, bytes(digest).hex())
 
 
 def refused(

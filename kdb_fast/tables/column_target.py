@@ -24,6 +24,7 @@ from ..errors import SchemaError
 from ..receipt import TargetNames
 from ..records import MAX_CONTENT_BYTES, number_of, storable_key
 from .keyed_table import KeyedTable
+from .names import one_line
 from .target import identifier
 
 MAX_NAME_BYTES = 63 - len("kdb_fast__pieces")
@@ -107,10 +108,22 @@ def state_table(name: str, suffix: str = "state") -> str:
     return f"kdb_fast_{name}_{suffix}"
 
 
+NOTE_TRIGGERS = (
+    "INSERT INTO {kdb_fast_state} AS s VALUES ({value}, {value}) "
+    "ON CONFLICT (key) DO UPDATE SET value = excluded.value WHERE s.value <> excluded.value"
+)
+"""Notes under :func:`triggers_key` which triggers a run has told of; changes a row only where they are others."""
+
+
+def triggers_key(target: ColumnTarget) -> str:
+    """Key of the state in which triggers are noted that are known."""
+    return f"triggers/{target.identity}"
+
+
 def unreadable_text(target: ColumnTarget, why: str) -> SchemaError:
     """The error for an expression that is none over the columns of the table."""
     return SchemaError(
-        f"The text of {target.shown} cannot be read by {storable_key(target.text)}: {why}.",
+        f"The text of {target.shown} cannot be read by {storable_key(one_line(target.text))}: {why}.",
         remedy="Give a column of the table, or an SQL expression over its columns.",
     )
 

@@ -125,6 +125,8 @@ def describe(
     """
     check_given(given, create=create)
     read = read or rows
+    if given.get("form") == "vec0" and dialect != "sqlite":
+        raise UsageError("--vec0 makes a table of sqlite-vec, and this database is PostgreSQL.", remedy="Leave it out.")
     relation = find_relation(read, dialect, given["table"]) if "table" in given else None
     into_schema, into = _place(rows, dialect, given["into"], relation) if "into" in given else (None, "")
     named = bool(name)
@@ -208,6 +210,9 @@ def find_kept(name: str, kept: Iterable[Definition], dialect: str) -> Definition
     return next((d for d in kept if d.name == name), None)
 
 
+NO_TARGET = "There is no target"
+
+
 def no_target(name: str, kept: Sequence[Definition], hidden: Sequence[str] = ()) -> SchemaError:
     """The error for a name that no target has.
 
@@ -216,7 +221,7 @@ def no_target(name: str, kept: Sequence[Definition], hidden: Sequence[str] = ())
     """
     names = sorted({definition.name for definition in kept})
     return SchemaError(
-        f"There is no target {storable_key(name)}{or_nearest(name, names)}",
+        f"{NO_TARGET} {storable_key(name)}{or_nearest(name, names)}",
         remedy=" ".join((*hidden, "Describe it: kdb-fast reindex --table TABLE --text COLUMN --vector COLUMN.")),
     )
 

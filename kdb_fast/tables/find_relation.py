@@ -177,7 +177,8 @@ def describe_query(connection: Any, dialect: Dialect, query: str) -> Relation:
 def no_column(relation: Relation, name: str, remedy: str = "") -> SchemaError:
     """The error for a name that is no column's."""
     others = or_nearest(name, (column.name for column in relation.columns))
-    return SchemaError(f"{relation.shown} has no column {storable_key(name) or repr(name)}{others}", remedy=remedy)
+    shown = relation.shown if relation.kind != "query" else "The query"
+    return SchemaError(f"{shown} has no column {storable_key(name) or repr(name)}{others}", remedy=remedy)
 
 
 def key_of(relation: Relation, wanted: Sequence[str] = ()) -> tuple[KeyColumn, ...] | None:

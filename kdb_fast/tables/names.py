@@ -66,6 +66,16 @@ def as_one_expression(condition: str) -> str:
     return f"CASE WHEN {condition}\nTHEN 1 END"
 
 
+def said_of_expression(complaint: str) -> str:
+    """What a database says of :func:`as_one_expression`, without our own words in it."""
+    return re.sub('(syntax error at or )?near "THEN"(: syntax error)?', "syntax error at its end", complaint)
+
+
+def one_line(expression: str) -> str:
+    """An expression of ours for a message: a part of the user's ends with its line."""
+    return expression.replace("\n)", ")").replace("\n", " ")
+
+
 def nearest(name: str, names: Iterable[str]) -> list[str]:
     """Those of the names that are most like this one, the nearest first; compared without case."""
     known: dict[str, list[str]] = {}

@@ -236,7 +236,7 @@ def test_keys_that_cannot_be_written_end_nothing(make: Make) -> None:
         assert store.lookup([("日本", "1")]) == {}
         reject = Reject(("日本", "€" * 30), "some_reason", "the key '日' is € and …", content_hash("日"))
         store.flush(run_spec, 1, [], [reject], [("N", "€"), ("日本", "1")])
-        assert [(r["entity"], r["record_id"], r["detail"]) for r in store.rejects("日本")] == [
+        assert [(r.entity, r.record_id, r.detail) for r in store.rejects("日本")] == [
             ("\\u65e5\\u672c", "\\u20ac" * 30, "the key '\\u65e5' is \\u20ac and \\u2026")
         ]
         assert store.forget_older_rejects(["日本"], 99) == 1

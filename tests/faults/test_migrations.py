@@ -147,9 +147,9 @@ def test_an_index_from_before_is_carried_along(old: DatabaseAddress, run: Job) -
     assert all(after[key].run == before[key].run for key in after)
     assert versions(old) == ALL
     assert states(old) == ["done", "abandoned", "done", "abandoned", "done"]
-    assert sorted(row["reason"] for row in list_rejects(old) if row["run"] == 5) == REASONS
+    assert sorted(row.reason for row in list_rejects(old) if row.run == 5) == REASONS
     # Their keys were cut or escaped: nothing says that they are those of run 5.
-    assert [row["record_id"][:4] for row in list_rejects(old) if row["run"] == 4] == ["yyyy", "café"]
+    assert [row.record_id[:4] for row in list_rejects(old) if row.run == 4] == ["yyyy", "café"]
     if old.dialect == "postgresql":
         assert receipt["index"].startswith("built ix_kdb_search_fts, ix_kdb_search_vector")
         assert execute(old, "SELECT * FROM kdb_fast_state") == []
@@ -159,13 +159,14 @@ def test_an_index_from_before_is_carried_along(old: DatabaseAddress, run: Job) -
 def test_an_index_from_before_is_read_as_it_is(old: DatabaseAddress, capfd: pytest.CaptureFixture[str]) -> None:
     before = tables(old)
     rows = list_rejects(old)
-    assert sorted(row["reason"] for row in rows) == REASONS
-    assert [row["record_id"] for row in rows if row["line"] == 21] == ["x" * 40]
+    assert sorted(row.reason for row in rows) == REASONS
+    assert [row.record_id for row in rows if row.position == 21] == ["x" * 40]
     assert len(list_rejects(old, "Note")) == 5
     assert list_rejects(old, "Other") == []
     status = run_status(old)
-    assert (status["indexed"], status["stale"], status["rejected"]) == (20, 0, 5)
-    assert status["run"]["run"] == 4
+    assert (status.indexed, status.stale, status.rejected) == (20, 0, 5)
+    assert status.run is not None
+    assert status.run.run == 4
     assert cli.run(["search", "spoon", "--mode", "keyword", "--json", "--db", sqlalchemy_url(old)]) == 0
     assert '"1"' in capfd.readouterr().out
     assert tables(old) == before
@@ -261,7 +262,7 @@ def test_runs_rejects_and_state_of_two_targets_are_apart(index: DatabaseAddress)
             begin(other)
         for store, run in ((one, first), (other, second)):
             store.flush(run, 1, [], [Reject(("Note", str(run.number)), "bad", "bad")], [])
-            assert [row["record_id"] for row in store.rejects("Note")] == [str(run.number)]
+            assert [row.record_id for row in store.rejects("Note")] == [str(run.number)]
         # The database itself lets no target have two.
         again = "INSERT INTO kdb_fast_runs (target, state, fingerprint, model, dimensions, host, pid, process_started) "
         with pytest.raises((sqlite3.IntegrityError, psycopg.errors.UniqueViolation)):

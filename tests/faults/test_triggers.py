@@ -138,7 +138,7 @@ def test_the_next_run_embeds_nothing_where_a_trigger_sets_the_time(
     assert counts(changed) == (1, N - 1, 0)
     assert counts(run(r1="silver spoon")) == (0, N, 0)
     state = run_status(index)
-    assert (state["indexed"], state["stale"]) == (N, 0)
+    assert (state.indexed, state.stale) == (N, 0)
 
 
 OTHERS = {
@@ -162,7 +162,7 @@ def test_what_another_program_writes_is_seen_beside_such_a_trigger(
     for statement in OTHERS.values():
         execute(index, statement)
         if "NULL" not in statement:
-            assert run_status(index)["stale"] == 1
+            assert run_status(index).stale == 1
         assert counts(run()) == (1, N - 1, 0), statement
         assert counts(run()) == (0, N, 0)
 

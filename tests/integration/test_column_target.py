@@ -542,7 +542,7 @@ def test_refused_row_is_rejected_and_taken_once_it_fits(articles: Articles, orac
         articles.add_trigger("SELECT RAISE(ABORT, 'not seven')", "BEFORE UPDATE", "WHEN NEW.id = 7")
     assert reindexed(articles) == {"stored": 11, "rejected": 1}
     with contextlib.closing(open_store(articles.address, "test", target=articles.target())) as store:
-        assert [reject["reason"] for reject in store.rejects()] == ["database_refused"]
+        assert [reject.reason for reject in store.rejects()] == ["database_refused"]
     assert reindexed(articles) == {"unchanged": 11, "rejected": 1}
     articles.drop_trigger()
     assert reindexed(articles) == {"unchanged": 11, "stored": 1}

@@ -175,7 +175,7 @@ def test_refused_inputs_end_as_rejects(server: OpenAIServer, address: DatabaseAd
     assert (answer.code, receipt["read"], receipt["stored"], receipt["rejected"]) == (3, 202, 200, 2)
     check(address, {key: text for key, text in numbered(texts).items() if "forbidden" not in text})
     store = open_store(address, "test")
-    rejects = {reject["record_id"]: (reject["reason"], reject["detail"]) for reject in store.rejects()}
+    rejects = {reject.record_id: (reject.reason, reject.detail) for reject in store.rejects()}
     store.close()
     assert set(rejects) == {"r150", "r201"}
     assert all(reason == "not_encodable" and "forbidden" not in detail for reason, detail in rejects.values())

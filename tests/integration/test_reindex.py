@@ -251,7 +251,7 @@ def test_unfit_records_are_told_apart_and_the_others_stored(index: DatabaseAddre
     assert numbers(receipt) == {"stored": 3, "rejected": 6}
     oracle.check(index_rows(index), fit)
     store = open_store(index, "test")
-    reasons = sorted(reject["reason"] for reject in store.rejects())
+    reasons = sorted(reject.reason for reject in store.rejects())
     store.close()
     assert reasons == ["bad_entity", "empty_text", "id_too_long", "invalid_json", "lone_surrogate", "nul_byte"]
 

@@ -82,7 +82,7 @@ def allow(database: Kameleon) -> None:
 
 
 def rejected(database: Kameleon, entity: str | None = None) -> list[tuple[str, str]]:
-    return sorted((row["entity"], row["record_id"]) for row in list_rejects(database.address, entity))
+    return sorted((row.entity, row.record_id) for row in list_rejects(database.address, entity))
 
 
 def reject_from_file(database: Kameleon, *rejects: Reject) -> int:
@@ -187,7 +187,7 @@ def test_retry_stores_what_can_be_stored_now(database: Kameleon) -> None:
     code, result = retry(database)
     assert (code, result["rejects_before"], result["remaining"]) == (3, 2, 2)
     assert (result["receipt"]["unchanged"], result["receipt"]["rejected"]) == (1, 2)
-    assert {row["run"] for row in list_rejects(database.address)} == {result["receipt"]["run"]}
+    assert {row.run for row in list_rejects(database.address)} == {result["receipt"]["run"]}
 
     allow(database)
     code, result = retry(database)

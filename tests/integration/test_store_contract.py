@@ -443,8 +443,8 @@ def test_refused_rows_are_found_and_the_others_stored(harness: Harness, store: S
     assert_vectors(harness, {"old": "old text"} | {k: t for k, t in pairs if SECRET not in t})
     rejects = {names(r)[1]: r for r in store.rejects(ENTITY)}
     assert set(rejects) == {"k0", "k11", "k12", "k70", "old"}
-    assert rejects["k0"]["content_hash"] == content_hash(f"number 0 {SECRET}").hex()
-    assert (rejects["k0"]["reason"], rejects["k0"]["run"]) == (reason, run.number)
+    assert rejects["k0"].content_hash == content_hash(f"number 0 {SECRET}").hex()
+    assert (rejects["k0"].reason, rejects["k0"].run) == (reason, run.number)
     assert SECRET not in str(list(rejects.values()))
 
 
@@ -482,14 +482,14 @@ def test_rejects_are_kept_with_printable_keys_and_newest_run_first(store: Store,
     later = begin(store)
     flush(store, later, rejects=[reject("later", 2, entity="Memo")])
     found = list(store.rejects())
-    assert [(names(r)[0], names(r)[1][:12], r["reason"], r["position"]) for r in found] == [
+    assert [(names(r)[0], names(r)[1][:12], r.reason, r.position) for r in found] == [
         ("Memo", "later", "empty_text", 2),
         (ENTITY, "a", "empty_text", 1),
         (ENTITY, "\\x00odd\\ud80", "bad", 3),
         (ENTITY, "bad\\x00id", "empty_text", 7),
         (ENTITY, "x" * 12, "empty_text", 8),
     ]
-    assert found[0]["rejected_at"].utcoffset() is not None
+    assert found[0].rejected_at.utcoffset() is not None
     assert list(store.rejects("Memo")) == found[:1]
 
 
@@ -509,7 +509,7 @@ def test_the_same_reject_of_two_runs_is_one_row(store: Store, run: RunSpec) -> N
     end(store, run)
     second = begin(store)
     flush(store, second, rejects=[reject("a", 1)])
-    assert [r["run"] for r in store.rejects(ENTITY)] == [second.number]
+    assert [r.run for r in store.rejects(ENTITY)] == [second.number]
     assert list(store.rejects("Other")) == []
 
 

@@ -254,14 +254,14 @@ def test_a_time_that_python_does_not_know_ends_nothing(
         receipt = json.loads(capfd.readouterr().out)
         found.append((receipt["stored"] + receipt["reused"], receipt["unchanged"], receipt["superseded"]))
     assert found == [(n, n, 0), (0, 2 * n, 0)]
-    assert run_status(index)["pending"] == 0
+    assert run_status(index).pending == 0
 
     # Once more where they are, for those who only read.
     for time, of_index in zip(times, ids[:n], strict=True):
         store_time(index, "kdb_search", "record_id", of_index, time)
     state = run_status(index)
-    assert (state["indexed"], state["stale"]) == (2 * n, n)
-    assert state["entities"][0]["last_updated"] is not None
+    assert (state.indexed, state.stale) == (2 * n, n)
+    assert state.entities[0].last_updated is not None
     with SearchEngine(sqlalchemy_url(index), None) as search:
         assert {hit.id for hit in search.search("copper", limit=99)} == set(ids)
         assert [row.indexed for row in search.get_status()] == [2 * n]
@@ -269,7 +269,7 @@ def test_a_time_that_python_does_not_know_ends_nothing(
             search.index_record("Note", record, "copper spoon")
         assert [row.indexed for row in search.get_status()] == [2 * n]
     execute(index, "UPDATE kdb_search SET updated_at = %s", times[0])
-    assert run_status(index)["entities"][0]["last_updated"] is None
+    assert run_status(index).entities[0].last_updated is None
 
 
 @pytest.fixture

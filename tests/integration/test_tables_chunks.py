@@ -180,7 +180,7 @@ def test_bad_piece_rejects_its_record_and_no_other(writer: Writer) -> None:
     assert result.rejected[0][1] in (1, 2, 3)
     assert writer.texts() == {0: "as it was", 1: "fine here"}
     rejects = list(writer.store.rejects())
-    assert [reject["content_hash"] for reject in rejects] == [content_hash("one bad piece").hex()]
+    assert [reject.content_hash for reject in rejects] == [content_hash("one bad piece").hex()]
     writer.store.finish_index(lambda what: None)
     assert aside(writer.articles) == 0
     writer.put(0, "a good text", 4)

@@ -168,9 +168,17 @@ def test_triggers_are_named_before_anything_is_done(articles: Articles) -> None:
     articles.add_trigger("RETURN NEW;" if articles.postgresql else "SELECT 1", "AFTER UPDATE")
     (note,) = forecast(articles)
     assert note.startswith(f"Triggers of {articles.name} fire as vectors are written, up to 3 times: meddle")
+    assert forecast(articles) == ()  # that is known
     with begun(articles.address, articles.target()) as writer:
         writer.flush(*((articles.key(n), text) for n, text in enumerate(("one", "two", "three"))))
         assert writer.store.forecast(writer.run) == ()  # nothing is left to be written
+        writer.store.end_run(writer.run.number, "done", {})
+    articles.drop_trigger()
+    articles.add("four", first=9)
+    if articles.postgresql:
+        execute(articles.address, "DROP FUNCTION meddle")
+    articles.add_trigger("RETURN NEW;" if articles.postgresql else "SELECT 1", "BEFORE UPDATE")
+    assert len(forecast(articles)) == articles.postgresql  # before each row: another one; SQLite's has the same name
 
 
 def test_rule_of_the_table_is_refused(pg_articles: Articles) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +20,8 @@ in_a_file = pytest.mark.parametrize("index", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
-def table(commands: Commands, index: DatabaseAddress) -> Iterator[Table]:
-    yield Table(commands, index)
-    commands.clear()
+def table(empty_table: Table) -> Table:
+    return empty_table
 
 
 def test_a_column_is_filled_and_the_second_command_is_short(table: Table) -> None:

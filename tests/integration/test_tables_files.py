@@ -93,7 +93,7 @@ class Notes:
     def rejects(self) -> list[tuple[int, str]]:
         """(line, reason) of what is rejected now."""
         with contextlib.closing(open_store(self.address, "rejects", target=self.target())) as store:
-            return sorted((row["position"], row["reason"]) for row in store.rejects())
+            return sorted((row.position, row.reason) for row in store.rejects())
 
 
 @pytest.fixture

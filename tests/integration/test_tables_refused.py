@@ -75,3 +75,36 @@ def test_a_column_that_could_not_be_written_is_not_made(table: Table) -> None:
     assert execute(table.address, columns) == []
     execute(table.address, "DROP RULE kept ON articles")
     assert table.json("reindex", *DESCRIBED[:-1], "made", "--create")["stored"] == 2
+
+
+def test_a_table_of_sqlite_vec_in_postgresql(table: Table) -> None:
+    if table.is_postgresql:  # it was made as a plain table, and then no search could read it
+        assert "--vec0 makes a table of sqlite-vec" in _refused(table, *INTO, "--vec0")
+
+
+def test_words_of_ours_are_not_in_what_is_said_of_sql(table: Table) -> None:
+    line = _refused(table, *INTO, "--filter", "lang = ", code=4)
+    assert "syntax error at its end" in line
+    line = _refused(table, *INTO[:2], "--text", "nosuch || 'x'", *INTO[4:], code=4)
+    assert r"\n" not in line
+    line = _refused(table, "--query", "SELECT id, body FROM articles", "--key", "idd", "--into", "v", code=4)
+    assert line.startswith("kdb-fast: The query has no column idd; nearest: id.")
+
+
+def test_a_change_that_is_refused_is_not_said_to_be_one(table: Table) -> None:
+    assert table.json("reindex", *INTO)["stored"] == 2
+    command = table.start("reindex", "vectors", "--text", "nosuch")
+    assert command.wait() == 4
+    assert "is changed" not in command.err
+
+
+def test_a_query_without_quotes(table: Table) -> None:
+    line = table.run("search", "angry", "customer", code=4)
+    assert "put them in quotes: kdb-fast search" in line
+    assert "'angry customer'" in line
+
+
+def test_values_are_shown_as_sql_writes_them(table: Table) -> None:
+    assert table.json("reindex", *INTO, "--keyword")["stored"] == 2
+    out = table.run("search", "vectors", "one", "--mode", "keyword", "--columns", "lang")
+    assert "lang: NULL" in out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,8 @@ in_a_file = pytest.mark.parametrize("index", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
-def table(commands: Commands, index: DatabaseAddress) -> Iterator[Table]:
-    yield Table(commands, index)
-    commands.clear()
+def table(empty_table: Table) -> Table:
+    return empty_table
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_the_main_job_on_an_index_of_another_name_and_schema(index: DatabaseAddr
     changed.append(Record(("Note", "x" * 40), "a key too long"))
     third = run(WholeSource(changed))
     assert (third.unchanged, third.stored, third.rejected, third.deleted) == (10, 1, 1, 1)
-    assert [(r["entity"], r["record_id"], r["reason"]) for r in list_rejects(index, index=table)] == [
+    assert [(r.entity, r.record_id, r.reason) for r in list_rejects(index, index=table)] == [
         ("Note", "x" * 40, "id_too_long")
     ]
     assert found("lighthouse", "keyword") == ["r3"]

@@ -133,7 +133,7 @@ def test_without_an_address_the_embedded_server_of_the_user_is_meant(
     ("url", "scheme"),
     [
         ("mysql://u:p@h/db", "'mysql:'"),
-        ("shop.db", "no scheme"),
+        ("shop.db", "has no scheme; expected"),
         ("/tmp/shop.db", "no scheme"),
         ("host=h password=x", "no scheme"),
     ],

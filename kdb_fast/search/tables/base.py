@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...errors import SchemaError, UsageError
 from ...origins import Origin
 from ...records import Key, shell_word, storable_key
-from ...tables.names import as_one_expression, or_nearest
+from ...tables.names import as_one_expression, or_nearest, said_of_expression
 from ...tables.target import RUNS, Params, columns_of
 from ..query import Query, Term
 from ..readers.ranking import Hit, KeywordRanking
@@ -300,7 +300,7 @@ def nothing_embedded(table: SearchedTable) -> SchemaError:
 def bad_condition(where: str, why: str) -> UsageError:
     """The error for a condition that the database does not take."""
     return UsageError(
-        f"--where is no condition over the columns of the source: {why}.",
+        f"--where is no condition over the columns of the source: {said_of_expression(why)}.",
         remedy=f"""Expected SQL such as --where "published AND lang = 'en'"; found {storable_key(where, 100)}""",
     )
 

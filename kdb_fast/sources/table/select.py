@@ -14,7 +14,7 @@ from ...records import shell_word, storable_key
 from ...tables.definition import Definition
 from ...tables.find_relation import EMPTY_KEY, describe_query, find_relation, key_of, no_key, no_place
 from ...tables.key import KeyColumn
-from ...tables.names import as_one_expression, as_typed, or_nearest
+from ...tables.names import as_one_expression, as_typed, one_line, or_nearest, said_of_expression
 from ...tables.relation import Relation
 from ...tables.selection import Selection
 from ...tables.target import Dialect, Target, rows_on
@@ -98,11 +98,11 @@ def _check_expressions(reader: Reader, selection: Selection, text: Sequence[str]
         return
     if selection.filter and _refused(reader, replace(selection, filter="")) is None:
         raise SchemaError(
-            f"The --filter of {shown} cannot be read: {why}",
+            f"The --filter of {shown} cannot be read: {said_of_expression(why)}",
             remedy="Give an SQL condition over its columns, such as: --filter published",
         )
     raise SchemaError(
-        f"The text of {shown} cannot be read by {storable_key(selection.text)}: {why}",
+        f"The text of {shown} cannot be read by {storable_key(one_line(selection.text))}: {why}",
         remedy="Give columns, or SQL expressions over them.",
     )
 

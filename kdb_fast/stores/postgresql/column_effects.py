@@ -8,7 +8,7 @@ from ...db.pg_errors import kind_of
 from ...db.retrying import ErrorKind
 from ...errors import SchemaError
 from ...records import number_of, storable_key
-from ...tables.column_target import ColumnTarget
+from ...tables.column_target import NOTE_TRIGGERS, ColumnTarget, triggers_key
 from ...tables.target import identifier
 
 if TYPE_CHECKING:
@@ -139,12 +139,14 @@ def forecast(cursor: Cursor, target: ColumnTarget, fingerprint: str, dimensions:
     vector = 4 * dimensions
     version = size // max(1, rows) + (vector if 2 * written < rows else 0)
     return [
-        *_of_triggers(target, find_triggers(cursor, target), pending),
+        *_of_triggers(cursor, target, pending),
         *_growth(target, size, pending * version, version >= WIDE * (vector + BESIDE_BYTES)),
     ]
 
 
-def _of_triggers(target: ColumnTarget, triggers: list[Trigger], pending: int) -> list[str]:
+def _of_triggers(cursor: Cursor, target: ColumnTarget, pending: int) -> list[str]:
+    """The triggers, unless an earlier run has told of them."""
+    triggers = find_triggers(cursor, target)
     if not triggers or not pending:
         return []
     shown = ", ".join(
@@ -156,6 +158,9 @@ def _of_triggers(target: ColumnTarget, triggers: list[Trigger], pending: int) ->
         if any(t.each_row for t in triggers)
         else "once with each part that is written"
     )
+    cursor.execute(target.home.statement(NOTE_TRIGGERS, value="%s"), (triggers_key(target), shown))
+    if not cursor.rowcount:
+        return []
     return [f"Triggers of {target.shown} fire as vectors are written, {times}: {shown}."]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...accounting import clock
 from ...db.pg_connection import connect_postgresql
+from ...ipc.repeating import repeating
 from .index_catalog import Name, qualified
 
 if TYPE_CHECKING:
@@ -69,29 +69,24 @@ def watched(address: DatabaseAddress, table: Name, what: str, tell: Callable[[st
         what: What is told before it: ``building articles_embedding_idx``.
         tell: Called with a line for a person; must be safe to call from a thread.
     """
-    ended = threading.Event()
+    estimate = BuildEstimate()
+    connection: psycopg.Connection[tuple[Any, ...]] | None = None
 
-    def watch() -> None:
-        estimate, connection = BuildEstimate(), None
-        try:
-            while not ended.wait(ASK_SECONDS):
-                # Whatever is wrong with the database, the build itself will say.
-                with contextlib.suppress(Exception):
-                    connection = connection or connect_postgresql(address, role="index progress")
-                    if (line := _ask(connection, table, estimate)) and not ended.is_set():
-                        tell(f"{what}: {line}")
-        finally:
-            if connection is not None:
-                with contextlib.suppress(Exception):
-                    connection.close()
+    def ask() -> None:
+        nonlocal connection
+        # Whatever is wrong with the database, the build itself will say.
+        with contextlib.suppress(Exception):
+            connection = connection or connect_postgresql(address, role="index progress")
+            if (line := _ask(connection, table, estimate)) and not ended.is_set():
+                tell(f"{what}: {line}")
 
-    thread = threading.Thread(target=watch, name="index progress", daemon=True)
-    thread.start()
-    try:
+    def close() -> None:
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                connection.close()
+
+    with repeating(ask, ASK_SECONDS, "index progress", last=close, patience=ASK_SECONDS) as ended:
         yield
-    finally:
-        ended.set()
-        thread.join(ASK_SECONDS)
 
 
 def _ask(connection: Connection, table: Name, estimate: BuildEstimate) -> str:

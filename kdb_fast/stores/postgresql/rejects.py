@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...records import Key, Reject, decode_key, encode_key, key_of_json
+from ...records import KeptReject, Key, Reject, decode_key, encode_key, key_of_json
 from ...tables.pieces import record_key
 from ...tables.target import REJECTS, Target
 from .. import rejects as shared
@@ -80,15 +80,15 @@ def forget_keys(cursor: Cursor, target: Target, slots: Sequence[FlushSlot]) -> N
         cursor.execute(target.statement(f"{DELETE} AND key_hash = ANY(%s)"), (target.name, hashes))
 
 
-def read(session: PgSession, entity: str | None) -> list[dict[str, Any]]:
+def read(session: PgSession, entity: str | None) -> list[KeptReject]:
     """See :meth:`kdb_fast.stores.base.Store.rejects`."""
 
-    def work() -> list[dict[str, Any]]:
+    def work() -> list[KeptReject]:
         with session.transaction() as cursor:
             key, which, values = _which(cursor, session, entity)
             statement = session.target.statement(shared.READ.replace("<key>", key).replace("<which>", which))
             rows = cursor.execute(statement, values).fetchall()
-        return [shared.as_dictionary(row, session.target, session.storable) for row in rows]
+        return [shared.kept_reject(row, session.target, session.storable) for row in rows]
 
     return session.retrying("reading the rejects", work)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...db.address import DatabaseAddress
 from ...faults import fault
-from ...records import Key, Reject
+from ...records import KeptReject, Key, Reject
 from ...tables.index_policy import IndexOutcome, IndexPolicy
 from ...tables.index_table import IndexTable
 from ...tables.kdb_search import KDB_SEARCH
@@ -266,7 +266,7 @@ class PostgreSQLStore(Store):
 
     # -- rejects, and the end --------------------------------------------------------------------------
 
-    def rejects(self, entity: str | None = None) -> Iterable[dict[str, Any]]:
+    def rejects(self, entity: str | None = None) -> Iterable[KeptReject]:
         return pg_rejects.read(self.session, entity)
 
     def forget_older_rejects(self, entities: Sequence[str], run: int) -> int:

@@ -14,7 +14,7 @@ from ...db.sqlite_errors import translated
 from ...db.sqlite_session import transaction
 from ...faults import fault
 from ...records import Key, Reject, number_of, storable_key
-from ...tables.column_target import COUNT, ColumnTarget, altered_rows
+from ...tables.column_target import COUNT, NOTE_TRIGGERS, ColumnTarget, altered_rows, triggers_key
 from ...tables.index_policy import IndexAction, IndexOutcome
 from ...tables.key import KeyColumn
 from ...tables.known_rows import SAME_VECTOR, KnownRows
@@ -91,9 +91,12 @@ class SQLiteColumnStore(SQLiteStore):
                 "SELECT (SELECT count(*) FROM {table}) - (SELECT count(*) FROM {state} WHERE fingerprint = ?)"
             )
             (pending,) = self._connection.execute(count.decode(), (run.fingerprint,)).fetchone()
-        if pending <= 0:
-            return ()
-        shown = ", ".join(triggers[:5])
+            shown = ", ".join(triggers[:5])
+            if pending <= 0:
+                return ()
+            note = self.target.statement(NOTE_TRIGGERS, value="?").decode()
+            if not self._connection.execute(note, (triggers_key(self.column), shown)).rowcount:
+                return ()
         times = number_of(pending, "time")
         return (f"Triggers of {self.column.shown} fire as vectors are written, up to {times}: {shown}.",)
 

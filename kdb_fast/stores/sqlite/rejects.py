@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from ...db.sqlite import moment
 from ...db.sqlite_session import transaction
-from ...records import Key, Reject, storable_key
+from ...records import KeptReject, Key, Reject, storable_key
 from ...tables.target import REJECTS, Target
 from .. import rejects as shared
 from .check import columns
@@ -49,11 +48,11 @@ def forget_stored(connection: sqlite3.Connection, target: Target, run: int, stor
         )
 
 
-def read(connection: sqlite3.Connection, target: Target, entity: str | None) -> list[dict[str, Any]]:
+def read(connection: sqlite3.Connection, target: Target, entity: str | None) -> list[KeptReject]:
     """See :meth:`kdb_fast.stores.base.Store.rejects`."""
     key, which, values = _which(connection, target, entity)
     rows = connection.execute(_statement(target, shared.READ.replace("<key>", key).replace("<which>", which)), values)
-    return [shared.as_dictionary((*row[:-2], moment(row[-2]), row[-1]), target, storable_key) for row in rows]
+    return [shared.kept_reject((*row[:-2], moment(row[-2]), row[-1]), target, storable_key) for row in rows]
 
 
 def _which(connection: sqlite3.Connection, target: Target, entity: str | None) -> tuple[str, str, tuple[object, ...]]:

@@ -14,7 +14,7 @@ from typing import Any
 from ...db.sqlite_errors import translated
 from ...db.sqlite_session import transaction
 from ...faults import fault
-from ...records import Key, Reject
+from ...records import KeptReject, Key, Reject
 from ...tables.index_policy import IndexAction, IndexOutcome, IndexPolicy
 from ...tables.target import Target
 from ..base import FlushResult, FlushSlot, RunSpec, Store
@@ -165,7 +165,7 @@ class SQLiteStore(Store):
 
     # -- rejects, and the end --------------------------------------------------------------------------
 
-    def rejects(self, entity: str | None = None) -> Iterable[dict[str, Any]]:
+    def rejects(self, entity: str | None = None) -> Iterable[KeptReject]:
         with translated("reading the rejects"):
             return sqlite_rejects.read(self._connection, self.target, entity)
 
