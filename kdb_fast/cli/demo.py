@@ -7,9 +7,11 @@ has; everything after that is what ``kdb-fast reindex`` and ``kdb-fast search`` 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from ..db.address import DatabaseAddress, opened, parse_address
@@ -17,6 +19,7 @@ from ..db.pg_connection import connect_postgresql
 from ..db.pg_settings import ENCODING
 from ..errors import EXIT_OK, EXIT_REJECTS, KdbFastError, RefusedError, ResourceError
 from ..paths import default_data_dir
+from ..records import shell_word
 from ..settings import DEFAULT_MODEL, ReindexOptions
 
 ENTITY = "PythonDoc"
@@ -78,8 +81,17 @@ def run_demo(db: str | None, *, show: bool, as_json: bool) -> int:
         print(json.dumps({**receipt.as_json(), "answers": answers}, default=str))
     else:
         option = f" --db {address.display}" if address.display.startswith(("embedded:", "sqlite:")) else ""
-        print(f'\nAsk it yourself:  kdb-fast search "parse a date"{option}')
+        print(f'\nAsk it yourself:  {_program()} search "parse a date"{option}')
     return EXIT_REJECTS if receipt.rejected else EXIT_OK
+
+
+def _program() -> str:
+    """How a shell calls kdb-fast: by its name where that is found, else by its path, as after `make demo`."""
+    beside = Path(sys.executable).with_name("kdb-fast")
+    if shutil.which("kdb-fast") or not beside.exists():
+        return "kdb-fast"
+    here = beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside
+    return shell_word(str(here))
 
 
 def read_documentation() -> list[dict[str, str]]:

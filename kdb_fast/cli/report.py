@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from ..accounting import clock
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ..search.commands import Status
     from ..search.tables.results import TableResult
     from ..stores.targets import TargetStatus
+    from ..tables.definition import Definition
 
 SHOWN_CHARS = 100
 """Characters of a text in a list of results."""
@@ -145,6 +147,21 @@ def _of_database(value: object) -> str:
     return "NULL" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _moment(moment: datetime | str | None) -> str:
+    """A time as it is here; a text of SQLite is of UTC."""
+    if moment is None:
+        return "never"
+    if isinstance(moment, str):
+        moment = datetime.fromisoformat(moment)
+    here = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone()
+    return here.isoformat(" ", "seconds")[:19]
+
+
+def _place(definition: Definition) -> str:
+    """Table and column of the vectors of a target."""
+    return f"{definition.written}.{storable_key(definition.vector)}"
+
+
 def print_status(status: Status, database: str) -> None:
     """A table of entities, and one of targets."""
     entities, targets = status.entities, status.targets
@@ -171,12 +188,12 @@ def _print_entities(status: Status) -> None:
     table.add_column("last update")
     for row in entities:
         pending = "?" if row.pending is None else f"{row.pending:,}"
-        updated = str(row.last_updated or "never")[:19]
+        updated = _moment(row.last_updated)
         table.add_row(printable(row.entity, 60), f"{row.indexed:,}", pending, f"{row.stale:,}",
                       f"{row.rejected:,}", updated)  # fmt: skip
     Console(highlight=False, markup=False, soft_wrap=True).print(table)
     if run := status.run:
-        print(f"last run: {run.run}, {run.state}, began {str(run.started_at)[:19]}")
+        print(f"last run: {run.run}, {run.state}, began {_moment(run.started_at)}")
 
 
 def print_targets(targets: Sequence[TargetStatus]) -> None:
@@ -187,8 +204,8 @@ def print_targets(targets: Sequence[TargetStatus]) -> None:
     lines = [("target", "vectors in", "rows", "rejected", "last run")]
     for target in targets:
         rows = "?" if target.rows is None else f"{target.rows:,}"
-        last = f"{target.state}, {str(target.run.started_at)[:19]}" if target.run else "never"
-        name, place = printable(target.definition.name, 60), printable(target.definition.place_shown)
+        last = f"{target.state}, {_moment(target.run.started_at)}" if target.run else "never"
+        name, place = printable(target.definition.name, 60), printable(_place(target.definition))
         lines.append((name, place, rows, f"{target.rejected:,}", last))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for name, place, rows, rejected, last in lines:
@@ -208,7 +225,7 @@ def print_target(target: TargetStatus) -> None:
         + (f" where {kept.filter}" if kept.filter else ""),
         "text": kept.template or ", ".join(kept.text),
         "key": ", ".join(kept.key),
-        "vectors in": kept.place_shown,
+        "vectors in": _place(kept),
         "model": f"{kept.model}, {kept.dimensions} dimensions, {kept.precision}"
         + (f", {kept.provider} {kept.base_url}".rstrip() if kept.provider != "fastembed" else ""),
         "pieces": f"of {kept.chunk} tokens, {kept.overlap} of them shared" if kept.chunk else "",
@@ -221,7 +238,7 @@ def print_target(target: TargetStatus) -> None:
         if target.rows is None
         else f"{target.rows:,} with a vector" + (f", {number_of(target.pieces, 'piece')}" if target.pieces else ""),
         "rejected": f"{target.rejected:,}" if target.rejected else "",
-        "last run": f"{run.run}, {run.state}, began {str(run.started_at)[:19]}" if run else "never",
+        "last run": f"{run.run}, {run.state}, began {_moment(run.started_at)}" if run else "never",
         "kept in": target.home.shown() if target.home.schema else "",
     }
     for name, text in lines.items():
@@ -271,7 +288,7 @@ def print_rejects(rows: Sequence[KeptReject], limit: int) -> None:
         if row.position:
             where += f" line {row.position}"
         reason = printable(f"{row.reason}: {row.detail}", 500)
-        print(f"{where}: {reason} (run {row.run}, {str(row.rejected_at)[:19]})")
+        print(f"{where}: {reason} (run {row.run}, {_moment(row.rejected_at)})")
     if len(rows) > limit:
         print(f"and {len(rows) - limit:,} more: see --limit")
 

@@ -82,14 +82,14 @@ class IndexDecision:
     @property
     def text(self) -> str:
         """For a person."""
-        share = f"{self.action.value}: about {self.to_write} of {self.rows_after} rows change"
+        share = f"{self.action.value}: about {self.to_write:,} of {self.rows_after:,} rows change"
         if self.policy is not IndexPolicy.DEFER:
             return share
         if self.action is IndexAction.DEFERRED:
             return f"{share}, a quarter or more"
         if self.to_write * 4 < self.rows_after:
             return f"{share}, under a quarter"
-        return f"{self.action.value}: only about {self.to_write} rows change"
+        return f"{self.action.value}: only about {self.to_write:,} rows change"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import Commands
 from servers import Server, eventually, execute
-from table_commands import DESCRIBED, Table
+from table_commands import DESCRIBED, INTO, Table
 
 from kdb_fast.cli.demo import sqlalchemy_url
 from kdb_fast.db.address import DatabaseAddress
@@ -185,6 +185,9 @@ def test_what_a_person_sees_and_what_a_program_reads(table: Table) -> None:
     lines = table.run("targets", "show", "articles").splitlines()
     names = [line[:11].strip() for line in lines]
     assert names == ["target", "reads", "text", "key", "vectors in", "model", "rows", "last run"]
+    table.run("reindex", *INTO)
+    assert table.run("targets", "list").splitlines()[2].split()[1].endswith("vectors.embedding")
+    table.run("targets", "drop", "vectors")
     assert table.json("status")["targets"] == table.json("targets", "list")["targets"]
     assert table.run("status", "articles") == table.run("targets", "show", "articles")
     quiet = table.start("reindex", "articles", "--json", "--no-progress")

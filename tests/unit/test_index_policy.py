@@ -63,8 +63,8 @@ def test_the_decision_counts_what_is_left_to_write(seen: dict[str, Any], expecte
 
 
 def test_a_decision_names_its_reason() -> None:
-    assert MOST.text == "deferred: about 1000 of 1000 rows change, a quarter or more"
-    assert FEW.text == "kept: about 300 of 5000 rows change, under a quarter"
+    assert MOST.text == "deferred: about 1,000 of 1,000 rows change, a quarter or more"
+    assert FEW.text == "kept: about 300 of 5,000 rows change, under a quarter"
     assert IndexDecision(IndexAction.KEPT, 50, 50).text == "kept: only about 50 rows change"
 
 
@@ -127,19 +127,19 @@ def test_what_is_kept_in_any_case_is_told_with_what_it_has_cost(policy: IndexPol
         )
     assert not record.deferred
     record.finished = IndexOutcome(IndexAction.KEPT)
-    assert record.text == "kept: about 100000 of 100000 rows change"
+    assert record.text == "kept: about 100,000 of 100,000 rows change"
     record.finished = IndexOutcome(IndexAction.KEPT, live=2)
     saving = "; dropped and built again (--index defer) they would have cost about 144 s less"
-    assert record.text == f"kept: about 100000 of 100000 rows change{saving}"
+    assert record.text == f"kept: about 100,000 of 100,000 rows change{saving}"
     record.finished = IndexOutcome(IndexAction.BUILT, again="lists", live=2)
-    assert record.text == f"kept: about 100000 of 100000 rows change{saving}; built again lists"
+    assert record.text == f"kept: about 100,000 of 100,000 rows change{saving}; built again lists"
 
 
 def test_nothing_is_said_of_a_saving_that_there_would_not_have_been() -> None:
     record = IndexRecord()
     record.decided(IndexDecision(IndexAction.KEPT, 20_000, 100_000, IndexPolicy.KEEP))
     record.finished = IndexOutcome(IndexAction.KEPT, live=1)
-    assert record.text == "kept: about 20000 of 100000 rows change"
+    assert record.text == "kept: about 20,000 of 100,000 rows change"
 
 
 def test_the_first_reason_to_keep_the_index_stays() -> None:

@@ -1284,7 +1284,7 @@ def test_a_first_load_drops_the_index_before_the_first_flush_and_builds_it_at_th
     assert run.engine.requests[-1] == Finish((), True)
     assert run.pipeline.warnings[0] == f"An index of 1000 vectors of {DIMENSIONS} numbers is large"
     text = run.pipeline.index.text
-    assert text.startswith("deferred: about 1000 of 1000 rows change, a quarter or more")
+    assert text.startswith("deferred: about 1,000 of 1,000 rows change, a quarter or more")
     assert text.endswith("; built ix_kdb_search_vector")
     assert len(run.index.rows) == 1000
 
@@ -1293,7 +1293,7 @@ def test_a_small_change_of_a_large_index_keeps_it() -> None:
     run = with_vector_index(5000, estimate=300).go([record(n, f"text {n}") for n in range(300)], page=50)
     run.pipeline.finish(())
     assert "PrepareIndex" not in kinds(run)
-    assert run.pipeline.index.text == "kept: about 300 of 5000 rows change, under a quarter"
+    assert run.pipeline.index.text == "kept: about 300 of 5,000 rows change, under a quarter"
 
 
 def test_a_handful_of_rows_keeps_the_index_whatever_their_share() -> None:
@@ -1309,7 +1309,7 @@ def test_unchanged_records_do_not_count_as_rows_to_write() -> None:
     run.go([record(n, f"text {n}") for n in range(1000)], page=1000)
     assert run.counts.unchanged == 900
     assert "PrepareIndex" not in kinds(run)
-    assert run.pipeline.index.text == "kept: about 100 of 1000 rows change, under a quarter"
+    assert run.pipeline.index.text == "kept: about 100 of 1,000 rows change, under a quarter"
 
 
 def test_a_load_that_turns_out_large_on_the_way_drops_the_index_then(monkeypatch: pytest.MonkeyPatch) -> None:

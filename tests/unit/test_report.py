@@ -1,0 +1,42 @@
+"""What a person is shown of times and programs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from kdb_fast.cli import demo, report
+
+
+@pytest.fixture
+def kathmandu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A quarter of an hour beside the others."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Kathmandu")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.parametrize("moment", [datetime(2026, 1, 2, 3, 4, 5, 600, UTC), "2026-01-02 03:04:05.600"])
+def test_times_of_both_databases_are_those_of_the_place(kathmandu: None, moment: datetime | str) -> None:
+    assert report._moment(moment) == "2026-01-02 08:49:05"
+    assert report._moment(None) == "never"
+
+
+def test_the_program_is_called_as_the_shell_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    beside = tmp_path / ".venv" / "bin"
+    beside.mkdir(parents=True)
+    monkeypatch.setattr(sys, "executable", str(beside / "python"))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.chdir(tmp_path)
+    assert demo._program() == "kdb-fast"
+    (beside / "kdb-fast").touch(0o755)
+    assert demo._program() == ".venv/bin/kdb-fast"
+    monkeypatch.setenv("PATH", str(beside))
+    assert demo._program() == "kdb-fast"
