@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 
+import psycopg
 import pytest
 from articles import Articles
 from servers import execute
@@ -79,6 +80,17 @@ def test_the_time_left_follows_the_last_minute_and_begins_anew_with_another_stag
     assert left(estimate) is None
 
 
+@pytest.mark.parametrize(("kind", "megabytes"), [("vector(384)", 2_252), ("halfvec(384)", 1_483)])
+def test_the_memory_of_a_build_is_what_was_measured_and_a_little_more(
+    database: DatabaseAddress, kind: str, megabytes: int
+) -> None:
+    execute(database, "CREATE EXTENSION IF NOT EXISTS vector")
+    execute(database, f"CREATE TABLE measured (id bigint, v {kind})")
+    with psycopg.connect(database.conninfo) as connection, connection.cursor() as cursor:
+        memory = index_session.build_memory(cursor, ("public", "measured"), "v", 384, 1_000_000)
+    assert megabytes * 1_000_000 < memory.needed < megabytes * 1_100_000
+
+
 def test_a_graph_that_will_not_fit_into_memory_is_said_before_anything_is_embedded(
     articles: Articles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,8 +99,8 @@ def test_a_graph_that_will_not_fit_into_memory_is_said_before_anything_is_embedd
     store.prepare(64)
     run = store.begin_run(fingerprint="f", model="m", dimensions=64, wait=0)._replace(target=target)
     (note,) = (text for text in store.forecast(run, 1_000_000) if "index" in text)
-    assert "An index of 1,000,000 vectors needs about 1,050 MB" in note
-    assert "a quarter of this machine's free memory is 537 MB, which holds about 511,5" in note
+    assert "An index of 1,000,000 vectors needs about 1,042 MB" in note
+    assert "a quarter of this machine's free memory is 537 MB, which holds about 515,4" in note
     execute(articles.address, note[note.index("ALTER ROLE") :])
     try:
         store.close()

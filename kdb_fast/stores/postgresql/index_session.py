@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     Connection = psycopg.Connection[tuple[Any, ...]]
     Cursor = psycopg.Cursor[tuple[Any, ...]]
 
-ROW_BYTES_IN_BUILD = 1.3
-"""pgvector keeps elements and neighbour lists in memory while building: about 1.3 × the vectors at m = 16."""
+GRAPH_ROW_BYTES = 720
+"""Of a row beside its vector while a graph is built in memory: element and lists of neighbours at m = 16. Measured by
+the rows that fitted (``bench bytes``): 2,252 bytes of vector(384), 1,483 of halfvec(384); 716 and 715 beside it."""
 
-SLOWER = "several times as slow"
-"""A row of a graph that no longer fits, against one in memory."""
+BUILD_MARGIN = 1.05
+"""Of what was measured: levels are drawn at random, and parallel workers claim memory in pieces."""
+
+SLOWER = "at a third of the speed or less"
+"""A row of a graph that no longer fits, against one in memory: 3.6 times with all pages cached (``bench bytes``)."""
 
 CONCURRENT_PATIENCE = "60s"
 """How long a build beside other sessions waits for one of their transactions, each time: it needs the end of all that
@@ -61,14 +65,14 @@ def build_memory(cursor: Cursor, table: Name, vector: str, dimensions: int, rows
         dimensions: Of the vectors, where the column does not say.
     """
     row = cursor.execute(
-        "SELECT greatest(a.atttypmod, %s), pg_size_bytes(current_setting('maintenance_work_mem')) "
+        "SELECT greatest(a.atttypmod, %s), pg_size_bytes(current_setting('maintenance_work_mem')), "
+        "CASE (SELECT typname FROM pg_type WHERE oid = a.atttypid) WHEN 'halfvec' THEN 2 ELSE 4 END "
         "FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = %s "
         "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
         (dimensions, vector, *table),
     ).fetchone()
     assert row is not None
-    # Vector, element and neighbour lists: 4 bytes a dimension and about 700 bytes of graph at m = 16.
-    needed = int(rows * (4 * row[0] * ROW_BYTES_IN_BUILD + 700)) + (16 << 20)
+    needed = int(rows * (row[2] * row[0] + GRAPH_ROW_BYTES) * BUILD_MARGIN) + (16 << 20)
     local = cursor.connection.info.host.startswith("/") or cursor.connection.info.host in ("localhost", "127.0.0.1")
     allowed = available_memory() // 4 if local else row[1]
     return BuildMemory(needed, max(row[1], min(needed, allowed)), local)
@@ -86,7 +90,7 @@ def build_settings(
 ) -> dict[str, str]:
     """Memory and parallel workers of an index build.
 
-    A build that fits ``maintenance_work_mem`` is several times as fast as one that does not; a parallel
+    A build that fits ``maintenance_work_mem`` is more than three times as fast as one that does not; a parallel
     one allocates all of it at once, so no more is asked for than the vectors need. Parallel builds of
     pgvector before 0.8.2 can read other tables' memory (CVE-2026-3172).
 
