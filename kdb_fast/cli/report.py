@@ -42,7 +42,9 @@ def print_receipt(receipt: Receipt, database: str) -> None:
     elif not read:
         print(f"{database}: there were no records to read.")
     elif not written and not receipt.rejected:
-        print(f"{database}: nothing changed: {number_of(receipt.unchanged, 'record is', 'records are')} up to date.")
+        ours = receipt.unchanged - receipt.foreign
+        left = f", {receipt.foreign:,} left alone" if receipt.foreign else ""
+        print(f"{database}: nothing changed: {number_of(ours, 'record is', 'records are')} up to date{left}.")
     else:
         print(
             f"{database}: {written:,} of {number_of(read, 'record')} written in {clock(receipt.seconds)} "

@@ -175,7 +175,7 @@ def _search_index(
     ahead: QueryAhead | None,
 ) -> None:
     """Search KameleonDB's index."""
-    from ..search.commands import run_search
+    from ..search.commands import run_search, unknown_entities
     from ..search.scope import parse_where
     from .report import print_results, printable
 
@@ -196,6 +196,8 @@ def _search_index(
     )
     for part in missed:
         complain(f"warning: {printable(str(part), 1000)}")
+    for said in () if results or not entities else unknown_entities(address, entities):
+        complain(f"note: {printable(said, 1000)}")
     if as_json:
         left_out = [part._asdict() for part in missed]
         print(json.dumps({"query": query, "mode": mode, "results": results, "left_out": left_out}, default=str))

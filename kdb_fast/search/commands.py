@@ -14,8 +14,10 @@ from ..db.address import DatabaseAddress
 from ..db.reading import read
 from ..errors import SchemaError
 from ..origins import IndexModel
+from ..records import storable_key
+from ..tables.names import or_nearest
 from ..tables.reading import rows_of
-from ..tables.target import find_target
+from ..tables.target import columns_of, find_target
 from .readers import open_reader
 
 if TYPE_CHECKING:
@@ -169,6 +171,20 @@ def search_open(
         )
 
     return [dataclasses.asdict(result) for result in read(address, work, mapped=mapped)]
+
+
+def unknown_entities(address: DatabaseAddress, names: Sequence[str]) -> list[str]:
+    """What is to be said of names of entities that neither KameleonDB nor the index knows."""
+
+    def work(connection: Any) -> list[str]:
+        rows = rows_of(connection, address.dialect)
+        target = find_target(rows, address.dialect)
+        known = {entity.name for entity in load_entities(rows, target)}
+        if columns_of(rows, target, [target.index.name]):
+            known.update(name for (name,) in rows(target.text("SELECT DISTINCT entity_name FROM {index}"), {}))
+        return [f"There is no entity {storable_key(n)}{or_nearest(n, known)}" for n in names if n not in known]
+
+    return read(address, work)
 
 
 class Status(NamedTuple):

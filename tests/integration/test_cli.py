@@ -57,6 +57,8 @@ def test_a_file_is_indexed_searched_and_up_to_date_the_second_time(tmp_path: Pat
     keys = counts | work | what
     assert keys <= receipt.keys()
     assert receipt["phases"].keys() == {"prepare", "start", "embed", "write", "index"}
+    typo = kdb_fast("search", "cat", "--db", db, "--mode", "keyword", "--entity", "Noet")
+    assert (typo.stdout, typo.stderr) == ("no results\n", "note: There is no entity Noet; nearest: Note.\n")
     found = json.loads(kdb_fast("search", "making dough", "--db", db, "--mode", "vector", "--json").stdout)
     assert found["results"][0]["id"] == "2"
     keyword = json.loads(kdb_fast("search", "markets", "--db", db, "--mode", "keyword", "--json").stdout)

@@ -108,3 +108,13 @@ def test_values_are_shown_as_sql_writes_them(table: Table) -> None:
     assert table.json("reindex", *INTO, "--keyword")["stored"] == 2
     out = table.run("search", "vectors", "one", "--mode", "keyword", "--columns", "lang")
     assert "lang: NULL" in out
+
+
+def test_vectors_of_another_program_are_not_called_up_to_date(table: Table) -> None:
+    table.run("reindex", *DESCRIBED)
+    table.run("targets", "drop", "articles")
+    assert "nothing changed: 0 records are up to date, 2 left alone." in table.run("reindex", *DESCRIBED, "--keyword")
+    found = table.start("search", "articles", "one")
+    assert found.wait() == 0, found.err
+    assert "note: By keyword only. Of " in found.err
+    assert "no vector is known to be of any model" in found.err

@@ -184,6 +184,8 @@ def search_connected(connection: Any, address: DatabaseAddress, definition: Defi
         if origins or mode == "vector" or question.names_model:
             # Outside of any transaction: a provider may take its time.
             vectors, missed = query_of(table, question, words.text, origins)
+        else:
+            notes.append(f"By keyword only. {nothing_embedded(table)}")
         if mode == "vector" and missed and not any(wanted.fingerprints or wanted.foreign for _, wanted in vectors):
             raise SchemaError(str(missed[0])[:1].upper() + str(missed[0])[1:])
     depth = max(4 * question.limit, MIN_DEPTH)
