@@ -21,6 +21,7 @@ class Options:
         sweep: Also try token budgets (part ``embed``).
         sets: Data sets of the part ``stress``.
         cpus: Of simulated clusters, for the part ``cluster``; empty for all of its sizes.
+        add: Together with the runs that are in the results, for the part ``hosts``.
         against: Checkout of another version, measured in turn with this one (parts ``search``, ``engine``, ``scale``).
         seed: Of the data sets.
         out: Directory of the results.
@@ -31,6 +32,7 @@ class Options:
     sweep: bool = False
     sets: tuple[str, ...] = STRESS_SETS
     cpus: tuple[int, ...] = ()
+    add: bool = False
     against: Path | None = None
     seed: int = 1
     out: Path = RESULTS

@@ -148,6 +148,14 @@ def ran(outcomes: dict[str, Outcome]) -> list[Outcome]:
     return [outcome for outcome in outcomes.values() if outcome.runs]
 
 
+def earlier(outcomes: dict[str, Outcome], file: Path) -> None:
+    """Put the runs that a part's results hold before those of these outcomes, where there are some."""
+    if file.exists():
+        known = json.loads(file.read_text())["raw"]
+        for label, outcome in outcomes.items():
+            outcome.runs[:0] = known[label].get("runs", [])
+
+
 def raw(outcomes: Iterable[Outcome]) -> dict[str, Any]:
     """All reports, for the JSON file. Paths and connection strings are left out."""
     return {

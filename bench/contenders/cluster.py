@@ -336,5 +336,7 @@ def _used() -> dict[str, float]:
             name = process.name()
             if name.startswith("ray::"):
                 name = "actors" if name[5:].startswith(("Embedding", "IdleActor")) else "Ray's agents"
+            elif any("/ray/" in word for word in process.cmdline()[1:3]):  # the script after Python's options
+                name = "Ray's agents"
             used[name] = used.get(name, 0.0) + _own_seconds(process)
     return used
