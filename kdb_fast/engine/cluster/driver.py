@@ -117,7 +117,7 @@ def serve(connection: Connection, cluster: ray_cluster.RayCluster, fleet: Fleet)
         now = time.monotonic()
         if any(news) or now - said >= BEAT_SECONDS:
             if not cluster.connected:
-                raise ConnectionError("has lost the head of the cluster")
+                raise ConnectionError("the head of the cluster is gone")
             said = now
             for at in range(0, max(1, len(news.filled)), NEWS_SLOTS):
                 connection.send(news._replace(taken=taken, filled=news.filled[at : at + NEWS_SLOTS]))
