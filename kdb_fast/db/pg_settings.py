@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RefusedError
@@ -106,29 +106,60 @@ def _cursor_class() -> type[psycopg.Cursor[Any]]:
         """
 
         def execute(self, query: Any, params: Any = None, *, prepare: Any = None, binary: Any = None) -> Any:
-            connection = self._conn
-            if not (connection.autocommit and _is_idle(connection)):
-                return super().execute(query, params, prepare=prepare, binary=binary)
-            version = connection.info.server_version
-            plain = psycopg.Cursor(connection)
-            error: BaseException | None = None
-            try:
-                with connection.pipeline():
-                    try:
-                        plain.execute(BEGIN)
-                        plain.execute(_calls(version))
-                        super().execute(query, params, prepare=prepare, binary=binary is None or binary)
-                        plain.execute("END")
-                    except BaseException as caught:  # psycopg would log what the end of the pipeline says beside it
-                        error = caught
-            except psycopg.Error as caught:
-                error = error or caught
-            if error is not None:
-                _roll_back(connection)
-                raise error
+            connection, execute = self._conn, super().execute
+            if not _is_free(connection):
+                return execute(query, params, prepare=prepare, binary=binary)
+            _in_one_round_trip(
+                connection, lambda: execute(query, params, prepare=prepare, binary=binary is None or binary)
+            )
             return self
 
     return PinnedCursor
+
+
+def _in_one_round_trip(connection: Connection, send: Callable[[], object]) -> None:
+    """A transaction with the pins of all the statements that ``send`` executes, on a connection that is free."""
+    import psycopg
+
+    plain = psycopg.Cursor(connection)
+    error: BaseException | None = None
+    try:
+        with connection.pipeline():
+            try:
+                plain.execute(BEGIN)
+                plain.execute(_calls(connection.info.server_version))
+                send()
+                plain.execute("END")
+            except BaseException as caught:  # psycopg would log what the end of the pipeline says beside it
+                error = caught
+    except psycopg.Error as caught:
+        error = error or caught
+    if error is not None:
+        _roll_back(connection)
+        raise error
+
+
+def at_once(connection: Connection, statements: Sequence[tuple[str, Mapping[str, Any]]]) -> list[list[tuple[Any, ...]]]:
+    """The rows of each statement, as (statement, parameters), in one transaction with the pins and one round trip.
+
+    On a connection that is in a transaction, or does not commit by itself, one after the other.
+    """
+    import psycopg
+    from psycopg.rows import tuple_row
+
+    cursors = [psycopg.Cursor(connection, row_factory=tuple_row) for _ in statements]
+    free = _is_free(connection)
+
+    def send() -> None:
+        for cursor, (statement, params) in zip(cursors, statements, strict=True):
+            # In binary form for the reason that PinnedCursor gives.
+            cursor.execute(statement.encode(), params, binary=free)
+
+    if free:
+        _in_one_round_trip(connection, send)
+    else:
+        send()
+    return [cursor.fetchall() for cursor in cursors]
 
 
 def pin(connection: Connection) -> None:
@@ -223,6 +254,11 @@ def _is_idle(connection: Connection) -> bool:
     import psycopg
 
     return bool(connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE)
+
+
+def _is_free(connection: Connection) -> bool:
+    """Whether its next statement would be a transaction of its own."""
+    return connection.autocommit and _is_idle(connection)
 
 
 def _roll_back(connection: Connection) -> None:

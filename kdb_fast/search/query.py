@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from typing import NamedTuple
+
+from ..errors import UsageError
+
+MODES = ("hybrid", "vector", "keyword")
+
+RRF_K = 60
+"""The constant of reciprocal rank fusion; KameleonDB's, and that of the paper that introduced it."""
+
+BEST = {"hybrid": 2 / (RRF_K + 1), "vector": 1 / (RRF_K + 1), "keyword": 1 / (RRF_K + 1)}
+"""The highest score of each mode: that of a record which is first in every ranking."""
 
 MAX_QUERY_CHARS = 2000
 """A longer query is cut: encoders read about this much, and a keyword query of more words finds nothing."""
@@ -145,6 +156,19 @@ def why_blank(query: Query, mode: str) -> str:
     if query.excluded:
         return "The query only excludes words; nothing in it says what to look for."
     return "The query is blank: it holds no word or number to look for."
+
+
+def check_query(query: str, mode: str, min_score: float) -> None:
+    """Raises UsageError for a query that says nothing, and for a least score that every result has or none can have."""
+    if blank := why_blank(parse_query(query), mode):
+        raise UsageError(blank, remedy='Give words to look for: kdb-fast search "angry customer"')
+    if not 0 <= min_score <= BEST[mode]:
+        best = math.floor(BEST[mode] * 1e5) / 1e5
+        raise UsageError(
+            f"--min-score is {min_score:g}; expected 0 to {best:.5f}, the score of a record that is first in "
+            f"{'both rankings (2/61)' if mode == 'hybrid' else 'the ranking (1/61)'}.",
+            remedy="A record at place n of a ranking gets 1/(60 + n) from it.",
+        )
 
 
 def holdable_words(words: Query, missing: frozenset[str]) -> Query:

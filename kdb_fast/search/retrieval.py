@@ -10,18 +10,20 @@ at the top of both rankings scores 2/61, at the top of one 1/61.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ..catalog.definitions import Entity
 from ..errors import UsageError
 from ..origins import QueryVector
 from ..records import Key
 from ..tables.kdb_search import entity_and_id
-from .query import Query, holdable_words, parse_query, why_blank
-from .readers.base import SearchReader
+from .query import MODES, RRF_K, Query, holdable_words, parse_query, why_blank
+from .readers.base import DefinitionsChanged, SearchReader
 from .readers.ranking import Hit
 from .results import SearchResult
 from .scope import Scope, holdable_scope, resolve_scope
@@ -33,14 +35,6 @@ if TYPE_CHECKING:
     Embedded = npt.ArrayLike | list[QueryVector]
 
 Mode = Literal["hybrid", "vector", "keyword"]
-MODES = ("hybrid", "vector", "keyword")
-
-RRF_K = 60
-"""The constant of reciprocal rank fusion; KameleonDB's, and that of the paper that introduced it."""
-
-BEST = {"hybrid": 2 / (RRF_K + 1), "vector": 1 / (RRF_K + 1), "keyword": 1 / (RRF_K + 1)}
-"""The highest score of each mode: that of a record which is first in every ranking."""
-
 MIN_DEPTH = 50
 """Least length of each ranking: a record that is tenth in both must be able to beat the first of one."""
 
@@ -66,11 +60,11 @@ def search(
             that says nothing (:func:`why_blank`) finds nothing.
         query_vector: Embeddings of its :func:`meaning`, one for each model that has made vectors of the index, each of
             which ranks the rows of its own model; or one row of numbers, which ranks all rows; or a function that gives
-            either, called once at most. Without it hybrid search is by keyword only.
+            either, not called again once it has. Without it hybrid search is by keyword only.
         mode: ``hybrid``, ``vector`` or ``keyword``.
         entities: Names of the entities to search; empty means all.
         limit: Most results, 1 or more.
-        min_score: Least fused score. See :data:`BEST`: with more than that nothing is found.
+        min_score: Least fused score. See :data:`~kdb_fast.search.query.BEST`: with more than that nothing is found.
         where: Exact values of fields by logical name, all of which must hold. The number 1 equals 1.0, the
             string "1" and true do not; None also means a field without a value.
         beside: The same index on another connection. A hybrid search then ranks by keyword there, in a thread, while
@@ -129,8 +123,8 @@ class _Asked(NamedTuple):
     limit: int
     depth: int
 
-    def scope(self, reader: SearchReader) -> Scope:
-        scope = resolve_scope(reader.definitions(), self.entities, self.where)
+    def scope(self, reader: SearchReader, definitions: list[Entity]) -> Scope:
+        scope = resolve_scope(definitions, self.entities, self.where)
         return holdable_scope(scope, reader.missing_characters)._replace(excluded=self._held_by(reader).excluded)
 
     def by_vector(self, reader: SearchReader, embedded: Embedded | None, scope: Scope) -> list[list[Hit]]:
@@ -167,8 +161,7 @@ class _Found:
         if not new:
             return
         self._looked_for.update(new)
-        contents, data = reader.contents(new), reader.data(new, scope)
-        self.records.update((key, (data[key], contents[key])) for key in new if key in contents and key in data)
+        self.records.update(reader.records(new, scope))
 
 
 class _Ranking(NamedTuple):
@@ -181,40 +174,55 @@ class _Ranking(NamedTuple):
 
 
 def _in_turn(asked: _Asked, reader: SearchReader, embed: Embed) -> _Ranking:
+    scope = asked.scope(reader, reader.definitions())
+    by_keyword = asked.by_keyword(reader, scope)
+    # Last, since somebody else may still be embedding the query.
     vector = embed() if asked.mode != "keyword" else None
-    scope = asked.scope(reader)
-    return _Ranking(scope, asked.by_vector(reader, vector, scope), asked.by_keyword(reader, scope), _Found())
+    return _Ranking(scope, asked.by_vector(reader, vector, scope), by_keyword, _Found())
 
 
 def _side_by_side(asked: _Asked, reader: SearchReader, beside: SearchReader, embed: Embed) -> _Ranking:
-    """Ranks by keyword in a thread. The best records of whichever ranking is there first are read meanwhile."""
-    # A connection is never shared: the thread uses `beside` only, the caller's thread `reader` only. Both rank within
-    # one scope, which the thread finds while the query is embedded. `found` is written by whoever takes `first`, and
-    # read by others only after the thread has ended.
-    scoped: Future[Scope] = Future()
+    """Ranks by keyword in a thread while the query is embedded and ranked by vector.
+
+    Neither waits for KameleonDB's definitions: those of the search before are assumed, and read again in the round trip
+    of the ranking by vector; where they have changed, both rank again.
+    """
+    embed_once = functools.cache(embed)
+    assumed = reader.assumed_definitions()
+    try:
+        return _within(asked.scope(reader, assumed), asked, reader, beside, embed_once)
+    except DefinitionsChanged:
+        definitions = reader.definitions()
+    except Exception:
+        # It may be that of a table that is gone, or of a field that there was not yet.
+        definitions = reader.definitions()
+        if definitions == assumed:
+            raise
+    return _within(asked.scope(reader, definitions), asked, reader, beside, embed_once)
+
+
+def _within(scope: Scope, asked: _Asked, reader: SearchReader, beside: SearchReader, embed: Embed) -> _Ranking:
+    """Both rankings. The best records of whichever is there first are read meanwhile."""
+    # A connection is never shared: the thread uses `beside` only, the caller's thread `reader` only. `found` is written
+    # by whoever takes `first`, and read by others only after the thread has ended.
     first = threading.Lock()
     found = _Found()
 
     def read_if_first(reader: SearchReader, hits: list[Hit]) -> None:
         if first.acquire(blocking=False):
-            found.read(reader, [hit.key for hit in hits[: asked.limit]], scoped.result())
+            found.read(reader, [hit.key for hit in hits[: asked.limit]], scope)
 
     def rank_by_keyword() -> list[Hit]:
-        try:
-            scoped.set_result(asked.scope(beside))
-        except BaseException as error:
-            scoped.set_exception(error)
-            raise
-        hits = asked.by_keyword(beside, scoped.result())
+        hits = asked.by_keyword(beside, scope)
         read_if_first(beside, hits)
         return hits
 
     with ThreadPoolExecutor(1, "kdb-fast-keyword") as pool:
         keyword_side = pool.submit(rank_by_keyword)
-        vector = embed()
-        by_vector = asked.by_vector(reader, vector, scoped.result())
+        by_vector = asked.by_vector(reader, embed(), scope)
+        reader.check_definitions()
         read_if_first(reader, by_vector[0] if by_vector else [])
-        return _Ranking(scoped.result(), by_vector, keyword_side.result(), found)
+        return _Ranking(scope, by_vector, keyword_side.result(), found)
 
 
 def fuse(by_vector: Sequence[Hit], by_keyword: Sequence[Hit], *others: Sequence[Hit]) -> list[tuple[Key, float]]:
@@ -236,19 +244,6 @@ def fuse(by_vector: Sequence[Hit], by_keyword: Sequence[Hit], *others: Sequence[
         scores.items(),
         key=lambda item: (-item[1], item[0] not in exact, -similarity.get(item[0], -math.inf), item[0]),
     )
-
-
-def check_query(query: str, mode: str, min_score: float) -> None:
-    """Raises UsageError for a query that says nothing, and for a least score that every result has or none can have."""
-    if blank := why_blank(parse_query(query), mode):
-        raise UsageError(blank, remedy='Give words to look for: kdb-fast search "angry customer"')
-    if not 0 <= min_score <= BEST[mode]:
-        best = math.floor(BEST[mode] * 1e5) / 1e5
-        raise UsageError(
-            f"--min-score is {min_score:g}; expected 0 to {best:.5f}, the score of a record that is first in "
-            f"{'both rankings (2/61)' if mode == 'hybrid' else 'the ranking (1/61)'}.",
-            remedy="A record at place n of a ranking gets 1/(60 + n) from it.",
-        )
 
 
 def checked_vector(vector: npt.ArrayLike) -> npt.NDArray[np.float32]:

@@ -24,14 +24,14 @@ from kdb_fast.db.pg_connection import connect_postgresql
 from kdb_fast.errors import SchemaError, UsageError
 from kdb_fast.origins import Maker, Origin, QueryVector
 from kdb_fast.records import key_json
-from kdb_fast.search.query import meaning, parse_query
+from kdb_fast.search.query import check_query, meaning, parse_query
 from kdb_fast.search.readers import postgresql as search_postgresql
 from kdb_fast.search.readers import sqlite_vectors
 from kdb_fast.search.readers.base import SearchReader
 from kdb_fast.search.readers.postgresql import PostgresqlReader
 from kdb_fast.search.readers.sqlite import SqliteReader
 from kdb_fast.search.results import SearchResult
-from kdb_fast.search.retrieval import check_query, search
+from kdb_fast.search.retrieval import search
 from kdb_fast.search.scope import resolve_scope
 from kdb_fast.search.status import statuses
 from kdb_fast.stores.base import EntityStatus
@@ -335,15 +335,18 @@ class TestPostgresqlRanking:
         vectors = fill(postgresql)
         postgresql.run("SET enable_seqscan = off")
         postgresql.run("SET enable_bitmapscan = off")
-        reader, plans = postgresql.reader(), []
-        plain = reader._rows
+        reader = postgresql.reader()
+        plans: list[str] = []
+        assert isinstance(reader, PostgresqlReader)
+        plain = reader._read
 
-        def explained(statement: str, params: Any) -> Any:
-            if "ORDER BY s.embedding" in statement:
-                plans.append("\n".join(row[0] for row in plain(f"EXPLAIN {statement}", params)))
-            return plain(statement, params)
+        def explained(*statements: Any) -> Any:
+            for statement, params in statements:
+                if "ORDER BY s.embedding" in statement:
+                    plans.append("\n".join(row[0] for row in plain((f"EXPLAIN {statement}", params))[0]))
+            return plain(*statements)
 
-        monkeypatch.setattr(reader, "_rows", explained)
+        monkeypatch.setattr(reader, "_read", explained)
         query = random_vectors(1, seed=7)[0]
         given: list[dict[str, Any]] = [{}, {"entities": ["Even", "Odd"]}, {"where": {"group": 5}}]
         for options in given:
@@ -1315,15 +1318,18 @@ class TestTwoModels:
         postgresql.create_kameleon()
         self.fill(postgresql, range(0, ROWS, 2))
         postgresql.run("ANALYZE kdb_search")
-        reader, plans = postgresql.reader(), []
-        plain = reader._rows
+        reader = postgresql.reader()
+        plans: list[str] = []
+        assert isinstance(reader, PostgresqlReader)
+        plain = reader._read
 
-        def explained(statement: str, params: Any) -> Any:
-            if "ORDER BY s.embedding" in statement:
-                plans.append("\n".join(row[0] for row in plain(f"EXPLAIN {statement}", params)))
-            return plain(statement, params)
+        def explained(*statements: Any) -> Any:
+            for statement, params in statements:
+                if "ORDER BY s.embedding" in statement:
+                    plans.append("\n".join(row[0] for row in plain((f"EXPLAIN {statement}", params))[0]))
+            return plain(*statements)
 
-        monkeypatch.setattr(reader, "_rows", explained)
+        monkeypatch.setattr(reader, "_read", explained)
         # Without the filter the planner takes the index for this table as well, so it is not turned away by it.
         postgresql.run("SET enable_seqscan = off")
         postgresql.run("SET enable_bitmapscan = off")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdb_fast.catalog.definitions import Entity, Field, Place, Storage
-from kdb_fast.errors import DatabaseError, UsageError
+from kdb_fast.errors import DatabaseError, ProviderError, UsageError
 from kdb_fast.records import Key
 from kdb_fast.search.query import Query, Term, parse_query
-from kdb_fast.search.readers.base import SearchReader
+from kdb_fast.search.readers.base import DefinitionsChanged, SearchReader, Statement
 from kdb_fast.search.readers.ranking import Hit, in_order
 from kdb_fast.search.retrieval import MIN_DEPTH, checked_vector, fuse, search
 from kdb_fast.search.scope import Scope, resolve_scope
@@ -66,19 +66,27 @@ class MemoryReader(SearchReader):
     def _without(self, excluded: Sequence[Term], params: Params) -> str:
         raise NotImplementedError
 
-    def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
-        return {key: f"text of {key[1]!s}" for key in keys}
+    def records(self, keys: Sequence[Key], scope: Scope) -> dict[Key, tuple[dict[str, Any], str]]:
+        return {key: ({"name": key[1]}, f"text of {key[1]!s}") for key in keys if key[1] not in self.gone}
 
-    def data(self, keys: Sequence[Key], scope: Scope) -> dict[Key, dict[str, Any]]:
-        return {key: {"name": key[1]} for key in keys if key[1] not in self.gone}
+    def _contents(self, keys: Sequence[Key]) -> Statement:
+        raise NotImplementedError
 
-    def _stored(
-        self, definition: Entity, place: Place, record_ids: list[str], scope: Scope
-    ) -> Iterator[tuple[str, bool | None, dict[str, Any]]]:
+    def _stored(self, definition: Entity, place: Place, record_ids: list[str], scope: Scope) -> Statement:
+        raise NotImplementedError
+
+    def _by_column(self, definition: Entity, place: Place, values: Sequence[Any]) -> Mapping[str, Any]:
         raise NotImplementedError
 
     def _equals(self, place: Place, field: Field, value: Any, params: Params) -> str:
         raise NotImplementedError
+
+
+class Assuming(MemoryReader):
+    """Assumes definitions that hold no more."""
+
+    def assumed_definitions(self) -> list[Entity]:
+        return [definition("Old", "title")]
 
 
 class TestFuse:
@@ -186,9 +194,9 @@ class TestSearch:
         read = threading.Event()
 
         class Quick(MemoryReader):
-            def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
+            def records(self, keys: Sequence[Key], scope: Scope) -> dict[Key, tuple[dict[str, Any], str]]:
                 read.set()
-                return super().contents(keys)
+                return super().records(keys, scope)
 
         class Slow(MemoryReader):
             def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
@@ -213,7 +221,7 @@ class TestSearch:
         found = search(MemoryReader(ranking("v"), []), "q", query_vector=embed, beside=Quick([], ranking("k")))
         assert [r.id for r in found] == ["v", "k"]
 
-    @pytest.mark.parametrize("part", ["definitions", "keyword", "vector", "contents", "embed"])
+    @pytest.mark.parametrize("part", ["definitions", "keyword", "vector", "records", "embed"])
     def test_an_error_on_either_side_is_the_error_of_the_search(self, part: str) -> None:
         def fail(*arguments: object) -> Any:
             raise DatabaseError(f"{part} failed")
@@ -228,6 +236,43 @@ class TestSearch:
                 query_vector=fail if part == "embed" else lambda: VECTOR,
                 beside=readers[1],
             )
+
+    @pytest.mark.parametrize("raised", [DefinitionsChanged(), DatabaseError("no such table")])
+    @pytest.mark.parametrize("part", ["vector", "keyword", "check_definitions"])
+    def test_with_definitions_that_hold_no_more_both_rankings_are_made_again(
+        self, part: str, raised: Exception
+    ) -> None:
+        embedded: list[str] = []
+
+        def embed() -> npt.NDArray[np.float32]:
+            embedded.append("q")
+            return VECTOR
+
+        def fail_once(*arguments: object) -> Any:
+            delattr(failing, part)
+            raise raised
+
+        reader, beside = Assuming(ranking("v"), []), MemoryReader([], ranking("k"))
+        failing = beside if part == "keyword" else reader
+        setattr(failing, part, fail_once)
+        assert [r.id for r in search(reader, "q", query_vector=embed, beside=beside)] == ["v", "k"]
+        assert embedded == ["q"]
+
+    def test_a_field_that_the_assumed_definitions_do_not_have_is_looked_for_again(self) -> None:
+        reader, beside = Assuming(ranking("v"), []), MemoryReader([], ranking("k"))
+        found = search(reader, "q", query_vector=VECTOR, where={"name": "x"}, beside=beside)
+        assert [r.id for r in found] == ["v", "k"]
+
+    def test_an_error_that_has_nothing_to_do_with_the_definitions_is_raised_at_once(self) -> None:
+        asked: list[str] = []
+
+        def fail() -> Any:
+            asked.append("q")
+            raise ProviderError("out of reach")
+
+        with pytest.raises(ProviderError, match="out of reach"):
+            search(MemoryReader([], []), "q", query_vector=fail, beside=MemoryReader([], []))
+        assert asked == ["q"]
 
     def test_a_query_vector_may_be_a_list(self) -> None:
         assert checked_vector([1, 2]).dtype == np.float32

@@ -7,7 +7,7 @@ import math
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ...catalog.definitions import Entity, Field, Place, load_entities
@@ -25,6 +25,9 @@ from .ranking import Hit, KeywordRanking
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+Statement = tuple[str, Mapping[str, Any]]
+"""A statement and its parameters."""
 
 COUNT_EVERY = 100
 """Origins are counted again when 100 times the time that it took has passed: it takes one per cent of the time."""
@@ -85,6 +88,10 @@ def origin_of_a_row(rows: Rows, target: Target) -> Origin | None:
     return Origin(*found[0]) if found else None
 
 
+class DefinitionsChanged(Exception):
+    """KameleonDB's entities are not any more what a ranking assumed: it is to be made again."""
+
+
 class SearchReader(KeywordRanking[Scope]):
     """Rankings and records of one open connection. Nothing is written. Not shared between threads.
 
@@ -115,6 +122,21 @@ class SearchReader(KeywordRanking[Scope]):
     def definitions(self) -> list[Entity]:
         """The entities of KameleonDB in this database."""
         return load_entities(self._rows, self.target)
+
+    def assumed_definitions(self) -> list[Entity]:
+        """The entities of KameleonDB as this reader read them last, where to read them again takes a round trip.
+
+        The next ranking by vector, or :meth:`check_definitions`, asks on its way whether they still are what the
+        database has, and raises :class:`DefinitionsChanged` if not.
+        """
+        return self.definitions()
+
+    def check_definitions(self) -> None:
+        """Ask whether :meth:`assumed_definitions` hold, where no ranking by vector has asked since.
+
+        Raises:
+            DefinitionsChanged: They do not.
+        """
 
     def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
         """The characters in ``texts`` that this database cannot hold; no row and no field has one."""
@@ -154,33 +176,52 @@ class SearchReader(KeywordRanking[Scope]):
     def _without(self, excluded: Sequence[Term], params: Params) -> str:
         """The condition that a row ``s`` holds none of these terms."""
 
-    @abstractmethod
-    def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
-        """The stored text of these rows; rows that are gone are left out."""
+    def records(self, keys: Sequence[Key], scope: Scope) -> dict[Key, tuple[dict[str, Any], str]]:
+        """The fields of these records by logical name, and their stored text; those that are gone are left out."""
+        data, contents = self._fields(keys, scope, self._contents(keys))
+        return {tuple(key): (data[tuple(key)], content) for *key, content in contents if tuple(key) in data}
 
     def data(self, keys: Sequence[Key], scope: Scope) -> dict[Key, dict[str, Any]]:
-        """The fields of these records by logical name; records that are gone are left out."""
-        definitions = {d.name: d for d in scope.definitions}
-        result: dict[Key, dict[str, Any]] = {key: {} for key in keys if key[0] not in definitions}
-        pairs = [entity_and_id(key) for key in keys]
-        for entity in {entity for entity, _ in pairs} & definitions.keys():
-            definition = definitions[entity]
-            wanted = {record_id for name, record_id in pairs if name == entity}
-            for place in definition.places:
-                if not wanted:
-                    break
-                for record_id, matches, stored in self._stored(definition, place, list(wanted), scope):
-                    # It counts where it is found first, be it out of scope there.
-                    wanted.discard(record_id)
-                    if matches:
-                        result[entity, record_id] = {f.name: stored.get(f.column) for f in definition.fields}
-        return result
+        """The fields of these records by logical name; those that are gone are left out."""
+        return self._fields(keys, scope)[0]
+
+    def _fields(
+        self, keys: Sequence[Key], scope: Scope, *others: Statement
+    ) -> tuple[dict[Key, dict[str, Any]], list[tuple[Any, ...]]]:
+        """:meth:`data`, and what the ``others`` give that are read with it."""
+        ids: dict[str, list[str]] = {}
+        for entity, record_id in map(entity_and_id, keys):
+            ids.setdefault(entity, []).append(record_id)
+        places = [(d, place) for d in scope.definitions if d.name in ids for place in d.places]
+        stored = self._read(*(self._stored(d, place, ids[d.name], scope) for d, place in places), *others)
+        defined = {d.name for d, _ in places}
+        result: dict[Key, dict[str, Any]] = {key: {} for key in keys if key[0] not in defined}
+        seen: set[Key] = set()
+        for (definition, place), rows in zip(places, stored[: len(places)], strict=True):
+            for record_id, matches, *values in rows:
+                # It counts where it is found first, be it out of scope there.
+                key = (definition.name, record_id)
+                if matches and key not in seen:
+                    by_column = self._by_column(definition, place, values)
+                    result[key] = {field.name: by_column.get(field.column) for field in definition.fields}
+                seen.add(key)
+        return result, [row for rows in stored[len(places) :] for row in rows]
+
+    def _read(self, *statements: Statement) -> list[list[tuple[Any, ...]]]:
+        """The rows of each statement."""
+        return [self._rows(statement, params) for statement, params in statements]
 
     @abstractmethod
-    def _stored(
-        self, definition: Entity, place: Place, record_ids: list[str], scope: Scope
-    ) -> Iterator[tuple[str, bool | None, dict[str, Any]]]:
-        """Those of these records that are in this place: id, whether it lives and meets ``where``, fields by column."""
+    def _contents(self, keys: Sequence[Key]) -> Statement:
+        """Key and stored text of these rows."""
+
+    @abstractmethod
+    def _stored(self, definition: Entity, place: Place, record_ids: list[str], scope: Scope) -> Statement:
+        """Those of these records that are in this place: id, whether it lives and meets ``where``, what is stored."""
+
+    @abstractmethod
+    def _by_column(self, definition: Entity, place: Place, values: Sequence[Any]) -> Mapping[str, Any]:
+        """What :meth:`_stored` gives of a record that is in scope, by column."""
 
     @abstractmethod
     def _equals(self, place: Place, field: Field, value: Any, params: Params) -> str:

@@ -9,11 +9,11 @@ passes the same, with one that few pass 80 to 130 ms.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ...catalog.definitions import Entity, Field, Place
+from ...catalog.definitions import Entity, Field, Place, load_entities
 from ...catalog.records import owned
 from ...db import pg_settings
 from ...db.pg_characters import Characters
@@ -22,10 +22,10 @@ from ...records import Key
 from ...tables.index_table import IndexTable
 from ...tables.kdb_search import KDB_SEARCH
 from ...tables.reading import postgresql_errors
-from ...tables.target import Dialect, Params, identifier
+from ...tables.target import Dialect, Params, Target, identifier
 from ..query import Query, Term
 from ..scope import Scope
-from .base import SearchReader
+from .base import DefinitionsChanged, SearchReader, Statement
 from .ranking import Hit, in_order
 
 if TYPE_CHECKING:
@@ -47,15 +47,65 @@ MAX_RANKED = 20_000
 """Matches that are ranked by keyword. Ranking costs 1.5 µs each; words that more texts hold say little."""
 
 
+class _Known(NamedTuple):
+    """KameleonDB's entities as they were read, with the statements that read them and what these gave."""
+
+    target: Target
+    entities: list[Entity]
+    statements: list[Statement]
+    answers: list[list[tuple[Any, ...]]]
+
+
 class PostgresqlReader(SearchReader):
     """Reads the index through a psycopg connection, best in autocommit mode. Settings last for one transaction."""
 
     dialect: ClassVar[Dialect] = "postgresql"
     _iterative: bool | None = None
+    _known: _Known | None = None
+    _unchecked: _Known | None = None
 
     def __init__(self, connection: Any, index: IndexTable = KDB_SEARCH) -> None:
         super().__init__(connection, index)
         self._characters = Characters.of(connection)
+
+    def _read(self, *statements: Statement) -> list[list[tuple[Any, ...]]]:
+        """The rows of each statement, in one round trip."""
+        with postgresql_errors():
+            return pg_settings.at_once(self._connection, statements)
+
+    def definitions(self) -> list[Entity]:
+        self._unchecked = None
+        statements: list[Statement] = []
+        answers: list[list[tuple[Any, ...]]] = []
+
+        def rows(statement: str, params: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+            answers.append(self._rows(statement, params))
+            statements.append((statement, params))
+            return answers[-1]
+
+        self._known = _Known(self.target, load_entities(rows, self.target), statements, answers)
+        return self._known.entities
+
+    def assumed_definitions(self) -> list[Entity]:
+        if self._known is None or self._known.target != self.target:
+            return self.definitions()
+        self._unchecked = self._known
+        return self._known.entities
+
+    def check_definitions(self) -> None:
+        if self._unchecked:
+            self._read_and_check()
+
+    def _read_and_check(self, *statements: Statement) -> list[list[tuple[Any, ...]]]:
+        """:meth:`_read`; definitions that are assumed are read again in the same round trip."""
+        known, self._unchecked = self._unchecked, None
+        if known is None:
+            return self._read(*statements)
+        answers = self._read(*known.statements, *statements)
+        checked = len(known.statements)
+        if answers[:checked] != known.answers:
+            raise DefinitionsChanged
+        return answers[checked:]
 
     def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
         if self._characters is None:
@@ -66,13 +116,12 @@ class PostgresqlReader(SearchReader):
     def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
         import psycopg
 
-        text = "[" + ",".join(map(str, vector.tolist())) + "]"
+        # Nine digits tell any two float32 numbers apart.
+        text = "[" + ",".join(["%.9g"] * len(vector)) % tuple(vector.tolist()) + "]"
         try:
-            with self._transaction():
-                self._set_index_scan(limit)
-                found = self._by_index(text, scope, limit)
-                if len(found) < limit:
-                    found = self._exactly(text, scope, limit)
+            found = self._by_index(text, scope, limit)
+            if len(found) < limit:
+                found = self._exactly(text, scope, limit)
         except psycopg.errors.DataException as error:
             if "dimensions" not in (error.diag.message_primary or ""):
                 raise
@@ -102,17 +151,14 @@ class PostgresqlReader(SearchReader):
     def _without(self, excluded: Sequence[Term], params: Params) -> str:
         return " AND ".join(f"NOT s.tsv @@ {tsquery(term, params)}" for term in excluded) or "true"
 
-    def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
-        found = self._rows(
+    def _contents(self, keys: Sequence[Key]) -> Statement:
+        return (
             f"SELECT s.entity_name, s.record_id, s.content FROM {self._index} s "  # noqa: S608
             "JOIN unnest(%(e)s::text[], %(r)s::text[]) AS k (e, r) ON s.entity_name = k.e AND s.record_id = k.r",
             {"e": [key[0] for key in keys], "r": [key[1] for key in keys]},
         )
-        return {tuple(key): content for *key, content in found}
 
-    def _stored(
-        self, definition: Entity, place: Place, record_ids: list[str], scope: Scope
-    ) -> Iterator[tuple[str, bool | None, dict[str, Any]]]:
+    def _stored(self, definition: Entity, place: Place, record_ids: list[str], scope: Scope) -> Statement:
         params = Params(self.dialect)
         # to_jsonb() writes timestamps as shared storage holds them: in ISO format.
         data = "r.data" if place.columns is None else "to_jsonb(r)"
@@ -121,15 +167,13 @@ class PostgresqlReader(SearchReader):
             f"FROM {self.target.table(place.table)} r "
             f"WHERE r.id = ANY({params(record_ids)}::text[]){owned(place, params)}"
         )
-        for record_id, matches, values in self._rows(statement, params.values):
-            yield record_id, matches, values if isinstance(values, dict) else {}
+        return statement, params.values
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with postgresql_errors(), pg_settings.transaction(self._connection):
-            yield
+    def _by_column(self, definition: Entity, place: Place, values: Sequence[Any]) -> Mapping[str, Any]:
+        return values[0] if isinstance(values[0], dict) else {}
 
-    def _set_index_scan(self, limit: int) -> None:
+    def _index_scan(self, limit: int) -> Statement:
+        """What sets the scan of the vector index, for the transaction that it is in."""
         if self._iterative is None:
             version = self._rows("SELECT extversion FROM pg_extension WHERE extname = 'vector'", {})
             numbers = [int(n) for n in version[0][0].split(".")[:2] if n.isdigit()] if version else []
@@ -142,17 +186,17 @@ class PostgresqlReader(SearchReader):
             settings["hnsw.max_scan_tuples"] = str(limit * SCAN_PER_ROW)
         params = Params(self.dialect)
         calls = ", ".join(f"set_config({params(name)}, {params(value)}, true)" for name, value in settings.items())
-        self._rows(f"SELECT {calls}", params.values)
+        return f"SELECT {calls}", params.values
 
     def _by_index(self, text: str, scope: Scope, limit: int) -> list[tuple[Any, ...]]:
         params = Params(self.dialect)
         distance = self._distance(params(text))
-        return self._rows(
+        nearest = (
             f"SELECT s.entity_name, s.record_id, {distance} FROM {self._index} s "  # noqa: S608
             f"WHERE s.embedding IS NOT NULL AND {self._named(scope, params)} AND {self._living(scope, params)} "
-            f"AND {self._fit(scope, params)} ORDER BY {distance} LIMIT {params(limit)}",
-            params.values,
+            f"AND {self._fit(scope, params)} ORDER BY {distance} LIMIT {params(limit)}"
         )
+        return self._read_and_check(self._index_scan(limit), (nearest, params.values))[-1]
 
     def _distance(self, vector: str) -> str:
         """The cosine distance between a row ``s`` and the vector of this placeholder."""

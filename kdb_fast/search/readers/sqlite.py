@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +23,7 @@ from ...tables.kdb_search import KDB_SEARCH
 from ...tables.target import Dialect, Params, identifier
 from ..query import Query, Term
 from ..scope import Scope
-from .base import SearchReader
+from .base import SearchReader, Statement
 from .fts5 import all_of, any_of, excludable, fts_string, meaningful
 from .ranking import Hit, in_order
 from .sqlite_vectors import ExactVectorSearch
@@ -43,11 +43,19 @@ class SqliteReader(SearchReader):
     # SQLite reads the tables of a CROSS JOIN in the order they are written. Without statistics it would rather
     # read all records of an entity than look a few up.
     join: ClassVar[str] = "CROSS JOIN"
+    _known: tuple[object, list[Entity]] | None = None
 
     def __init__(self, connection: sqlite3.Connection, index: IndexTable = KDB_SEARCH, *, once: bool = False) -> None:
         super().__init__(connection, index)
         self._full_text = self.target.table(index.full_text)
         self._vectors = ExactVectorSearch(connection, self.target, once=once)
+
+    def assumed_definitions(self) -> list[Entity]:
+        """Those of the search before while nothing was written: no more needs to be asked."""
+        state = self._file_state()
+        if self._known is None or self._known[0] != state:
+            self._known = state, self.definitions()
+        return self._known[1]
 
     def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
         unit = (vector / np.linalg.norm(vector.astype(np.float64))).astype(np.float32)
@@ -112,17 +120,14 @@ class SqliteReader(SearchReader):
         found = self._rows(statement, params.values)
         return in_order(Hit(tuple(key), -rank) for *key, rank in found)
 
-    def contents(self, keys: Sequence[Key]) -> dict[Key, str]:
-        found = self._rows(
+    def _contents(self, keys: Sequence[Key]) -> Statement:
+        return (
             f"SELECT s.entity_name, s.record_id, s.content FROM json_each(:keys) k CROSS JOIN {self._index} s "  # noqa: S608
             "ON s.entity_name = json_extract(k.value, '$[0]') AND s.record_id = json_extract(k.value, '$[1]')",
             {"keys": json.dumps(keys)},
         )
-        return {tuple(key): content for *key, content in found}
 
-    def _stored(
-        self, definition: Entity, place: Place, record_ids: list[str], scope: Scope
-    ) -> Iterator[tuple[str, bool | None, dict[str, Any]]]:
+    def _stored(self, definition: Entity, place: Place, record_ids: list[str], scope: Scope) -> Statement:
         fields = place.stored(definition.fields)
         columns = ["r.data"] if place.columns is None else [f"r.{identifier(f.column, 'sqlite')}" for f in fields]
         params = Params(self.dialect)
@@ -132,12 +137,13 @@ class SqliteReader(SearchReader):
             f"CROSS JOIN {self.target.table(place.table)} r ON r.id = k.value "
             f"WHERE true{owned(place, params)}"
         )
-        for record_id, matches, *values in self._rows(statement, params.values):
-            if not matches:
-                yield record_id, matches, {}
-                continue
-            stored = json.loads(values[0]) if place.columns is None else _from_columns(fields, values)
-            yield record_id, matches, stored if isinstance(stored, dict) else {}
+        return statement, params.values
+
+    def _by_column(self, definition: Entity, place: Place, values: Sequence[Any]) -> Mapping[str, Any]:
+        if place.columns is not None:
+            return _from_columns(place.stored(definition.fields), values)
+        stored = json.loads(values[0])
+        return stored if isinstance(stored, dict) else {}
 
     def _equals(self, place: Place, field: Field, value: Any, params: Params) -> str:
         if place.columns is None:

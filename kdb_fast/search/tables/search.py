@@ -21,10 +21,10 @@ from ...origins import Maker, Origin, QueryVector
 from ...records import Key, shell_word, storable_key
 from ...stores import targets
 from ...tables.definition import Definition
-from ..query import Query, parse_query, why_blank
+from ..query import MODES, Query, parse_query, why_blank
 from ..readers.ranking import Hit
 from ..results import LeftOut, left_out
-from ..retrieval import MIN_DEPTH, MODES, checked_vector, fuse
+from ..retrieval import MIN_DEPTH, checked_vector, fuse
 from .base import TableReader, Wanted, nothing_embedded
 from .find import find_searched
 from .results import Outcome, TableResult
