@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import click
 
 from .. import __version__
-from .indexing import insert_command, reindex_command
-from .models import models_group
 from .options import database_option, json_option, no_progress_option
-from .rejects import rejects_group
-from .searching import search_command, status_command
-from .targets import targets_group, uninstall_command
+
+ELSEWHERE = {
+    "reindex": "indexing.reindex_command",
+    "targets": "targets.targets_group",
+    "insert": "indexing.insert_command",
+    "rejects": "rejects.rejects_group",
+    "search": "searching.search_command",
+    "status": "searching.status_command",
+    "models": "models.models_group",
+    "uninstall": "targets.uninstall_command",
+}
+"""Module and name of the commands that are not in this module."""
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-@click.group(context_settings=HELP, no_args_is_help=True)
+class _Commands(click.Group):
+    """Imports the module of a command when the command is asked for: a search needs one of them."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in ELSEWHERE:
+            module, name = ELSEWHERE[cmd_name].split(".")
+            self.commands[cmd_name] = getattr(import_module(f".{module}", __package__), name)
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_Commands, context_settings=HELP, no_args_is_help=True)
 @click.version_option(__version__, prog_name="kdb-fast")
 def cli() -> None:
     """Re-embed a table of text at the speed of this machine, and search it.
@@ -68,14 +87,5 @@ def demo_command(db: str | None, no_progress: bool, as_json: bool) -> int:
     return run_demo(db, show=not no_progress, as_json=as_json)
 
 
-for command in (
-    reindex_command,
-    targets_group,
-    insert_command,
-    rejects_group,
-    search_command,
-    status_command,
-    models_group,
-    uninstall_command,
-):
-    cli.add_command(command)
+for command in ELSEWHERE:
+    cli.add_command(click.Command(command))  # its name, until it is asked for

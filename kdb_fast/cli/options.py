@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -79,6 +79,21 @@ def dimensions_option(command: F) -> F:
 def provider_of(provider: str | None, base_url: str | None) -> str:
     """Naming the address is naming the provider."""
     return provider or ("openai" if base_url else "fastembed")
+
+
+def state_schema_option(command: F) -> F:
+    """``--state-schema``."""
+    return click.option(
+        "--state-schema",
+        metavar="SCHEMA",
+        help="PostgreSQL: the schema of kdb-fast's own tables. Default: where the target is kept; for a new one where "
+        "they are already, else the first of the search_path.",
+    )(command)
+
+
+def in_schema(address: DatabaseAddress, schema: str | None) -> DatabaseAddress:
+    """The address with the schema of our own tables, where one is named."""
+    return address if schema is None or address.dialect == "sqlite" else replace(address, schema=schema)
 
 
 @contextlib.contextmanager

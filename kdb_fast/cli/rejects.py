@@ -13,12 +13,13 @@ from .options import (
     RunArguments,
     cluster_option,
     database_option,
+    in_schema,
     json_option,
     opened_database,
     provider_option,
     run_options,
+    state_schema_option,
 )
-from .tables import in_schema, state_schema_option
 
 target_option = click.option("--target", metavar="NAME", help="Only this target: see `kdb-fast targets list`.")
 

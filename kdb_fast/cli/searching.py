@@ -15,9 +15,14 @@ import click
 
 from ..errors import SchemaError, UsageError
 from .console import complain
-from .options import BASE_URL_HELP, database_option, json_option, opened_database
-from .tables import in_schema, state_schema_option
-from .targets import show_target
+from .options import (
+    BASE_URL_HELP,
+    database_option,
+    in_schema,
+    json_option,
+    opened_database,
+    state_schema_option,
+)
 
 if TYPE_CHECKING:
     from ..db.address import DatabaseAddress
@@ -74,7 +79,7 @@ def search_command(
     In QUERY, "two words" in quotes stay together, -word excludes (after --: kdb-fast search -- "-word …"), and or
     means either. A record that holds an identifier of the query (ERR_CONN_1111, nginx.conf, "a phrase") comes first.
     """
-    from ..search.retrieval import check_query
+    from ..search.query import check_query
 
     *names, text = query
     if len(names) > 1:
@@ -216,6 +221,8 @@ def status_command(target: str | None, db: str | None, state_schema: str | None,
     With the name of a TARGET, that one only.
     """
     if target is not None:
+        from .targets import show_target
+
         show_target(target, db, state_schema, as_json)
         return
     from ..search.commands import run_status

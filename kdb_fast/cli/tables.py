@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -13,23 +13,13 @@ from ..errors import UsageError
 from ..records import shell_word, storable_key
 from ..settings import INDEX_POLICIES
 from .groups import group
-from .options import F, RunArguments, provider_of
+from .options import RunArguments, in_schema, provider_of, state_schema_option
 
 if TYPE_CHECKING:
     from ..db.address import DatabaseAddress
     from ..indexing.progress import Progress
     from ..receipt import Receipt
     from ..settings import ReindexOptions
-
-
-def state_schema_option(command: F) -> F:
-    """``--state-schema``."""
-    return click.option(
-        "--state-schema",
-        metavar="SCHEMA",
-        help="PostgreSQL: the schema of kdb-fast's own tables. Default: where the target is kept; for a new one where "
-        "they are already, else the first of the search_path.",
-    )(command)
 
 
 def table_options(command: Callable[..., int]) -> Callable[..., int]:
@@ -291,8 +281,3 @@ class TableArguments:
 
 _NAMING = ("name", "state_schema")
 """Options that say which target is meant, and not what it is."""
-
-
-def in_schema(address: DatabaseAddress, schema: str | None) -> DatabaseAddress:
-    """The address with the schema of our own tables, where one is named."""
-    return address if schema is None or address.dialect == "sqlite" else replace(address, schema=schema)

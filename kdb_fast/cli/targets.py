@@ -8,8 +8,7 @@ import click
 
 from ..records import storable_key
 from .console import complain
-from .options import database_option, json_option, opened_database
-from .tables import in_schema, state_schema_option
+from .options import database_option, in_schema, json_option, opened_database, state_schema_option
 
 
 @click.group("targets")

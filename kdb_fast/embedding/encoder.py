@@ -54,6 +54,7 @@ class EncoderSpec:
     ``on_openvino``: by OpenVINO, not by ONNX Runtime.
     ``unquantised_precision`` is what int8 leaves unquantised, attention above all, is computed in: fp32 or bf16.
     ``prefix`` is put in front of each text: it is read with it, and counted in its tokens.
+    ``once``: for one text, see :func:`.loading.load_fastembed`.
     """
 
     model: Model
@@ -65,6 +66,7 @@ class EncoderSpec:
     unquantised_precision: str = "fp32"
     on_openvino: bool = False
     prefix: str = ""
+    once: bool = False
 
     @property
     def read_chars(self) -> int:
@@ -96,7 +98,7 @@ class Encoder:
         self.max_tokens = spec.model.max_tokens
         with _explained(spec.model, "cannot be loaded"):
             # Where another file is run, ONNX Runtime need not load the model's own: 100 MB and 0.3 s.
-            self._inner = load_fastembed(spec.model, spec.threads, lazy=spec.precision != "fp32")
+            self._inner = load_fastembed(spec.model, spec.threads, lazy=spec.precision != "fp32", once=spec.once)
         self._backend: _Backend
         if spec.precision != "fp32":
             self._backend = _lower(self._inner, spec)

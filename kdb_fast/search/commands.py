@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -80,97 +80,99 @@ def run_search(
     from .results import left_out
     from .scope import resolve_scope
 
-    vectors: list[QueryVector] | None = None
-    counted: Origins | None = None
-    missed: list[LeftOut] = []
+    asked: dict[str, Any] = {
+        "mode": mode, "entities": entities, "limit": limit, "where": where, "min_score": min_score
+    }  # fmt: skip
     text = meaning(query)
-    if mode != "keyword" and text:
-        likely: Future[IndexModel | None] = Future()
+    if mode == "keyword" or not text:
+        return search_open(address, query, None, **asked, mapped=alone), []
+    # The thread asks the database, and ranks by keyword while this one still embeds the query.
+    likely: Future[IndexModel | None] = Future()
+    counted: Future[tuple[Origins, Scope]] = Future()
+    vectors: Future[list[QueryVector]] = Future()
 
-        def count(connection: Any) -> tuple[Origins, Scope]:
+    def ask(connection: Any) -> list[SearchResult]:
+        if not counted.done():  # else the file was written meanwhile, and is read again
             rows = rows_of(connection, address.dialect)
             target = find_target(rows, address.dialect)
-            if not likely.done():
-                origin = origin_of_a_row(rows, target)
-                likely.set_result(IndexModel.of(origin) if origin else None)
+            origin = origin_of_a_row(rows, target)
+            likely.set_result(IndexModel.of(origin) if origin else None)
             scope = resolve_scope(load_entities(rows, target), entities, where)
-            return count_origins(rows, target), scope
+            counted.set_result((count_origins(rows, target), scope))
+        return _ranked(connection, address, query, vectors.result, asked, counted.result()[0])
 
-        with ThreadPoolExecutor(1, "kdb-fast-count") as pool:
-            counting = pool.submit(read, address, count, mapped=alone)
-            # After an error there may be no answer.
-            counting.add_done_callback(lambda _: None if likely.done() else likely.set_result(None))
+    def release(asking: Future[list[SearchResult]]) -> None:
+        """After an error nobody is to wait for an answer."""
+        if not likely.done():
+            likely.set_result(None)
+        if not counted.done():
+            counted.set_exception(asking.exception() or AssertionError("not counted"))
+
+    with ThreadPoolExecutor(1, "kdb-fast-ask") as pool:
+        asking = pool.submit(read, address, ask, mapped=alone)
+        asking.add_done_callback(release)
+        try:
             embedded = ahead.embed(text, likely) if ahead else None
-            counted, scope = counting.result()
-        counts = {key: number for key, number in counted.rows.items() if scope.admits(key[0])}
-        origins: Counter[Origin] = Counter()
-        for (_, origin), number in counts.items():
-            origins[origin] += number
-        vectors, why = query_vectors(
-            text,
-            origins,
-            provider=provider,
-            model=model_name,
-            model_path=model_path,
-            base_url=base_url,
-            ahead=embedded,
-        )
-        missed = left_out(counts, why)
-        if mode == "vector" and missed and all(map(why, origins)):
-            raise SchemaError(str(missed[0])[:1].upper() + str(missed[0])[1:])
-    results = search_open(
-        address,
-        query,
-        vectors,
-        mode=mode,
-        entities=entities,
-        limit=limit,
-        where=where,
-        min_score=min_score,
-        counted=counted,
-        mapped=alone,
-    )
-    return results, missed
+            found, scope = counted.result()
+            counts = {key: number for key, number in found.rows.items() if scope.admits(key[0])}
+            origins: Counter[Origin] = Counter()
+            for (_, origin), number in counts.items():
+                origins[origin] += number
+            by_model, why = query_vectors(
+                text,
+                origins,
+                provider=provider,
+                model=model_name,
+                model_path=model_path,
+                base_url=base_url,
+                ahead=embedded,
+            )
+            missed = left_out(counts, why)
+            if mode == "vector" and missed and all(map(why, origins)):
+                raise SchemaError(str(missed[0])[:1].upper() + str(missed[0])[1:])
+            vectors.set_result(by_model)
+        except BaseException as error:
+            vectors.set_exception(error)
+            raise
+        return _plain(asking.result()), missed
 
 
 def search_open(
     address: DatabaseAddress,
     query: str,
-    vector: Vector | list[QueryVector] | None,
+    vector: Vector | None,
     *,
-    mode: str = "hybrid",
-    entities: Sequence[str] = (),
-    limit: int = 10,
-    where: Mapping[str, Any] | None = None,
-    min_score: float = 0.0,
-    counted: Origins | None = None,
     mapped: bool = False,
+    **asked: Any,
 ) -> list[dict[str, Any]]:
     """Results as plain dictionaries with the fields of SearchResult.
 
     Args:
-        vector: As of :func:`kdb_fast.search.retrieval.search`; None for keywords only.
-        counted: What made the vectors, where that has been counted just before.
+        vector, asked: As of :func:`kdb_fast.search.retrieval.search`; no vector for keywords only.
         mapped: As of :func:`read`.
     """
+    return _plain(read(address, lambda connection: _ranked(connection, address, query, vector, asked), mapped=mapped))
+
+
+def _ranked(
+    connection: Any,
+    address: DatabaseAddress,
+    query: str,
+    vector: Vector | Callable[[], list[QueryVector]] | None,
+    asked: Mapping[str, Any],
+    counted: Origins | None = None,
+) -> list[SearchResult]:
+    """The results; ``counted`` is what made the vectors, where that has been counted just before."""
     from .retrieval import search
 
-    def work(connection: Any) -> list[SearchResult]:
-        reader = open_reader(connection, address.dialect, once=True)
-        if counted is not None:
-            reader.assume_origins(counted)
-        return search(
-            reader,
-            query,
-            query_vector=vector,
-            mode=mode,  # type: ignore[arg-type]
-            entities=entities,
-            limit=limit,
-            min_score=min_score,
-            where=where,
-        )
+    reader = open_reader(connection, address.dialect, once=True)
+    if counted is not None:
+        reader.assume_origins(counted)
+    return search(reader, query, query_vector=vector, **asked)
 
-    return [dataclasses.asdict(result) for result in read(address, work, mapped=mapped)]
+
+def _plain(results: list[SearchResult]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(result) for result in results]
 
 
 def unknown_entities(address: DatabaseAddress, names: Sequence[str]) -> list[str]:

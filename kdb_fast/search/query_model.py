@@ -177,7 +177,7 @@ def embedded(query: str, model: Model) -> tuple[Vector, Maker]:
     """The query's vector by a model that is verified."""
     from ..embedding.encoder import Encoder, EncoderSpec
 
-    vector = Encoder(EncoderSpec(model, batch_size=1)).embed([query])[0]
+    vector = Encoder(EncoderSpec(model, batch_size=1, once=True)).embed([query])[0]
     return vector, Maker(model.fingerprint(), model.name, model.dimensions)
 
 

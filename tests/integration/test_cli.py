@@ -206,6 +206,17 @@ def test_help_names_every_command_and_the_readme_too() -> None:
         assert kdb_fast(name, "--help").returncode == 0
 
 
+def test_a_command_imports_what_it_needs_itself() -> None:
+    command = (
+        "import sys; from kdb_fast.cli import run; code = run(['search', '-h']); "
+        "print([name for name in sys.modules if name.startswith('kdb_fast.cli.')]); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=60, check=True)
+    assert "kdb_fast.cli.searching" in done.stdout
+    for name in ("indexing", "tables", "targets", "rejects", "models", "demo"):
+        assert f"kdb_fast.cli.{name}" not in done.stdout
+
+
 def test_the_demo_has_thousands_of_records_of_real_documentation() -> None:
     from kdb_fast.cli.demo import read_documentation
 

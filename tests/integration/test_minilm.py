@@ -99,6 +99,18 @@ print(sorted(left_out & sys.modules.keys()), encoder.embed(["The quick brown fox
     assert done.stdout.split(maxsplit=1) == ["[]", f"{vector.tobytes().hex()}\n"]
 
 
+def test_for_one_text_no_weights_are_packed_and_its_vector_is_the_same(minilm: Model) -> None:
+    import onnxruntime
+
+    usual = onnxruntime.SessionOptions
+    once, packed = (Encoder(EncoderSpec(minilm, 1, once=once)) for once in (True, False))
+    options = once._inner.model.get_session_options()
+    assert options.get_session_config_entry("session.disable_prepacking") == "1"
+    assert onnxruntime.SessionOptions is usual
+    text = ["The quick brown fox"]
+    assert np.abs(once.embed(text) - packed.embed(text)).max() < 1e-6
+
+
 @pytest.mark.parametrize(("machine", "setting"), [("aarch64", "1"), ("x86_64", None)])
 def test_arms_kernels_that_keep_memory_are_left_out(
     machine: str, setting: str | None, minilm: Model, monkeypatch: pytest.MonkeyPatch

@@ -39,7 +39,7 @@ from servers import (
 from sqlalchemy.pool import StaticPool
 
 import kdb_fast
-from kdb_fast.db.address import DatabaseAddress
+from kdb_fast.db.address import DatabaseAddress, parse_address
 from kdb_fast.embedding.models.lookup import Model
 from kdb_fast.embedding.providers.fastembed import FastEmbedProvider
 from kdb_fast.errors import (
@@ -57,7 +57,8 @@ from kdb_fast.search.batches import BatchWriter
 from kdb_fast.search.commands import run_search
 from kdb_fast.search.engine import IndexStatus, SearchEngine, SearchResult
 from kdb_fast.search.readers import base as reader
-from kdb_fast.search.readers.base import count_origins
+from kdb_fast.search.readers import open_reader
+from kdb_fast.search.readers.base import SearchReader, count_origins
 from kdb_fast.stores.base import RunSpec
 from kdb_fast.tables.kdb_search import entity_and_id
 
@@ -667,6 +668,49 @@ def test_a_command_counts_what_made_the_vectors_once(
     assert len(counts) == 1
     assert missed == []
     assert [r["id"] for r in found] == ids(library.search("whales", limit=5))
+
+
+def test_a_command_ranks_by_keyword_on_its_one_connection_while_it_embeds(
+    library: SearchEngine, address: DatabaseAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranked, opened = threading.Event(), 0
+    keyword = SearchReader.keyword
+
+    def noting(*arguments: Any) -> Any:
+        hits = keyword(*arguments)
+        ranked.set()
+        return hits
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        nonlocal opened
+        opened += 1
+        return open_reader(*arguments, **options)
+
+    def embedded(*arguments: Any, **options: Any) -> Any:
+        assert ranked.wait(30)
+        raise ProviderError("out of reach")
+
+    monkeypatch.setattr(SearchReader, "keyword", noting)
+    monkeypatch.setattr("kdb_fast.search.commands.open_reader", counting)
+    monkeypatch.setattr(query_model, "query_vectors", embedded)
+    with pytest.raises(ProviderError, match="out of reach"):
+        run_search(address, "whales", mode="hybrid", entities=(), limit=5, where=None, min_score=0.0)
+    assert opened == 1
+
+
+def test_a_command_that_cannot_ask_the_database_waits_for_nothing(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.db"
+    sqlite3.connect(empty).close()
+    with pytest.raises(SchemaError, match="There is no search index"):
+        run_search(
+            parse_address(f"sqlite:///{empty}"),
+            "whales",
+            mode="hybrid",
+            entities=(),
+            limit=5,
+            where=None,
+            min_score=0.0,
+        )
 
 
 def test_status_of_a_keyword_index_counts_its_rows(engine: sqlalchemy.Engine, build: Build) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.metadata
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -70,7 +69,9 @@ def load(directory: Path) -> Model:
 
 def follow_catalogue(model: Model, written_by: str) -> Model:
     """Take over what another version of FastEmbed says of the model: versions have changed a model's pooling."""
-    current = importlib.metadata.version("fastembed")
+    from importlib.metadata import version  # here, where FastEmbed has most likely imported it already
+
+    current = version("fastembed")
     if written_by == current:
         return model
     entry = find_entry(model.name)

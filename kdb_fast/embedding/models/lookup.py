@@ -25,7 +25,6 @@ from ...errors import ModelError
 from ...paths import absolute_path
 from .cache import directories, find, follow_catalogue, load, model_cache_dir
 from .catalogue import catalogue, find_entry
-from .fetching import fetch
 from .files import Model, inspect, verify
 from .manifest import MANIFEST, read_manifest
 
@@ -60,7 +59,7 @@ def resolve(name: str, model_path: Path | None = None, *, report: Report = lambd
         if model_path is not None:
             return _from_directory(name, absolute_path(model_path))
         directory = find(name)
-        return load(directory) if directory else fetch(name, report)
+        return load(directory) if directory else _fetched(name, report)
 
 
 def pull(name: str, report: Report = lambda line: None) -> Model:
@@ -70,7 +69,13 @@ def pull(name: str, report: Report = lambda line: None) -> Model:
         ModelError: The name is unknown or the model cannot be fetched.
     """
     with _os_errors_named(name):
-        return fetch(name, report)
+        return _fetched(name, report)
+
+
+def _fetched(name: str, report: Report) -> Model:
+    from .fetching import fetch  # which imports what builds models: a model that lies here needs none of it
+
+    return fetch(name, report)
 
 
 def installed() -> list[Model]:
