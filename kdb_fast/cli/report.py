@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -78,7 +79,7 @@ def print_receipt(receipt: Receipt, database: str) -> None:
                           f"fingerprint {receipt.fingerprint}"))  # fmt: skip
     if receipt.document_prefix:
         rows.append(("prefix", f"{receipt.document_prefix!r} before each text"))
-    if receipt.flushes:
+    if receipt.bytes_written:
         rows.append(("flushes", f"{receipt.flushes}: {receipt.flush_size}"))
     if receipt.index:
         rows.append(("index", receipt.index))
@@ -145,8 +146,12 @@ def print_table_results(results: Sequence[TableResult]) -> None:
 
 
 def _of_database(value: object) -> str:
-    """A value as SQL writes it where Python has a word of its own."""
-    return "NULL" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    """A value for a person: as SQL or JSON writes it where Python has words of its own."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, (bool, list, dict)):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
 
 
 def _moment(moment: datetime | str | None) -> str:

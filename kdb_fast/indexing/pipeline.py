@@ -162,6 +162,7 @@ class Pipeline:
             if again is not None:
                 self._take_again(again, emptied)
         except StopRequested:
+            self._progress.step("writing what is embedded; again ends at once")
             self.drain(DRAIN_SECONDS)
             raise
         except RejectLimitError:

@@ -118,7 +118,11 @@ class Watch(Silent):
     def __init__(self, on_update: Callable[[], None] = lambda: None) -> None:
         self.notes: list[str] = []
         self.done: list[str] = []
+        self.steps: list[str] = []
         self._on_update = on_update
+
+    def step(self, text: str) -> None:
+        self.steps.append(text)
 
     def update(self, counts: Counts) -> None:
         self._on_update()
@@ -1087,10 +1091,12 @@ def test_a_stop_is_seen_while_pages_are_empty() -> None:
             read += 1
             yield []
 
-    run = Run(should_stop=lambda: read >= 3)
+    watch = Watch()
+    run = Run(should_stop=lambda: read >= 3, progress=watch)
     with pytest.raises(StopRequested):
         run.pipeline.run(empty_pages())
     assert read == 3
+    assert watch.steps == ["writing what is embedded; again ends at once"]
 
 
 def test_unfit_records_alone_are_written_as_rejects() -> None:

@@ -29,6 +29,12 @@ def test_times_of_both_databases_are_those_of_the_place(kathmandu: None, moment:
     assert report._moment(None) == "never"
 
 
+def test_values_are_shown_as_sql_and_json_write_them() -> None:
+    values = [None, True, ["a", None], {"ü": 1}, 0.5, datetime(2026, 1, 2, tzinfo=UTC)]
+    shown = ["NULL", "true", '["a", null]', '{"ü": 1}', "0.5", "2026-01-02 00:00:00+00:00"]
+    assert [report._of_database(value) for value in values] == shown
+
+
 def test_the_program_is_called_as_the_shell_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     beside = tmp_path / ".venv" / "bin"
     beside.mkdir(parents=True)
