@@ -64,7 +64,9 @@ def _run(arguments: list[str], alone: bool) -> int:
         error.show(sys.stdout)
         return EXIT_OK
     except click.ClickException as error:
-        return _fail(UsageError(error.format_message(), remedy=_usage_hint(error)), as_json, arguments)
+        message = error.format_message()
+        message += "" if message[-1:] in ".?!" else "."
+        return _fail(UsageError(message, remedy=_usage_hint(error)), as_json, arguments)
     except UnexpectedError as error:
         known = unexpected(error.cause, arguments)
         known.receipt, known.carry_on = error.receipt, error.carry_on

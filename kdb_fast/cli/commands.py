@@ -7,6 +7,7 @@ from importlib import import_module
 import click
 
 from .. import __version__
+from .groups import ListedCommands
 from .options import database_option, json_option, no_progress_option
 
 ELSEWHERE = {
@@ -24,7 +25,7 @@ ELSEWHERE = {
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-class _Commands(click.Group):
+class _Commands(ListedCommands):
     """Imports the module of a command when the command is asked for: a search needs one of them."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -42,6 +43,7 @@ def cli() -> None:
     \b
     Try it:      kdb-fast demo
     Main job:    kdb-fast reindex --db postgresql://user@host/dbname
+    Any table:   kdb-fast reindex --table articles --vector embedding --db …
     Ask:         kdb-fast search "angry customer" --db …
 
     \b

@@ -1,4 +1,4 @@
-"""Options in groups, so that a long help stays readable."""
+"""What the help lists: options in groups, so that a long one stays readable, and commands with a whole sentence."""
 
 from __future__ import annotations
 
@@ -48,3 +48,17 @@ class GroupedCommand(click.Command):
         for title in (*(title for title in titles if title != REST), REST):
             with formatter.section(title):
                 formatter.write_dl(titles[title])
+
+
+class ListedCommands(click.Group):
+    """Commands whose help lists each with the whole first sentence of its own."""
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        found = [(name, self.get_command(context, name)) for name in self.list_commands(context)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _first_sentence(command.help or "")) for name, command in found if command])
+
+
+def _first_sentence(text: str) -> str:
+    sentence, end, _ = " ".join(text.split()).partition(". ")
+    return sentence + end.strip()

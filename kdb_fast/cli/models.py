@@ -8,10 +8,11 @@ import sys
 import click
 
 from ..settings import DEFAULT_MODEL
+from .groups import ListedCommands
 from .options import json_option
 
 
-@click.group("models")
+@click.group("models", cls=ListedCommands)
 def models_group() -> None:
     """List, fetch and find embedding models."""
 

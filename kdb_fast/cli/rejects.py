@@ -9,6 +9,7 @@ import click
 
 from ..errors import EXIT_OK, EXIT_REJECTS, UsageError
 from ..records import number_of
+from .groups import ListedCommands
 from .options import (
     RunArguments,
     cluster_option,
@@ -29,7 +30,7 @@ def _check_one(entity: str | None, target: str | None) -> None:
         raise UsageError("--entity and --target exclude each other.")
 
 
-@click.group("rejects")
+@click.group("rejects", cls=ListedCommands)
 def rejects_group() -> None:
     """Show, retry and forget the records that could not be stored."""
 

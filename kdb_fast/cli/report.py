@@ -149,6 +149,8 @@ def _of_database(value: object) -> str:
     """A value for a person: as SQL or JSON writes it where Python has words of its own."""
     if value is None:
         return "NULL"
+    if isinstance(value, (bytes, memoryview)):
+        return bytes(value).hex()
     if isinstance(value, (bool, list, dict)):
         return json.dumps(value, ensure_ascii=False, default=str)
     return str(value)

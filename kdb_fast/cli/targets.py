@@ -8,10 +8,11 @@ import click
 
 from ..records import storable_key
 from .console import complain
+from .groups import ListedCommands
 from .options import database_option, in_schema, json_option, opened_database, state_schema_option
 
 
-@click.group("targets")
+@click.group("targets", cls=ListedCommands)
 def targets_group() -> None:
     """List, show and forget the tables whose vectors are kept up to date: the targets of `reindex --table`."""
 

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import click
 import pytest
 
 from kdb_fast.cli import demo, report
+from kdb_fast.cli.commands import cli
 
 
 @pytest.fixture
@@ -30,9 +32,20 @@ def test_times_of_both_databases_are_those_of_the_place(kathmandu: None, moment:
 
 
 def test_values_are_shown_as_sql_and_json_write_them() -> None:
-    values = [None, True, ["a", None], {"ü": 1}, 0.5, datetime(2026, 1, 2, tzinfo=UTC)]
-    shown = ["NULL", "true", '["a", null]', '{"ü": 1}', "0.5", "2026-01-02 00:00:00+00:00"]
+    values = [None, True, ["a", None], {"ü": 1}, b"\x00\xff", 0.5, datetime(2026, 1, 2, tzinfo=UTC)]
+    shown = ["NULL", "true", '["a", null]', '{"ü": 1}', "00ff", "0.5", "2026-01-02 00:00:00+00:00"]
     assert [report._of_database(value) for value in values] == shown
+
+
+def test_the_help_lists_commands_with_whole_sentences() -> None:
+    context = click.Context(cli)
+    found = [cli.get_command(context, name) for name in cli.list_commands(context)]
+    groups = [cli, *(command for command in found if isinstance(command, click.Group))]
+    assert len(groups) == 4
+    for group in groups:
+        _, _, listed = group.get_help(click.Context(group)).partition("Commands:")
+        assert listed
+        assert "..." not in listed
 
 
 def test_the_program_is_called_as_the_shell_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
