@@ -66,7 +66,7 @@ class Lines(Progress):
         self._last = 0.0
         self._sampled = 0.0
         self._hosts = ""
-        self._doing = ""
+        self._doing = self._noted = ""
 
     def _print(self, text: str) -> None:
         print(storable_key(text, SHOWN_CHARS), file=self._stream, flush=True)
@@ -81,7 +81,9 @@ class Lines(Progress):
             self._print(text)
 
     def note(self, text: str) -> None:
-        self._print(f"note: {text}")
+        if text != self._noted:  # each try of a wait says the same
+            self._noted = text
+            self._print(f"note: {text}")
 
     def plan(self, text: str) -> None:
         self._print(f"plan: {text}")
@@ -133,7 +135,7 @@ class Bar(Progress):
         self._task: Any = self._rich.add_task("starting", total=None, rate="", left="")
         self._estimate = Estimate(None)
         self._sampled = 0.0
-        self._step, self._doing = "starting", ""
+        self._step, self._doing, self._noted = "starting", "", ""
         self._rich.start()
 
     def step(self, text: str) -> None:
@@ -149,7 +151,9 @@ class Bar(Progress):
         self._rich.update(self._task, description=storable_key(self._doing or self._step, SHOWN_CHARS))
 
     def note(self, text: str) -> None:
-        self._rich.console.print(f"note: {storable_key(text, SHOWN_CHARS)}", style="yellow", markup=False)
+        if text != self._noted:
+            self._noted = text
+            self._rich.console.print(f"note: {storable_key(text, SHOWN_CHARS)}", style="yellow", markup=False)
 
     def plan(self, text: str) -> None:
         self._rich.console.print(f"plan: {storable_key(text, SHOWN_CHARS)}", style="dim", markup=False)

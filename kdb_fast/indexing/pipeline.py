@@ -295,8 +295,7 @@ class Pipeline:
         self._give_work(engine, slots, last)
         self._send_flush(engine, slots, last)
         # Waiting makes sense only for an answer that is due.
-        busy = self._embedding() or not engine.writer.idle
-        for event in engine.poll(timeout if busy else 0.0):
+        for event in engine.poll(timeout if self._embedding() or not engine.writer.idle else 0.0):
             self._happened(event, slots)
         # At once and not after the next page, for which the database would have to wait.
         self._send_flush(engine, slots, last)

@@ -253,3 +253,11 @@ def test_a_bar_takes_everything_and_notes_with_brackets_as_they_are(
     shown = stream.getvalue()
     assert "note: entity [b]x[/b] has no text" in shown
     assert "plan: 2 workers [/]" in shown
+
+
+def test_what_is_waited_for_is_said_once() -> None:
+    stream = io.StringIO()
+    lines = Lines(stream)
+    for text in ("waiting for run 1", "waiting for run 1", "waiting for run 2", "waiting for run 1"):
+        lines.note(text)
+    assert stream.getvalue().count("note: waiting for run 1\n") == 2
