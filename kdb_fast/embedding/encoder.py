@@ -84,6 +84,14 @@ Matrix = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int64]
 
 
+class Batch(NamedTuple):
+    """Texts as a graph takes them: its inputs by name, and a mask that is 1 where a token is and 0 where padding is.
+    int64 [texts, tokens] each."""
+
+    feed: dict[str, Tokens]
+    mask: Tokens
+
+
 class Encoder:
     """One model in this process.
 
@@ -134,9 +142,11 @@ class Encoder:
         """
         return self._plain()._tokenise(texts, self.max_tokens)[0]
 
-    def feed(self, ids: Sequence[int]) -> dict[str, Tokens]:
-        """The inputs of the graph for one text without padding, int64 [1, tokens] each."""
-        return self._plain().feed(np.array([ids], dtype=np.int64), np.ones((1, len(ids)), dtype=np.int64))
+    def batches(self, ids: Sequence[Sequence[int]]) -> list[Batch]:
+        """Texts of these token ids as the graph takes them, longest first."""
+        lengths = np.array([len(row) for row in ids], dtype=np.int64)
+        plan = plan_batches(lengths, self.spec.token_budget, self.spec.batch_size)
+        return [self._plain().batch([ids[i] for i in rows], int(lengths[rows].max())) for rows in plan]
 
     def _plain(self) -> _OnnxBackend:
         if not isinstance(self._backend, _OnnxBackend):
@@ -215,7 +225,7 @@ class _OnnxBackend(_Backend):
                 padded += filled_rows(int(lengths[rows].sum()), spec.precision)
             else:
                 padded += width * len(rows)
-            _put(out, rows, self._run(ids, lengths, rows, width), spec.model)
+            _put(out, rows, self._run([ids[i] for i in rows], width), spec.model)
         return Tally(int(lengths.sum()), padded, truncated, lost_chars)
 
     def _tokenise(self, texts: Sequence[str], window: int) -> tuple[list[list[int]], int, int]:
@@ -240,36 +250,28 @@ class _OnnxBackend(_Backend):
                 lost += len(text) - round(min(len(text), cut) * share)
         return ids, truncated, lost
 
-    def feed(self, input_ids: Tokens, mask: Tokens) -> dict[str, Tokens]:
-        """The inputs that this graph has."""
+    def batch(self, ids: Sequence[Sequence[int]], width: int) -> Batch:
+        """Texts of these token ids as this graph takes them."""
+        places = np.arange(width)[::-1] if self._pad_left else np.arange(width)
+        real = places < np.array([[len(row)] for row in ids])
+        input_ids = np.full(real.shape, self._pad_id, dtype=np.int64)
+        input_ids[real] = [token for row in ids for token in row]
+        mask = real.astype(np.int64)
         feed = {"input_ids": input_ids}
         if "attention_mask" in self._inputs:
             feed["attention_mask"] = mask
         if "token_type_ids" in self._inputs:
             feed["token_type_ids"] = np.zeros_like(input_ids)
-        result: dict[str, Tokens] = self._inner._preprocess_onnx_input(feed)
-        return result
+        return Batch(self._inner._preprocess_onnx_input(feed), mask)
 
-    def _run(self, ids: list[list[int]], lengths: Tokens, rows: npt.NDArray[np.intp], width: int) -> Matrix:
-        n = len(rows)
-        input_ids: Tokens
-        if int(lengths[rows].min()) == width:
-            input_ids = np.array([ids[i] for i in rows], dtype=np.int64)
-            mask = np.ones((n, width), dtype=np.int64)
-        else:
-            input_ids = np.full((n, width), self._pad_id, dtype=np.int64)
-            mask = np.zeros((n, width), dtype=np.int64)
-            for row, i in enumerate(rows):
-                k = len(ids[i])
-                at = slice(width - k, width) if self._pad_left else slice(0, k)
-                input_ids[row, at] = ids[i]
-                mask[row, at] = 1
-        hidden = self._session.run(None, self.feed(input_ids, mask))[0]
+    def _run(self, ids: list[list[int]], width: int) -> Matrix:
+        feed, mask = self.batch(ids, width)
+        hidden = self._session.run(None, feed)[0]
         if self._mean:
             return mean_pool(hidden, mask)
         from fastembed.common.onnx_model import OnnxOutputContext
 
-        context = OnnxOutputContext(model_output=hidden, attention_mask=mask, input_ids=input_ids)
+        context = OnnxOutputContext(model_output=hidden, attention_mask=mask, input_ids=feed["input_ids"])
         return np.asarray(list(self._inner._post_process_onnx_output(context)), dtype=np.float32)
 
 

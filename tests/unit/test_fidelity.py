@@ -6,18 +6,21 @@ import numpy as np
 import pytest
 
 from kdb_fast.embedding.batching import pack_batches
-from kdb_fast.embedding.precision.fidelity import overlap, unit
+from kdb_fast.embedding.encoder import Encoder
+from kdb_fast.embedding.precision.fidelity import PART, compare, overlap, unit
 from kdb_fast.embedding.precision.openvino_rows import SIZES, STEP, row_numbers
 from kdb_fast.embedding.precision.preparation import prepared_fingerprint
 from kdb_fast.embedding.precision.quantised_weights import (
+    DAMPING,
     LARGEST,
     PAIR,
     activation_grid,
+    output_error,
     round_weights,
     smoothing,
     weight_scale,
 )
-from kdb_fast.errors import UsageError
+from kdb_fast.errors import ModelError, UsageError
 from kdb_fast.origins import same_model
 from kdb_fast.settings import ReindexOptions
 
@@ -77,6 +80,44 @@ def test_overlap_leaves_the_query_out_and_counts_shared_neighbours() -> None:
     assert 0.6 < overlap(first[:20], first, noisy) < 1.0
 
 
+class CountingEncoder:
+    """Gives a text of digits a vector that follows from it."""
+
+    dimensions = 8
+
+    def __init__(self, noise: float = 0.0) -> None:
+        self.noise, self.seen = noise, list[str]()
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        self.seen += texts
+        vectors = [np.random.default_rng(int(text)).standard_normal(8) for text in texts]
+        return np.array(vectors, np.float32) + np.float32(self.noise)
+
+
+@pytest.mark.parametrize("count", [64, 100, 700])
+def test_each_record_is_compared_once_and_in_fp32_computed_once(count: int) -> None:
+    texts = [str(10 ** (i % 3) * 1000 + i) for i in range(count)]
+    exact, lower = CountingEncoder(), CountingEncoder(0.01)
+    same = compare(exact, lambda: exact, texts)  # type: ignore[arg-type, return-value]
+    assert (same.records, same.overlap) == (count, 1.0)
+    assert same.cosine_min == pytest.approx(1.0, abs=1e-6)
+    exact.seen.clear()
+    found = compare(exact, lambda: lower, texts)  # type: ignore[arg-type, return-value]
+    assert sorted(exact.seen) == sorted(texts)
+    assert set(lower.seen) == set(texts)
+    assert 0.99 < found.cosine_min < found.cosine_mean < 0.99999
+
+
+def test_what_cannot_be_prepared_ends_the_comparison() -> None:
+    def fails() -> Encoder:
+        raise ModelError("It has no dense layers.")
+
+    exact = CountingEncoder()
+    with pytest.raises(ModelError, match="no dense layers"):
+        compare(exact, fails, [str(i) for i in range(1000, 1000 + 100 * PART)])  # type: ignore[arg-type]
+    assert len(exact.seen) < 100 * PART
+
+
 def test_activation_grid_holds_zero_exactly_and_covers_the_range() -> None:
     low, high = np.array([-0.3, -1.7], np.float32), np.array([2.5, 0.4], np.float32)
     step, zero = activation_grid(low, high)
@@ -95,6 +136,33 @@ def test_rounding_makes_good_for_its_errors() -> None:
     exact = inputs @ weight
     error = np.square(inputs @ (rounded * scale) - exact).sum()
     assert error < 0.7 * np.square(inputs @ (nearest * scale) - exact).sum()
+
+
+def test_rounding_gives_the_integers_of_gptq() -> None:
+    inputs = RNG.standard_normal((400, 96)).astype(np.float32) @ RNG.standard_normal((96, 96)).astype(np.float32)
+    weight = RNG.standard_normal((96, 32)).astype(np.float32)
+    moments, scale = inputs.T @ inputs, weight_scale(weight) * 2  # so no pair is too large
+    # As the paper has it: the moments inverted, and each error at once taken off the channels that follow.
+    order = np.argsort(-np.diag(moments))
+    rest, hessian = weight[order].astype(float), moments[np.ix_(order, order)].astype(float)
+    hessian[np.diag_indices(96)] += DAMPING * np.diag(hessian).mean()
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    expected = np.zeros(weight.shape, int)
+    for i, place in enumerate(order):
+        expected[place] = np.clip(np.round(rest[i] / scale), -LARGEST, LARGEST)
+        rest[i + 1 :] -= np.outer(upper[i, i + 1 :], (rest[i] - expected[place] * scale) / upper[i, i])
+    assert (round_weights(weight, moments, scale) == expected).mean() > 0.999  # but for ties
+
+
+def test_the_error_of_an_output_is_near_what_it_comes_to() -> None:
+    rows, weight = RNG.standard_normal((300, 64)).astype(np.float32), RNG.standard_normal((64, 32)).astype(np.float32)
+    low, high, even = rows.min(axis=0), rows.max(axis=0), np.ones(64, np.float32)
+    step, zero = activation_grid(low, high)
+    rounded = (np.clip(np.round(rows / step) + zero, 0, 255) - zero) * step
+    scale = weight_scale(weight)
+    coarse = np.round(weight / scale) * scale
+    error = np.square((rounded - rows) @ weight).sum() + 0.25 * np.square(rows @ (coarse - weight)).sum()
+    assert output_error(rows, low, high, weight, even) == pytest.approx(error, rel=0.15)
 
 
 def test_no_two_neighbours_of_one_sign_are_too_large_together() -> None:

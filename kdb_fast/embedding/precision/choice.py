@@ -21,7 +21,7 @@ from ...errors import ModelError, StoppedError
 from ...ipc.spawning import describe_exit, spawn, tail
 from ...paths import default_data_dir
 from ...receipt import Fidelity
-from ...resources import cpu_flags, usable_cpus
+from ...resources import cpu_flags
 from ..batching import TOKEN_BUDGET
 from ..encoder import EncoderSpec
 from ..models.files import check_private, sha256_of
@@ -30,7 +30,7 @@ from .preparation import MANIFEST, OPENVINO_MODEL, prepared_fingerprint, prepare
 from .support import int8_on_openvino, missing_instructions, unsupported
 
 SAMPLE_RECORDS = 1000
-"""Records read: the first 300 for calibration, of the others up to 30,000 tokens for the comparison."""
+"""Records read: the first 300 for calibration, of the others up to 15,000 tokens for the comparison."""
 
 LEAST_RECORDS = 100
 """With fewer records nothing can be said about a precision, and nothing is gained either."""
@@ -42,7 +42,7 @@ LEAST_SPEED = 1.1
 """``auto`` takes a precision only if it is at least this much faster than fp32 on this machine."""
 
 PREPARE_SECONDS = 900.0
-"""Deadline. It takes half a minute for MiniLM."""
+"""Deadline. It takes some ten seconds for MiniLM."""
 
 Report = Callable[[str], None]
 
@@ -240,7 +240,7 @@ class PrecisionSelector:
 
     def _run_child(self, spec: EncoderSpec, texts: list[str]) -> tuple[Path | None, dict[str, Any]]:
         process, connection, stderr = spawn(
-            "prepare", run, lambda: (spec, texts, self._directory), credentials=False, threads=usable_cpus()
+            "prepare", run, lambda: (spec, texts, self._directory), credentials=False, threads=1
         )
         deadline = time.monotonic() + PREPARE_SECONDS
         try:

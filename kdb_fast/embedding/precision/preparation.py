@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,19 +24,22 @@ from ...ipc.child import enter_child
 from ...resources import usable_cpus
 from ..encoder import Encoder, EncoderSpec
 from ..models.files import sha256_of
-from .fidelity import measure
+from .fidelity import compare
 
 CALIBRATION_TEXTS = 300
 """More changed nothing: 300 texts of 16 tokens gave cosines of 0.9995, 300 of 100 tokens 0.9992."""
 
-CALIBRATION_TOKENS = 40_000
-"""Bound on the calibration texts together: 10 s of fp32."""
+CALIBRATION_TOKENS = 5_000
+"""Bound on the calibration texts together. Four times as many gave no more (docs/performance.md)."""
 
-MEASURED_TOKENS = 30_000
-"""Bound on the texts on which fidelity is measured, so that it takes 10 s at most on a slow machine."""
+MEASURED_TOKENS = 15_000
+"""Bound on the texts on which fidelity is measured: 4 s of a core in fp32, while another quantises."""
 
 LEAST_MEASURED = 64
 """… but never fewer texts than this."""
+
+if TYPE_CHECKING:
+    from .quantise import Calibrated
 
 OPENVINO_MODEL, ONNX_MODEL, MANIFEST = "model.xml", "model.onnx", "prepared.json"
 
@@ -76,30 +79,38 @@ def quantise_and_measure(
     exact = Encoder(replace(spec, precision="fp32", prepared=None, on_openvino=False, threads=1))
     tokens = exact.token_ids(texts)
     calibration = _first_within(tokens, CALIBRATION_TOKENS, min(CALIBRATION_TEXTS, len(texts) // 2))
-    prepared: Path | None = spec.prepared
-    if spec.precision == "int8" and prepared is None:
-        prepared = _quantise(spec, exact, tokens[:calibration], directory, report)
-    lower = Encoder(replace(spec, prepared=prepared, threads=1))
-    lower.self_test()
     held_out = texts[calibration:]
-    count = max(LEAST_MEASURED, _first_within(tokens[calibration:], MEASURED_TOKENS, len(held_out)))
-    report(f"Comparing {spec.precision} with fp32 on {min(count, len(held_out)):,} of the records …")
-    fidelity = measure(exact, lower, held_out[:count])
+    held_out = held_out[: max(LEAST_MEASURED, _first_within(tokens[calibration:], MEASURED_TOKENS, len(held_out)))]
+    prepared: Path | None = spec.prepared
+    calibrated = None
+    if spec.precision == "int8" and prepared is None:
+        from .quantise import calibrate
+
+        model_file = spec.model.path / spec.model.model_file
+        # With all CPUs; what comes then takes one, and the other computes what the result is compared with.
+        calibrated = calibrate(model_file, exact.batches(tokens[:calibration]), report, usable_cpus())
+
+    def make_lower() -> Encoder:
+        nonlocal prepared
+        if calibrated is not None:
+            prepared = _quantise(spec, calibrated, directory)
+        lower = Encoder(replace(spec, prepared=prepared, threads=1))
+        lower.self_test()
+        report(f"Comparing {spec.precision} with fp32 on {len(held_out):,} of the records …")
+        return lower
+
+    fidelity = compare(exact, make_lower, held_out)
     return prepared, asdict(fidelity)
 
 
-def _quantise(
-    spec: EncoderSpec, exact: Encoder, tokens: Sequence[Sequence[int]], directory: Path, report: Callable[[str], None]
-) -> Path:
+def _quantise(spec: EncoderSpec, calibrated: Calibrated, directory: Path) -> Path:
     from .quantise import FORMAT, quantise
 
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".new-", dir=directory))
     try:
-        feeds = [exact.feed(ids) for ids in tokens]
         target = work / (OPENVINO_MODEL if spec.on_openvino else ONNX_MODEL)
-        done = quantise(spec.model.path / spec.model.model_file, feeds, target, report, usable_cpus())
-        files = {file.name: sha256_of(file) for file in done.files}
+        files = {file.name: sha256_of(file) for file in quantise(calibrated, target)}
         fingerprint = prepared_fingerprint(spec.fingerprint(), spec.precision, files)
         manifest = {
             "base": spec.fingerprint(),

@@ -36,28 +36,22 @@ import numpy.typing as npt
 
 from ...errors import ModelError
 from ...telemetry import import_openvino
+from ..encoder import Batch
+from .observation import ROWS, Observed, count_tokens, observe
 from .onnx_graph import OnnxGraph
-from .onnx_session import open_session
 from .quantised_weights import Floats, activation_grid, output_error, round_weights, smoothing, weight_scale
 
-FORMAT = 3
+FORMAT = 4
 """Part of the digest. To be raised when the same texts would give other weights."""
 
 ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
 """SmoothQuant's exponents to try. Most layers of MiniLM take 0.9 to 1; 0.5 for all of them halved the overlap."""
 
-ROWS = 1024
-"""Tokens a layer on which exponents are tried."""
-
-MOMENT_ROWS = 16_384
-"""Tokens of which second moments are taken, about: ten times MiniLM's widest layer. For all 40,000 they cost twice as
-much as the model itself."""
-
-BLOCK_ROWS = 512
-"""Tokens whose second moments are summed at once: one text at a time, the time went into adding the 9 MB matrices."""
-
 PASS_BYTES = 256 << 20
-"""Memory for the statistics of one pass over the texts; a larger model needs more passes."""
+"""Memory for what one thread observes in one pass over the texts; a larger model needs more passes."""
+
+MOST_THREADS = 4
+"""That run the texts: each has statistics of its own, 125 MB for MiniLM, and the rest takes one thread anyway."""
 
 OUTLIER = 5.0
 """A channel is split if it moves the output by more than this many times what the 99th percentile of them does."""
@@ -79,8 +73,6 @@ CONTRIB, TOOLKIT = "com.microsoft", "org.openvinotoolkit"
 FLOAT = 1
 """ONNX's number of float32."""
 
-Feed = dict[str, npt.NDArray[np.int64]]
-
 
 @dataclass
 class _Source:
@@ -89,34 +81,26 @@ class _Source:
     name: str
     channels: int
     dense: list[Any] = field(default_factory=list)
-    low: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
-    high: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
-    moments: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    rows: list[Floats] = field(default_factory=list)
+    observed: Observed = field(default_factory=lambda: Observed(0))
 
 
-class Quantised(NamedTuple):
-    """What was done: dense layers in int8, of them with split channels, calibration tokens, files written."""
+class Calibrated(NamedTuple):
+    """A model whose dense layers can be quantised: what texts showed of it, with channels split that stand out."""
 
-    layers: int
-    split: int
-    tokens: int
-    files: list[Path]
+    graph: OnnxGraph
+    sources: list[_Source]
 
 
-def quantise(
-    model_file: Path, feeds: Sequence[Feed], target: Path, report: Callable[[str], None], threads: int = 1
-) -> Quantised:
-    """Write ``model_file`` with int8 dense layers to ``target``, its large constants beside it.
-
-    The same texts in the same order give the same bytes on the same machine.
+def calibrate(
+    model_file: Path, batches: Sequence[Batch], report: Callable[[str], None], threads: int = 1
+) -> Calibrated:
+    """Run texts through a model in fp32.
 
     Args:
         model_file: The fp32 ONNX file.
-        feeds: Inputs of the model by name, int64 [rows, tokens], without padding.
-        target: File to write, ``.onnx`` for ONNX Runtime or ``.xml`` for OpenVINO; its directory must exist.
+        batches: Texts as the model takes them.
         report: Called with one line for each step that takes time.
-        threads: Threads that run the texts.
+        threads: Most threads that run the texts.
 
     Raises:
         ModelError: The model cannot be read, or has no dense layers in fp32.
@@ -128,20 +112,33 @@ def quantise(
             f"{model_file.name} has no dense layers in fp32; expected an unquantised model.",
             remedy="Use --precision fp32, or another model.",
         )
-    tokens = sum(feed["input_ids"].size for feed in feeds)
-    report(f"Calibrating {sum(len(s.dense) for s in sources)} dense layers on {tokens:,} tokens …")
-    split = 0
+    layers = sum(len(source.dense) for source in sources)
+    report(f"Calibrating {layers} dense layers on {count_tokens(batches):,} tokens …")
     for group in _passes(sources):
-        _observe(graph, group, feeds, tokens, threads)
+        channels = {source.name: source.channels for source in group}
+        observed = observe(graph, channels, batches, min(threads, MOST_THREADS))
         for source in group:
-            split += _split_outliers(graph, source)
+            source.observed = observed[source.name]
+            _split_outliers(graph, source)
+    return Calibrated(graph, sources)
+
+
+def quantise(calibrated: Calibrated, target: Path) -> list[Path]:
+    """Write the model with int8 dense layers to ``target``, its large constants beside it. Returns the files.
+
+    The same texts in the same order give the same bytes on the same machine. The calibrated model is used up.
+
+    Args:
+        calibrated: The model.
+        target: File to write, ``.onnx`` for ONNX Runtime or ``.xml`` for OpenVINO; its directory must exist.
+    """
+    graph, sources = calibrated
     for_openvino = target.suffix == ".xml"
     graph.add_domain(TOOLKIT if for_openvino else CONTRIB, 1)
     for number, source in enumerate(sources):
         _quantise_source(graph, source, f"q{number}", _openvino_form if for_openvino else _onnxruntime_form)
-        source.moments, source.rows = np.zeros((0, 0), np.float32), []
-    files = _save_for_openvino(graph, target) if for_openvino else graph.save(target)
-    return Quantised(sum(len(s.dense) for s in sources), split, tokens, files)
+        source.observed = Observed(0)
+    return _save_for_openvino(graph, target) if for_openvino else graph.save(target)
 
 
 def _save_for_openvino(graph: OnnxGraph, target: Path) -> list[Path]:
@@ -227,44 +224,15 @@ def _passes(sources: list[_Source]) -> Iterator[list[_Source]]:
         yield group
 
 
-def _observe(graph: OnnxGraph, group: list[_Source], feeds: Sequence[Feed], tokens: int, threads: int) -> None:
-    """Run the texts in fp32 and note extremes, second moments and some tokens of each source."""
-    names = [source.name for source in group]
-    session = open_session(graph.tapped(names), threads, graph.directory, exact=True)
-    inputs = {node.name for node in session.get_inputs()}
-    for source in group:
-        source.low, source.high = np.zeros((2, source.channels), np.float32)
-        source.moments = np.zeros((source.channels, source.channels), np.float32)
-    # Counted through all texts: one of so many of each text would be its first token above all.
-    for_moments, for_trials = (max(1, tokens // most) for most in (MOMENT_ROWS, ROWS))
-    seen = 0
-    waiting: list[list[Floats]] = [[] for _ in group]
-    for feed in feeds:
-        outputs = session.run(names, {name: feed[name] for name in inputs})
-        count = feed["input_ids"].size
-        for number, (source, output) in enumerate(zip(group, outputs, strict=True)):
-            values = output.reshape(count, source.channels)
-            np.minimum(source.low, values.min(axis=0), out=source.low)
-            np.maximum(source.high, values.max(axis=0), out=source.high)
-            waiting[number].append(values[-seen % for_moments :: for_moments].copy())
-            source.rows.append(values[-seen % for_trials :: for_trials].copy())
-        seen += count
-        if seen == tokens or sum(map(len, waiting[0])) >= BLOCK_ROWS:
-            for source, parts in zip(group, waiting, strict=True):
-                block = np.concatenate(parts)
-                source.moments += block.T @ block
-            waiting = [[] for _ in group]
-
-
-def _split_outliers(graph: OnnxGraph, source: _Source) -> int:
-    """Replace each channel that stands out by copies of a fraction of its weight. Returns how many were."""
+def _split_outliers(graph: OnnxGraph, source: _Source) -> None:
+    """Replace each channel that stands out by copies of a fraction of its weight."""
     weight = np.concatenate([graph.values(node.input[1]) for node in source.dense], axis=1)
-    effect = np.maximum(-source.low, source.high) * np.linalg.norm(weight, axis=1)
+    effect = np.maximum(-source.observed.low, source.observed.high) * np.linalg.norm(weight, axis=1)
     usual = float(np.percentile(effect, 99))
     outliers = np.flatnonzero(effect > OUTLIER * usual) if usual > 0 else np.zeros(0, np.intp)
     constants = _producers(graph, source) if len(outliers) else None
     if not constants:
-        return 0
+        return
     parts = np.ones(source.channels, np.intp)
     parts[outliers] = np.ceil(effect[outliers] / usual / OUTLIER_PARTS)
     while (extra := int(parts.sum()) - source.channels) > MAX_EXTRA:
@@ -279,10 +247,7 @@ def _split_outliers(graph: OnnxGraph, source: _Source) -> int:
         values = graph.values(node.input[number])[..., index]
         node.input[number] = graph.set_constant(f"{node.output[0]}/copies{number}", values)
     source.channels = len(index)
-    source.low, source.high = source.low[index], source.high[index]
-    source.moments = source.moments[np.ix_(index, index)]
-    source.rows = [rows[:, index] for rows in source.rows]
-    return len(outliers)
+    source.observed.select(index)
 
 
 # --- from fp32 to int8 ---
@@ -303,14 +268,15 @@ _Form = Callable[[OnnxGraph, str, np.float32, np.float32, list[_Layer]], None]
 def _quantise_source(graph: OnnxGraph, source: _Source, name: str, write: _Form) -> None:
     weights = [graph.values(node.input[1]) for node in source.dense]
     weight = np.concatenate(weights, axis=1)
+    seen = source.observed
     smooth = min(
-        (smoothing(source.low, source.high, weight, alpha) for alpha in ALPHAS),
-        key=lambda s: output_error(np.concatenate(source.rows), source.low, source.high, weight, s),
+        (smoothing(seen.low, seen.high, weight, alpha) for alpha in ALPHAS),
+        key=lambda s: output_error(seen.rows, seen.low, seen.high, weight, s),
     )
-    step, zero = activation_grid(source.low / smooth, source.high / smooth)
+    step, zero = activation_grid(seen.low / smooth, seen.high / smooth)
     weight = weight * smooth[:, None]
     scale = weight_scale(weight)
-    rounded = round_weights(weight, source.moments / np.outer(smooth, smooth), scale)
+    rounded = round_weights(weight, seen.moments / np.outer(smooth, smooth), scale)
     divisor = graph.set_constant(f"{name}/smooth", (1 / smooth).astype(np.float32))
     graph.insert(source.dense[0], graph.node("Mul", [source.name, divisor], f"{name}/smoothed"))
     columns = np.cumsum([part.shape[1] for part in weights])[:-1]

@@ -22,6 +22,11 @@ Without VNNI, kernels for x86 multiply two neighbouring channels each by ``vpmad
 bits: 255 · 128 is just within them. So the result is exact; weights of 7 bits, the usual answer, would be 64 at most.
 """
 
+BLOCK = 64
+"""Channels that are rounded before the errors of all others are looked at again, by one product."""
+
+NOTHING = np.zeros(1, np.int16)
+
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
@@ -53,13 +58,22 @@ def weight_scale(weight: Floats) -> Floats:
 
 
 def output_error(rows: Floats, low: Floats, high: Floats, weight: Floats, smooth: Floats) -> float:
-    """Squared error of the layer's output over ``rows`` with nearest rounding."""
+    """Squared error of the layer's output over ``rows`` with nearest rounding, about: as if the errors of no two
+    channels went together. So it takes no product of matrices; the exponents chosen are as good."""
     step, zero = activation_grid(low / smooth, high / smooth)
     rows, weight = rows / smooth, weight * smooth[:, None]
     scale = weight_scale(weight)
     activation_error = (np.clip(np.round(rows / step) + zero, 0, 255) - zero) * step - rows
     weight_error = np.round(weight / scale) * scale - weight
-    return float(((activation_error @ weight) ** 2).sum() + WEIGHT_ERROR * ((rows @ weight_error) ** 2).sum())
+    return float(
+        _squares(activation_error) @ _squares(weight.T) + WEIGHT_ERROR * (_squares(rows) @ _squares(weight_error.T))
+    )
+
+
+def _squares(matrix: Floats) -> Floats:
+    """Sum of the squares of each column."""
+    sums: Floats = np.einsum("ij,ij->j", matrix, matrix)
+    return sums
 
 
 def round_weights(weight: Floats, moments: Floats, scale: Floats) -> npt.NDArray[np.int8]:
@@ -67,30 +81,37 @@ def round_weights(weight: Floats, moments: Floats, scale: Floats) -> npt.NDArray
 
     No PAIR goes beyond its bound.
 
+    The error of the output is that of a triangular matrix times the errors of the weights, a factor of the second
+    moments. Its last row shows one channel alone, the one before it two, and so on: from there on each channel is
+    rounded where the errors of those already rounded leave its row least. (So the moments need not be inverted, as
+    GPTQ is usually written; the integers are the same.)
+
     Args:
         weight: float32 [in, out].
         moments: Second moments of the layer's inputs, float32 [in, in].
         scale: Step of the grid of each output channel, float32 [out].
     """
-    block, inputs = 64, len(weight)
-    order = np.argsort(-np.diag(moments), kind="stable")  # the most used channels first: they get the freest choice
-    rest: Doubles = weight[order].astype(np.float64)
+    inputs = len(weight)
+    order = np.argsort(-np.diag(moments), kind="stable")[::-1]  # the most used last: they get the freest choice
     hessian: Doubles = moments[np.ix_(order, order)].astype(np.float64)
     diagonal = np.diag(hessian).copy()
     hessian[np.diag_indices(inputs)] += DAMPING * diagonal.mean() + (diagonal == 0) + 1e-12
-    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    factor = np.linalg.cholesky(hessian)
+    # Column i: how much of the errors of the channels behind it channel i makes good.
+    share: Floats = (factor / np.diag(factor)).astype(np.float32)
+    exact: Floats = weight[order] / scale
+    errors = np.zeros_like(exact)
     result = np.zeros(weight.shape, np.int8)
-    for start in range(0, inputs, block):
-        stop = min(start + block, inputs)
-        errors = np.empty((stop - start, weight.shape[1]))
-        for i in range(start, stop):
+    for stop in range(inputs, 0, -BLOCK):
+        start = max(0, stop - BLOCK)
+        wanted = exact[start:stop] + share[stop:, start:stop].T @ errors[stop:]
+        for i in range(stop - 1, start - 1, -1):
             place = order[i]
-            beside = result[place ^ 1].astype(np.float64) if place ^ 1 < inputs else np.zeros(1)
-            least = np.maximum(-LARGEST, -PAIR - np.minimum(beside, 0))
-            most = np.minimum(LARGEST, PAIR - np.maximum(beside, 0))
-            rounded = np.clip(np.round(rest[i] / scale), least, most)
+            value = wanted[i - start] + share[i + 1 : stop, i] @ errors[i + 1 : stop]
+            beside = result[place ^ 1] if place ^ 1 < inputs else NOTHING
+            least = np.maximum(-LARGEST, -PAIR - np.minimum(beside, NOTHING))
+            most = np.minimum(LARGEST, PAIR - np.maximum(beside, NOTHING))
+            rounded = np.clip(np.rint(value), least, most)
             result[place] = rounded
-            errors[i - start] = (rest[i] - rounded * scale) / upper[i, i]
-            rest[i + 1 : stop] -= np.outer(upper[i, i + 1 : stop], errors[i - start])
-        rest[stop:] -= upper[start:stop, stop:].T @ errors
+            errors[i] = exact[i] - rounded
     return result
