@@ -37,7 +37,7 @@ import numpy.typing as npt
 from ...errors import ModelError
 from ...telemetry import import_openvino
 from ..encoder import Batch
-from .observation import ROWS, Observed, count_tokens, observe
+from .observation import BLOCK_ROWS, ROWS, Observed, count_tokens, observe
 from .onnx_graph import OnnxGraph
 from .quantised_weights import Floats, activation_grid, output_error, round_weights, smoothing, weight_scale
 
@@ -50,8 +50,8 @@ ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
 PASS_BYTES = 256 << 20
 """Memory for what one thread observes in one pass over the texts; a larger model needs more passes."""
 
-MOST_THREADS = 4
-"""That run the texts: each has statistics of its own, 125 MB for MiniLM, and the rest takes one thread anyway."""
+MOST_THREADS = 2
+"""That run the texts: each has statistics of its own, up to 230 MB for MiniLM, and what comes then takes one anyway."""
 
 OUTLIER = 5.0
 """A channel is split if it moves the output by more than this many times what the 99th percentile of them does."""
@@ -214,7 +214,7 @@ def _passes(sources: list[_Source]) -> Iterator[list[_Source]]:
     group: list[_Source] = []
     size = 0
     for source in sources:
-        need = 4 * source.channels * (source.channels + ROWS)
+        need = 4 * source.channels * (source.channels + ROWS + 2 * BLOCK_ROWS)
         if group and size + need > PASS_BYTES:
             yield group
             group, size = [], 0
