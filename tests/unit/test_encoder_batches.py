@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kdb_fast.embedding.batching import MAX_PADDING, TOKEN_BUDGET, plan_batches
-from kdb_fast.embedding.encoder import mean_pool
+from kdb_fast.embedding.encoder import _OnnxBackend, mean_pool
 
 LENGTHS = hnp.arrays(np.int64, st.integers(0, 150), elements=st.integers(1, 600))
 
@@ -101,3 +103,17 @@ def test_padding_has_no_part_in_a_vector(fill: float) -> None:
 def test_a_row_without_tokens_gives_zeros_and_not_nan() -> None:
     pooled = mean_pool(np.ones((1, 3, 4), dtype=np.float32), np.zeros((1, 3), dtype=np.int64))
     assert (pooled == 0).all()
+
+
+@pytest.mark.parametrize(("direction", "second"), [("right", [7, 0, 0]), ("left", [0, 0, 7])])
+def test_a_batch_is_padded_on_the_models_side(direction: str, second: list[int]) -> None:
+    tokenizer = SimpleNamespace(padding={"pad_id": 0, "direction": direction}, no_padding=lambda: None)
+    inner = SimpleNamespace(tokenizer=tokenizer, _preprocess_onnx_input=lambda feed: feed)
+    inputs = [SimpleNamespace(name=name) for name in ("input_ids", "attention_mask", "token_type_ids")]
+    backend = _OnnxBackend(inner, SimpleNamespace(get_inputs=lambda: inputs))
+    feed, mask = backend.batch([[3, 0, 5], [7]], 3)
+    assert feed["input_ids"].tolist() == [[3, 0, 5], second]
+    assert mask.tolist() == [[1, 1, 1], [int(token == 7) for token in second]]
+    assert feed["attention_mask"] is mask
+    assert not feed["token_type_ids"].any()
+    assert feed["input_ids"].dtype == mask.dtype == np.int64

@@ -8,6 +8,7 @@ import pytest
 from kdb_fast.embedding.batching import pack_batches
 from kdb_fast.embedding.encoder import Encoder
 from kdb_fast.embedding.precision.fidelity import PART, compare, overlap, unit
+from kdb_fast.embedding.precision.observation import BLOCK_ROWS, Observed
 from kdb_fast.embedding.precision.openvino_rows import SIZES, STEP, row_numbers
 from kdb_fast.embedding.precision.preparation import prepared_fingerprint
 from kdb_fast.embedding.precision.quantised_weights import (
@@ -124,6 +125,23 @@ def test_activation_grid_holds_zero_exactly_and_covers_the_range() -> None:
     assert 0 <= zero <= 255
     assert (0 - zero) * step <= low.min() + step
     assert (255 - zero) * step >= high.max() - step
+
+
+def test_what_is_observed_in_parts_is_that_of_all_tokens() -> None:
+    tokens = RNG.standard_normal((2 * BLOCK_ROWS + 300, 48)).astype(np.float32)
+    shares = [Observed(48), Observed(48)]
+    for number, part in enumerate(np.split(tokens, range(400, len(tokens), 400))):
+        shares[number % 2].see(part, part[:2])
+    for share in shares:
+        share.sum_up()
+    shares[0].add(shares[1])
+    np.testing.assert_allclose(shares[0].moments, tokens.T @ tokens, rtol=1e-3, atol=1e-2)
+    assert np.array_equal(shares[0].low, tokens.min(axis=0))
+    assert np.array_equal(shares[0].high, tokens.max(axis=0))
+    assert len(shares[0].rows) == 12
+    shares[0].select(np.array([3, 3, 0]))
+    assert shares[0].moments.shape == (3, 3)
+    assert shares[0].low.tolist() == tokens.min(axis=0)[[3, 3, 0]].tolist()
 
 
 def test_rounding_makes_good_for_its_errors() -> None:
