@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import history, machine, results
-from .options import RESULTS, STRESS_SETS, Options, say
+from .options import DATABASES, RESULTS, STRESS_SETS, Options, say
 
 PARTS = (
     "demo",
@@ -21,6 +21,7 @@ PARTS = (
     "store",
     "tables",
     "bytes",
+    "million",
     "search",
     "relevance",
     "cluster",
@@ -39,10 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sweep", action="store_true", help="part embed: also try token budgets")
     parser.add_argument("--sets", nargs="+", choices=STRESS_SETS, default=STRESS_SETS, help="part stress: only these")
     parser.add_argument(
+        "--records", nargs="+", type=int, default=(), metavar="N", help="part million: only these sizes"
+    )
+    parser.add_argument("--databases", nargs="+", choices=DATABASES, default=DATABASES, help="part million: only these")
+    parser.add_argument(
         "--against",
         type=Path,
         metavar="DIR",
-        help="parts search, engine, scale: also a checkout of another version, run in turn",
+        help="parts search, engine, scale, million: also a checkout of another version, run in turn",
     )
     parser.add_argument(
         "--cpus", nargs="+", type=int, default=(), metavar="N", help="part cluster: only simulated clusters of so many"
@@ -64,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         seed=given.seed,
         out=out,
         against=given.against and given.against.resolve(),
+        records=tuple(given.records),
+        databases=tuple(given.databases),
     )
     met = True
     for part in given.parts or PARTS:
@@ -73,9 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
         result = run(options)
         if options.quick:
             result.caveats.insert(0, "**A smoke test with tiny sizes: the numbers mean nothing.**")
-        results.write(result, about, out)
+        name = results.write(result, about, out)
         history.record(history.main_figures(result), about, out)
-        print((out / f"{result.part}.md").read_text(), flush=True)
+        print((out / f"{name}.md").read_text(), flush=True)
         met = met and all(requirement.met for requirement in result.requirements)
     results.gather(out, PARTS)
     say(f"results: {out}")

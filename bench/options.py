@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 STRESS_SETS = ("contacts", "tickets", "mixed")
+DATABASES = ("PostgreSQL", "SQLite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,10 @@ class Options:
         sets: Data sets of the part ``stress``.
         cpus: Of simulated clusters, for the part ``cluster``; empty for all of its sizes.
         add: Together with the runs that are in the results, for the part ``hosts``.
-        against: Checkout of another version, measured in turn with this one (parts ``search``, ``engine``, ``scale``).
+        against: Checkout of another version, measured in turn with this one (parts ``search``, ``engine``, ``scale``,
+            ``million``).
+        records: Sizes of the part ``million``; empty for its own.
+        databases: Of the part ``million``.
         seed: Of the data sets.
         out: Directory of the results.
     """
@@ -34,6 +38,8 @@ class Options:
     cpus: tuple[int, ...] = ()
     add: bool = False
     against: Path | None = None
+    records: tuple[int, ...] = ()
+    databases: tuple[str, ...] = DATABASES
     seed: int = 1
     out: Path = RESULTS
 

@@ -70,21 +70,32 @@ class Result:
     raw: dict[str, Any] = field(default_factory=dict)
 
 
-def write(result: Result, about: dict[str, Any], out: Path) -> None:
-    """``<part>.json``, ``<part>.md`` and ``<part>.svg`` in ``out``."""
+def write(result: Result, about: dict[str, Any], out: Path) -> str:
+    """``<part>.json``, ``<part>.md`` and ``<part>.svg`` in ``out``; the name, which :func:`page_name` gives."""
     out.mkdir(parents=True, exist_ok=True)
+    name = page_name(result.part, about, out)
     plain = {"measured_at": datetime.now(UTC).strftime("%Y-%m-%d"), "machine": about, **asdict(result)}
     for requirement, found in zip(plain["requirements"], result.requirements, strict=True):
         requirement["met"] = found.met
-    replace(out / f"{result.part}.json", json.dumps(plain, indent=1) + "\n")
+    replace(out / f"{name}.json", json.dumps(plain, indent=1) + "\n")
     if result.chart:
-        replace(out / f"{result.part}.svg", chart.draw(*result.chart))
-    replace(out / f"{result.part}.md", markdown(result, about, plain["measured_at"]))
+        replace(out / f"{name}.svg", chart.draw(*result.chart))
+    replace(out / f"{name}.md", markdown(result, about, plain["measured_at"], name))
+    return name
 
 
-def markdown(result: Result, about: dict[str, Any], day: str) -> str:
+def page_name(part: str, about: dict[str, Any], out: Path) -> str:
+    """Name of a part's files: ``embed``; where those are of a CPU of another kind, beside them: ``embed.avx2``."""
+    page = out / f"{part}.json"
+    kind = machine.kind(about)
+    if not page.exists() or machine.kind(json.loads(page.read_text())["machine"]) == kind:
+        return part
+    return f"{part}.{kind.lower().replace(' ', '-')}"
+
+
+def markdown(result: Result, about: dict[str, Any], day: str, name: str) -> str:
     """The page of a part."""
-    parts = [f"## {result.part}\n", f"{result.question}\n"]
+    parts = [f"## {name}\n", f"{result.question}\n"]
     notes = [f"Measured on {day}.", *machine.lines(about), *result.data, *result.caveats]
     parts.append("".join(f"- {note}\n" for note in notes))
     if result.requirements:
@@ -92,7 +103,7 @@ def markdown(result: Result, about: dict[str, Any], day: str) -> str:
         parts.append(Table("Required", ("what", "measured", "required", "met"), rows).markdown())
     parts += [table.markdown() for table in result.tables]
     if result.chart:
-        parts.append(f"![{result.chart[0]}]({result.part}.svg)\n")
+        parts.append(f"![{result.chart[0]}]({name}.svg)\n")
     return "\n".join(parts)
 
 
@@ -106,7 +117,7 @@ def gather(out: Path, order: Sequence[str]) -> None:
         "measured.\n"
     )
     pages = [
-        path.read_text() for part in order for path in sorted([*out.glob(f"{part}.md"), *out.glob(f"{part}-*.md")])
+        path.read_text() for part in order for path in sorted([*out.glob(f"{part}.*md"), *out.glob(f"{part}-*.md")])
     ]
     replace(out / "README.md", "\n".join([head, *pages]))
 

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -18,6 +18,17 @@ PROC_CPUINFO = Path("/proc/cpuinfo")
 WITHOUT_CPU_FLAGS = "KDB_FAST_WITHOUT_CPU_FLAGS"
 """Environment variable: patterns such as ``avx512_* amx_*`` of instructions not to be used, so that the choices for a
 lesser CPU can be tried. It can take away only: nothing is computed with instructions that the CPU lacks."""
+
+CPU_KINDS = {
+    "AMX": {"amx_int8"},
+    "AVX-512 VNNI BF16": {"avx512_vnni", "avx512_bf16"},
+    "AVX-512 VNNI": {"avx512_vnni"},
+    "AVX-VNNI": {"avx_vnni"},
+    "AVX-512": {"avx512f"},
+    "AVX2": {"avx2"},
+    "Arm": {"asimd"},
+}
+"""Kinds of CPU by the flags of /proc/cpuinfo that all of a kind have, the best first."""
 
 V1_NO_LIMIT = 1 << 60
 """cgroup v1 writes 9223372036854771712 (2^63 less a page) for "no limit"; nothing real is near 2^60."""
@@ -51,6 +62,11 @@ def cpu_flags() -> frozenset[str]:
             if name.strip() in ("flags", "Features"):  # x86, aarch64
                 return frozenset(f for f in value.split() if not any(fnmatchcase(f, u) for u in unwanted))
     return frozenset()
+
+
+def cpu_kind(flags: Collection[str]) -> str:
+    """The kind of a CPU with these flags, by what decides how fast an encoder is: ``AVX-512 VNNI BF16``, ``AVX2``."""
+    return next((kind for kind, needed in CPU_KINDS.items() if needed.issubset(flags)), "without AVX2")
 
 
 def cpu_quota() -> float | None:

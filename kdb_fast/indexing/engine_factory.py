@@ -6,6 +6,7 @@ import time
 
 from ..db.address import DatabaseAddress
 from ..embedding.encoder import EncoderSpec
+from ..embedding.precision.expected import expected
 from ..engine.base import Engine
 from ..engine.plan import INLINE_ROWS, Plan, inline_shape, make_plan
 from ..ipc.row_block import ROW_REASONS, ROW_WORKER_DIED
@@ -82,8 +83,8 @@ class EngineFactory:
         else:
             if embedding.why:
                 plan = plan.because(embedding.why)
-            self.plan = plan
-            self._progress.plan(plan.describe() + before)
+            self.plan = plan.because(expected())
+            self._progress.plan(self.plan.describe() + before)
             self.engine = start.with_processes(
                 plan.shape, spec, self._address, self._run, workers=plan.workers, cpus=plan.cpus
             )

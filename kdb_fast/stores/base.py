@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..ipc.row_block import NO_VALUE
@@ -49,6 +50,14 @@ class Stored(NamedTuple):
     fingerprint: str | None
     row_version: int
     foreign: bool = False
+
+
+class Found(NamedTuple):
+    """The index's rows for some keys: those that differ from what is wanted, by key; of those that do not, maybe only
+    the places of their keys, from 0."""
+
+    rows: Mapping[Key, Stored] = MappingProxyType({})
+    unchanged: Collection[int] = ()
 
 
 def version_of_text(content_hash: bytes | None) -> int:
@@ -232,6 +241,17 @@ class Store(ABC):
     @abstractmethod
     def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
         """The index's rows for these keys, by key as it was given; keys without a row are left out."""
+
+    def look_up_ahead(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Callable[[], Found]:
+        """What gives the index's rows for these keys, of which none comes twice, while the database may look already;
+        nothing else may be asked of this store before it was called.
+
+        Args:
+            keys: As for :meth:`lookup`.
+            hashes: SHA-256 of the text of each; with this one and the fingerprint a row need not be sent.
+            fingerprint: Of the model.
+        """
+        return lambda: Found(self.lookup(keys))
 
     @abstractmethod
     def flush(

@@ -18,7 +18,7 @@ from bench.measure import Spread
 from bench.options import RESULTS
 from bench.results import Result
 
-ABOUT = {"cpu": "Some CPU", "cores": 2}
+ABOUT = {"cpu": "Some CPU", "cores": 2, "flags": ["avx2"]}
 ROWS = history.read(RESULTS / history.NAME)
 
 
@@ -54,12 +54,12 @@ def test_each_commit_and_machine_has_one_row(tmp_path: Path, commit: list[str | 
     assert rows == [
         {
             "commit": "aaaaaaa",
-            "machine": "Some CPU, 2 cores",
+            "machine": "Some CPU (AVX2), 2 cores",
             "engine: load (rows/s)": "12350",
             "scale: one (rows/s)": "0.1235",
         },
-        {"commit": "aaaaaaa", "machine": "Some CPU, 4 cores", "engine: load (rows/s)": "7"},
-        {"commit": "bbbbbbb+", "machine": "Some CPU, 2 cores", "engine: load (rows/s)": "9"},
+        {"commit": "aaaaaaa", "machine": "Some CPU (AVX2), 4 cores", "engine: load (rows/s)": "7"},
+        {"commit": "bbbbbbb+", "machine": "Some CPU (AVX2), 2 cores", "engine: load (rows/s)": "9"},
     ]
     assert [path.name for path in tmp_path.iterdir()] == [history.NAME]
 

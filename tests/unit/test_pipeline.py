@@ -49,7 +49,7 @@ from kdb_fast.ipc.row_block import NO_VALUE, ROW_NOT_FINITE
 from kdb_fast.ipc.slab import Slab, SlabShape
 from kdb_fast.records import MAX_CONTENT_BYTES, Key, Record, Reject, content_hash, decode_key
 from kdb_fast.settings import RejectLimit
-from kdb_fast.stores.base import Store, Stored
+from kdb_fast.stores.base import Found, Store, Stored
 from kdb_fast.tables.index_policy import IndexAction, IndexOutcome
 from kdb_fast.tables.kdb_search import unfit
 from kdb_fast.tables.pieces import piece_of, record_key
@@ -110,6 +110,15 @@ class Index:
         self.lookups += 1
         found = {key: self.rows[key] for key in keys if key in self.rows}
         return {key: Stored(content_hash(e.content), e.fingerprint, e.row_version) for key, e in found.items()}
+
+    def look_up_ahead(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Callable[[], Found]:
+        def found() -> Found:
+            rows, wanted = self.lookup(keys), dict(zip(keys, hashes, strict=True))
+            same = {k for k, row in rows.items() if (row.content_hash, row.fingerprint) == (wanted[k], fingerprint)}
+            places = {place for place, key in enumerate(keys) if key in same}
+            return Found({key: row for key, row in rows.items() if key not in same}, places)
+
+        return found
 
 
 class Watch(Silent):

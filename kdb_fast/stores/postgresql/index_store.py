@@ -6,7 +6,7 @@ Its rows are written by runs, and by the library without one; see :mod:`.flush` 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...db.address import DatabaseAddress
@@ -19,7 +19,7 @@ from ...tables.index_table import IndexTable
 from ...tables.kdb_search import KDB_SEARCH
 from ...tables.key import text_arrays
 from ...tables.target import OWN, LiveRows, Target
-from ..base import FlushSlot, IndexStore, RunSpec, Stored
+from ..base import FlushSlot, Found, IndexStore, RunSpec, Stored
 from ..rejects import refusal_of_unit
 from . import check as pg_check
 from . import migrate as pg_migrate
@@ -36,6 +36,17 @@ if TYPE_CHECKING:
     import psycopg
 
     Cursor = psycopg.Cursor[tuple[Any, ...]]
+
+
+UNCHANGED = (
+    "WITH r AS MATERIALIZED (<rows>), same AS MATERIALIZED (SELECT r.*, coalesce(r.hash = substr(w.hashes, "
+    "r.place::int * 32 - 31, 32) AND r.fingerprint = w.fingerprint, false) same "
+    "FROM r, (SELECT %b::bytea hashes, %s::text fingerprint) w) "
+    "SELECT place, hash, fingerprint, version, NULL::bigint[] FROM same WHERE NOT same "
+    "UNION ALL SELECT NULL, NULL, NULL, NULL, array_agg(place) FROM same WHERE same"
+)
+"""The rows that differ, and last the places of the others: rows that are sent to be told unchanged cost more than all
+else of the look-up. The hashes are one value, of 32 bytes each."""
 
 
 class PostgreSQLIndexStore(PostgreSQLStore, IndexStore):
@@ -122,23 +133,41 @@ class PostgreSQLIndexStore(PostgreSQLStore, IndexStore):
             keys = self.session.holdable(keys)
 
         def work() -> dict[Key, Stored]:
-            ours = seal.ours(self.dialect, self._seal_column(), "t.")
-            rows = self.session.connection().execute(
-                # Key by key (OFFSET keeps it so): on a table without statistics the server would rather read all rows
-                # of the entity for a thousand keys. By its place, since the column decides which text is its equal.
-                self.target.statement(
-                    "SELECT s.place, r.* FROM unnest({key_arrays}) WITH ORDINALITY s({key}, place), "
-                    "LATERAL (SELECT sha256(convert_to(t.{content}, 'UTF8')), "
-                    "CASE WHEN t.{embedding} IS NOT NULL AND <ours> THEN t.kdb_fast_fingerprint END, "
-                    "timestamptz_send(t.{updated_at}) FROM {index} t WHERE {same_key} OFFSET 0) r".replace(
-                        "<ours>", ours
-                    )
-                ),
-                text_arrays(keys, len(self.target.index.key)),
-            )
+            statement = self.target.statement(self._row_of_key())
+            rows = self.session.connection().execute(statement, self._arrays(keys))
             return {keys[r[0] - 1]: Stored(r[1], r[2], row_version(r[3])) for r in rows}
 
         return self.session.retrying("looking up what is stored", work)
+
+    def look_up_ahead(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Callable[[], Found]:
+        if self.session.encoding != ENCODING:
+            return super().look_up_ahead(keys, hashes, fingerprint)  # what it can hold is a question to it, too
+        statement = self.target.statement(UNCHANGED.replace("<rows>", self._row_of_key()))
+        answer = self.session.asking_ahead(statement, [*self._arrays(keys), b"".join(hashes), fingerprint])
+
+        def found() -> Found:
+            rows = answer()
+            if rows is None:
+                return Found(self.lookup(keys))
+            *others, (_, _, _, _, unchanged) = rows
+            differ = {keys[r[0] - 1]: Stored(r[1], r[2], row_version(r[3])) for r in others}
+            return Found(differ, {place - 1 for place in unchanged or ()})
+
+        return found
+
+    def _row_of_key(self) -> str:
+        """Statement of place, hash, fingerprint and version of the row of each of some keys."""
+        # Key by key (OFFSET keeps it so): on a table without statistics the server would rather read all rows
+        # of the entity for a thousand keys. By its place, since the column decides which text is its equal.
+        return (
+            "SELECT s.place, r.* FROM unnest({key_arrays}) WITH ORDINALITY s({key}, place), "
+            "LATERAL (SELECT sha256(convert_to(t.{content}, 'UTF8')) hash, "
+            "CASE WHEN t.{embedding} IS NOT NULL AND <ours> THEN t.kdb_fast_fingerprint END fingerprint, "
+            "timestamptz_send(t.{updated_at}) version FROM {index} t WHERE {same_key} OFFSET 0) r"
+        ).replace("<ours>", seal.ours(self.dialect, self._seal_column(), "t."))
+
+    def _arrays(self, keys: Sequence[Key]) -> list[str]:
+        return text_arrays(keys, len(self.target.index.key))
 
     def _check(self, dimensions: int) -> None:
         pg_check.check(self.session, dimensions)

@@ -11,6 +11,7 @@ import hashlib
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from ...db.address import DatabaseAddress
 from ...db.sqlite_connection import connect_sqlite
@@ -21,7 +22,7 @@ from ...tables.index_policy import IndexAction, IndexOutcome
 from ...tables.index_table import IndexTable
 from ...tables.kdb_search import KDB_SEARCH
 from ...tables.target import LiveRows, Target
-from ..base import FlushSlot, IndexStore, RunSpec, Stored
+from ..base import FlushSlot, Found, IndexStore, RunSpec, Stored
 from ..rejects import refusal_of_unit
 from . import prepare as sqlite_prepare
 from . import prune as sqlite_prune
@@ -29,7 +30,7 @@ from . import rejects as sqlite_rejects
 from .check import columns
 from .flush import FlushWriter, RowWriter, row_version
 from .full_text import FullText
-from .keys import select_keys
+from .keys import select_places
 from .store import SQLiteStore
 
 ANALYZE_ROWS = 10_000
@@ -101,15 +102,32 @@ class SQLiteIndexStore(SQLiteStore, IndexStore):
     # -- reading and writing ---------------------------------------------------------------------------
 
     def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
-        result: dict[Key, Stored] = {}
+        return {
+            keys[place]: Stored(hashlib.sha256(content).digest(), fingerprint, row_version(updated_at, content))
+            for place, content, updated_at, fingerprint in self._rows_of(keys)
+        }
+
+    def look_up_ahead(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Callable[[], Found]:
+        def found() -> Found:
+            differ, unchanged = {}, set()
+            for place, content, updated_at, of_row in self._rows_of(keys):
+                digest = hashlib.sha256(content).digest()
+                if digest == hashes[place] and of_row == fingerprint:
+                    unchanged.add(place)
+                else:
+                    differ[keys[place]] = Stored(digest, of_row, row_version(updated_at, content))
+            return Found(differ, unchanged)
+
+        return found
+
+    def _rows_of(self, keys: Sequence[Key]) -> Iterator[tuple[Any, ...]]:
+        """Place, content, time and fingerprint of the row of each key."""
         with translated("looking up what is stored"):
             ours = seal.ours("sqlite", self._seal_column(), "t.")
             # Bytes, as they are hashed: text that is not valid UTF-8 must not end the run.
             columns = "CAST(coalesce(t.{content}, '') AS BLOB), CAST(t.{updated_at} AS BLOB), "
             columns += f"CASE WHEN t.{{embedding}} IS NOT NULL AND {ours} THEN t.kdb_fast_fingerprint END"
-            for key, content, updated_at, fingerprint in select_keys(self._connection, self._target, columns, keys):
-                result[key] = Stored(hashlib.sha256(content).digest(), fingerprint, row_version(updated_at, content))
-        return result
+            yield from select_places(self._connection, self._target, columns, keys)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -24,16 +24,25 @@ def select_keys(
     Args:
         columns: The values, of a row ``t``: a template of :meth:`~kdb_fast.tables.target.Target.statement`.
     """
+    for place, *found in select_places(connection, target, columns, keys):
+        yield keys[place], *found
+
+
+def select_places(
+    connection: sqlite3.Connection, target: Target, columns: str, keys: Sequence[Key]
+) -> Iterator[tuple[Any, ...]]:
+    """As :func:`select_keys`, with the place of each key, from 0."""
     parts = len(target.index.key)
     # The column compares, with its own type and collation; so a row is told by the place of its key.
     statement = target.text(
-        f"WITH s (place, {{key}}) AS (VALUES <values>) SELECT s.place, {columns} "  # noqa: S608 - names
+        f"WITH s (place, {{key}}) AS (VALUES <values>) SELECT s.place + ?, {columns} "  # noqa: S608 - names
         "FROM s CROSS JOIN {index} t ON {same_key}"
     )
-    for batch in batches(keys, PARAMETERS // parts):
+    first = 0
+    for batch in batches(keys, (PARAMETERS - 1) // parts):
         query = statement.replace("<values>", _values(len(batch), parts))
-        for place, *found in connection.execute(query, list(itertools.chain.from_iterable(batch))):
-            yield batch[place], *found
+        yield from connection.execute(query, [*itertools.chain.from_iterable(batch), first])
+        first += len(batch)
 
 
 @functools.lru_cache(maxsize=4)
