@@ -134,8 +134,7 @@ class Intake:
     def looking_ahead(self, pages: Iterable[list[Record | Reject]]) -> Iterator[list[Record | Reject]]:
         """The pages, each to be taken in before the next one is asked for.
 
-        Where no key comes twice, the database looks a page up while the next one is read and screened: on PostgreSQL a
-        million unchanged rows take a quarter less time.
+        Where no key comes twice, the database looks a page up while the next one is read and screened.
         """
         if not self._ledger.unique_keys or self._split is not None:
             yield from pages
