@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..catalog.definitions import load_entities
 from ..db.address import DatabaseAddress
 from ..db.reading import read
-from ..errors import SchemaError
+from ..errors import DatabaseError, SchemaError
 from ..origins import IndexModel
 from ..records import storable_key
 from ..tables.names import or_nearest
@@ -134,13 +134,17 @@ def run_search(
         except BaseException as error:
             vectors.set_exception(error)
             raise
-        return _plain(asking.result()), missed
+        try:
+            return _plain(asking.result()), missed
+        except DatabaseError:
+            # The connection was idle while the query was embedded, perhaps for minutes: a model may have been fetched.
+            return search_open(address, query, by_model, **asked, mapped=alone), missed
 
 
 def search_open(
     address: DatabaseAddress,
     query: str,
-    vector: Vector | None,
+    vector: Vector | list[QueryVector] | None,
     *,
     mapped: bool = False,
     **asked: Any,
@@ -158,7 +162,7 @@ def _ranked(
     connection: Any,
     address: DatabaseAddress,
     query: str,
-    vector: Vector | Callable[[], list[QueryVector]] | None,
+    vector: Vector | list[QueryVector] | Callable[[], list[QueryVector]] | None,
     asked: Mapping[str, Any],
     counted: Origins | None = None,
 ) -> list[SearchResult]:

@@ -698,6 +698,29 @@ def test_a_command_ranks_by_keyword_on_its_one_connection_while_it_embeds(
     assert opened == 1
 
 
+def test_a_command_whose_connection_is_cut_while_it_embeds_opens_another(
+    library: SearchEngine, address: DatabaseAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if address.dialect == "sqlite":
+        pytest.skip("a file has no connection that a server could cut")
+    provider = library.embedding_provider
+    assert provider is not None
+    vector = np.array(provider.embed("whales"), np.float32)
+    maker = Maker("name:words", provider.model_name, 16)
+
+    def embedded(*arguments: Any, **options: Any) -> Any:
+        execute(
+            address,
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND application_name = 'kdb-fast/search'",
+        )
+        return [QueryVector(vector, maker)], lambda origin: ""
+
+    monkeypatch.setattr(query_model, "query_vectors", embedded)
+    found, _ = run_search(address, "whales", mode="hybrid", entities=(), limit=5, where=None, min_score=0.0)
+    assert [r["id"] for r in found] == ids(library.search("whales", limit=5))
+
+
 def test_a_command_that_cannot_ask_the_database_waits_for_nothing(tmp_path: Path) -> None:
     empty = tmp_path / "empty.db"
     sqlite3.connect(empty).close()
