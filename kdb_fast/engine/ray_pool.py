@@ -10,7 +10,7 @@ from typing import Any
 
 from ..embedding.encoder import EncoderSpec
 from ..errors import ClusterError, ResourceError
-from ..ipc.messages import Embed
+from ..ipc.messages import Embed, Stop
 from ..ipc.slab import Slab
 from ..receipt import HostShare
 from ..records import number_of
@@ -112,6 +112,12 @@ class RayPool(Pool):
     def cancel(self) -> set[int]:
         cancelled, self._unsent = set(self._unsent), {}
         return cancelled
+
+    def close(self) -> None:
+        """Where Ray's client is killed, its actors live on for its grace: it is to say that it goes."""
+        if self._child is not None and self._surveyed and self._spec.address.startswith("ray://"):
+            self._child.send(Stop())
+            self._child.process.join(driver.SHUTDOWN_SECONDS + 1.0)
 
     def waitables(self) -> list[Any]:
         return self._child.waitables() if self._child is not None else []

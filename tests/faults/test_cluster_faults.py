@@ -82,7 +82,7 @@ class Run:
 
     def start(self, *, seconds: dict[str, float] | None = None, **environment: str) -> Command:
         address = getattr(self.cluster, self.through)
-        return self.job.start("--cluster", address, seconds=seconds, **ACCESS, **RAYS_PATIENCE, **environment)
+        return self.job.start("--cluster", address, seconds=seconds, **{**ACCESS, **RAYS_PATIENCE, **environment})
 
     def go(self) -> None:
         """Texts with GATED are embedded from now on."""
@@ -240,7 +240,7 @@ def test_through_rays_client_a_run_is_interrupted_and_killed_and_run_to_the_end(
 ) -> None:
     run = make_run([*(f"text {number}" for number in range(100)), *gated(20)])
     run.through = "client"
-    command = run.start(seconds={"drain": 0.5})
+    command = run.start(seconds={"drain": 0.5}, RAY_CLIENT_RECONNECT_GRACE_PERIOD="100")
     run.wait_for_embedders(HOSTS, command)
     eventually(lambda: stored(run.job.database), 60)
     command.send(signal.SIGINT)
