@@ -39,6 +39,7 @@ from ...telemetry import import_openvino
 from ..encoder import Batch
 from .observation import BLOCK_ROWS, ROWS, Observed, count_tokens, observe
 from .onnx_graph import OnnxGraph
+from .openvino_graph import keep_heads
 from .quantised_weights import Floats, activation_grid, output_error, round_weights, smoothing, weight_scale
 
 FORMAT = 4
@@ -144,7 +145,9 @@ def quantise(calibrated: Calibrated, target: Path) -> list[Path]:
 def _save_for_openvino(graph: OnnxGraph, target: Path) -> list[Path]:
     openvino = import_openvino()
     files = graph.save(target.with_suffix(".onnx"))
-    openvino.save_model(openvino.Core().read_model(str(files[0])), str(target), compress_to_fp16=False)
+    model = openvino.Core().read_model(str(files[0]))
+    keep_heads(model)
+    openvino.save_model(model, str(target), compress_to_fp16=False)
     for file in files:
         file.unlink()
     return [target, target.with_suffix(".bin")]
