@@ -31,6 +31,9 @@ MOST_MEMORY = 1.15
 MOST_OF_OTHER = 0.8
 """Of the other version's time, where nothing changed."""
 
+SERVER_SECONDS = 5.0
+"""Between two samples of a server's memory: to read that of gigabytes takes tenths of a second, in which it waits."""
+
 NEW, AGAIN, CHANGED = "all new", "nothing changed", "one in a thousand changed"
 OURS, OTHER = "this version", "the other version"
 
@@ -147,7 +150,7 @@ def _step(contender: Contender) -> Outcome:
     """One run, with the most memory that the server had meanwhile."""
     conninfo = contender.params["conninfo"]
     server = None if conninfo.startswith("sqlite:") else database.server_pid(conninfo)
-    sampler = Sampler(lambda: {str(pid): pid for pid in (tree(server) if server else ())})
+    sampler = Sampler(lambda: {str(pid): pid for pid in (tree(server) if server else ())}, SERVER_SECONDS)
     with sampler.running():
         (outcome,) = alternate([contender], 1).values()
     outcome.runs[0]["server_pss_bytes"] = sampler.peak_sum
