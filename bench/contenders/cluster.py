@@ -234,7 +234,7 @@ def ray_cost(params: dict[str, Any]) -> dict[str, Any]:
             sizes = [min(INLINED_BYTES, size - at) for at in range(0, size, INLINED_BYTES)]
             return (Answer(done, bytes(len(texts))), *(bytes(part) for part in sizes))
 
-    ray.init(num_cpus=params["actors"], include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init("local", num_cpus=params["actors"], include_dashboard=False, log_to_driver=False, configure_logging=False)
     with patch.object(ray_cluster, "EmbeddingActor", IdleActor):
         cluster = ray_cluster.RayCluster(ray, spec, "bench")
 
@@ -336,7 +336,9 @@ def _used() -> dict[str, float]:
             name = process.name()
             if name.startswith("ray::"):
                 name = "actors" if name[5:].startswith(("Embedding", "IdleActor")) else "Ray's agents"
-            elif any("/ray/" in word for word in process.cmdline()[1:3]):  # the script after Python's options
+            elif any(
+                "/ray/" in word and word.endswith(".py") for word in process.cmdline()[1:3]
+            ):  # after Python's options
                 name = "Ray's agents"
             used[name] = used.get(name, 0.0) + _own_seconds(process)
     return used
