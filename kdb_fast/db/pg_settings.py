@@ -160,40 +160,6 @@ def at_once(connection: Connection, statements: Sequence[tuple[str, Mapping[str,
     return [cursor.fetchall() for cursor in cursors]
 
 
-def sent_ahead(connection: Connection, query: bytes, params: Sequence[object]) -> Callable[[], list[tuple[Any, ...]]]:
-    """Send a statement, in a transaction of its own with the pins, without waiting for its rows.
-
-    Args:
-        connection: In autocommit mode and in no transaction; nothing else may be asked of it before the rows are taken.
-
-    Returns:
-        What waits for the rows, to be called once.
-
-    Raises:
-        psycopg.Error: As for any statement; the connection is in no transaction then.
-    """
-    import psycopg
-
-    waiting = contextlib.ExitStack()
-    waiting.callback(lambda: None if _is_idle(connection) else _roll_back(connection))
-    cursor = psycopg.Cursor(connection)
-    try:
-        waiting.enter_context(connection.pipeline())
-        _begin(connection)
-        cursor.execute(query, params, binary=True)
-        psycopg.Cursor(connection).execute("END")
-    except BaseException:
-        with contextlib.suppress(psycopg.Error):
-            waiting.close()
-        raise
-
-    def rows() -> list[tuple[Any, ...]]:
-        with waiting:
-            return cursor.fetchall()
-
-    return rows
-
-
 def _begin(connection: Connection) -> None:
     """Begin a transaction with the pins, within a pipeline."""
     import psycopg

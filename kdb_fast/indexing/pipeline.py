@@ -150,7 +150,7 @@ class Pipeline:
         """
         self.flushes.reads_again = again is not None
         try:
-            for page in self._intake.looking_ahead(pages):
+            for page in pages:
                 fault("source.page")
                 self._intake.pass_over(unchanged())
                 *portions, page = self._intake.portions(page)

@@ -242,16 +242,15 @@ class Store(ABC):
     def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
         """The index's rows for these keys, by key as it was given; keys without a row are left out."""
 
-    def look_up_ahead(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Callable[[], Found]:
-        """What gives the index's rows for these keys, of which none comes twice, while the database may look already;
-        nothing else may be asked of this store before it was called.
+    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Found:
+        """The index's rows for these keys, of which none comes twice.
 
         Args:
             keys: As for :meth:`lookup`.
             hashes: SHA-256 of the text of each; with this one and the fingerprint a row need not be sent.
             fingerprint: Of the model.
         """
-        return lambda: Found(self.lookup(keys))
+        return Found(self.lookup(keys))
 
     @abstractmethod
     def flush(

@@ -30,7 +30,6 @@ from store_harness import (
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.errors import DatabaseError, LockedError, SchemaError
 from kdb_fast.ipc.row_block import NO_VALUE
-from kdb_fast.records import content_hash
 from kdb_fast.stores.base import FlushResult, RunSpec
 from kdb_fast.stores.postgresql import runs as pg_runs
 from kdb_fast.stores.postgresql.index_store import PostgreSQLIndexStore
@@ -416,29 +415,6 @@ def test_flush_is_repeated_when_the_connection_is_lost(
     assert contents(database) == dict(pairs)
     assert waits
     assert set(waits) == {"waiting for the database (writing)"}
-
-
-@pytest.mark.parametrize("when", ["before it is sent", "before its answer"])
-def test_a_look_up_ahead_whose_connection_is_lost_is_made_again(
-    database: DatabaseAddress, store: PostgreSQLIndexStore, run: RunSpec, when: str
-) -> None:
-    flush(store, run, slot_of(fresh(("a", "one"), ("b", "two"))))
-    keys = [row.record.key for row in fresh(("a", "one"), ("b", "two"))]
-    store.lookup(keys)
-
-    def end() -> None:
-        with contextlib.closing(psycopg.connect(database.conninfo, autocommit=True)) as other:
-            other.execute("SELECT pg_terminate_backend(%s, 5000)", (store.session.connection().info.backend_pid,))
-
-    if when == "before it is sent":
-        end()
-    answer = store.look_up_ahead(keys, [content_hash("one"), content_hash("2")], run.fingerprint)
-    if when == "before its answer":
-        end()
-    found = answer()
-    assert {key[1]: row.content_hash for key, row in found.rows.items()}["b"] == content_hash("two")
-    assert {*found.rows, *(keys[place] for place in found.unchanged)} == set(keys)
-    assert store.count() == 2  # the connection is as good as before
 
 
 def test_lookups_survive_a_restart(postgres: Server, store: PostgreSQLIndexStore, run: RunSpec) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import pytest
@@ -17,7 +17,7 @@ from kdb_fast.indexing.screening import Screen
 from kdb_fast.indexing.text_reuse import TextReuse
 from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.ipc.slab import SlabShape
-from kdb_fast.records import Key, Record, Reject, content_hash
+from kdb_fast.records import Key, Record, content_hash
 from kdb_fast.stores.base import Found, Store, Stored
 
 
@@ -35,8 +35,8 @@ class Index:
         self.lookups.append([str(key[1]) for key in keys])
         return {key: self.rows[str(key[1])] for key in keys if key[1] in self.rows}
 
-    def look_up_ahead(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Callable[[], Found]:
-        return lambda: Found(self.lookup(keys))
+    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Found:
+        return Found(self.lookup(keys))
 
 
 class Parts:
@@ -183,50 +183,3 @@ def test_the_fates_of_what_is_taken_in_are_settled_by_others() -> None:
     assert parts.counts.accounted == 0
     parts.ledger.settle([("E", "a")], Fate.STORED)
     assert parts.counts.accounted == parts.counts.read == 1
-
-
-def test_a_page_is_looked_up_while_the_next_one_is_read() -> None:
-    index, seen = Index(a=stored("one"), b=stored("old")), []
-
-    def pages() -> Iterator[list[Record | Reject]]:
-        for record_id, text in (("a", "one"), ("b", "two"), ("c", "three")):
-            seen.append(f"{record_id} read")
-            yield [Record(("E", record_id), text)]
-
-    class Asked(Index):
-        def look_up_ahead(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Callable[[], Found]:
-            seen.append(f"{keys[0][1]!s} asked")
-
-            def found() -> Found:
-                seen.append(f"{keys[0][1]!s} answered")
-                rows = index.lookup(keys)
-                return Found(unchanged={0}) if keys[0][1] == "a" else Found(rows)
-
-            return found
-
-    parts = Parts(Asked(**index.rows), unique_keys=True)
-    for page in parts.intake.looking_ahead(pages()):
-        list(parts.intake.take_in(page))
-        assert isinstance(page[0], Record)
-        seen.append(f"{page[0].key[1]!s} taken")
-    order = ["a read", "a asked", "b read", "a answered", "a taken", "b asked", "c read", "b answered", "b taken"]
-    assert seen == [*order, "c asked", "c answered", "c taken"]
-    assert parts.counts.unchanged == 1
-    assert [row[:2] for row in parts.window()] == [("b", True), ("c", False)]
-
-
-def test_an_answer_that_is_due_is_taken_when_reading_fails() -> None:
-    answers = []
-
-    class Asked(Index):
-        def look_up_ahead(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Callable[[], Found]:
-            return lambda: answers.append(keys) or Found()  # type: ignore[func-returns-value]
-
-    def pages() -> Iterator[list[Record | Reject]]:
-        yield [Record(("E", "a"), "one")]
-        raise OSError("the file is gone")
-
-    parts = Parts(Asked(a=stored("one")), unique_keys=True)
-    with pytest.raises(OSError, match="gone"):
-        list(parts.intake.looking_ahead(pages()))
-    assert answers == [[("E", "a")]]

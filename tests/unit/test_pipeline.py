@@ -111,14 +111,11 @@ class Index:
         found = {key: self.rows[key] for key in keys if key in self.rows}
         return {key: Stored(content_hash(e.content), e.fingerprint, e.row_version) for key, e in found.items()}
 
-    def look_up_ahead(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Callable[[], Found]:
-        def found() -> Found:
-            rows, wanted = self.lookup(keys), dict(zip(keys, hashes, strict=True))
-            same = {k for k, row in rows.items() if (row.content_hash, row.fingerprint) == (wanted[k], fingerprint)}
-            places = {place for place, key in enumerate(keys) if key in same}
-            return Found({key: row for key, row in rows.items() if key not in same}, places)
-
-        return found
+    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Found:
+        rows, wanted = self.lookup(keys), dict(zip(keys, hashes, strict=True))
+        same = {k for k, row in rows.items() if (row.content_hash, row.fingerprint) == (wanted[k], fingerprint)}
+        places = {place for place, key in enumerate(keys) if key in same}
+        return Found({key: row for key, row in rows.items() if key not in same}, places)
 
 
 class Watch(Silent):

@@ -6,7 +6,7 @@ Its rows are written by runs, and by the library without one; see :mod:`.flush` 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...db.address import DatabaseAddress
@@ -139,21 +139,18 @@ class PostgreSQLIndexStore(PostgreSQLStore, IndexStore):
 
         return self.session.retrying("looking up what is stored", work)
 
-    def look_up_ahead(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Callable[[], Found]:
+    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Found:
         if self.session.encoding != ENCODING:
-            return super().look_up_ahead(keys, hashes, fingerprint)  # what it can hold is a question to it, too
-        statement = self.target.statement(UNCHANGED.replace("<rows>", self._row_of_key()))
-        answer = self.session.asking_ahead(statement, [*self._arrays(keys), b"".join(hashes), fingerprint])
+            return super().compare(keys, hashes, fingerprint)  # not all of the keys can be asked for
 
-        def found() -> Found:
-            rows = answer()
-            if rows is None:
-                return Found(self.lookup(keys))
-            *others, (_, _, _, _, unchanged) = rows
+        def work() -> Found:
+            statement = self.target.statement(UNCHANGED.replace("<rows>", self._row_of_key()))
+            parameters = [*self._arrays(keys), b"".join(hashes), fingerprint]
+            *others, (_, _, _, _, unchanged) = self.session.connection().execute(statement, parameters).fetchall()
             differ = {keys[r[0] - 1]: Stored(r[1], r[2], row_version(r[3])) for r in others}
             return Found(differ, {place - 1 for place in unchanged or ()})
 
-        return found
+        return self.session.retrying("looking up what is stored", work)
 
     def _row_of_key(self) -> str:
         """Statement of place, hash, fingerprint and version of the row of each of some keys."""

@@ -191,26 +191,6 @@ class PgSession:
 
         return retry(work, backoff, kind_of, explained, again)
 
-    def asking_ahead(
-        self, statement: bytes, parameters: Sequence[object]
-    ) -> Callable[[], list[tuple[Any, ...]] | None]:
-        """Send a query whose rows are fetched later; nothing else may be asked meanwhile.
-
-        Returns:
-            What waits for the rows; None if that failed, and it is to be asked again in the usual way, which says what
-            is wrong, or bears it.
-        """
-        rows: Callable[[], list[tuple[Any, ...]]] | None = None
-        with contextlib.suppress(Exception):
-            rows = pg_settings.sent_ahead(self.connection(), statement, parameters)
-
-        def fetch() -> list[tuple[Any, ...]] | None:
-            with contextlib.suppress(Exception):
-                return rows() if rows else None
-            return None
-
-        return fetch
-
     def close(self) -> None:
         """Close the connection, unless it is the caller's; what was not committed is rolled back by the database."""
         if self._connection is not None:

@@ -107,18 +107,15 @@ class SQLiteIndexStore(SQLiteStore, IndexStore):
             for place, content, updated_at, fingerprint in self._rows_of(keys)
         }
 
-    def look_up_ahead(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Callable[[], Found]:
-        def found() -> Found:
-            differ, unchanged = {}, set()
-            for place, content, updated_at, of_row in self._rows_of(keys):
-                digest = hashlib.sha256(content).digest()
-                if digest == hashes[place] and of_row == fingerprint:
-                    unchanged.add(place)
-                else:
-                    differ[keys[place]] = Stored(digest, of_row, row_version(updated_at, content))
-            return Found(differ, unchanged)
-
-        return found
+    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Found:
+        differ, unchanged = {}, set()
+        for place, content, updated_at, of_row in self._rows_of(keys):
+            digest = hashlib.sha256(content).digest()
+            if digest == hashes[place] and of_row == fingerprint:
+                unchanged.add(place)
+            else:
+                differ[keys[place]] = Stored(digest, of_row, row_version(updated_at, content))
+        return Found(differ, unchanged)
 
     def _rows_of(self, keys: Sequence[Key]) -> Iterator[tuple[Any, ...]]:
         """Place, content, time and fingerprint of the row of each key."""
