@@ -81,8 +81,11 @@ class ConnectionWatchdog:
         """
         import psycopg
 
-        if connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE:
+        status = connection.pgconn.transaction_status
+        if status == psycopg.pq.TransactionStatus.IDLE:
             self.session = None
+        elif status == psycopg.pq.TransactionStatus.INTRANS:
+            self._answered = True
         began = heard = time.monotonic()
         unknown = idle = 0
         try:

@@ -99,12 +99,12 @@ class Run:
 
         eventually(there, 60)
 
-    def finish(self, command: Command) -> Receipt:
+    def finish(self, command: Command, *, actors_end_within: float = 20) -> Receipt:
         """It must end well; its receipt, after the oracle."""
         assert command.wait(90) == 0, (command.err, command.out)
         receipt = command.receipt
         self.job.check(receipt)
-        eventually(lambda: not self.cluster.actors())
+        eventually(lambda: not self.cluster.actors(), actors_end_within)
         return receipt
 
 
@@ -191,7 +191,8 @@ def test_a_host_is_cut_off_for_a_while(make_run: MakeRun, cluster: Cluster, seco
     with cluster.cut_off(cluster.hosts[0]):
         run.go()
         time.sleep(seconds)
-    receipt = run.finish(command)
+    # The host hears that it was given up, and ends its actors, when its connection is tried again: after 20 s at most.
+    receipt = run.finish(command, actors_end_within=60)
     assert receipt["stored"] == 200
 
 
@@ -204,7 +205,8 @@ def test_a_slow_host_does_not_hold_up_the_end(make_run: MakeRun, cluster: Cluste
     receipt = run.finish(command)
     assert receipt["stored"] == 60
     if cluster.networks:  # the receipt tells hosts apart by their address
-        assert sorted(records_by_host(receipt).values()) == [0, 60]
+        # With no records the host that died may be there, too.
+        assert [n for n in records_by_host(receipt).values() if n] == [60]
 
 
 def test_the_command_is_killed_and_run_again(make_run: MakeRun, cluster: Cluster, through: str) -> None:
