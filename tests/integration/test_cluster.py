@@ -232,6 +232,17 @@ def test_without_ray_the_message_says_how_to_install_it(
         run(sqlite_database, ["a text"], cluster="auto")
 
 
+def test_a_cluster_that_was_here_and_has_died_is_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from kdb_fast.engine.cluster import ray_cluster
+
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1\n")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ClusterError, match=r"^No Ray cluster answers at 127\.0\.0\.1:1: "):
+        ray_cluster.connect(ClusterSpec("auto", "1", None, 1.0))
+
+
 @pytest.mark.parametrize("said", ["Starting Ray client server failed.", "Proxy failed to Connect to backend!"])
 def test_a_client_that_the_head_failed_to_serve_tries_until_a_deadline(
     monkeypatch: pytest.MonkeyPatch, said: str

@@ -108,6 +108,8 @@ def test_the_kept_file_is_as_the_benchmarks_write_it(tmp_path: Path) -> None:
 def test_the_figures_of_every_page_are_in_a_row(page: Path) -> None:
     """Who commits measured pages commits their row."""
     found: dict[str, Any] = json.loads(page.read_text())
+    if found["chart"] is None:
+        pytest.skip("a page without a chart has no figures that are followed")
     title, unit, bars = found["chart"]
     chart = (title, unit, [Bar(label, Spread(*value), ours) for label, value, ours in bars])
     figures = history.main_figures(Result(found["part"], "?", chart=chart))

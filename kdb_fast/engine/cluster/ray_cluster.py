@@ -12,6 +12,7 @@ import importlib.util
 import os
 import queue
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -108,7 +109,7 @@ def connect(spec: ClusterSpec) -> Any:
         ClusterError: There is no such cluster, or it does not answer.
         MissingPackageError: Ray is not installed.
     """
-    address = spec.address
+    address = _meant(spec.address)
     if address.startswith("ray://") and _has_token():
         # Ray's client does not see by itself that it has one.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -157,6 +158,16 @@ def _has_token() -> bool:
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return True
     return (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def _meant(address: str) -> str:
+    """The address that Ray takes for ``auto``, where it has one; that of a cluster that has died, too."""
+    if address != "auto":
+        return address
+    noted = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", "ray_current_cluster")
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return os.environ.get("RAY_ADDRESS") or noted.read_text().strip() or address
+    return address
 
 
 def _reach(address: str) -> None:
