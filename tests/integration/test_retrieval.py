@@ -64,6 +64,22 @@ COLUMNS = {
 TARGET = Target("scratch", "public")
 
 
+def explained_rankings(reader: SearchReader, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The plan of each ranking by vector that the reader of PostgreSQL makes from now on."""
+    plans: list[str] = []
+    assert isinstance(reader, PostgresqlReader)
+    plain = reader._read
+
+    def explained(*statements: Any) -> Any:
+        for statement, params in statements:
+            if "ORDER BY s.embedding" in statement:
+                plans.append("\n".join(row[0] for row in plain((f"EXPLAIN {statement}", params))[0]))
+        return plain(*statements)
+
+    monkeypatch.setattr(reader, "_read", explained)
+    return plans
+
+
 class Database:
     """A database being made up for a test, the same in both dialects."""
 
@@ -336,17 +352,7 @@ class TestPostgresqlRanking:
         postgresql.run("SET enable_seqscan = off")
         postgresql.run("SET enable_bitmapscan = off")
         reader = postgresql.reader()
-        plans: list[str] = []
-        assert isinstance(reader, PostgresqlReader)
-        plain = reader._read
-
-        def explained(*statements: Any) -> Any:
-            for statement, params in statements:
-                if "ORDER BY s.embedding" in statement:
-                    plans.append("\n".join(row[0] for row in plain((f"EXPLAIN {statement}", params))[0]))
-            return plain(*statements)
-
-        monkeypatch.setattr(reader, "_read", explained)
+        plans = explained_rankings(reader, monkeypatch)
         query = random_vectors(1, seed=7)[0]
         given: list[dict[str, Any]] = [{}, {"entities": ["Even", "Odd"]}, {"where": {"group": 5}}]
         for options in given:
@@ -1319,17 +1325,7 @@ class TestTwoModels:
         self.fill(postgresql, range(0, ROWS, 2))
         postgresql.run("ANALYZE kdb_search")
         reader = postgresql.reader()
-        plans: list[str] = []
-        assert isinstance(reader, PostgresqlReader)
-        plain = reader._read
-
-        def explained(*statements: Any) -> Any:
-            for statement, params in statements:
-                if "ORDER BY s.embedding" in statement:
-                    plans.append("\n".join(row[0] for row in plain((f"EXPLAIN {statement}", params))[0]))
-            return plain(*statements)
-
-        monkeypatch.setattr(reader, "_read", explained)
+        plans = explained_rankings(reader, monkeypatch)
         # Without the filter the planner takes the index for this table as well, so it is not turned away by it.
         postgresql.run("SET enable_seqscan = off")
         postgresql.run("SET enable_bitmapscan = off")
