@@ -141,7 +141,7 @@ def _indexed(s: Session) -> tuple[Outcome, Outcome]:
             Contender("kdb-fast, index live", "column", {**params, "index": "keep"}, ours=True),
             Contender("kdb-fast, index deferred", "column", {**params, "index": "defer"}, ours=True),
         ],
-        1,
+        s.runs,
         s.reset,
     ).values()
     return keep, defer
