@@ -199,6 +199,11 @@ def storable_key(value: object, limit: int = 200) -> str:
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"
 
 
+def local_time(moment: datetime) -> str:
+    """An aware time for a person: as it is here, with the zone's name."""
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
 def number_of(count: int, one: str, several: str = "") -> str:
     """A number of things, as a sentence has it: "1 record", "2 records".
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from .console import (
     complain,
     flush_or_discard,
     open_standard_streams,
+    print_json,
     reader_has_gone,
     remember,
     unexpected,
@@ -124,5 +124,6 @@ def _fail(error: KdbFastError, as_json: bool, arguments: list[str]) -> int:
         problem = {"type": type(error).__name__, "message": error.message, "remedy": error.remedy,
                    "exit_code": error.exit_code}  # fmt: skip
         with contextlib.suppress(OSError):  # the exit code and standard error say it as well
-            print(json.dumps({**(receipt.as_json() if receipt else {}), "error": problem}), flush=True)
+            print_json({**(receipt.as_json() if receipt else {}), "error": problem})
+            sys.stdout.flush()
     return error.exit_code

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
+import math
 import os
 import re
 import select
 import sys
 import traceback
+from datetime import UTC, date, datetime, time
 from typing import Any
 
 from ..errors import KdbFastError, ResourceError
@@ -95,6 +98,33 @@ def reader_has_gone() -> bool:
         return False
 
 
+def print_json(value: object) -> None:
+    """Print what a command answers with ``--json``: one line.
+
+    Times are ISO 8601, in UTC where they have a zone; bytes are hexadecimal digits; what JSON has no form for is text.
+    """
+    print(json.dumps(_plain(value)))
+
+
+def _plain(value: Any) -> Any:
+    """A value with nothing in it that JSON does not have."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, (bytes, memoryview)):
+        return bytes(value).hex()
+    if isinstance(value, datetime) and value.tzinfo:
+        with contextlib.suppress(OverflowError):  # at either end of the calendar
+            value = value.astimezone(UTC)
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    known = value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
+    return value if known else str(value)
+
+
 def complain(text: str) -> None:
     """Print to standard error, without what could move a terminal's cursor; a closed one is no error."""
     lines = (storable_key(line, MESSAGE_CHARS) for line in text.split("\n"))
@@ -129,34 +159,43 @@ def without_secrets(text: str, arguments: list[str]) -> str:
     from ..db.address import parse_address, redact
 
     environment = (os.environ.get("KDB_FAST_DB"), os.environ.get("KAMELEONDB_URL"))
-    for url in [*(argument.removeprefix("--db=").removeprefix("--database=") for argument in arguments), *environment]:
+    for url in [*(_option_and_value(argument)[1] for argument in arguments), *environment]:
         with contextlib.suppress(KdbFastError):
             text = redact(text, parse_address(url)) if url else text
     key = os.environ.get("OPENAI_API_KEY")
     return text.replace(key, "********") if key else text
 
 
-ADDRESS_LEFT_OUT = '"${KDB_FAST_DB:?}"'
-"""Stands for an address with a password. Where the variable is not set the shell says so; an empty ``--db`` would mean
-the default database."""
+_VARIABLES = {"--source": "SOURCE"}
+"""What stands for an address of this option that has a password; for others KDB_FAST_DB. Where the variable is not set
+the shell says so; an empty ``--db`` would mean the default database."""
 
 
 def command_line(arguments: list[str]) -> str:
     """A command to be typed again; an address that may hold a password is left out."""
-    return "kdb-fast " + " ".join(_shown(argument) for argument in arguments)
+    words, before = ["kdb-fast"], ""
+    for argument in arguments:
+        option, value = _option_and_value(argument)
+        if "://" in value and ("@" in value or "password" in value) and _may_hold_a_secret(value):
+            variable = _VARIABLES.get(option or before, "KDB_FAST_DB")
+            words += [*([option] if option else []), f'"${{{variable}:?}}"']
+        else:
+            words.append(shell_word(argument))
+        before = argument
+    return " ".join(words)
 
 
-def _shown(argument: str) -> str:
-    if "://" in argument and ("@" in argument or "password" in argument) and _may_hold_a_secret(argument):
-        return f"--db {ADDRESS_LEFT_OUT}" if argument.startswith("--db=") else ADDRESS_LEFT_OUT
-    return shell_word(argument)
+def _option_and_value(argument: str) -> tuple[str, str]:
+    """Both of ``--option=value``; '' and the argument for another one."""
+    option, equals, value = argument.partition("=")
+    return (option, value) if equals and re.fullmatch(r"--[a-z-]+", option) else ("", argument)
 
 
-def _may_hold_a_secret(argument: str) -> bool:
+def _may_hold_a_secret(url: str) -> bool:
     from ..db.address import parse_address, secrets_of
 
     try:
-        return bool(secrets_of(parse_address(argument.removeprefix("--db="))))
+        return bool(secrets_of(parse_address(url)))
     except KdbFastError:
         return True
 
@@ -184,5 +223,5 @@ def with_database(text: str) -> str:
     """
     if not _database:
         return text
-    option = " ".join(map(_shown, _database))
+    option = command_line(_database).removeprefix("kdb-fast ")
     return _NAMED_COMMAND.sub(lambda found: f"kdb-fast {found[1]} {option}", text)

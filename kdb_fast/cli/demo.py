@@ -21,6 +21,7 @@ from ..errors import EXIT_OK, EXIT_REJECTS, KdbFastError, RefusedError, Resource
 from ..paths import default_data_dir
 from ..records import shell_word
 from ..settings import DEFAULT_MODEL, ReindexOptions
+from .console import print_json
 
 ENTITY = "PythonDoc"
 QUESTIONS = (
@@ -78,7 +79,7 @@ def run_demo(db: str | None, *, show: bool, as_json: bool) -> int:
                     name, summary = result["data"].get("name") or "", result["data"].get("summary") or ""
                     print(f"  {printable(name, 40):<40}  {printable(summary, 70)}")
     if as_json:
-        print(json.dumps({**receipt.as_json(), "answers": answers}, default=str))
+        print_json({**receipt.as_json(), "answers": answers})
     else:
         option = f" --db {address.display}" if address.display.startswith(("embedded:", "sqlite:")) else ""
         print(f'\nAsk it yourself:  {_program()} search "parse a date"{option}')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ import click
 
 from ..errors import EXIT_OK, EXIT_REJECTS, KdbFastError, UsageError
 from ..settings import PRECISIONS, ExpectedCount, RejectLimit
-from .console import command_line
+from .console import command_line, print_json
 from .groups import GroupedCommand, group
 from .options import (
     RunArguments,
@@ -143,7 +142,7 @@ def reindex_command(
     if missed:
         receipt = replace(receipt, warnings=(*receipt.warnings, missed))
     if arguments.as_json:
-        print(json.dumps(receipt.as_json()))
+        print_json(receipt.as_json())
     else:
         print_receipt(receipt, address.display)
     return EXIT_REJECTS if missed else _exit_code(receipt)
@@ -185,7 +184,7 @@ def insert_command(arguments: RunArguments, entity: str, file: str | None, max_r
             error.carry_on = _reindex_instead(entity)
         raise
     if arguments.as_json:
-        print(json.dumps(receipt.as_json()))
+        print_json(receipt.as_json())
     else:
         print_rejected_lines(receipt)
         print_inserted(receipt, entity, address.display)

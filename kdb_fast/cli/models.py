@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import click
 
 from ..settings import DEFAULT_MODEL
+from .console import print_json
 from .groups import ListedCommands
 from .options import json_option
 
@@ -26,7 +26,7 @@ def models_list(as_json: bool) -> None:
 
     entries = supported()
     if as_json:
-        print(json.dumps({"models": [entry._asdict() for entry in entries]}))
+        print_json({"models": [entry._asdict() for entry in entries]})
     else:
         print_models(entries)
 
@@ -40,7 +40,7 @@ def models_pull(name: str, as_json: bool) -> None:
 
     model = pull(name, report=lambda text: print(text, file=sys.stderr))
     if as_json:
-        print(json.dumps({"name": model.name, "path": str(model.path), "fingerprint": model.fingerprint()}))
+        print_json({"name": model.name, "path": str(model.path), "fingerprint": model.fingerprint()})
     else:
         print(f"{model.name}: {model.path}")
 

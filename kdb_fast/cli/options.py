@@ -103,13 +103,27 @@ def opened_database(url: str | None, *, reads: bool = False) -> Iterator[Databas
     Args:
         reads: The command only reads, so it must not make an embedded server's data.
     """
-    from ..db.address import opened, parse_address, secrets_of, unverified_server
+    from ..db.address import SOURCE, opened, parse_address
 
-    address = parse_address(url)
+    context = click.get_current_context()
+    by_environment = context.get_parameter_source("db") is click.core.ParameterSource.ENVIRONMENT
+    address = parse_address(url, "KDB_FAST_DB" if by_environment else "--db")
+    _warn_of_secrets(url, address)
+    if source := context.params.get("source"):
+        _warn_of_secrets(source, parse_address(source, SOURCE))
+    with opened(address, create=not reads) as ready:
+        yield ready
+
+
+def _warn_of_secrets(url: str | None, address: DatabaseAddress) -> None:
+    """Say what others of this machine or the network could see of an address and what is sent there."""
+    from ..db.address import secrets_of, unverified_server
+
     if url and any(url in argument for argument in sys.argv) and secrets_of(address):
+        instead = "KDB_FAST_DB or PGPASSWORD" if address.given_as == "--db" else "PGPASSWORD"
         print(
             "warning: the password on the command line can be read by other users of this machine; "
-            "set KDB_FAST_DB or PGPASSWORD instead.",
+            f"set {instead} instead.",
             file=sys.stderr,
         )
     if exposed := unverified_server(address):
@@ -118,8 +132,6 @@ def opened_database(url: str | None, *, reads: bool = False) -> Iterator[Databas
             "add ?sslmode=verify-full to the address.",
             file=sys.stderr,
         )
-    with opened(address, create=not reads) as ready:
-        yield ready
 
 
 batch_size_option: Option = click.option(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from ..errors import EXIT_OK, EXIT_REJECTS, UsageError
 from ..records import number_of
+from .console import print_json
 from .groups import ListedCommands
 from .options import (
     RunArguments,
@@ -53,7 +53,7 @@ def rejects_list(
     with opened_database(db, reads=True) as address:
         rows = list_all(in_schema(address, state_schema), entity, target)
     if as_json:
-        print(json.dumps({"total": len(rows), "rejects": [row.as_json() for row in rows[:limit]]}, default=str))
+        print_json({"total": len(rows), "rejects": [row.as_json() for row in rows[:limit]]})
     else:
         print_rejects(rows, limit)
 
@@ -77,7 +77,10 @@ def rejects_clear(
             count = clear_of(in_schema(address, state_schema), target)
         else:
             count = clear_rejects(address, entity)
-    print(json.dumps({"cleared": count}) if as_json else f"{number_of(count, 'reject')} forgotten")
+    if as_json:
+        print_json({"cleared": count})
+    else:
+        print(f"{number_of(count, 'reject')} forgotten")
 
 
 @rejects_group.command("retry")
@@ -101,7 +104,7 @@ def rejects_retry(arguments: RunArguments) -> int:
     with arguments.running(reads=True) as (address, progress):
         result = retry_rejects(address, options, progress, model=arguments.model)
     if arguments.as_json:
-        print(json.dumps(result.as_json()))
+        print_json(result.as_json())
     else:
         print_retried(result, address.display)
     left = result.remaining or result.lines_of_inserts or result.lines_of_files

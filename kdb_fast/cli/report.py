@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from ..accounting import clock
 from ..receipt import HostShare, InsertReceipt, Receipt, Retried
-from ..records import number_of, shell_word, storable_key
+from ..records import local_time, number_of, shell_word, storable_key
 from ..tables.target import Target
 from .console import with_database
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from ..records import KeptReject
     from ..search.commands import Status
     from ..search.tables.results import TableResult
+    from ..stores.past_runs import LastRun
     from ..stores.targets import TargetStatus
     from ..tables.definition import Definition
 
@@ -156,14 +156,12 @@ def _of_database(value: object) -> str:
     return str(value)
 
 
-def _moment(moment: datetime | str | None) -> str:
-    """A time as it is here; a text of SQLite is of UTC."""
-    if moment is None:
+def _last(run: LastRun | None) -> str:
+    """What became of the newest run, and when it began."""
+    if run is None:
         return "never"
-    if isinstance(moment, str):
-        moment = datetime.fromisoformat(moment)
-    here = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone()
-    return here.isoformat(" ", "seconds")[:19]
+    state = "stopped without an end" if run.state == "abandoned" else run.state
+    return f"{state}, began {local_time(run.started_at)}"
 
 
 def _place(definition: Definition) -> str:
@@ -197,12 +195,12 @@ def _print_entities(status: Status) -> None:
     table.add_column("last update")
     for row in entities:
         pending = "?" if row.pending is None else f"{row.pending:,}"
-        updated = _moment(row.last_updated)
+        updated = local_time(row.last_updated) if row.last_updated else "never"
         table.add_row(printable(row.entity, 60), f"{row.indexed:,}", pending, f"{row.stale:,}",
                       f"{row.rejected:,}", updated)  # fmt: skip
     Console(highlight=False, markup=False, soft_wrap=True).print(table)
     if run := status.run:
-        print(f"last run: {run.run}, {run.state}, began {_moment(run.started_at)}")
+        print(f"last run: {run.run}, {_last(run)}")
 
 
 def print_targets(targets: Sequence[TargetStatus]) -> None:
@@ -213,9 +211,8 @@ def print_targets(targets: Sequence[TargetStatus]) -> None:
     lines = [("target", "vectors in", "rows", "rejected", "last run")]
     for target in targets:
         rows = "?" if target.rows is None else f"{target.rows:,}"
-        last = f"{target.state}, {_moment(target.run.started_at)}" if target.run else "never"
         name, place = printable(target.definition.name, 60), printable(_place(target.definition))
-        lines.append((name, place, rows, f"{target.rejected:,}", last))
+        lines.append((name, place, rows, f"{target.rejected:,}", _last(target.run)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for name, place, rows, rejected, last in lines:
         print(
@@ -247,7 +244,7 @@ def print_target(target: TargetStatus) -> None:
         if target.rows is None
         else f"{target.rows:,} with a vector" + (f", {number_of(target.pieces, 'piece')}" if target.pieces else ""),
         "rejected": f"{target.rejected:,}" if target.rejected else "",
-        "last run": f"{run.run}, {run.state}, began {_moment(run.started_at)}" if run else "never",
+        "last run": f"{run.run}, {_last(run)}" if run else "never",
         "kept in": target.home.shown() if target.home.schema else "",
     }
     for name, text in lines.items():
@@ -297,7 +294,7 @@ def print_rejects(rows: Sequence[KeptReject], limit: int) -> None:
         if row.position:
             where += f" line {row.position}"
         reason = printable(f"{row.reason}: {row.detail}", 500)
-        print(f"{where}: {reason} (run {row.run}, {_moment(row.rejected_at)})")
+        print(f"{where}: {reason} (run {row.run}, {local_time(row.rejected_at)})")
     if len(rows) > limit:
         print(f"and {len(rows) - limit:,} more: see --limit")
 

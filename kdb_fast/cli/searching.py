@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import SchemaError, UsageError
-from .console import complain
+from .console import complain, print_json
 from .options import (
     BASE_URL_HELP,
     database_option,
@@ -144,27 +142,12 @@ def _search_table(address: DatabaseAddress, name: str, question: Question, as_js
         complain(f"warning: {printable(str(part), 1000)}")
     if as_json:
         results = [asdict(result) for result in found.results]
-        left_out = [part._asdict() for part in found.left_out]
         answer = {"query": question.query, "target": name, "mode": found.mode, "results": results}
-        print(json.dumps({**_plain(answer), "left_out": left_out, "notes": found.notes}))
+        print_json({**answer, "left_out": found.left_out, "notes": found.notes})
         return
     for note in found.notes:
         complain(f"note: {printable(note, 1000)}")
     print_table_results(found.results)
-
-
-def _plain(value: Any) -> Any:
-    """A value of a database as JSON has it; what it has no form for as text."""
-    if isinstance(value, dict):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if hasattr(value, "_asdict"):
-        return value._asdict()
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, (bytes, memoryview)):
-        return bytes(value).hex()
-    known = value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
-    return value if known else str(value)
 
 
 def _search_index(
@@ -204,8 +187,7 @@ def _search_index(
     for said in () if results or not entities else unknown_entities(address, entities):
         complain(f"note: {printable(said, 1000)}")
     if as_json:
-        left_out = [part._asdict() for part in missed]
-        print(json.dumps({"query": query, "mode": mode, "results": results, "left_out": left_out}, default=str))
+        print_json({"query": query, "mode": mode, "results": results, "left_out": missed})
     else:
         print_results(query, results)
 
@@ -234,6 +216,6 @@ def status_command(target: str | None, db: str | None, state_schema: str | None,
     for note in result.hidden_targets:
         complain(f"note: {note}")
     if as_json:
-        print(json.dumps(result.as_json(), default=str))
+        print_json(result.as_json())
     else:
         print_status(result, name)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from ..records import storable_key
-from .console import complain
+from .console import complain, print_json
 from .groups import ListedCommands
 from .options import database_option, in_schema, json_option, opened_database, state_schema_option
 
@@ -31,7 +29,7 @@ def targets_list(db: str | None, state_schema: str | None, as_json: bool) -> Non
     for note in hidden:
         complain(f"note: {note}")
     if as_json:
-        print(json.dumps({"targets": [target.as_json() for target in found]}, default=str))
+        print_json({"targets": [target.as_json() for target in found]})
     elif found or not hidden:
         print_targets(found)
 
@@ -54,7 +52,7 @@ def show_target(name: str, db: str | None, state_schema: str | None, as_json: bo
     with opened_database(db, reads=True) as address:
         found = status_in(in_schema(address, state_schema), name)
     if as_json:
-        print(json.dumps(found.as_json(), default=str))
+        print_json(found.as_json())
     else:
         print_target(found)
 
@@ -78,7 +76,7 @@ def targets_drop(name: str, db: str | None, state_schema: str | None, with_vecto
         where, definition = find_in(in_schema(address, state_schema), name)
         removed = forget(where, definition, with_vectors=with_vectors)
     if as_json:
-        print(json.dumps({"dropped": definition.name, "removed": removed}))
+        print_json({"dropped": definition.name, "removed": removed})
     else:
         print(f"{storable_key(definition.name)} is forgotten" + "".join(f"; removed {name}" for name in removed))
         if not (with_vectors and {"table", "column"} & set(definition.created)):
@@ -102,7 +100,7 @@ def uninstall_command(db: str | None, state_schema: str | None, yes: bool, as_js
         found = (uninstall if yes else look)(in_schema(address, state_schema))
         name = address.display
     if as_json:
-        print(json.dumps({"done": yes, **found._asdict()}))
+        print_json({"done": yes, **found._asdict()})
         return
     what = "removed" if yes else "would be removed"
     print(f"{name}: {what}: {', '.join(found.removed) or 'nothing'}")

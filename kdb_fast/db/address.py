@@ -30,6 +30,9 @@ LOCAL_HOSTS = ("localhost", "::1")
 EMBEDDED_PATH_BYTES = 800
 """PostgreSQL's paths end at 1,024 bytes, beyond which its initdb crashes; the files in the directory need some."""
 
+SOURCE = "--source"
+"""The option whose database is only read."""
+
 OLDEST_SQLITE = (3, 30)
 """NULLS LAST; everything else (upserts, row values, functions for JSON) is older. The oldest that is tested is 3.40."""
 
@@ -50,6 +53,7 @@ class DatabaseAddress:
         schema: The schema of the tables in PostgreSQL; None for the one that a connection's search path gives.
         read_only: An SQLite file that must not be written (``mode=ro``).
         may_create: An SQLite file may be made where there is none (not ``mode=rw`` or ``ro``).
+        given_as: The option, variable or argument that gave it, for messages.
     """
 
     dialect: Literal["postgresql", "sqlite"]
@@ -59,10 +63,14 @@ class DatabaseAddress:
     schema: str | None = None
     read_only: bool = False
     may_create: bool = True
+    given_as: str = field(default="--db", compare=False)
 
 
-def parse_address(url: str | None) -> DatabaseAddress:
+def parse_address(url: str | None, given_as: str = "--db") -> DatabaseAddress:
     """Read a database address. None means the embedded server in the user's data directory.
+
+    Args:
+        given_as: The option, variable or argument that gave it, for messages.
 
     Raises:
         RefusedError: It is an SQLite file, and this Python's SQLite is too old.
@@ -74,52 +82,54 @@ def parse_address(url: str | None) -> DatabaseAddress:
     if url.startswith("embedded:"):
         directory = url.removeprefix("embedded:").removeprefix("//")
         if not directory:
-            raise UsageError("--db is 'embedded:' without a directory; expected embedded:DIR.")
+            raise UsageError(f"{given_as} is 'embedded:' without a directory; expected embedded:DIR.")
         if re.search(r"[\x00-\x1f\x7f]", directory):
             raise UsageError(
-                "--db has a control character in the directory's name, which PostgreSQL's files do not allow."
+                f"{given_as} has a control character in the directory's name, which PostgreSQL's files do not allow."
             )
         path = absolute_path(directory)
         if (length := len(os.fsencode(path))) > EMBEDDED_PATH_BYTES:
-            raise UsageError(f"--db names a directory of {length} bytes; at most {EMBEDDED_PATH_BYTES} are possible.")
-        return DatabaseAddress("postgresql", "", shown(f"embedded:{path}"), path)
+            raise UsageError(
+                f"{given_as} names a directory of {length} bytes; at most {EMBEDDED_PATH_BYTES} are possible."
+            )
+        return DatabaseAddress("postgresql", "", shown(f"embedded:{path}"), path, given_as=given_as)
     if re.match(r"sqlite(\+\w+)?:", url):
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:
             oldest = ".".join(map(str, OLDEST_SQLITE))
             raise RefusedError(
                 f"This Python's SQLite is {sqlite3.sqlite_version}; kdb-fast needs {oldest} or newer.",
-                remedy="Use another Python, or PostgreSQL: --db postgresql://… or embedded:DIR.",
+                remedy=f"Use another Python, or PostgreSQL: {given_as} postgresql://… or embedded:DIR.",
             )
-        return _parse_sqlite(url)
+        return _parse_sqlite(url, given_as)
     if re.match(r"(postgresql|postgres)(\+\w+)?://", url):
-        return _parse_postgresql(re.sub(r"^(postgresql|postgres)(\+\w+)?://", "postgresql://", url))
+        return _parse_postgresql(re.sub(r"^(postgresql|postgres)(\+\w+)?://", "postgresql://", url), given_as)
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]{0,20}:", url)
     raise UsageError(
-        f"--db {f'starts with {scheme[0]!r}' if scheme else 'has no scheme'}; "
+        f"{given_as} {f'starts with {scheme[0]!r}' if scheme else 'has no scheme'}; "
         "expected postgresql://…, sqlite:///file.db or embedded:DIR."
     )
 
 
-def _parse_sqlite(url: str) -> DatabaseAddress:
+def _parse_sqlite(url: str, given_as: str) -> DatabaseAddress:
     match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?(.*))?", url, re.DOTALL)
     if not match:
-        raise UsageError("--db is not a complete SQLite address; expected sqlite:///file.db.")
+        raise UsageError(f"{given_as} is not a complete SQLite address; expected sqlite:///file.db.")
     path_text = unquote(match[1])
     if "\x00" in path_text:
-        raise UsageError("--db has a NUL character in the path of the file, which no file system allows.")
+        raise UsageError(f"{given_as} has a NUL character in the path of the file, which no file system allows.")
     options = dict(parse_qsl(match[2] or "", keep_blank_values=True))
     for name, value in options.items():
         if value.lower() not in SQLITE_OPTIONS.get(name, ()):
             known = ", ".join(f"{n}={'|'.join(values)}" for n, values in SQLITE_OPTIONS.items())
             raise UsageError(
-                f"--db has {shown(f'{name}={value}')[:60]!r} after the ?, which is no option of an SQLite address.",
+                f"{given_as} has {shown(f'{name}={value}')[:60]!r} after the ?, no option of an SQLite address.",
                 remedy=f"Known are: {known}.",
             )
     if "uri" in options and path_text.startswith("file:"):
         path_text = re.sub(r"^file:(//(localhost)?(?=/))?", "", path_text)
     if path_text == ":memory:":
         raise UsageError(
-            "--db is sqlite:///:memory:, which no other process can open; expected a file.",
+            f"{given_as} is sqlite:///:memory:, which no other process can open; expected a file.",
             remedy="Use sqlite:///file.db.",
         )
     read_only = options.get("mode") == "ro" or options.get("immutable") == "1"
@@ -129,10 +139,11 @@ def _parse_sqlite(url: str) -> DatabaseAddress:
         shown(f"sqlite:///{path_text}"),
         read_only=read_only,
         may_create=not read_only and options.get("mode") != "rw",
+        given_as=given_as,
     )
 
 
-def _parse_postgresql(url: str) -> DatabaseAddress:
+def _parse_postgresql(url: str, given_as: str) -> DatabaseAddress:
     import psycopg
     from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
@@ -141,14 +152,14 @@ def _parse_postgresql(url: str) -> DatabaseAddress:
     after_user = re.sub(r"^[^@/]*@", "", url.removeprefix("postgresql://"))
     if "@" in after_user.partition("?")[0]:
         raise UsageError(
-            "--db has an @ or / in the password that is not escaped (the address is not repeated here).",
+            f"{given_as} has an @ or / in the password that is not escaped (the address is not repeated here).",
             remedy="Write @ as %40 and / as %2F, or leave the password out and use PGPASSWORD or ~/.pgpass.",
         )
     try:
         parts = conninfo_to_dict(url)
     except (psycopg.Error, UnicodeError):  # %ff is no UTF-8
-        raise _bad_option(url) or UsageError(
-            "--db is not a valid PostgreSQL address (it is not repeated here, since it may hold a password).",
+        raise _bad_option(url, given_as) or UsageError(
+            f"{given_as} is not a valid PostgreSQL address (it is not repeated here, since it may hold a password).",
             remedy="Expected postgresql://user:password@host:port/dbname; write special characters of the "
             "password as %XX (for example @ as %40), or leave the password out and use PGPASSWORD or ~/.pgpass.",
         ) from None
@@ -159,12 +170,12 @@ def _parse_postgresql(url: str) -> DatabaseAddress:
     ports = port.split(",")
     if not all(p.isdigit() or (p == "" and len(ports) > 1) for p in ports):
         raise UsageError(
-            "--db has a port that is not a number.", remedy="Is there an unescaped / or @ in the password?"
+            f"{given_as} has a port that is not a number.", remedy="Is there an unescaped / or @ in the password?"
         )
     hosts = host.split(",")
     ports = ports if len(ports) == len(hosts) else ports[:1] * len(hosts)
     where = ",".join(f"{h}:{p or 5432}" for h, p in zip(hosts, ports, strict=True))
-    return DatabaseAddress("postgresql", make_conninfo(url), shown(f"postgresql://{where}/{name}"))
+    return DatabaseAddress("postgresql", make_conninfo(url), shown(f"postgresql://{where}/{name}"), given_as=given_as)
 
 
 SECRET_OPTIONS = ("password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
@@ -174,7 +185,7 @@ SCHEMA_OPTIONS = ("schema", "schemas", "search_path", "currentschema", "current_
 """What other programs call the schema in an address (compared without case)."""
 
 
-def _bad_option(url: str) -> UsageError | None:
+def _bad_option(url: str, given_as: str) -> UsageError | None:
     """The error that names what libpq refuses after the ?; None where that may be a part of a password."""
     from psycopg import pq
 
@@ -194,15 +205,16 @@ def _bad_option(url: str) -> UsageError | None:
                 remedy = f"For another schema write options=-csearch_path%3D{schema}"
             elif close := difflib.get_close_matches(name, known, n=1):
                 remedy = f"Did you mean {close[0]}?"
-            message = f"--db has {shown} after the ?, which is no option of a PostgreSQL address."
+            message = f"{given_as} has {shown} after the ?, which is no option of a PostgreSQL address."
             return UsageError(message, remedy=remedy)
         if name in SECRET_OPTIONS:
             return None
         if not equals:
-            return UsageError(f"--db has {shown} after the ? without a value.", remedy="Write name=value.")
+            return UsageError(f"{given_as} has {shown} after the ? without a value.", remedy="Write name=value.")
         if "=" in value:
             return UsageError(
-                f"--db has a = in the value of {shown}.", remedy="Write it as %3D, as in options=-csearch_path%3DNAME"
+                f"{given_as} has a = in the value of {shown}.",
+                remedy="Write it as %3D, as in options=-csearch_path%3DNAME",
             )
     return None
 
@@ -235,9 +247,9 @@ def secrets_of(address: DatabaseAddress) -> set[str]:
     return {str(given[key]) for key in ("password", "sslpassword") if given.get(key)}
 
 
-def without_secrets(url: str) -> str:
+def without_secrets(url: str, given_as: str = "--db") -> str:
     """A database address that :func:`parse_address` reads, without the passwords of this one."""
-    address = parse_address(url)
+    address = parse_address(url, given_as)
     if address.dialect == "sqlite":
         return f"sqlite:///{quote(address.conninfo)}{'?mode=ro' if address.read_only else ''}"
     if address.embedded_dir is not None:
@@ -277,9 +289,10 @@ def opened(address: DatabaseAddress, *, create: bool = True) -> Iterator[Databas
         yield address
         return
     if not create and not os.path.exists(address.embedded_dir / "PG_VERSION"):
+        fill = "" if address.given_as == SOURCE else ", or fill this one: kdb-fast reindex --from FILE --entity NAME"
         raise DatabaseError(
             f"There is no database in {address.display}, or that directory may not be read.",
-            remedy="Name one with --db or KDB_FAST_DB, or fill this one: kdb-fast reindex --from FILE --entity NAME.",
+            remedy=f"Name one with {address.given_as}{fill}.",
         )
     from .embedded.server import EmbeddedServer
 

@@ -53,6 +53,9 @@ NO_SESSION = (
 )
 """A pooler lets clients in before it has a session for them, and then says nothing."""
 
+SPARE_SECONDS = 5.0
+"""How long a pooler may take to give one more session, before it is taken to have none left."""
+
 SECOND_LOOK_SECONDS = 1.0
 """An answer may be on its way when the server says that it has nothing to do."""
 
@@ -62,14 +65,15 @@ class ConnectionWatchdog:
 
     Args:
         second: Opens another connection to the same database.
+        silence: Seconds after which the server is asked; by default what the environment says.
 
     Attributes:
         session: The server process that works for the connection in its present transaction, where libpq does not
             know it: behind a pooler.
     """
 
-    def __init__(self, second: Callable[[], Connection] | None) -> None:
-        self.silence = silence_seconds()
+    def __init__(self, second: Callable[[], Connection] | None, silence: float | None = None) -> None:
+        self.silence = silence_seconds() if silence is None else silence
         self.session: int | None = None
         self._second = second
         self._answered = False
@@ -226,26 +230,50 @@ def connect_postgresql(address: DatabaseAddress, *, role: str, autocommit: bool 
         detail = " ".join(redact(str(error), address).split()).rstrip(".?")
         raise DatabaseError(
             f"Cannot connect to {address.display}: {detail}.",
-            remedy=connection_remedy(detail),
+            remedy=connection_remedy(detail, address.given_as),
         ) from None
 
 
-def connection_remedy(detail: str) -> str:
-    """What to do where a connection is refused. libpq gives no code, only words, which may be in any language."""
+def connection_remedy(detail: str, given_as: str) -> str:
+    """What to do where a connection is refused. libpq gives no code, only words, which may be in any language.
+
+    Args:
+        given_as: The option that gave the address.
+    """
     if "startup parameter" in detail:
         return (
-            "A pooler takes no such options: leave them out of --db and PGOPTIONS, and give them to the role instead, "
-            "such as ALTER ROLE … SET search_path = …"
+            f"A pooler takes no such options: leave them out of {given_as} and PGOPTIONS, and give them to the role "
+            "instead, such as ALTER ROLE … SET search_path = …"
         )
     if "does not exist" in detail:
-        return "Check user and database name in --db; createdb makes a database."
+        return f"Check user and database name in {given_as}; createdb makes a database."
     if re.search(r"(invalid|unrecognized|bad|definition of) .*(value|parameter|service)", detail):
-        return "Correct this option in --db (or in the environment: PG…)."
+        return f"Correct this option in {given_as} (or in the environment: PG…)."
     if "FATAL" in detail:
-        return "The server runs, and refuses: check user, password, database name and options in --db."
+        return f"The server runs, and refuses: check user, password, database name and options in {given_as}."
     if "session attrs" in detail or "standby" in detail or "read-only" in detail or "read-write" in detail:
         return "The server is there, but is not of the kind that target_session_attrs asks for."
-    return "Check host and port in --db, and that the server runs and can be reached from here."
+    return f"Check host and port in {given_as}, and that the server runs and can be reached from here."
+
+
+def is_only_session(connection: Connection, address: DatabaseAddress) -> bool:
+    """Whether a pooler has no session left for others as long as a transaction of the connection is open.
+
+    Args:
+        connection: In a transaction. Where no pooler is between it and the server, this is one round trip.
+    """
+    import psycopg
+
+    ((session,),) = connection.execute("SELECT pg_backend_pid()").fetchall()
+    if session == connection.info.backend_pid:
+        return False
+    try:
+        with contextlib.closing(connect_postgresql(address, role="check")) as other:
+            other.watchdog = ConnectionWatchdog(None, SPARE_SECONDS)  # type: ignore[attr-defined]
+            other.execute("SELECT")
+    except (DatabaseError, psycopg.Error):
+        return True
+    return False
 
 
 def name_session(connection: Connection, session: int) -> None:

@@ -29,7 +29,7 @@ def check_sqlite_file(address: DatabaseAddress) -> None:
     if not os.path.exists(address.conninfo):
         raise DatabaseError(
             f"There is no SQLite file {shown(address.conninfo)}, or it is in a directory that may not be read.",
-            remedy="Check the path after sqlite:/// (four / for absolute).",
+            remedy=f"Check the path after sqlite:/// in {address.given_as} (four / for absolute).",
         )
 
 

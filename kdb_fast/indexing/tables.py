@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from ..db.address import DatabaseAddress, opened, parse_address, without_secrets
+from ..db.address import SOURCE, DatabaseAddress, opened, parse_address, without_secrets
 from ..db.reading import read
 from ..db.sqlite_connection import create_sqlite
 from ..embedding.prefixes import prefixes_of
@@ -19,8 +19,9 @@ from ..sources.files.columns import key_columns
 from ..stores import targets
 from ..stores.find import check_view, create_vector_column, find_table_target, keyword_of, make_view
 from ..stores.homes import Homes
+from ..tables.adapting import adapting
 from ..tables.definition import Definition
-from ..tables.describe import Described, Given, adapting, describe, find_kept
+from ..tables.describe import Described, Given, describe, find_kept
 from ..tables.names import qualified, split_identifier
 from ..tables.other_packages import made_by
 from ..tables.reading import rows_of
@@ -173,7 +174,7 @@ def reindex_table(
         "document_prefix": document_prefix,
         "query_prefix": query_prefix,
         "index": index,
-        "source": without_secrets(source) if source else source,
+        "source": without_secrets(source, SOURCE) if source else source,
         "model": DEFAULT_MODEL if model == "" else model,
         "provider": provider or ("openai" if base_url else None),
         "base_url": "" if provider == "fastembed" and base_url is None else base_url,
@@ -182,7 +183,7 @@ def reindex_table(
     }
     known: Given = {field: value for field, value in given.items() if value is not None}  # type: ignore[assignment]
     with contextlib.ExitStack() as stack:
-        written = stack.enter_context(opened(parse_address(url) if isinstance(url, str) else url))
+        written = stack.enter_context(opened(parse_address(url, "url") if isinstance(url, str) else url))
         file = None
         if from_file is not None:
             create_sqlite(written)
@@ -200,7 +201,7 @@ def reindex_table(
                 raise UsageError("--language belongs to --keyword.")
             known["keyword"] = "" if keyword is False else keyword_of(written, language or "")
         elsewhere = _kept_source(name, into or table, kept, written.dialect) if source is None else source
-        read_from = stack.enter_context(opened(parse_address(elsewhere))) if elsewhere else None
+        read_from = stack.enter_context(opened(parse_address(elsewhere, SOURCE), create=False)) if elsewhere else None
         described = _describe(written, read_from, homes, home, name or "", known, create, file is not None)
         writing = Writing(replace=replace, vacuum=vacuum)
         return _run(written, read_from, file, described, progress or Silent(), run, writing, with_source)
@@ -259,7 +260,8 @@ def _describe(
         def described(other: Any) -> Described:
             return describe(
                 rows, dialect, name, given, homes.of(home),
-                elsewhere=homes.beside(home), create=create, read=rows_of(other, dialect), from_file=from_file,
+                elsewhere=homes.beside(home), create=create, read=rows_of(other, dialect),
+                read_from=read_from.display if read_from else "", from_file=from_file,
             )  # fmt: skip
 
         found = described(connection) if read_from is None else read(read_from, described)
@@ -334,7 +336,7 @@ def _run(
     if with_source:
         check_view(definition)
     with contextlib.ExitStack() as stack:
-        with adapting(described.as_kept):
+        with adapting(described.as_kept, read_from.display if read_from else ""):
             source, what = open_source(
                 address, read_from, file, definition, run.get("limit"), anew=described.reads_anew
             )

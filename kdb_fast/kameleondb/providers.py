@@ -24,7 +24,8 @@ def address_of(db: Any) -> DatabaseAddress | None:
     url = db._connection.engine.url
     if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
         return None
-    return parse_address(url.set(drivername=url.get_backend_name()).render_as_string(hide_password=False))
+    shown = url.set(drivername=url.get_backend_name()).render_as_string(hide_password=False)
+    return parse_address(shown, "the address of KameleonDB")
 
 
 def embedding_of(provider: EmbeddingProvider, batch_size: int) -> tuple[Embedding, ReindexOptions]:

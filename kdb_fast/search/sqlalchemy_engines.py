@@ -39,7 +39,7 @@ def connections_for(engine: Any) -> Connections:
                 "A URL cannot name an SQLite database in memory: each connection would have its own.",
                 remedy="Pass the SQLAlchemy engine that holds it, or use sqlite:///file.db.",
             )
-        return Connections(parse_address(engine))
+        return Connections(parse_address(engine, "engine"))
     if isinstance(engine, DatabaseAddress):
         return Connections(engine)
     if not hasattr(engine, "url") or not hasattr(engine, "raw_connection") or hasattr(engine, "sync_engine"):
@@ -73,7 +73,7 @@ def _for_postgresql(engine: Any) -> Connections:
     from sqlalchemy.pool import StaticPool
 
     if engine.dialect.driver != "psycopg" or isinstance(engine.pool, StaticPool):
-        return Connections(parse_address(engine.url.render_as_string(hide_password=False)))
+        return Connections(parse_address(engine.url.render_as_string(hide_password=False), "the engine's URL"))
     import psycopg
     from psycopg.conninfo import make_conninfo
     from psycopg.rows import tuple_row
@@ -116,10 +116,10 @@ def _checked_out(engine: Any, address: DatabaseAddress) -> Any:
         if isinstance(error, TypeError) and address.dialect == "postgresql":
             # psycopg gives SQLAlchemy bytes where the database has no encoding: say so.
             with contextlib.suppress(DatabaseError, UsageError):
-                url = parse_address(engine.url.render_as_string(hide_password=False))
+                url = parse_address(engine.url.render_as_string(hide_password=False), "the engine's URL")
                 connect_postgresql(url, role="library").close()
         detail = " ".join(redact(str(getattr(error, "orig", None) or error), address).split())
         raise DatabaseError(
             f"Cannot connect to {address.display}: {detail}.",
-            remedy=connection_remedy(detail),
+            remedy=connection_remedy(detail, address.given_as),
         ) from None

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ..db.address import DatabaseAddress
 from ..db.reading import read
+from ..db.sqlite import moment
 from ..errors import SchemaError
 from ..origins import IndexModel
 from ..records import Key, key_of_json
@@ -18,6 +19,7 @@ from ..tables.reading import no_index, rows_of
 from ..tables.target import REJECTS, RUNS, Params, Rows, Target, columns_of, find_target
 from . import open_store
 from .base import TargetTable
+from .runs import HEARTBEAT_AGE, is_alive
 
 RECENT_RUNS = 50
 """Runs of which :func:`recent_fingerprints` reads the fingerprint."""
@@ -68,24 +70,38 @@ def index_model_of(address: DatabaseAddress) -> tuple[bool, IndexModel | None]:
 
 
 class LastRun(NamedTuple):
-    """The newest run, as its row says it; the times are datetimes of PostgreSQL or text of SQLite."""
+    """The newest run; its times are aware.
+
+    ``state`` is ``abandoned`` as soon as it is known that nobody goes on with it, also before another run takes over.
+    """
 
     run: int
     state: str
     phase: str
     model: str
     fingerprint: str
-    started_at: datetime | str
-    heartbeat_at: datetime | str
-    ended_at: datetime | str | None
+    started_at: datetime
+    heartbeat_at: datetime
+    ended_at: datetime | None
 
 
 def last_run(connection: Any, dialect: str) -> LastRun | None:
     """The newest run; None if there was none."""
     rows = rows_of(connection, dialect)
     target = find_target(rows, dialect)
-    newest = newest_runs(rows, target, ", ".join(LastRun._fields), 1)
-    return LastRun(*newest[0]) if newest else None
+    return newest_run(rows, target)
+
+
+def newest_run(rows: Rows, target: Target) -> LastRun | None:
+    """The target's newest run; None if there was none."""
+    process = f"host, pid, process_started, {HEARTBEAT_AGE[target.dialect]}"
+    for *found, host, pid, started, age in newest_runs(rows, target, f"{', '.join(LastRun._fields)}, {process}", 1):
+        if target.dialect == "sqlite":
+            found = [*found[:-3], *(time and moment(time) for time in found[-3:])]
+        run = LastRun(*found)
+        lives = run.state != "running" or is_alive(host, pid, started, age)
+        return run if lives else run._replace(state="abandoned")
+    return None
 
 
 def newest_runs(rows: Rows, target: Target, columns: str, limit: int) -> list[tuple[Any, ...]]:

@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import NamedTuple, TypeVar
 
 from ..errors import LockedError
+from ..records import local_time
 
 T = TypeVar("T")
 
@@ -33,6 +34,12 @@ AFTER_A_CRASH = (
     "SELECT EXISTS (SELECT 1 FROM {kdb_fast_runs} WHERE target = %(target)s AND state = 'abandoned' AND run < %(run)s "
     "AND run > coalesce((SELECT max(run) FROM {kdb_fast_runs} WHERE target = %(target)s AND state = 'done'), 0))"
 )
+
+HEARTBEAT_AGE = {
+    "postgresql": "extract(epoch FROM clock_timestamp() - heartbeat_at)::float8",
+    "sqlite": "(julianday('now') - julianday(heartbeat_at)) * 86400.0",
+}
+"""Seconds since a run's last sign of life, by the clock of the database."""
 
 LOOKED_AT = frozenset({"run", "state", "host", "pid", "started_at", "heartbeat_at", "process_started"})
 """Columns that every version's table of runs has, by which a living run is found."""
@@ -72,9 +79,9 @@ def wait_for_lock(attempt: Callable[[], T | Holder], wait: float, on_wait: Calla
 
 def locked(holder: Holder) -> LockedError:
     """The error that names who holds the index and since when."""
-    since = holder.since.astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     return LockedError(
-        f"Run {holder.run} holds the index: process {holder.pid} on {holder.host}, since {since}, "
+        f"Run {holder.run} holds the index: process {holder.pid} on {holder.host}, since "
+        f"{local_time(holder.since)}, "
         f"last sign of life {holder.heartbeat_age:.0f} s ago.",
         remedy="Wait for it with --wait SECONDS, or stop it; a dead run is taken over "
         f"{STALE_SECONDS:.0f} s after its last sign.",
@@ -87,6 +94,16 @@ def taken_over(run: int) -> LockedError:
         f"Run {run} no longer holds the index: another run took it over.",
         remedy="This one stopped long enough to be taken for dead; what it committed is kept.",
     )
+
+
+def is_alive(host: str, pid: int, started: float, age: float) -> bool:
+    """Whether a run that has recorded no end is going on, as far as that can be known.
+
+    Args:
+        started: When its process was created.
+        age: Seconds since its last sign of life.
+    """
+    return gives_signs(host, pid, age) and not process_is_gone(host, pid, started)
 
 
 def gives_signs(host: str, pid: int, age: float) -> bool:

@@ -28,7 +28,7 @@ from ..tables.target import (
     rows_on,
 )
 from .homes import Homes, Kept, find_homes
-from .past_runs import LastRun, newest_runs, rejected_keys
+from .past_runs import LastRun, newest_run, rejected_keys
 from .runs import Holder, locked
 
 T = TypeVar("T")
@@ -154,11 +154,9 @@ def statuses(rows: Rows, targets: Iterable[Kept]) -> list[TargetStatus]:
     found = []
     for home, definition in targets:
         own = replace(home, kept_as=definition.identity)
-        newest = newest_runs(rows, own, ", ".join(LastRun._fields), 1)
-        run = LastRun(*newest[0]) if newest else None
         rejected = len(rejected_keys(rows, own))
         records, pieces = _vectors(rows, home, definition)
-        found.append(TargetStatus(home, definition, records, pieces, rejected, run))
+        found.append(TargetStatus(home, definition, records, pieces, rejected, newest_run(rows, own)))
     return found
 
 

@@ -6,13 +6,13 @@ that says what is meant instead.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 from ..errors import SchemaError, UsageError
 from ..records import shell_word, storable_key
+from .adapting import adapting
 from .definition import Definition, changes
 from .find_relation import find_relation, no_column, no_key, no_place
 from .names import as_typed, or_nearest, split_identifier
@@ -104,6 +104,7 @@ def describe(
     elsewhere: Sequence[tuple[Target, Definition]] = (),
     create: bool = False,
     read: Rows | None = None,
+    read_from: str = "",
     from_file: bool = False,
 ) -> Described:
     """The target that was asked for.
@@ -117,6 +118,7 @@ def describe(
         elsewhere: Those that are kept in other schemas, with where.
         create: The column of the vectors may be missing.
         read: Runs statements on the database that is read, where that is another.
+        read_from: That one's address, for messages.
         from_file: A file is read.
 
     Raises:
@@ -127,7 +129,8 @@ def describe(
     read = read or rows
     if given.get("form") == "vec0" and dialect != "sqlite":
         raise UsageError("--vec0 makes a table of sqlite-vec, and this database is PostgreSQL.", remedy="Leave it out.")
-    relation = find_relation(read, dialect, given["table"]) if "table" in given else None
+    with adapting(None, read_from):
+        relation = find_relation(read, dialect, given["table"]) if "table" in given else None
     into_schema, into = _place(rows, dialect, given["into"], relation) if "into" in given else (None, "")
     named = bool(name)
     name = name or into or (relation.name if relation else "")
@@ -168,7 +171,7 @@ def describe(
     if before is not None and bool(before.into) != bool(wanted.into):
         raise _moved(before, wanted)
     creates, as_kept = False, None if given.keys() & NAMES else before
-    with adapting(as_kept):
+    with adapting(as_kept, read_from):
         if relation is None and wanted.table:
             relation = find_relation(read, dialect, as_typed(wanted.schema, wanted.table))
         if relation is not None:
@@ -229,22 +232,6 @@ def no_target(name: str, kept: Sequence[Definition], hidden: Sequence[str] = ())
 def _plain(given: Given) -> dict[str, Any]:
     """Without what must be looked up."""
     return {name: value for name, value in given.items() if name not in ("table", "into")}
-
-
-@contextlib.contextmanager
-def adapting(before: Definition | None) -> Iterator[None]:
-    """Errors about a target that is kept say how it is described anew."""
-    try:
-        yield
-    except SchemaError as error:
-        if before is None:
-            raise
-        word = shell_word(before.name)
-        raise SchemaError(
-            f"The target {storable_key(before.name)} is not as it was described: {error.message}",
-            remedy=f"{error.remedy} Or say what it is now, such as: kdb-fast reindex {word} --table TABLE "
-            f"--text COLUMN --vector COLUMN; or forget it: kdb-fast targets drop {word}".lstrip(),
-        ) from None
 
 
 def _place(rows: Rows, dialect: Dialect, into: str, relation: Relation | None) -> tuple[str | None, str]:

@@ -441,6 +441,8 @@ def test_the_command_that_carries_on_can_be_typed_again(capsys: pytest.CaptureFi
     assert done.stdout.decode().split("\0")[:-1] == arguments
     secret = command_line(["reindex", "--db=postgresql://u:pw@h/d", "--db", "postgresql://u:pw@h/d"])
     assert secret == 'kdb-fast reindex --db "${KDB_FAST_DB:?}" --db "${KDB_FAST_DB:?}"'
+    source = command_line(["reindex", "a", "--source=postgresql://u:pw@h/d", "--source", "postgresql://u:pw@h/d"])
+    assert source == 'kdb-fast reindex a --source "${SOURCE:?}" --source "${SOURCE:?}"', "not the other database"
     unset = subprocess.run(["bash", "-c", secret], capture_output=True, text=True, env={}, check=False)
     assert unset.returncode
     assert "KDB_FAST_DB" in unset.stderr, "the default database is not taken instead"

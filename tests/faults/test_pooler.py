@@ -78,6 +78,24 @@ def test_a_table_through_a_pooler(table: Table, kind: str) -> None:
     assert "is forgotten" in table.run("targets", "drop", name, "--with-vectors")
 
 
+@pytest.mark.parametrize("kind", ["query", "column"])
+def test_one_session_is_enough(commands: Commands, database: DatabaseAddress, kind: str) -> None:
+    """The transaction in which a query is read would keep it from all others for as long as the run goes on."""
+    with pooler(database, "transaction", 1) as pooled:
+        table = Table(commands, pooled)
+        table.add(1, *(f"text {number}" for number in range(250)))
+        found = table.json("reindex", *TARGETS[kind])
+        told = [note for note in found["warnings"] if "has one session only" in note]
+        assert (found["stored"], len(told)) == (250, kind == "query")
+        if kind == "query":
+            execute(pooled, "UPDATE articles SET body = 'another' WHERE id = 7")
+            again = table.json("reindex", "vectors")
+            assert (again["stored"], again["unchanged"]) == (1, 249)
+        name = "vectors" if kind == "query" else "articles"
+        table.run("search", name, "another", *(["--mode", "hybrid"] if kind == "column" else []))
+        commands.clear()
+
+
 def test_the_index_of_kameleondb_through_a_pooler(
     database: DatabaseAddress, pooled: DatabaseAddress, make_job: MakeJob
 ) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import sqlite3
+from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Commands
 from servers import execute
 from table_commands import DESCRIBED, INTO, Table
 
@@ -118,3 +122,44 @@ def test_vectors_of_another_program_are_not_called_up_to_date(table: Table) -> N
     assert found.wait() == 0, found.err
     assert "note: By keyword only. Of " in found.err
     assert "no vector is known to be of any model" in found.err
+
+
+def test_what_is_wrong_with_another_database_names_it(table: Table, tmp_path: Path) -> None:
+    """And not the one that is written."""
+    if table.is_postgresql:
+        empty = "postgresql://nobody@127.0.0.1:1/none"
+        missing = {
+            empty: "Cannot connect to postgresql://127.0.0.1:1/none: .*Check host and port in --source, and",
+            "postgresql://h/d?shema=x": "--source has 'shema' after the [?], which is no option",
+            f"embedded:{tmp_path}/none": "There is no database in embedded:.*Name one with --source",
+        }
+    else:
+        sqlite3.connect(tmp_path / "empty.db").execute("CREATE TABLE other (id INTEGER PRIMARY KEY, title TEXT)")
+        empty = f"sqlite:///{tmp_path}/empty.db"
+        missing = {
+            f"sqlite:///{tmp_path}/none.db": r"There is no SQLite file .*Check the path after sqlite:/// in --source",
+            "sqlite:///": "--source is not a complete SQLite address",
+            "mysql://h/d": "--source starts with 'mysql:'",
+        }
+    for source, said in missing.items():
+        for command in (*INTO, "--source", source), (*DESCRIBED, f"--source={source}"):
+            code = 2 if said.startswith("--source") else 5
+            assert re.search(said, _refused(table, *command, code=code))
+    assert not (tmp_path / "none").exists()
+    if not table.is_postgresql:
+        line = _refused(table, *INTO, "--source", empty, code=4)
+        assert f"kdb-fast: --source {empty}: There is no table articles; there is: other." in line
+        line = _refused(table, "--table", "other", "--text", "nope", "--into", "v", "--source", empty, code=4)
+        assert f"kdb-fast: --source {empty}: other has no column nope" in line
+        query = ("--query", "SELECT id, nope FROM other", "--key", "id", "--into", "v", "--source", empty)
+        assert f"kdb-fast: --source {empty}: The query cannot be read: no such column: nope" in _refused(
+            table, *query, code=4
+        )
+
+
+def test_an_address_of_the_environment_is_named_so(tmp_path: Path, commands: Commands) -> None:
+    command = commands.start("status", KDB_FAST_DB=f"sqlite:///{tmp_path}/none.db")
+    assert command.wait() == 5
+    assert "Check the path after sqlite:/// in KDB_FAST_DB" in command.err
+    with pytest.raises(kdb_fast.DatabaseError, match="sqlite:/// in url"):
+        kdb_fast.reindex_table(f"sqlite:///{tmp_path}/none.db", "articles", text="body", into="vectors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,29 @@ def test_the_library_does_what_the_command_does(run: Reindex, table: Table) -> N
     with pytest.raises(kdb_fast.UsageError, match="Nothing says what is to be embedded"):
         run()
     assert run(name="articles", text="body", key="id").stored == 2, "one name is no sequence of letters"
+
+
+def test_a_run_that_nobody_goes_on_with_is_not_called_running(table: Table) -> None:
+    table.add(1, "one", "two")
+    command = table.start("reindex", *DESCRIBED, KDB_FAST_FAULT="pipeline.flush:1:hang")
+    command.wait_until_stopped()
+    assert "running, began 20" in table.run("targets", "show", "articles")
+    command.kill()
+    assert "1, stopped without an end, began 20" in table.run("targets", "show", "articles")
+    assert "  stopped without an end, began 20" in table.run("targets", "list")
+    found = table.json("status")["targets"][0]
+    assert (found["state"], found["run"]["state"], found["run"]["ended_at"]) == ("abandoned", "abandoned", None)
+    ago = "now() - interval '{}'" if table.is_postgresql else "strftime('%Y-%m-%d %H:%M:%f', 'now', '-{}')"
+    for silent, state in ("5 seconds", "running"), ("1 minute", "abandoned"):
+        execute(table.address, f"UPDATE kdb_fast_runs SET host = 'elsewhere', heartbeat_at = {ago.format(silent)}")
+        assert table.json("targets", "show", "articles")["state"] == state
+    execute(table.address, "UPDATE kdb_fast_runs SET host = 'elsewhere'")
+    assert table.json("reindex", "articles")["stored"] == 2
+    found = table.json("targets", "show", "articles")
+    assert (found["run"]["run"], found["state"]) == (2, "done")
+    for moment in ("started_at", "heartbeat_at", "ended_at"):
+        told = datetime.fromisoformat(found["run"][moment])
+        assert (told.isoformat(), told.utcoffset()) == (found["run"][moment], timedelta())
 
 
 @in_a_file

@@ -21,7 +21,7 @@ from psycopg.conninfo import conninfo_to_dict
 from servers import Vector, database_name, execute
 
 import kdb_fast
-from kdb_fast.cli import run, searching
+from kdb_fast.cli import console, run
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.db.sqlite_connection import connect_sqlite
 from kdb_fast.errors import SchemaError, UsageError
@@ -920,7 +920,7 @@ def as_url(address: DatabaseAddress) -> str:
 
 def test_values_that_json_does_not_have() -> None:
     values = {"a": b"\x01\xff", "b": float("nan"), "c": (1, datetime.date(2020, 1, 2)), "d": None, "e": Chunk(1, 2, 3)}
-    assert searching._plain(values) == {
+    assert console._plain(values) == {
         "a": "01ff",
         "b": "nan",
         "c": [1, "2020-01-02"],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta, timezone
+from datetime import time as dt_time
 from pathlib import Path
 
 import click
@@ -13,6 +15,8 @@ import pytest
 
 from kdb_fast.cli import demo, report
 from kdb_fast.cli.commands import cli
+from kdb_fast.cli.console import print_json
+from kdb_fast.records import local_time
 
 
 @pytest.fixture
@@ -25,10 +29,23 @@ def kathmandu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     time.tzset()
 
 
-@pytest.mark.parametrize("moment", [datetime(2026, 1, 2, 3, 4, 5, 600, UTC), "2026-01-02 03:04:05.600"])
-def test_times_of_both_databases_are_those_of_the_place(kathmandu: None, moment: datetime | str) -> None:
-    assert report._moment(moment) == "2026-01-02 08:49:05"
-    assert report._moment(None) == "never"
+def test_times_are_those_of_the_place_with_its_zone(kathmandu: None) -> None:
+    assert local_time(datetime(2026, 1, 2, 3, 4, 5, 600, UTC)) == "2026-01-02 08:49:05 +0545"
+
+
+def test_times_in_json_are_iso_8601_with_their_zone(kathmandu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    east = timezone(timedelta(hours=2))
+    times = [
+        datetime(2026, 1, 2, 3, 4, 5, 600, UTC),
+        datetime(2026, 1, 2, 3, tzinfo=east),
+        datetime.min.replace(tzinfo=east),
+    ]
+    local = [datetime(2026, 1, 2, 3), date(2026, 1, 2), dt_time(3, 4)]
+    print_json({"times": times, "of_a_column_without_zone": local})
+    assert json.loads(capsys.readouterr().out) == {
+        "times": ["2026-01-02T03:04:05.000600+00:00", "2026-01-02T01:00:00+00:00", "0001-01-01T00:00:00+02:00"],
+        "of_a_column_without_zone": ["2026-01-02T03:00:00", "2026-01-02", "03:04:00"],
+    }
 
 
 def test_values_are_shown_as_sql_and_json_write_them() -> None:

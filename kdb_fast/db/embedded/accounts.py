@@ -49,7 +49,7 @@ def system_account() -> Account:
                 subprocess.run([*command, SYSTEM_USER], capture_output=True, timeout=60, check=False)
     raise RefusedError(
         f"PostgreSQL does not run as root, and the user {SYSTEM_USER} for it could not be created.",
-        remedy="Run kdb-fast as an ordinary user, or give --db postgresql://… or sqlite:///file.db.",
+        remedy="Run kdb-fast as an ordinary user, or use postgresql://… or sqlite:///file.db.",
     )
 
 

@@ -58,7 +58,7 @@ class DataDirectory:
         status = self.path.stat()
         if os.geteuid() not in (0, status.st_uid):
             why = f"the directory belongs to user {name_of(status.st_uid)}"
-            raise self.refused(why, remedy="Give a directory of your own: --db embedded:DIR.")
+            raise self.refused(why, remedy="Give a directory of your own: embedded:DIR.")
         if os.geteuid() == 0:
             self.account = system_account() if status.st_uid == 0 else Account(status.st_uid, status.st_gid)
 
@@ -157,7 +157,7 @@ class DataDirectory:
         shown = str(self.path).encode(errors="backslashreplace").decode()
         return RefusedError(
             f"The embedded PostgreSQL in {shown} did not start: {why.rstrip('.')}.{said}",
-            remedy=remedy or "Is the directory writable and the disk not full? Another directory: --db embedded:DIR.",
+            remedy=remedy or "Is the directory writable and the disk not full? Another directory: embedded:DIR.",
         )
 
 

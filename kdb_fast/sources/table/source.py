@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ...db import pg_errors, pg_settings, sqlite_reading
+from ...db.pg_connection import is_only_session
 from ...db.sqlite import KEYS_PER_QUERY, batches
 from ...records import Key, Record, Reject, is_blank, storable_key
 from ...tables.key import text_arrays
@@ -73,7 +76,7 @@ class TableSource(Source):
         self._emptied: list[Key] = []
         self._unchanged = 0
         self._page_rows = min(FIRST_PAGE_ROWS, page_rows)
-        self._ended = self._has_odd = False
+        self._ended = self._has_odd = self._read_first = False
         if not self._postgresql and not selection.paged:
             self._copy()
 
@@ -165,6 +168,11 @@ class TableSource(Source):
     def warnings(self) -> list[str]:
         if self.changed():
             return [f"{self._reader.address.display} was written while it was read; run the command again."]
+        if self._read_first:
+            return [
+                f"A pooler in front of {self._reader.address.display} has one session only, so the query was read as a "
+                "whole into a temporary file first"
+            ]
         return []
 
     def changed(self) -> bool:
@@ -223,15 +231,22 @@ class TableSource(Source):
         return changed
 
     def _by_cursor(self) -> Iterator[list[tuple[Any, ...]]]:
-        connection = self._reader.connection()
+        connection, pages = self._reader.connection(), 0
         try:
-            with pg_settings.transaction(connection, ONE_READING):
-                connection.execute(f"DECLARE {COPY} NO SCROLL CURSOR FOR {self._query()}".encode(), {})
-                while True:
-                    rows = connection.execute(f"FETCH {self._page_rows} FROM {COPY}", binary=True).fetchall()
-                    if not rows:
-                        return
-                    yield self._changed(rows)
+            with tempfile.TemporaryFile(prefix="kdb-fast-") as kept:
+                with pg_settings.transaction(connection, ONE_READING):
+                    # The lock, the look-ups and the writer need a session as well.
+                    self._read_first = not self._elsewhere and is_only_session(connection, self._reader.address)
+                    connection.execute(f"DECLARE {COPY} NO SCROLL CURSOR FOR {self._query()}".encode(), {})
+                    while rows := connection.execute(f"FETCH {self._page_rows} FROM {COPY}", binary=True).fetchall():
+                        if self._read_first:
+                            pickle.dump(rows, kept)
+                            pages += 1
+                        else:
+                            yield self._changed(rows)
+                kept.seek(0)
+                for _ in range(pages):
+                    yield self._changed(pickle.load(kept))  # noqa: S301 - our own
         except Exception as error:
             if pg_errors.kind_of(error) is None:
                 raise

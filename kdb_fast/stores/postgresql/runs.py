@@ -13,10 +13,12 @@ from ...tables.target import RUNS, Target
 from ..base import FlushResult, RunSpec
 from ..runs import (
     AFTER_A_CRASH,
+    HEARTBEAT_AGE,
     LOOKED_AT,
     PHASE_CHARS,
     Holder,
     gives_signs,
+    is_alive,
     process_is_gone,
     taken_over,
     this_process,
@@ -56,9 +58,10 @@ def _try_begin(session: PgSession, fingerprint: str, model: str, dimensions: int
         check_open(cursor, target)
         running = cursor.execute(
             target.statement(
-                "SELECT run, host, pid, started_at, extract(epoch FROM clock_timestamp() - heartbeat_at)::float8, "
+                "SELECT run, host, pid, started_at, {age}, "
                 "process_started, heartbeat_at, last_result FROM {kdb_fast_runs} "
-                "WHERE target = %s AND state = 'running'"
+                "WHERE target = %s AND state = 'running'",
+                age=HEARTBEAT_AGE["postgresql"],
             ),
             (target.name,),
         ).fetchall()
@@ -91,14 +94,15 @@ def living(cursor: psycopg.Cursor[tuple[Any, ...]], target: Target, name: str | 
         return None
     running = cursor.execute(
         target.statement(
-            "SELECT run, host, pid, started_at, extract(epoch FROM clock_timestamp() - heartbeat_at)::float8, "
+            "SELECT run, host, pid, started_at, {age}, "
             "process_started FROM {kdb_fast_runs} WHERE state = 'running' {which}",
+            age=HEARTBEAT_AGE["postgresql"],
             which="AND target = %s" if name else "",
         ),
         (name,) if name else (),
     ).fetchall()
     for run, host, pid, since, age, started in running:
-        if gives_signs(host, pid, age) and not process_is_gone(host, pid, started):
+        if is_alive(host, pid, started, age):
             return Holder(run, host, pid, since, float(age))
     return None
 

@@ -14,11 +14,11 @@ from ...tables.target import RUNS, Target
 from ..base import FlushResult, RunSpec
 from ..runs import (
     AFTER_A_CRASH,
+    HEARTBEAT_AGE,
     LOOKED_AT,
     PHASE_CHARS,
     Holder,
-    gives_signs,
-    process_is_gone,
+    is_alive,
     taken_over,
     this_process,
     wait_for_lock,
@@ -30,7 +30,7 @@ HEARTBEAT_PATIENCE_MS = 200
 
 
 RUNNING = (
-    "SELECT run, host, pid, process_started, started_at, (julianday('now') - julianday(heartbeat_at)) * 86400.0 "
+    f"SELECT run, host, pid, process_started, started_at, {HEARTBEAT_AGE['sqlite']} "  # noqa: S608
     "FROM kdb_fast_runs WHERE state = 'running'"
 )
 
@@ -61,7 +61,7 @@ def _holder(connection: sqlite3.Connection, target: Target) -> Holder | None:
     """The living run that holds the lock; dead ones are marked as abandoned."""
     running = connection.execute(f"{RUNNING} AND target = ?", (target.name,)).fetchall()
     for run, host, pid, process_started, started_at, age in running:
-        if gives_signs(host, pid, age) and not process_is_gone(host, pid, process_started):
+        if is_alive(host, pid, process_started, age):
             return Holder(run, host, pid, moment(started_at), float(age))
         connection.execute("UPDATE kdb_fast_runs SET state = 'abandoned', ended_at = ? WHERE run = ?", (now(), run))
     return None
@@ -77,7 +77,7 @@ def living(connection: sqlite3.Connection, name: str | None = None) -> Holder | 
         return None
     which, values = (" AND target = ?", (name,)) if name else ("", ())
     for run, host, pid, process_started, started_at, age in connection.execute(RUNNING + which, values).fetchall():
-        if gives_signs(host, pid, age) and not process_is_gone(host, pid, process_started):
+        if is_alive(host, pid, process_started, age):
             return Holder(run, host, pid, moment(started_at), float(age))
     return None
 
