@@ -269,7 +269,7 @@ def is_only_session(connection: Connection, address: DatabaseAddress) -> bool:
         return False
     try:
         with contextlib.closing(connect_postgresql(address, role="check")) as other:
-            other.watchdog = ConnectionWatchdog(None, SPARE_SECONDS)  # type: ignore[attr-defined]
+            other.watchdog = ConnectionWatchdog(None, min(SPARE_SECONDS, silence_seconds()))  # type: ignore[attr-defined]
             other.execute("SELECT")
     except (DatabaseError, psycopg.Error):
         return True
