@@ -93,7 +93,7 @@ def search_command(
             f"--{'state-schema' if columns is None else 'columns'} is for a table.",
             remedy='Name the target before the query: kdb-fast search NAME "QUERY"',
         )
-    ahead = None if names else _ahead(mode, **of_model)
+    ahead = _ahead(mode, **of_model)
     with opened_database(db, reads=True) as address:
         if names:
             from ..search.tables.search import Question
@@ -107,7 +107,7 @@ def search_command(
                 min_score=min_score,
                 **of_model,
             )
-            _search_table(in_schema(address, state_schema), names[0], question, as_json)
+            _search_table(in_schema(address, state_schema), names[0], question, as_json, ahead)
         else:
             _search_index(address, text, mode or "hybrid", entities, limit, where, min_score, as_json, of_model, ahead)
 
@@ -126,13 +126,15 @@ def _ahead(
     return QueryAhead(provider, model, model_path)
 
 
-def _search_table(address: DatabaseAddress, name: str, question: Question, as_json: bool) -> None:
+def _search_table(
+    address: DatabaseAddress, name: str, question: Question, as_json: bool, ahead: QueryAhead | None
+) -> None:
     from ..search.tables.search import search_kept
     from ..tables.describe import NO_TARGET
     from .report import print_table_results, printable
 
     try:
-        found = search_kept(address, name, question)
+        found = search_kept(address, name, question, ahead)
     except SchemaError as error:
         if error.message.startswith(NO_TARGET):
             both = shlex.quote(f"{name} {question.query}")

@@ -74,7 +74,7 @@ def postgresql_errors() -> Iterator[None]:
         ours = kind in (ErrorKind.DATA, ErrorKind.REFUSED)  # a statement of ours, or a value in it
         if ours and not isinstance(error, psycopg.OperationalError):
             raise
-        detail = error.diag.message_primary or "the connection is closed"
+        detail = pg_errors.primary_message(error)
         raise DatabaseError(f"The PostgreSQL database cannot be read: {detail}.") from error
 
 

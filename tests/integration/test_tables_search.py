@@ -10,6 +10,7 @@ import json
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -27,9 +28,10 @@ from kdb_fast.db.sqlite_connection import connect_sqlite
 from kdb_fast.errors import SchemaError, UsageError
 from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.ipc.slab import Row, Slab, SlabShape
-from kdb_fast.origins import Maker
+from kdb_fast.origins import IndexModel, Maker
 from kdb_fast.records import Key, Record, content_hash
 from kdb_fast.search import query_model
+from kdb_fast.search.ahead import QueryAhead
 from kdb_fast.search.tables import postgresql as pg_reader
 from kdb_fast.search.tables.indexes import uses
 from kdb_fast.search.tables.results import Chunk, Outcome, TableResult
@@ -342,6 +344,22 @@ def test_nothing_was_embedded(index: DatabaseAddress) -> None:
 
 def test_query_that_says_nothing(shared: Filled) -> None:
     assert shared.search(" -- ") == []
+
+
+def test_command_embeds_the_query_ahead_by_the_model_of_most_rows(shared: Filled, stub_models: list[str]) -> None:
+    asked: list[tuple[str, IndexModel | None]] = []
+
+    class Ahead(QueryAhead):
+        def embed(self, query: str, likely: Future[IndexModel | None]) -> tuple[Vector, Maker]:
+            asked.append((query, likely.result()))
+            return vector_of(query), Maker(fingerprint(MODEL), MODEL, DIMENSIONS)
+
+    definition = defined(shared.articles, query_prefix="query: ")
+    made = IndexModel(MODEL, DIMENSIONS, fingerprint(MODEL))
+    for model, likely in (None, made), (MODEL, None):
+        question = Question(query="text 7", model=model)
+        search_definition(shared.articles.address, definition, question, Ahead(None, "not/here", None))
+        assert asked.pop() == ("query: text 7", likely)
 
 
 def test_query_prefix_is_read_before_the_query(shared: Filled, stub_models: list[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +18,7 @@ from ...db import pg_settings
 from ...db.address import DatabaseAddress, opened, parse_address
 from ...db.reading import read
 from ...errors import SchemaError, SearchWarning, UsageError
-from ...origins import Maker, Origin, QueryVector
+from ...origins import IndexModel, Maker, Origin, QueryVector
 from ...records import Key, shell_word, storable_key
 from ...stores import targets
 from ...tables.definition import Definition
@@ -33,6 +34,8 @@ from .searched import SearchedTable
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from ..ahead import QueryAhead
 
     Vector = npt.NDArray[np.float32]
 
@@ -145,17 +148,20 @@ def search_table(
     return outcome.results
 
 
-def search_kept(address: DatabaseAddress, name: str, question: Question) -> Outcome:
+def search_kept(address: DatabaseAddress, name: str, question: Question, ahead: QueryAhead | None = None) -> Outcome:
     """The records of the target of this name that answer a question best; see :func:`search_definition`."""
     where, definition = targets.find_in(address, name)
-    return search_definition(where, definition, question)
+    return search_definition(where, definition, question, ahead)
 
 
-def search_definition(address: DatabaseAddress, definition: Definition, question: Question) -> Outcome:
+def search_definition(
+    address: DatabaseAddress, definition: Definition, question: Question, ahead: QueryAhead | None = None
+) -> Outcome:
     """The records of a target that answer a question best.
 
     Args:
         address: The database, with the schema of our own tables where that is known.
+        ahead: Verifies the model meanwhile.
 
     Raises:
         UsageError: An argument makes no sense, such as a condition that does not parse.
@@ -163,10 +169,16 @@ def search_definition(address: DatabaseAddress, definition: Definition, question
         DatabaseError: The database cannot answer.
         KdbFastError: As :func:`kdb_fast.search.query_model.query_vectors`.
     """
-    return read(address, lambda connection: search_connected(connection, address, definition, question))
+    return read(address, lambda connection: search_connected(connection, address, definition, question, ahead))
 
 
-def search_connected(connection: Any, address: DatabaseAddress, definition: Definition, question: Question) -> Outcome:
+def search_connected(
+    connection: Any,
+    address: DatabaseAddress,
+    definition: Definition,
+    question: Question,
+    ahead: QueryAhead | None = None,
+) -> Outcome:
     """:func:`search_definition` on an open connection."""
     words = parse_query(question.query)
     mode = _mode(definition, question, words)
@@ -183,7 +195,7 @@ def search_connected(connection: Any, address: DatabaseAddress, definition: Defi
     if mode != "keyword" and not why_blank(words, "vector"):
         if origins or mode == "vector" or question.names_model:
             # Outside of any transaction: a provider may take its time.
-            vectors, missed = query_of(table, question, words.text, origins)
+            vectors, missed = query_of(table, question, words.text, origins, ahead)
         else:
             notes.append(f"By keyword only. {nothing_embedded(table)}")
         if mode == "vector" and missed and not any(wanted.fingerprints or wanted.foreign for _, wanted in vectors):
@@ -251,7 +263,11 @@ def open_table_reader(connection: Any, table: SearchedTable) -> TableReader:
 
 
 def query_of(
-    table: SearchedTable, question: Question, text: str, origins: Mapping[Origin, int]
+    table: SearchedTable,
+    question: Question,
+    text: str,
+    origins: Mapping[Origin, int],
+    ahead: QueryAhead | None = None,
 ) -> tuple[list[tuple[Vector, Wanted]], list[LeftOut]]:
     """The query's vectors, each with the rows that it may be compared with, and what cannot be compared with any.
 
@@ -266,6 +282,15 @@ def query_of(
 
     definition = table.definition
     text = definition.query_prefix + text
+    if not (origins or question.names_model):
+        raise nothing_embedded(table)
+    by_api = definition.provider if definition.provider != "fastembed" else None
+    embedded = None
+    if ahead and (question.names_model or not by_api):
+        likely: Future[IndexModel | None] = Future()
+        most = None if question.names_model else max(origins, key=origins.__getitem__)
+        likely.set_result(most and IndexModel.of(most))
+        embedded = ahead.embed(text, likely)
     if question.names_model:
         vector, maker = embed_query(
             text,
@@ -274,17 +299,19 @@ def query_of(
             model=question.model or (definition.model if question.base_url else None),
             model_path=question.model_path,
             base_url=question.base_url,
+            ahead=embedded,
         )
         vectors = [QueryVector(vector, maker)]
         why: Callable[[Origin], str] = lambda origin: (  # noqa: E731
             "" if maker.has_made(origin) else "another one was asked for."
         )
     else:
-        if not origins:
-            raise nothing_embedded(table)
-        by_api = definition.provider if definition.provider != "fastembed" else None
         vectors, why = query_vectors(
-            text, origins, provider=question.provider or by_api, base_url=definition.base_url or None
+            text,
+            origins,
+            provider=question.provider or by_api,
+            base_url=definition.base_url or None,
+            ahead=embedded,
         )
     wanted = [
         (
