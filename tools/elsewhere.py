@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The tests that need another server, user or Python, or other packages: tools/elsewhere.py [PART]…
 
-server  the store's tests and the main job's on the oldest PostgreSQL and pgvector that a package brings (pgserver)
+server  the store, the main job and searches by an index on the oldest PostgreSQL and pgvector that a package brings
+        (pgserver)
 user    a part of the tests as an ordinary user, where root runs them
 wheel   a wheel is built, installed in environments of the oldest and the newest Python that is there, and used
 recipes other packages' indexes get the vectors of another model, and the packages find by them
@@ -36,6 +37,7 @@ SERVER_TESTS = (
     "tests/integration/test_postgresql_store.py",
     "tests/integration/test_store_contract.py",
     "tests/integration/test_index_contract.py",
+    "tests/integration/test_tables_search.py::test_search_goes_through_whatever_index_there_is",
     *MAIN_JOB,
 )
 USER_TESTS = (
