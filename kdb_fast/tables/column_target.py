@@ -115,6 +115,15 @@ NOTE_TRIGGERS = (
 """Notes under :func:`triggers_key` which triggers a run has told of; changes a row only where they are others."""
 
 
+def times_written(pending: int) -> str:
+    """How often a trigger fires for each row that a run writes.
+
+    Args:
+        pending: Rows without a vector of the model; of the others those are written whose text has changed.
+    """
+    return f"up to {number_of(pending, 'time')}" if pending > 0 else "once for each row that has changed"
+
+
 def triggers_key(target: ColumnTarget) -> str:
     """Key of the state in which triggers are noted that are known."""
     return f"triggers/{target.identity}"

@@ -174,6 +174,14 @@ def test_triggers_are_named_before_anything_is_done(articles: Articles) -> None:
         assert writer.store.forecast(writer.run) == ()  # nothing is left to be written
         writer.store.end_run(writer.run.number, "done", {})
     articles.drop_trigger()
+    if articles.postgresql:
+        execute(articles.address, "DROP FUNCTION meddle")
+    # All rows have vectors; which texts have changed since, the run will see.
+    articles.add_trigger("RETURN NEW;" if articles.postgresql else "SELECT 1", "AFTER UPDATE OF embedding")
+    execute(articles.address, "DELETE FROM kdb_fast_state WHERE key LIKE 'triggers/%'")
+    (note,) = forecast(articles)
+    assert "once for each row that has changed: meddle" in note
+    articles.drop_trigger()
     articles.add("four", first=9)
     if articles.postgresql:
         execute(articles.address, "DROP FUNCTION meddle")

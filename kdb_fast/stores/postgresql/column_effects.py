@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...db.pg_errors import kind_of
 from ...db.retrying import ErrorKind
 from ...errors import SchemaError
-from ...records import number_of, storable_key
-from ...tables.column_target import NOTE_TRIGGERS, ColumnTarget, triggers_key
+from ...records import storable_key
+from ...tables.column_target import NOTE_TRIGGERS, ColumnTarget, times_written, triggers_key
 from ...tables.target import identifier
 
 if TYPE_CHECKING:
@@ -147,17 +147,13 @@ def forecast(cursor: Cursor, target: ColumnTarget, fingerprint: str, dimensions:
 def _of_triggers(cursor: Cursor, target: ColumnTarget, pending: int) -> list[str]:
     """The triggers, unless an earlier run has told of them."""
     triggers = find_triggers(cursor, target)
-    if not triggers or not pending:
+    if not triggers:
         return []
     shown = ", ".join(
         f"{storable_key(t.name)} ({'before' if t.before else 'after'} {'each row' if t.each_row else 'each statement'})"
         for t in triggers[:5]
     )
-    times = (
-        f"up to {number_of(pending, 'time')}"
-        if any(t.each_row for t in triggers)
-        else "once with each part that is written"
-    )
+    times = times_written(pending) if any(t.each_row for t in triggers) else "once with each part that is written"
     cursor.execute(target.home.statement(NOTE_TRIGGERS, value="%s"), (triggers_key(target), shown))
     if not cursor.rowcount:
         return []

@@ -13,8 +13,8 @@ from ...db.sqlite_connection import connect_sqlite
 from ...db.sqlite_errors import translated
 from ...db.sqlite_session import transaction
 from ...faults import fault
-from ...records import Key, Reject, number_of, storable_key
-from ...tables.column_target import COUNT, NOTE_TRIGGERS, ColumnTarget, altered_rows, triggers_key
+from ...records import Key, Reject, storable_key
+from ...tables.column_target import COUNT, NOTE_TRIGGERS, ColumnTarget, altered_rows, times_written, triggers_key
 from ...tables.index_policy import IndexAction, IndexOutcome
 from ...tables.key import KeyColumn
 from ...tables.known_rows import SAME_VECTOR, KnownRows
@@ -92,13 +92,11 @@ class SQLiteColumnStore(SQLiteStore):
             )
             (pending,) = self._connection.execute(count.decode(), (run.fingerprint,)).fetchone()
             shown = ", ".join(triggers[:5])
-            if pending <= 0:
-                return ()
             note = self.target.statement(NOTE_TRIGGERS, value="?").decode()
             if not self._connection.execute(note, (triggers_key(self.column), shown)).rowcount:
                 return ()
-        times = number_of(pending, "time")
-        return (f"Triggers of {self.column.shown} fire as vectors are written, up to {times}: {shown}.",)
+        times = times_written(pending)
+        return (f"Triggers of {self.column.shown} fire as vectors are written, {times}: {shown}.",)
 
     def _triggers(self) -> list[str]:
         """The triggers of the table that fire where the column is updated."""
