@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...records import storable_key
+from ...records import local_time, storable_key
 
 if TYPE_CHECKING:
     import psycopg
@@ -14,7 +15,7 @@ DDL_LOCK = 0x6B64625F66617374
 """Key of the advisory lock ("kdb_fast") that keeps two first runs from creating the same table at once."""
 
 _BLOCKER = """
-SELECT l.pid, coalesce(x.name, %(lock)s), a.usename::text, a.application_name, date_trunc('second', a.xact_start)::text
+SELECT l.pid, coalesce(x.name, %(lock)s), a.usename::text, a.application_name, a.xact_start
 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
 LEFT JOIN unnest(%(names)s::text[], %(qualified)s::text[]) x(name, q)
   ON l.locktype = 'relation' AND l.relation = to_regclass(x.q)
@@ -26,7 +27,7 @@ ORDER BY a.xact_start LIMIT 1
 """
 
 _OLDEST = """
-SELECT pid, NULL, usename::text, application_name, date_trunc('second', xact_start)::text FROM pg_stat_activity
+SELECT pid, NULL, usename::text, application_name, xact_start FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start IS NOT NULL ORDER BY xact_start LIMIT 1
 """
 
@@ -76,9 +77,9 @@ def find_oldest(cursor: psycopg.Cursor[tuple[Any, ...]]) -> Blocker | None:
     return None if row is None else _blocker(*row)
 
 
-def _blocker(pid: int, what: str | None, role: str | None, application: str | None, since: str | None) -> Blocker:
+def _blocker(pid: int, what: str | None, role: str | None, application: str | None, since: datetime | None) -> Blocker:
     known = [f"role {storable_key(role)}"] if role else []
     known += [f"application {storable_key(application)}"] if application else []
-    known += [f"in a transaction since {since}"] if since else []
+    known += [f"in a transaction since {local_time(since)}"] if since else []
     who = f"the server's process {pid}" + (f" ({', '.join(known)})" if known else "")
     return Blocker(pid, what or "its snapshot", who)

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DatabaseError, LockedError
+from ...records import local_time
 from ...tables.target import RUNS, Target
 from ..base import FlushResult, RunSpec
 from ..runs import (
@@ -134,11 +135,11 @@ def _abandon(
             return cursor.execute(statement, (run,)).fetchone() is None
     except psycopg.errors.LockNotAvailable:
         row = cursor.execute(
-            "SELECT pid, date_trunc('second', xact_start)::text FROM pg_stat_activity "
+            "SELECT pid, xact_start FROM pg_stat_activity "
             "WHERE datname = current_database() AND application_name LIKE 'kdb-fast/%%' AND pid <> pg_backend_pid() "
             "AND xact_start IS NOT NULL ORDER BY xact_start LIMIT 1"
         ).fetchone()
-        who = f"the server's process {row[0]} (in a transaction since {row[1]})" if row else "a session"
+        who = f"the server's process {row[0]} (in a transaction since {local_time(row[1])})" if row else "a session"
         raise LockedError(
             f"Run {run} gives no sign of life, but {who} still holds its row: the server has not noticed that the "
             "client is gone.",
