@@ -9,6 +9,7 @@ from ..errors import DatabaseError, KdbFastError, RefusedError, ResourceError
 from . import sqlite_errors
 from .address import DatabaseAddress, shown
 from .retrying import ErrorKind
+from .sqlite_vec import load_for_its_tables
 
 SQLITE_BUSY_TIMEOUT = 30.0
 """Seconds to wait for another process that is writing the same SQLite file."""
@@ -53,7 +54,7 @@ def connect_sqlite(address: DatabaseAddress, *, must_exist: bool = True) -> sqli
         connection = sqlite3.connect(
             address.conninfo, timeout=SQLITE_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
         )
-        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        load_for_its_tables(connection)  # and see that the file is a database
     except sqlite3.Error as error:
         if connection is not None:
             connection.close()

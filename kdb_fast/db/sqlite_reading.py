@@ -31,6 +31,7 @@ from . import sqlite_connection
 from .address import DatabaseAddress
 from .sqlite_connection import cannot_open, check_sqlite_file
 from .sqlite_errors import primary_code
+from .sqlite_vec import load_for_its_tables
 
 T = TypeVar("T")
 
@@ -164,7 +165,7 @@ def _open(path: str, way: str) -> sqlite3.Connection:
         if way == WITH_ITS_LOG:
             # Alone with the file, SQLite keeps the index of the log in memory.
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        load_for_its_tables(connection)  # and see that the file is a database
     except sqlite3.Error:
         connection.close()
         raise

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 
+HAS_ITS_TABLES = "SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE sql LIKE 'CREATE VIRTUAL TABLE % USING vec0%')"
+
 
 def why_no_sqlite_vec(connection: sqlite3.Connection) -> str:
     """Make sqlite-vec's functions and tables known to this connection; returns why that cannot be done, '' if it was.
@@ -25,3 +27,10 @@ def why_no_sqlite_vec(connection: sqlite3.Connection) -> str:
     except (AttributeError, OSError, sqlite3.Error) as error:
         return f"sqlite-vec cannot be loaded ({error})"
     return ""
+
+
+def load_for_its_tables(connection: sqlite3.Connection) -> None:
+    """Make sqlite-vec known, if that can be done, where the file has tables of it: without it nothing can be asked of
+    them, not even their columns."""
+    if connection.execute(HAS_ITS_TABLES).fetchone()[0]:
+        why_no_sqlite_vec(connection)

@@ -120,10 +120,14 @@ def test_llama_index(database: DatabaseAddress, vectors: dict[str, list[float]])
 def test_sqlite_vec(tmp_path: Path, vectors: dict[str, list[float]], kind: str) -> None:
     file = tmp_path / "notes.db"
     package("sqlite_vec", do="make", file=str(file), texts=TEXTS, vectors=old_vectors(8))
-    command = ["reindex", "--db", f"sqlite:///{file}", "--table", "notes", "--text", "body", "--into", "note_vectors"]
-    receipt = kdb_fast(*command) if kind == "blob" else kdb_fast(*command, "--vec0", **loading_extensions())
-    assert receipt["stored"] == len(TEXTS)
+    database = ["--db", f"sqlite:///{file}"]
+    how = loading_extensions() if kind == "vec0" else {}
+    described = ["--table", "notes", "--text", "body", "--into", "note_vectors", *(["--vec0"] if how else [])]
+    assert kdb_fast("reindex", *described, *database, **how)["stored"] == len(TEXTS)
     assert package("sqlite_vec", do="find", kind=kind, file=str(file), query=QUERY, vectors=vectors)[0] == ANSWER
+    assert kdb_fast("reindex", "note_vectors", *database, **how)["unchanged"] == len(TEXTS)
+    assert kdb_fast("targets", "show", "note_vectors", *database, **how)["rows"] == len(TEXTS)
+    assert "note_vectors" in kdb_fast("targets", "drop", "note_vectors", "--with-vectors", *database, **how)["removed"]
 
 
 def loading_extensions() -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -231,22 +230,21 @@ class TableSource(Source):
         return changed
 
     def _by_cursor(self) -> Iterator[list[tuple[Any, ...]]]:
-        connection, pages = self._reader.connection(), 0
+        connection = self._reader.connection()
         try:
-            with tempfile.TemporaryFile(prefix="kdb-fast-") as kept:
+            with tempfile.TemporaryFile("w+", prefix="kdb-fast-") as kept:
                 with pg_settings.transaction(connection, ONE_READING):
                     # The lock, the look-ups and the writer need a session as well.
                     self._read_first = not self._elsewhere and is_only_session(connection, self._reader.address)
                     connection.execute(f"DECLARE {COPY} NO SCROLL CURSOR FOR {self._query()}".encode(), {})
                     while rows := connection.execute(f"FETCH {self._page_rows} FROM {COPY}", binary=True).fetchall():
                         if self._read_first:
-                            pickle.dump(rows, kept)
-                            pages += 1
+                            print(json.dumps(rows), file=kept)
                         else:
                             yield self._changed(rows)
                 kept.seek(0)
-                for _ in range(pages):
-                    yield self._changed(pickle.load(kept))  # noqa: S301 - our own
+                for page in kept:
+                    yield self._changed([tuple(row) for row in json.loads(page)])
         except Exception as error:
             if pg_errors.kind_of(error) is None:
                 raise

@@ -76,6 +76,8 @@ def find_table(
     ).fetchone()
     if into.lower().startswith("sqlite_"):
         raise SchemaError(f"{storable_key(into)} is a name that SQLite keeps for itself.", remedy="Choose another.")
+    if vec0 and row:
+        load_vec0(connection)
     # What was made with a column for the text keeps it.
     there = columns_of(rows_on(connection, "sqlite"), Target(), [into]).get(into, frozenset())
     refers = source if source is not None and source.kind == "table" and source.schema is None else None
