@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""The tests that need another server, user or Python, or other packages: tools/elsewhere.py [PART]…
+"""The tests that need another server, user or Python, or other packages: tools/elsewhere.py [PART]… [TEST]…
 
 server  the store, the main job and searches by an index on the oldest PostgreSQL and pgvector that a package brings
         (pgserver)
-user    a part of the tests as an ordinary user, where root runs them
+user    a part of the tests as an ordinary user, where root runs them; other ones where they are named (tests/…)
 wheel   a wheel is built, installed in environments of the oldest and the newest Python that is there, and used
 recipes other packages' indexes get the vectors of another model, and the packages find by them
 
@@ -22,6 +22,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def server() -> int:
 # -- another user ------------------------------------------------------------------------------------------
 
 
-def user() -> int:
+def user(tests: Sequence[str] = USER_TESTS) -> int:
     if os.geteuid() != 0:
         say("this is an ordinary user already: all tests have run as one")
         return 0
@@ -96,7 +97,7 @@ def user() -> int:
         if "KDB_FAST_ELSEWHERE" in os.environ:
             say(f"left out: {USER} cannot run {sys.executable}, and what is closed to that user could not be opened")
             return 0
-        command = ["unshare", "--mount", sys.executable, __file__, "user"]
+        command = ["unshare", "--mount", sys.executable, __file__, "user", *tests]
         try:
             with tempfile.TemporaryDirectory(prefix="kdb-fast-tests-") as layers:
                 return subprocess.run(command, env={**os.environ, "KDB_FAST_ELSEWHERE": layers}, check=False).returncode
@@ -119,7 +120,7 @@ def user() -> int:
             "HYPOTHESIS_STORAGE_DIRECTORY": str(home / "hypothesis"),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        return pytest("-p", "no:cacheprovider", *USER_TESTS, env=environment, **as_user(account))
+        return pytest("-p", "no:cacheprovider", *tests, env=environment, **as_user(account))
 
 
 def as_user(account: pwd.struct_passwd) -> dict[str, object]:
@@ -270,8 +271,9 @@ def output(*command: object, check: bool = False) -> str:
 
 
 def main() -> int:
-    parts = {"server": server, "user": user, "wheel": wheel, "recipes": recipes}
-    wanted = sys.argv[1:] or list(parts)
+    tests = [word for word in sys.argv[1:] if word.startswith("tests/")]
+    parts = {"server": server, "user": lambda: user(tests or USER_TESTS), "wheel": wheel, "recipes": recipes}
+    wanted = [word for word in sys.argv[1:] if word not in tests] or (["user"] if tests else list(parts))
     if unknown := [name for name in wanted if name not in parts]:
         say(f"unknown: {' '.join(unknown)}; there are {', '.join(parts)}")
         return 2

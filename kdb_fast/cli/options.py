@@ -145,11 +145,19 @@ class Workers(click.ParamType):  # type: ignore[type-arg]  # not generic before 
     name = "N|all"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        return None if value == "all" else click.INT.convert(value, param, ctx)
+        if str(value).lower() == "all":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"expected a number or all, not {value!r}", param, ctx)
 
 
 workers_option: Option = click.option(
-    "--workers", type=Workers(), help="Embedding processes. Default: all, one for each CPU this process may use."
+    "--workers",
+    type=Workers(),
+    metavar="N|all",
+    help="Embedding processes. Default: all, one for each CPU this process may use, or the cluster has.",
 )
 cluster_option: Option = click.option(
     "--cluster",

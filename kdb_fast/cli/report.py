@@ -87,7 +87,8 @@ def print_receipt(receipt: Receipt, database: str) -> None:
         phases = receipt.phases
         rows.append(("time", f"embedding {phases.embed:.1f} s of worker time, writing {phases.write:.1f} s, "
                              f"index {phases.index:.1f} s"))  # fmt: skip
-        rows.append(("memory", f"{receipt.peak_rss_bytes / 1e6:,.0f} MB at most, all processes together"))
+        here = " of this machine" if receipt.hosts else ""
+        rows.append(("memory", f"{receipt.peak_rss_bytes / 1e6:,.0f} MB at most, all processes{here} together"))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"  {name:<{width}}  {printable(text, NOTE_CHARS)}")

@@ -188,7 +188,7 @@ class Children:
         out_of_memory = exit_code == -signal.SIGKILL and self._oom_kills > before
         how = "was killed because memory ran out" if out_of_memory else describe_exit(exit_code)
         if child.failed is not None:
-            how = child.failed.message
+            how = f"ended with {child.failed.message}"
             known = getattr(errors, child.failed.kind, None)
             if isinstance(known, type) and issubclass(known, KdbFastError):
                 raise known(child.failed.message, remedy=child.failed.remedy)

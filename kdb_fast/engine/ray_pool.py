@@ -41,6 +41,7 @@ class RayPool(Pool):
         spec: Which cluster.
         encoder: The model and how to run it.
         on_hosts: Called with what takes part, in words, whenever that changes.
+        waiting: Called every second until the cluster has said what it has; what it raises ends the wait.
 
     Raises:
         ClusterError: There is no such cluster, or no host of it can embed.
@@ -49,7 +50,12 @@ class RayPool(Pool):
     """
 
     def __init__(
-        self, children: Children, spec: ClusterSpec, encoder: EncoderSpec, on_hosts: Callable[[str], None]
+        self,
+        children: Children,
+        spec: ClusterSpec,
+        encoder: EncoderSpec,
+        on_hosts: Callable[[str], None],
+        waiting: Callable[[], None],
     ) -> None:
         self._children, self._spec, self._encoder, self._on_hosts = children, spec, encoder, on_hosts
         self._slab: Slab | None = None
@@ -63,7 +69,7 @@ class RayPool(Pool):
         self._start_at = 0.0
         self._trouble = ""  # that a person knows of
         self._start()
-        self.survey = self._first_survey()
+        self.survey = self._first_survey(waiting)
         self.workers = min(self.survey.cpus, spec.workers or self.survey.cpus)
 
     def _start(self) -> None:
@@ -77,11 +83,12 @@ class RayPool(Pool):
             variables=driver.VARIABLES,
         )
 
-    def _first_survey(self) -> Survey:
+    def _first_survey(self, waiting: Callable[[], None]) -> Survey:
         """What the cluster has; the child gives up by itself, or is found to hang."""
         child = self._child
         assert child is not None
         while True:
+            waiting()
             ready = set(wait(child.waitables(), CHECK_SECONDS))
             for message in child.receive(ready):
                 if isinstance(message, Survey):

@@ -58,12 +58,14 @@ def with_cluster(
     *,
     shape: Callable[[Survey], SlabShape],
     on_hosts: Callable[[str], None],
+    waiting: Callable[[], None],
 ) -> Engine:
     """The CPUs of a Ray cluster; the writer is a process here as always.
 
     Args:
         shape: Chooses the slots once it is known what the cluster has.
         on_hosts: Called with what takes part, in words, whenever that changes.
+        waiting: Called every second until the cluster has said what it has; what it raises ends the wait.
 
     Raises:
         ClusterError: There is no such cluster, or no host of it can embed.
@@ -74,7 +76,7 @@ def with_cluster(
 
     children = Children()
     try:
-        pool = RayPool(children, cluster, spec, on_hosts)
+        pool = RayPool(children, cluster, spec, on_hosts, waiting)
         with _parts(shape(pool.survey), children) as (slab, _):
             writer = WriterProcess(children, slab, address, run)
             pool.use(slab)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from ..db.address import DatabaseAddress
 from ..embedding.encoder import EncoderSpec
@@ -13,6 +14,7 @@ from ..ipc.row_block import ROW_REASONS, ROW_WORKER_DIED
 from ..ipc.slab import SlabShape
 from ..settings import ReindexOptions, patience_seconds
 from ..stores.base import RunSpec, Store
+from .pipeline import StopRequested
 from .progress import Progress
 from .run_embedding import Embedding
 
@@ -34,9 +36,11 @@ class EngineFactory:
         embedding: Embedding,
         options: ReindexOptions,
         progress: Progress,
+        should_stop: Callable[[], bool],
     ) -> None:
         self._address, self._store, self._run = address, store, run
         self._embedding, self._options, self._progress = embedding, options, progress
+        self._should_stop = should_stop
         self.plan: Plan | None = None
         self.engine: Engine | None = None
         self.seconds = 0.0
@@ -112,6 +116,10 @@ class EngineFactory:
             self._progress.plan(self.plan.describe() + before)
             return self.plan.shape
 
+        def waiting() -> None:
+            if self._should_stop():
+                raise StopRequested
+
         self._progress.step(f"asking the cluster at {cluster}")
         return start.with_cluster(
             ClusterSpec(cluster, str(self._run.number), most, patience_seconds()),
@@ -120,6 +128,7 @@ class EngineFactory:
             self._run,
             shape=shape,
             on_hosts=self._progress.hosts,
+            waiting=waiting,
         )
 
     def _may_be_deadly(self) -> bool:

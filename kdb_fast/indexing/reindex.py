@@ -132,7 +132,7 @@ class _Run:
         self.address, self.store, self.source, self.embedding, self.run = address, store, source, embedding, run
         self.options, self.progress, self.stop, self.started = options, progress, stop, started
         self.begun, self.notes = begun, notes
-        self.engines = EngineFactory(address, store, run, embedding, options, progress)
+        self.engines = EngineFactory(address, store, run, embedding, options, progress, self._should_stop)
         self.heartbeat = Heartbeat(address, run)
         self.pipeline: Pipeline | None = None
 
@@ -169,6 +169,9 @@ class _Run:
             raise KdbFastError(f"The records do not add up: {receipt}. This is a defect of kdb-fast.")
         return receipt
 
+    def _should_stop(self) -> bool:
+        return self.stop.count > 0
+
     def _work(self) -> None:
         options, source = self.options, self.source
         estimate = source.estimate()
@@ -197,7 +200,7 @@ class _Run:
             estimate=estimate,
             index_policy=self.run.indexes,
             progress=self.progress,
-            should_stop=lambda: self.stop.count > 0,
+            should_stop=self._should_stop,
             on_phase=self.heartbeat.note,
         )
         if not options.force and (known := self.store.known_rows(self.run.fingerprint)) is not None:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import signal
+import socket
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -235,6 +236,16 @@ def test_ctrl_c_ends_the_actors_too(make_run: MakeRun, cluster: Cluster, through
     run.go()
     receipt = run.finish(run.start())
     assert receipt["unchanged"] > 0
+
+
+def test_ctrl_c_while_the_cluster_does_not_answer(make_job: MakeJob, sqlite_database: DatabaseAddress) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        command = make_job(sqlite_database, ["a text"]).start("--cluster", address)
+        eventually(lambda: "asking the cluster" in command.err)
+        command.send(signal.SIGINT)
+        assert command.wait() == 130, command.err
+    assert "Stopped on request." in command.err
 
 
 def test_through_rays_client_a_run_is_interrupted_and_killed_and_run_to_the_end(

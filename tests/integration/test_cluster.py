@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,10 +21,11 @@ from kameleon import close_kameleon, open_kameleon
 from servers import ListSource, Oracle, engine_processes, index_rows, mixed_texts, records_of
 
 from kdb_fast.accounting import Counts
+from kdb_fast.cli.demo_docs import records as library_records
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.embedding.models.files import sha256_of
 from kdb_fast.embedding.models.lookup import Model
-from kdb_fast.embedding.precision.support import unsupported
+from kdb_fast.embedding.precision.support import int8_on_openvino, unsupported
 from kdb_fast.engine.cluster import survey
 from kdb_fast.engine.cluster.messages import ClusterSpec
 from kdb_fast.errors import ClusterError, MissingPackageError
@@ -36,6 +39,8 @@ from kdb_fast.sources import SourceSpec
 pytest.importorskip("ray")
 
 pytestmark = pytest.mark.timeout(110)
+
+FULL = os.environ.get("KDB_FAST_CLUSTER_FAULTS") == "full"
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +67,13 @@ def sqlite_database(tmp_path: Path) -> DatabaseAddress:
 
 def run(database: DatabaseAddress, texts: list[str], progress: Progress | None = None, **options: Any) -> Receipt:
     return reindex(database, ListSource(records_of(texts)), ReindexOptions(**options), progress)
+
+
+def notes_of(folder: Path, texts: list[str]) -> SourceSpec:
+    """A file of them: of a precision, a part is read before."""
+    file = folder / "notes.jsonl"
+    file.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
+    return SourceSpec(from_file=str(file), entity="Note")
 
 
 def test_a_cluster_embeds_as_this_machine_does(
@@ -107,9 +119,7 @@ def test_hosts_that_would_give_other_vectors_are_left_out(
     cluster: Cluster, sqlite_database: DatabaseAddress, tmp_path: Path, minilm: Model
 ) -> None:
     """What the lesser CPU gives in fp32 is as good."""
-    file = tmp_path / "notes.jsonl"
-    file.write_text("".join(json.dumps({"id": i, "text": f"note {i}"}) + "\n" for i in range(120)))
-    notes = SourceSpec(from_file=str(file), entity="Note")
+    notes = notes_of(tmp_path, [f"note {i}" for i in range(120)])
     exact = reindex(sqlite_database, notes, ReindexOptions(cluster=cluster.address))
     here = survey.versions(("tokenizers",))["tokenizers"]
     assert f"tokenizers 0.0.1, here {here} (install the same versions)" in exact.plan
@@ -121,6 +131,22 @@ def test_hosts_that_would_give_other_vectors_are_left_out(
     assert "this CPU has no BF16 instructions" in receipt.plan
     assert "1 host of the cluster" in receipt.plan
     assert (exact.stored, receipt.stored) == (120, 120)
+
+
+@pytest.mark.skipif(not FULL, reason="int8 is prepared in the long form only, KDB_FAST_CLUSTER_FAULTS=full")
+@pytest.mark.usefixtures("odd_hosts")
+def test_a_host_that_computes_another_int8_is_left_out(
+    cluster: Cluster, sqlite_database: DatabaseAddress, tmp_path: Path, minilm: Model
+) -> None:
+    if not int8_on_openvino():
+        pytest.skip("this CPU has no VNNI, so what it computes in int8 the lesser one computes too")
+    texts = [f"{record['name']}: {record['summary']}" for record in library_records()][:400]
+    receipt = reindex(
+        sqlite_database, notes_of(tmp_path, texts), ReindexOptions(cluster=cluster.address, precision="int8")
+    )
+    assert "1 host of the cluster" in receipt.plan
+    assert re.search(r"left out: .*this CPU has no (BF16|VNNI) instructions", receipt.plan)
+    assert [host.records for host in receipt.hosts if host.records] == [400]
 
 
 @pytest.mark.filterwarnings("ignore:The default datetime adapter is deprecated:DeprecationWarning")

@@ -188,10 +188,12 @@ def test_a_provider_needs_no_cluster() -> None:
         ReindexOptions(cluster="auto", provider="openai")
 
 
-@pytest.mark.parametrize(("value", "workers"), [("all", None), ("3", 3)])
+@pytest.mark.parametrize(("value", "workers"), [("all", None), ("ALL", None), ("3", 3)])
 def test_workers_are_a_number_or_all(value: str, workers: int | None) -> None:
     command = click.Command("try", params=[click.Option(["--workers"], type=Workers())], callback=lambda **found: found)
     assert command.main(["--workers", value], standalone_mode=False) == {"workers": workers}
+    with pytest.raises(click.BadParameter, match="expected a number or all, not 'three'"):
+        command.main(["--workers", "three"], standalone_mode=False)
 
 
 def test_options_are_frozen() -> None:

@@ -40,10 +40,14 @@ ROWS = 4
 
 
 class Stub:
-    """A cluster on which everything that is asked for is noted, a fleet on it, and a clock."""
+    """A cluster on which everything that is asked for is noted, a fleet on it, and a clock.
+
+    Attributes:
+        head: It says at every turn again which hosts there are.
+    """
 
     def __init__(self, *nodes: Node, workers: int | None = None, memory: int = 64 << 30) -> None:
-        self.now = 1000.0
+        self.now, self.head = 1000.0, True
         self.examined: list[Node] = []
         self.prepared: list[Node] = []
         self.started: list[Actor] = []
@@ -55,7 +59,8 @@ class Stub:
         self.slab = Slab.local(SlabShape(8, ROWS, 2, 4096))
         spec = ClusterSpec("auto", "7", workers, 60.0)
         self.fleet = Fleet(self, spec, 0, clock=lambda: self.now)
-        self.tell(NodesSeen(nodes))
+        self.seen = NodesSeen(nodes)
+        self.tell(self.seen)
         for node in nodes:
             self.join(node, memory)
         self.fleet.begin(self.slab)
@@ -87,11 +92,14 @@ class Stub:
     # -- what happens --
 
     def tell(self, *events: Any) -> None:
+        self.seen = next((event for event in reversed(events) if isinstance(event, NodesSeen)), self.seen)
         self.fleet.happened(events)
 
     def turn(self, seconds: float = 0.0) -> list[tuple[int, int, int]]:
         """Time passes; what is given out then, as (number of the actor, slot, start)."""
         self.now += seconds
+        if self.head:
+            self.tell(self.seen)
         before = len(self.given)
         self.fleet.turn()
         news = self.fleet.news()
@@ -328,3 +336,14 @@ HERE = {"Python": "3.12", "kdb-fast": "0.1.0", "numpy": "2.1"}
 )
 def test_a_host_with_other_versions_is_told_what_differs(there: dict[str, str], reason: str) -> None:
     assert survey.difference(HERE, there) == reason
+
+
+def test_a_head_that_does_not_answer_is_told_once() -> None:
+    stub = Stub(A)
+    stub.head = False
+    stub.turn(fleet_module.HEAD_SECONDS + 1)
+    stub.turn(fleet_module.HEAD_SECONDS + 1)
+    assert stub.notes == ["the head of the cluster has not answered for 10 s; waiting for it"]
+    stub.tell(NodesSeen((A,)))
+    stub.turn()
+    assert stub.notes[1:] == ["the head of the cluster answers again"]

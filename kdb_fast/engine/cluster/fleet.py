@@ -41,6 +41,9 @@ AGAIN_SECONDS = 60.0
 RETRY_SECONDS = 5.0
 """After so long an actor is replaced that was lost with its host, or with the network."""
 
+HEAD_SECONDS = 10.0
+"""A head that has not said for so long which hosts there are is missed: it is asked every two seconds."""
+
 LOOK_SECONDS = 1.0
 """How often hosts and actors are looked after; blocks are given out at every answer."""
 
@@ -72,6 +75,8 @@ class Fleet:
         self._alone_since: float | None = None
         self._last_failure: KdbFastError | None = None
         self._seen = False
+        self._seen_at = clock()
+        self._head_missed = False
 
     # -- before the run --------------------------------------------------------------------------------
 
@@ -155,6 +160,9 @@ class Fleet:
         self.blocks.give_out(now)
 
     def _look_after(self, now: float) -> None:
+        if now - self._seen_at > HEAD_SECONDS and not self._head_missed:
+            self._head_missed = True
+            self._notes.append(f"the head of the cluster has not answered for {HEAD_SECONDS:.0f} s; waiting for it")
         for host in list(self._hosts.values()):
             for actor in list(host.actors):
                 self._check(host, actor, now)
@@ -168,7 +176,10 @@ class Fleet:
     # -- hosts -----------------------------------------------------------------------------------------
 
     def _saw(self, nodes: tuple[Node, ...]) -> None:
-        self._seen = True
+        self._seen, self._seen_at = True, self._clock()
+        if self._head_missed:
+            self._head_missed = False
+            self._notes.append("the head of the cluster answers again")
         there = {node.id for node in nodes}
         for node in nodes:
             known = self._hosts.get(node.id)

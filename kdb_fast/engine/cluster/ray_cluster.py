@@ -120,10 +120,11 @@ def connect(spec: ClusterSpec) -> Any:
         _init_again_and_again(ray, spec)
     except Exception as error:
         # Ray has a class of its own for nearly each reason, and its messages have several lines.
-        said = " ".join(str(error).split())[:300]
+        said = " ".join(str(error).split())[:300].rstrip(".")
+        token = "" if _has_token() else " One that asks for a token needs RAY_AUTH_TOKEN here."
         raise ClusterError(
             f"No Ray cluster answers at {address}: {said or type(error).__name__}.",
-            remedy="Start one (ray start --head), or give its address: --cluster ray://HOST:10001. "
+            remedy=f"Start one (ray start --head), or give its address: --cluster ray://HOST:10001.{token} "
             "What was committed is safe.",
         ) from None
     return ray
