@@ -135,8 +135,7 @@ def test_a_host_that_joins_is_used(make_run: MakeRun, cluster: Cluster) -> None:
     run.go()
     receipt = run.finish(command)
     assert receipt["workers"] == HOSTS + 1
-    if cluster.networks:  # the receipt tells hosts apart by their address
-        assert sum(host["records"] for host in receipt["hosts"]) == receipt["stored"] == 200
+    assert sum(host["records"] for host in receipt["hosts"]) == receipt["stored"] == 200
     (seconds,) = re.findall(r"takes part from now on, with 1 CPU, (\d+) s after it was seen", command.err)
     assert int(seconds) + POLL_SECONDS <= 10
 
@@ -166,8 +165,7 @@ def test_actors_that_are_killed_are_replaced(make_run: MakeRun, cluster: Cluster
     run.go()
     receipt = run.finish(command)
     assert (receipt["stored"], receipt["rejected"]) == (100, 0)
-    if cluster.networks:  # the receipt tells hosts apart by their address
-        assert sum(host["deaths"] for host in receipt["hosts"]) == HOSTS * 2
+    assert sum(host["deaths"] for host in receipt["hosts"]) == HOSTS * 2
 
 
 def test_a_deadly_text_is_found_and_all_others_are_stored(make_run: MakeRun) -> None:
@@ -205,9 +203,8 @@ def test_a_slow_host_does_not_hold_up_the_end(make_run: MakeRun, cluster: Cluste
     command = run.start()
     receipt = run.finish(command)
     assert receipt["stored"] == 60
-    if cluster.networks:  # the receipt tells hosts apart by their address
-        # With no records the host that died may be there, too.
-        assert [n for n in records_by_host(receipt).values() if n] == [60]
+    # With no records the host that died may be there, too.
+    assert [n for n in records_by_host(receipt).values() if n] == [60]
 
 
 def test_the_command_is_killed_and_run_again(make_run: MakeRun, cluster: Cluster, through: str) -> None:
@@ -279,8 +276,7 @@ def test_the_process_that_talks_to_the_cluster_is_killed(make_run: MakeRun, clus
     run.go()
     receipt = run.finish(command)
     assert receipt["stored"] == 100
-    if cluster.networks:  # the receipt tells hosts apart by their address
-        assert sum(host["records"] for host in receipt["hosts"]) == 100
+    assert sum(host["records"] for host in receipt["hosts"]) == 100
 
 
 def test_no_host_is_left(make_run: MakeRun, cluster: Cluster) -> None:

@@ -347,3 +347,14 @@ def test_a_head_that_does_not_answer_is_told_once() -> None:
     stub.tell(NodesSeen((A,)))
     stub.turn()
     assert stub.notes[1:] == ["the head of the cluster answers again"]
+
+
+def test_hosts_of_one_name_are_told_apart() -> None:
+    """A raylet that is started again on its host, or several on one."""
+    stub = Stub(A)
+    again = A._replace(id="a2")
+    stub.tell(NodesSeen((again,)))
+    stub.join(again)
+    stub.turn()
+    assert stub.shares[A.name].left_out == "it has left the cluster"
+    assert stub.shares[f"{A.name} #2"].left_out == ""

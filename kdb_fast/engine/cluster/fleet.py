@@ -7,6 +7,7 @@ without one. Which actor has which block: :mod:`.blocks`.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from ... import errors
@@ -67,6 +68,7 @@ class Fleet:
         self._cluster, self._spec, self._clock = cluster, spec, clock
         self._memory = WORKER_BYTES + memory
         self._hosts: dict[str, Host] = {}
+        self._names: Counter[str] = Counter()
         self._numbers = 0
         self._blocks: Blocks | None = None  # before the slab is there
         self._notes: list[str] = []
@@ -185,7 +187,7 @@ class Fleet:
             known = self._hosts.get(node.id)
             # One that is back after the head had lost it begins anew.
             if node.cpus >= 1 and (known is None or known.state is State.GONE):
-                self._hosts[node.id] = known or Host(node)
+                self._hosts[node.id] = known or Host(self._named(node))
                 self._hosts[node.id].state = State.EXAMINED
                 self._hosts[node.id].joined_at = self._clock() if self._blocks is not None else None
                 self._cluster.examine(node)
@@ -199,6 +201,12 @@ class Fleet:
                 for actor in list(host.actors):
                     self._remove(host, actor, blameless=True)
                 self._changed[host] = None
+
+    def _named(self, node: Node) -> Node:
+        """With a number behind its name where a host had that before: its raylet was started again, say."""
+        self._names[node.name] += 1
+        number = self._names[node.name]
+        return node._replace(name=f"{node.name} #{number}") if number > 1 else node
 
     def _host_said(self, event: HostFit | HostUnfit | HostPrepared) -> None:
         host = self._hosts[event.node.id]
