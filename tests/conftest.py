@@ -35,11 +35,11 @@ def kdb_fast_home() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def minilm(kdb_fast_home: Path) -> Model:
-    """all-MiniLM-L6-v2, fetched on first use."""
-    from kdb_fast.embedding.models.lookup import resolve
+    """all-MiniLM-L6-v2 as this version builds it, fetched on first use."""
+    from kdb_fast.embedding.models.lookup import pull
     from kdb_fast.settings import DEFAULT_MODEL
 
-    return resolve(DEFAULT_MODEL)
+    return pull(DEFAULT_MODEL)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import psutil
 from kdb_fast.embedding.batching import TOKEN_BUDGET
 from kdb_fast.embedding.encoder import Encoder, EncoderSpec
 from kdb_fast.embedding.models.lookup import Model, resolve
-from kdb_fast.embedding.offline import import_fastembed
+from kdb_fast.embedding.offline import import_for
 from kdb_fast.engine.sharding import WINDOW_ROWS, cut_shards
 from kdb_fast.errors import KdbFastError
 from kdb_fast.ipc.slab import BLOB_BYTES, Row
@@ -111,7 +111,7 @@ def _shards(params: dict[str, Any], model: Model) -> list[list[str]]:
 def _child(pipe: Connection, spec: EncoderSpec, cpu: int, shards: list[list[str]], ceiling_seconds: float) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {cpu})
-    import_fastembed()
+    import_for(spec.model)
     encoder = Encoder(spec)
     encoder.self_test()
     out = np.empty((max((len(s) for s in shards), default=1), encoder.dimensions), dtype=np.float32)

@@ -20,7 +20,7 @@ from ..errors import KdbFastError, ModelError, ResourceError
 from ..origins import prefixed
 from ..records import was_cut
 from .batching import TOKEN_BUDGET, pack_batches, plan_batches
-from .loading import is_plain, load_fastembed
+from .loading import is_plain, load_model
 from .models.files import Model
 from .precision.openvino_rows import WIDTH_CLASS, filled_rows
 
@@ -54,7 +54,7 @@ class EncoderSpec:
     ``on_openvino``: by OpenVINO, not by ONNX Runtime.
     ``unquantised_precision`` is what int8 leaves unquantised, attention above all, is computed in: fp32 or bf16.
     ``prefix`` is put in front of each text: it is read with it, and counted in its tokens.
-    ``once``: for one text, see :func:`.loading.load_fastembed`.
+    ``once``: for one text, see :func:`.loading.load_model`.
     """
 
     model: Model
@@ -106,7 +106,7 @@ class Encoder:
         self.max_tokens = spec.model.max_tokens
         with _explained(spec.model, "cannot be loaded"):
             # Where another file is run, ONNX Runtime need not load the model's own: 100 MB and 0.3 s.
-            self._inner = load_fastembed(spec.model, spec.threads, lazy=spec.precision != "fp32", once=spec.once)
+            self._inner = load_model(spec.model, spec.threads, lazy=spec.precision != "fp32", once=spec.once)
         self._backend: _Backend
         if spec.precision != "fp32":
             self._backend = _lower(self._inner, spec)
@@ -206,7 +206,7 @@ class _OnnxBackend(_Backend):
         self._width_class = width_class
         self._inputs = {node.name for node in self._session.get_inputs()}
         self._inner = inner
-        self._mean = type(inner).__name__ == "PooledNormalizedEmbedding"
+        self._mean = type(inner).__name__ in ("BuiltModel", "PooledNormalizedEmbedding")
 
     def encode(self, texts: Sequence[str], out: Matrix, spec: EncoderSpec, *, ragged: bool = False) -> Tally:
         ids, truncated, lost_chars = self._tokenise(texts, spec.model.max_tokens)
@@ -355,13 +355,10 @@ def mean_pool(hidden: npt.NDArray[np.float32], mask: Tokens) -> Matrix:
 
 
 def _lower(inner: Any, spec: EncoderSpec) -> _OnnxBackend:
-    from fastembed.common.preprocessor_utils import load_tokenizer
-
     if not is_plain(inner):
         raise ModelError(
             f"{spec.model.name} is no plain transformer, so it has no lower precision.", remedy="Use --precision fp32."
         )
-    inner.tokenizer, inner.special_token_to_id = load_tokenizer(model_dir=spec.model.path)
     path = spec.prepared or spec.model.path / spec.model.model_file
     if not spec.on_openvino:
         from .precision.onnx_session import open_session

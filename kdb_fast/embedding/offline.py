@@ -14,7 +14,10 @@ import logging
 import sys
 import types
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from .models.files import Model
 
 DOWNLOADS = ("huggingface_hub", "requests")
 OTHER_KINDS = tuple(
@@ -77,6 +80,12 @@ def import_whole_fastembed() -> None:
             del sys.modules[name]
         _partial = False
     import fastembed  # noqa: F401
+
+
+def import_for(model: Model) -> None:
+    """Import FastEmbed as :func:`import_fastembed`, unless this model is loaded without it."""
+    if not model.source:
+        import_fastembed()
 
 
 def import_fastembed() -> None:

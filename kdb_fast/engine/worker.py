@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ..embedding.encoder import Encoder, EncoderSpec, Tally, is_memory_error, memory_ran_out
-from ..embedding.offline import import_fastembed
+from ..embedding.offline import import_for
 from ..errors import ModelError
 from ..faults import fault
 from ..ipc.child import enter_child
@@ -40,7 +40,7 @@ def run(connection: Connection, slab: SlabHandle, spec: EncoderSpec, cpu: int | 
     try:
         fault("worker.start")
         attached = slab.attach()
-        import_fastembed()
+        import_for(spec.model)
         encoder = Encoder(spec)
         encoder.self_test()
         fault("worker.ready")

@@ -39,7 +39,7 @@ class QueryAhead:
         with contextlib.suppress(KdbFastError, OSError):
             if model_path is not None or find(model or DEFAULT_MODEL):
                 pool = ThreadPoolExecutor(1, "kdb-fast-model")
-                self._verifying = pool.submit(resolve, model or DEFAULT_MODEL, model_path)
+                self._verifying = pool.submit(resolve, model or DEFAULT_MODEL, model_path, once=True)
                 pool.shutdown(wait=False)
 
     def embed(self, query: str, likely: Future[IndexModel | None]) -> tuple[Vector, Maker] | None:
@@ -47,19 +47,20 @@ class QueryAhead:
 
         None if not, and where something is wrong with the model: whoever needs it will say so.
         """
-        from ..embedding.offline import import_fastembed, import_libraries
+        from ..embedding.offline import import_for, import_libraries
 
         import_libraries()
         from . import retrieval  # noqa: F401
 
         if self._verifying is None:
             return None
-        import_fastembed()
         from ..embedding import encoder  # noqa: F401
 
         provider, name = chosen(likely.result(), self._provider, self._model, self._path, None)
         if provider != "fastembed" or not same_name(name or DEFAULT_MODEL, self._model or DEFAULT_MODEL):
             return None
         with contextlib.suppress(KdbFastError):
-            return embedded(query, self._verifying.result())
+            model = self._verifying.result()
+            import_for(model)
+            return embedded(query, model)
         return None

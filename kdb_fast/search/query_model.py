@@ -123,7 +123,7 @@ def _not_to_be_had(origins: list[Origin]) -> dict[Origin, KdbFastError]:
     for origin in origins:
         if _serves("fastembed", IndexModel.of(origin)):
             try:
-                resolve(origin.model or "")
+                resolve(origin.model or "", once=True)
             except KdbFastError as error:
                 failed[origin] = error
     return failed
@@ -164,7 +164,7 @@ def embed_query(
     from ..embedding.models.lookup import resolve
 
     try:
-        found = resolve(name or DEFAULT_MODEL, model_path)
+        found = resolve(name or DEFAULT_MODEL, model_path, once=True)
     except ModelError as error:
         if name and made and name == made.name:
             error.remedy += " If a server made this index's vectors, give its address: --base-url, or OPENAI_BASE_URL."

@@ -34,7 +34,7 @@ class StubActor(actor.EmbeddingActor):
     def __init__(self, spec: EncoderSpec) -> None:
         os.environ[MARK] = os.environ[FOLDER]
         actor.Encoder = poison_worker.StubEncoder  # type: ignore[attr-defined, assignment]
-        actor.import_fastembed = lambda: None  # type: ignore[attr-defined]
+        actor.import_for = lambda model: None  # type: ignore[attr-defined]
         super().__init__(spec)
 
 

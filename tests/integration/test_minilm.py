@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from kdb_fast.embedding.encoder import Encoder, EncoderSpec
 from kdb_fast.embedding.models.lookup import Model, installed, resolve, verify
+from kdb_fast.errors import ModelError
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "minilm.json").read_text(encoding="utf-8"))
 TEXTS: list[str] = REFERENCE["texts"]
@@ -78,6 +80,43 @@ def test_installed_model_is_found_complete_and_verified(minilm: Model) -> None:
     assert minilm in installed()
     assert resolve(minilm.name.upper()) == minilm
     assert resolve(minilm.name, minilm.path).fingerprint() == minilm.fingerprint()
+
+
+def test_one_text_needs_neither_the_tables_nor_their_sum(minilm: Model, tmp_path: Path) -> None:
+    copied = tmp_path / "model"
+    shutil.copytree(minilm.path, copied, ignore=shutil.ignore_patterns("*_tables"))
+    (copied / "model.onnx_tables").write_bytes(b"damaged")
+    plain = resolve(minilm.name, copied, once=True)
+    assert plain.fingerprint() == minilm.fingerprint()
+    tables, without = (Encoder(EncoderSpec(model, 1, once=True)) for model in (minilm, plain))
+    assert np.abs(tables.embed(TEXTS) - without.embed(TEXTS)).max() < 1e-6
+    with pytest.raises(ModelError, match=r"model\.onnx_tables .* is damaged"):
+        resolve(minilm.name, copied)
+    with (copied / "model.onnx_data").open("r+b") as file:
+        file.write(b"damaged")
+    with pytest.raises(ModelError, match=r"model\.onnx_data .* is damaged"):
+        resolve(minilm.name, copied, once=True)
+
+
+def test_a_built_model_is_loaded_as_fastembed_does(minilm: Model, encoder: Encoder, embedding: Any) -> None:
+    texts = [*TEXTS, "", "\x00 \u200b [MASK] [PAD]", "word " * 600]
+    theirs = embedding.model.tokenizer
+    assert encoder.token_ids(texts) == [theirs.encode(text).ids for text in texts]
+    assert np.abs(encoder.embed(texts) - np.array(list(embedding.embed(texts)))).max() < 1e-6
+
+
+def test_a_built_model_needs_no_fastembed(minilm: Model) -> None:
+    code = """
+import sys
+from kdb_fast.search.query_model import embedded
+from kdb_fast.embedding.models.lookup import resolve
+
+vector, maker = embedded("The quick brown fox", resolve(sys.argv[1], once=True))
+print("fastembed" in sys.modules, len(vector))
+"""
+    command = [sys.executable, "-c", code, minilm.name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["False", "384"]
 
 
 def test_worker_needs_nothing_of_what_fastembed_imports_for_downloads(minilm: Model) -> None:

@@ -122,6 +122,17 @@ def test_fingerprint_of_a_built_graph_rests_on_its_weights_and_not_on_the_onnx_p
     assert replace(built, source=(("weights", "dd"), ("graph", "1"))).fingerprint() != built.fingerprint()
 
 
+def test_plain_model_is_the_same_with_less_to_read() -> None:
+    names = ("model.onnx", "model.onnx_plain", "model.onnx_data", "model.onnx_tables", "tokenizer.json")
+    built = replace(example(), files=tuple((name, "aa") for name in names), source=(("weights", "cc"), ("graph", "1")))
+    plain = built.plain()
+    assert plain.model_file == "model.onnx_plain"
+    assert [name for name, _ in plain.files] == ["model.onnx_plain", "model.onnx_data", "tokenizer.json"]
+    assert plain.fingerprint() == built.fingerprint()
+    assert plain.plain() == plain
+    assert example().plain() == example(), "it has none"
+
+
 def test_model_survives_the_way_to_another_process() -> None:
     assert pickle.loads(pickle.dumps(example())) == example()
 
@@ -599,21 +610,28 @@ def test_graph_is_valid_and_has_the_same_bytes_each_time(tmp_path: Path) -> None
 
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        minilm_graph.write_graph(SmallWeights(), tmp_path / name / "model.onnx")
-    onnx.checker.check_model(tmp_path / "a" / "model.onnx", full_check=True)
-    beside = ["model.onnx_data", "model.onnx_tables"]
-    for name in ("model.onnx", *beside):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert onnx_files.external_files(tmp_path / "a", "model.onnx") == beside
+        minilm_graph.write_graphs(SmallWeights(), tmp_path / name / "model.onnx")
+    for graph, beside in (
+        ("model.onnx", ["model.onnx_data", "model.onnx_tables"]),
+        ("model.onnx_plain", ["model.onnx_data"]),
+    ):
+        onnx.checker.check_model(tmp_path / "a" / graph, full_check=True)
+        for name in (graph, *beside):
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        assert onnx_files.external_files(tmp_path / "a", graph) == beside
 
 
 def test_data_can_be_mapped_and_does_not_overlap(tmp_path: Path) -> None:
     import onnx
 
-    minilm_graph.write_graph(SmallWeights(), tmp_path / "model.onnx")
-    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
-    places = [{e.key: e.value for e in tensor.external_data} for tensor in graph.initializer if tensor.external_data]
-    for name, count in (("model.onnx_data", 41), ("model.onnx_tables", 6)):
+    minilm_graph.write_graphs(SmallWeights(), tmp_path / "model.onnx")
+    for file, name, count in (
+        ("model.onnx", "model.onnx_data", 41),
+        ("model.onnx", "model.onnx_tables", 6),
+        ("model.onnx_plain", "model.onnx_data", 44),
+    ):
+        graph = onnx.load(tmp_path / file, load_external_data=False).graph
+        places = [{e.key: e.value for e in t.external_data} for t in graph.initializer if t.external_data]
         spans = sorted((int(p["offset"]), int(p["length"])) for p in places if p["location"] == name)
         assert len(spans) == count
         assert all(offset % 65_536 == 0 for offset, _ in spans)
@@ -627,7 +645,7 @@ def test_what_the_first_layer_looks_up_is_the_product_of_the_norm(tmp_path: Path
     from onnx import numpy_helper
 
     weights = SmallWeights()
-    minilm_graph.write_graph(weights, tmp_path / "model.onnx")
+    minilm_graph.write_graphs(weights, tmp_path / "model.onnx")
     graph = onnx.load(tmp_path / "model.onnx").graph
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     name = f"encoder.layer.0.attention.self.{part}"
@@ -648,13 +666,14 @@ def test_what_the_first_layer_looks_up_is_the_product_of_the_norm(tmp_path: Path
 
 def test_weights_without_a_tensor_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no tensor 'embeddings\.word_embeddings\.weight'"):
-        minilm_graph.write_graph({}, tmp_path / "model.onnx")
+        minilm_graph.write_graphs({}, tmp_path / "model.onnx")
 
 
 @pytest.mark.usefixtures("home")
 def test_graph_of_another_version_is_used_but_pull_replaces_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def older(entry: Any, work: Path, report: Any) -> tuple[tuple[str, str], ...]:
         write_model(work)
+        (work / "model_optimized.onnx_plain").write_bytes(ONNX_FILE)
         return (("weights", "aa"), ("graph", version))
 
     version = "0"
@@ -667,3 +686,22 @@ def test_graph_of_another_version_is_used_but_pull_replaces_it(monkeypatch: pyte
     assert "built by another version of kdb-fast. Fetching it again." in lines[0]
     assert second.fingerprint() != first.fingerprint()
     assert models.resolve(BGE) == models.pull(BGE) == second
+
+
+@pytest.mark.usefixtures("home")
+def test_a_built_model_without_its_plain_graph_is_used_but_pull_replaces_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(entry: Any, work: Path, report: Any) -> tuple[tuple[str, str], ...]:
+        write_model(work)
+        if whole:
+            (work / "model_optimized.onnx_plain").write_bytes(ONNX_FILE)
+        return (("weights", "aa"), ("graph", minilm_graph.GRAPH_VERSION))
+
+    whole = False
+    monkeypatch.setattr(model_fetching, "_obtain", build)
+    first = models.pull(BGE)
+    assert models.resolve(BGE, once=True) == models.resolve(BGE) == first
+    whole = True
+    second = models.pull(BGE)
+    assert models.resolve(BGE) == second
+    assert models.resolve(BGE, once=True) == second.plain() != second
+    assert second.fingerprint() == first.fingerprint()

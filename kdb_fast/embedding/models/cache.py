@@ -54,8 +54,8 @@ def find(name: str) -> Path | None:
     return next((path for path in directories() if path.name.lower() == wanted), None)
 
 
-def load(directory: Path) -> Model:
-    """The model in a directory of the cache, verified."""
+def load(directory: Path, *, once: bool = False) -> Model:
+    """The model in a directory of the cache, verified; ``once`` as in :func:`.lookup.resolve`."""
     check_private(directory)
     model, written_by = read_manifest(directory)
     if directory_name(model.name) != directory.name:
@@ -63,12 +63,15 @@ def load(directory: Path) -> Model:
             f"{directory} holds the model {model.name}; expected it to be named {directory_name(model.name)}.",
             remedy="Remove or rename the directory.",
         )
+    model = model.plain() if once else model
     verify(model)
     return follow_catalogue(model, written_by)
 
 
 def follow_catalogue(model: Model, written_by: str) -> Model:
     """Take over what another version of FastEmbed says of the model: versions have changed a model's pooling."""
+    if model.source:
+        return model  # built and loaded by ourselves
     from importlib.metadata import version  # here, where FastEmbed has most likely imported it already
 
     current = version("fastembed")

@@ -61,7 +61,7 @@ def fetch(name: str, report: Callable[[str], None]) -> Model:
 def _load_current(directory: Path) -> Model:
     """The model in a directory of the cache; a graph that this version would build differently counts as damaged."""
     model = load(directory)
-    if dict(model.source).get("graph", minilm_graph.GRAPH_VERSION) != minilm_graph.GRAPH_VERSION:
+    if model.source and (("graph", minilm_graph.GRAPH_VERSION) not in model.source or model.plain() == model):
         raise ModelError(f"{model.name} was built by another version of kdb-fast.", remedy=pull_remedy(model.name))
     return model
 

@@ -43,13 +43,16 @@ class SupportedModel(NamedTuple):
     installed: bool
 
 
-def resolve(name: str, model_path: Path | None = None, *, report: Report = lambda line: None) -> Model:
+def resolve(
+    name: str, model_path: Path | None = None, *, once: bool = False, report: Report = lambda line: None
+) -> Model:
     """The model ``name``, complete and verified; fetched first where it is not in the cache.
 
     Args:
         name: FastEmbed's name, in any case.
         model_path: Directory to use instead of the cache. It must hold the files that FastEmbed expects for
             ``name``; their sums are compared if a manifest of kdb-fast lies beside them.
+        once: For one text: only what that needs is verified, see :meth:`Model.plain`.
         report: Called with one line for each step that takes time.
 
     Raises:
@@ -57,9 +60,12 @@ def resolve(name: str, model_path: Path | None = None, *, report: Report = lambd
     """
     with _os_errors_named(name):
         if model_path is not None:
-            return _from_directory(name, absolute_path(model_path))
+            return _from_directory(name, absolute_path(model_path), once)
         directory = find(name)
-        return load(directory) if directory else _fetched(name, report)
+        if directory:
+            return load(directory, once=once)
+        fetched = _fetched(name, report)
+        return fetched.plain() if once else fetched
 
 
 def pull(name: str, report: Report = lambda line: None) -> Model:
@@ -113,7 +119,7 @@ def _os_errors_named(name: str) -> Iterator[None]:
         ) from None
 
 
-def _from_directory(name: str, path: Path) -> Model:
+def _from_directory(name: str, path: Path, once: bool) -> Model:
     if not path.is_dir():
         raise ModelError(f"--model-path {path} is not a directory.", remedy="Give the directory with the ONNX file.")
     if not (path / MANIFEST).exists():
@@ -121,5 +127,6 @@ def _from_directory(name: str, path: Path) -> Model:
     model, written_by = read_manifest(path)
     if model.name.lower() != name.lower():
         raise ModelError(f"{path} holds the model {model.name}, not {name}.", remedy=f"Add: --model {model.name}")
+    model = model.plain() if once else model
     verify(model)
     return follow_catalogue(model, written_by)

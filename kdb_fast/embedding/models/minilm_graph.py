@@ -1,12 +1,13 @@
-"""The encoder of all-MiniLM-L6-v2 as an ONNX graph, built from the published weights.
+"""The encoder of all-MiniLM-L6-v2 as ONNX graphs, built from the published weights.
 
-It is the plain graph that an exporter would write, but for one thing: the first layer looks its queries, keys and
-values up. They are linear in the sum of a word's and a position's embedding, up to the layer norm's scale of that one
-token. So the product with the weights is taken here, once for each of the 30,522 words and 512 positions, instead of
-for every token of every text: 3 of 72 products with 384 × 384 weights go away (a feed-forward part counts as 8). The
-tables take 143 MB of disk; processes share the pages that they touch. Measured with ONNX Runtime 1.32 on an AMD EPYC
-(Zen 4), one thread, 40 interleaved runs, median of paired ratios of the time: 0.969 (32 texts × 16 tokens), 0.975
-(9 × 52), 0.977 (4 × 128), 0.968 (1 × 512); vectors differ by up to 1e-7.
+The plain one is what an exporter would write. The other, which embeds tables, differs in one thing: the first layer
+looks its queries, keys and values up. They are linear in the sum of a word's and a position's embedding, up to the
+layer norm's scale of that one token. So the product with the weights is taken here, once for each of the 30,522 words
+and 512 positions, instead of for every token of every text: 3 of 72 products with 384 × 384 weights go away (a
+feed-forward part counts as 8). The tables take 143 MB of disk; processes share the pages that they touch. Measured with
+ONNX Runtime 1.32 on an AMD EPYC (Zen 4), one thread, 40 interleaved runs, median of paired ratios of the time: 0.969
+(32 texts × 16 tokens), 0.975 (9 × 52), 0.977 (4 × 128), 0.968 (1 × 512); vectors differ by up to 1e-7. A query, which
+must verify what it loads, is embedded by the plain one.
 
 ONNX Runtime fuses bias + GELU and the scaled product of queries and keys by itself. Tried and left out (the same
 measure, above 1 is slower): queries, keys and values in one 384 × 1152 product 1.007; tokens flattened to two
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ...errors import ModelError
+from .files import DATA, PLAIN, TABLES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,12 +55,13 @@ EMBEDDINGS = "embeddings"
 PARTS = ("query", "key", "value")
 
 
-def write_graph(weights: Mapping[str, NDArray[np.float32]], path: Path) -> None:
-    """Write the encoder to ``path``, its large tensors to ``path_data``, the first layer's to ``path_tables``.
+def write_graphs(weights: Mapping[str, NDArray[np.float32]], path: Path) -> None:
+    """Write the encoder to ``path``, and the plain one to ``path_plain``.
 
-    Runtimes map those files into memory instead of copying them, so all processes share them: 30 to 50 MB less a
-    worker than with the tensors inside. There are two so that two cores can verify them. The same weights and the same
-    ``onnx`` package give the same graph; the tables may differ in the last bit where NumPy's products do.
+    Large tensors are in ``path_data``, which both read, but for the tables, which are in ``path_tables``. Runtimes map
+    those files into memory instead of copying them, so all processes share them: 30 to 50 MB less a worker than with
+    the tensors inside. The same weights and the same ``onnx`` package give the same graphs; the tables may differ in
+    the last bit where NumPy's products do.
 
     Inputs ``input_ids``, ``attention_mask``: int64 [batch, sequence], sequence up to 512. All tokens are of the first
     segment, as the model was trained. Output ``last_hidden_state``: float32 [batch, sequence, 384].
@@ -71,10 +74,12 @@ def write_graph(weights: Mapping[str, NDArray[np.float32]], path: Path) -> None:
         ModelError: A tensor is missing.
         OSError: A file cannot be written.
     """
-    data, tables = (path.with_name(path.name + suffix) for suffix in ("_data", "_tables"))
+    plain, data, tables = (path.with_name(path.name + suffix) for suffix in (PLAIN, DATA, TABLES))
+    written: dict[str, Any] = {}
     try:
         with data.open("wb") as data_file, tables.open("wb") as tables_file:
-            path.write_bytes(_GraphBuilder(weights, data_file, tables_file).build())
+            plain.write_bytes(_GraphBuilder(weights, written, data_file, None).build())
+            path.write_bytes(_GraphBuilder(weights, written, data_file, tables_file).build())
     except KeyError as error:
         raise ModelError(
             f"The weights of all-MiniLM-L6-v2 hold no tensor {error}.", remedy="Fetch the model again."
@@ -82,10 +87,19 @@ def write_graph(weights: Mapping[str, NDArray[np.float32]], path: Path) -> None:
 
 
 class _GraphBuilder:
-    """Adds nodes in the order of the computation; every method returns the name of its result."""
+    """Adds nodes in the order of the computation; every method returns the name of its result.
 
-    def __init__(self, weights: Mapping[str, NDArray[np.float32]], data: BinaryIO, tables: BinaryIO) -> None:
-        self.weights = weights
+    ``written`` are the tensors that lie in files, by name; ``tables`` is None for the plain graph.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, NDArray[np.float32]],
+        written: dict[str, Any],
+        data: BinaryIO,
+        tables: BinaryIO | None,
+    ) -> None:
+        self.weights, self.written = weights, written
         self.data, self.tables = data, tables
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
@@ -111,7 +125,7 @@ class _GraphBuilder:
         state, projected = self.embeddings()
         for layer in range(LAYERS):
             prefix = f"encoder.layer.{layer}"
-            if layer:
+            if layer or not projected:
                 projected = [self.dense(state, f"{prefix}.attention.self.{part}") for part in PARTS]
             attended = self.dense(self.attention(projected, mask), f"{prefix}.attention.output.dense")
             state = self.norm(self.op("Add", attended, state), f"{prefix}.attention.output.LayerNorm")
@@ -135,7 +149,7 @@ class _GraphBuilder:
         return bytes(model.SerializeToString(deterministic=True))
 
     def embeddings(self) -> tuple[str, list[str]]:
-        """The first layer's input, and its queries, keys and values."""
+        """The first layer's input, and its queries, keys and values if they are looked up."""
         import numpy as np
 
         words = self.weights["embeddings.word_embeddings.weight"]
@@ -151,6 +165,8 @@ class _GraphBuilder:
         norm = "embeddings.LayerNorm"
         scale, bias = self.weights[f"{norm}.weight"], self.weights[f"{norm}.bias"]
         state = self.norm(looked_up(EMBEDDINGS, words, positions, self.data), norm)
+        if self.tables is None:
+            return state, []
         inverse_deviation = f"{norm}.inverse_deviation"  # [batch, sequence, 1]
         self.nodes[-1].output.extend([f"{norm}.mean", inverse_deviation])
 
@@ -210,12 +226,16 @@ class _GraphBuilder:
         import numpy as np
         from onnx import TensorProto
 
+        if name in self.written:
+            self.initializers.append(self.written[name])
+            return name
         array = np.ascontiguousarray(np.asarray(values, dtype)).reshape(np.shape(values))
         tensor = TensorProto(name=name, dims=array.shape)
         tensor.data_type = TensorProto.FLOAT if dtype == "<f4" else TensorProto.INT64
         if array.size <= SMALL:
             tensor.raw_data = array.tobytes()
         else:
+            self.written[name] = tensor
             file = file or self.data
             offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
             file.seek(offset)

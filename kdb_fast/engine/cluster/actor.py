@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...embedding.encoder import Encoder, EncoderSpec
-from ...embedding.offline import import_fastembed
+from ...embedding.offline import import_for
 from ...embedding.precision.support import missing_for
 from ...ipc.messages import Embed, Embedded, Failed
 from ...ipc.row_block import HASH_BYTES, ROW_OK, RowBlock
@@ -75,7 +75,7 @@ class EmbeddingActor:
         collect_rarely()
         self._failed: Failed | None = None
         try:
-            import_fastembed()
+            import_for(spec.model)
             self._encoder = Encoder(spec)
             self._encoder.self_test()
         except Exception as error:
