@@ -165,6 +165,11 @@ def raw(outcomes: Iterable[Outcome]) -> dict[str, Any]:
 
 
 def _clean() -> dict[str, str]:
-    """The environment without settings that would tune one contender and not another."""
-    tuning = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "KDB_FAST_FAULT")
+    """The environment without settings that would tune one contender and not another.
+
+    Without one that has each process compile every module again, too: installed packages come compiled.
+    """
+    tuning = (
+        "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "KDB_FAST_FAULT", "PYTHONDONTWRITEBYTECODE"
+    )  # fmt: skip
     return {name: value for name, value in os.environ.items() if name not in tuning}
