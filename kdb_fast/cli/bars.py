@@ -45,7 +45,7 @@ class Estimate:
 
     def seconds_left(self, counts: Counts) -> float | None:
         """Tokens left ÷ tokens a second. The tokens of a record not yet embedded are taken as the mean of those
-        embedded, for the share of records that had to be embedded so far."""
+        embedded, for the share of records that had to be embedded so far: a text seen before has its vector already."""
         tokens_rate, records_rate = self.rates()
         embedded = counts.stored
         if self.records is None or not counts.read:
@@ -53,7 +53,7 @@ class Estimate:
         left = max(0, self.records - counts.accounted)
         if not embedded or not tokens_rate:
             return left / records_rate if records_rate else None
-        share = (counts.read - counts.unchanged - counts.reused - counts.rejected) / counts.read
+        share = (counts.read - counts.unchanged - counts.rejected) / counts.read * embedded / (embedded + counts.reused)
         return left * share * (counts.tokens / max(1, counts.stored)) / tokens_rate
 
 

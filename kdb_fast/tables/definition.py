@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from dataclasses import replace as changed
 from typing import Any, Self
 
 from ..errors import SchemaError
-from ..records import storable_key
+from ..records import shell_word, storable_key
 from .target import Target
+
+SQLITE_FORMS = ("blob", "json", "vec0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,8 @@ class Definition:
         text: Columns, or SQL expressions over the columns, that are embedded; () where ``template`` says it.
         template: Text with names of columns in braces; '' for the texts with a blank line between.
         vector: Name of the column of the vectors: one of ``table``'s, or of ``into``'s.
-        form: How SQLite keeps a vector: ``blob``, ``json`` or ``vec0``; '' in PostgreSQL.
+        form: How SQLite keeps a vector: ``blob``, ``json`` or ``vec0``; in PostgreSQL the column's type, ``vector`` or
+            ``halfvec``. '' before the first run.
         into_schema: Of the table of vectors beside the table; None on SQLite and without one.
         into: The table of vectors beside the table; '' where the vectors go into a column of ``table``.
         chunk: Tokens of a piece that a long text is cut into; 0 for whole texts.
@@ -95,7 +99,7 @@ class Definition:
     def identity(self) -> str:
         """Under which its runs and rejects are kept: the place itself, so that no other name leads to it beside."""
         name = self.written if self.into else f"{self.written}.{self.vector}"
-        return name.lower() if self.form else name  # SQLite compares names without case
+        return name.lower() if self.form in SQLITE_FORMS else name  # SQLite compares names without case
 
     @property
     def read(self) -> str:
@@ -107,6 +111,26 @@ class Definition:
         """What is read and written, for a message."""
         column = storable_key(self.vector)
         return f"{self.written} of {self.read}" if self.into else f"the column {column} of {self.written}"
+
+    def of_type(self, type: str, *, replace: bool) -> Self:
+        """The same with the type that its column has.
+
+        Args:
+            type: As :class:`.column_target.VectorColumn` has it.
+            replace: All its vectors are written again.
+
+        Raises:
+            SchemaError: It had another one: the vectors were rounded, so that no hash tells them as ours any more.
+        """
+        form = type.rpartition(".")[2].partition("(")[0]
+        if self.form not in ("", form) and not self.into and not replace:
+            raise SchemaError(
+                f"{self.place_shown} was of type {self.form} and is of type {form}, so its vectors are not those that "
+                "were written.",
+                remedy="To write all of them again, also those of other programs: kdb-fast reindex "
+                f"{shell_word(self.name)} --replace.",
+            )
+        return changed(self, form=form)
 
     def as_json(self) -> str:
         """As ``kdb_fast_targets`` keeps it."""

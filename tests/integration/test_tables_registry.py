@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -358,3 +359,19 @@ def test_who_reads_kameleondbs_index_needs_no_right_on_targets(
     assert f"GRANT SELECT ON public.kdb_fast_articles_state, public.kdb_fast_targets TO {role_name(role)};" in line
     line = table.run("reindex", *DESCRIBED, db=role, code=4)
     assert f"GRANT SELECT, INSERT, UPDATE, DELETE ON public.kdb_fast_targets TO {role_name(role)};" in line
+
+
+def test_a_column_of_another_type_is_named(commands: Commands, database: DatabaseAddress) -> None:
+    """Its vectors were rounded: by their hashes none is ours any more."""
+    table = Table(commands, database)
+    table.add(1, "one", "two")
+    table.run("reindex", *DESCRIBED)
+    execute(database, "ALTER TABLE articles ALTER embedding TYPE halfvec(384)")
+    line = table.run("reindex", "articles", code=4)
+    assert "articles.embedding was of type vector and is of type halfvec" in line
+    assert re.search("kdb-fast reindex (--db [^ ]+ )?articles --replace", line)
+    assert table.json("reindex", "articles", "--replace")["stored"] == 2
+    assert table.json("reindex", "articles")["unchanged"] == 2
+    execute(database, "ALTER TABLE articles ALTER embedding TYPE halfvec")
+    assert table.json("reindex", "articles")["unchanged"] == 2, "without a length it holds the same"
+    commands.clear()

@@ -100,6 +100,15 @@ def test_time_left_expects_as_many_unchanged_records_as_so_far() -> None:
     assert estimate.seconds_left(counts) == pytest.approx(650 * 0.5 * 100 / 1000)
 
 
+def test_time_left_expects_as_many_equal_texts_as_so_far() -> None:
+    estimate = Estimate(25_000)
+    estimate.take(Counts(), 0.0)
+    # All have been read; each third text was a new one of those that are done.
+    counts = Counts(read=25_000, stored=1000, reused=2000, tokens=10_000)
+    estimate.take(counts, 10.0)
+    assert estimate.seconds_left(counts) == pytest.approx(22_000 / 3 * 10 / 1000)
+
+
 def test_time_left_of_a_run_that_embeds_nothing_is_reckoned_in_records() -> None:
     estimate = Estimate(1000)
     estimate.take(Counts(), 0.0)
