@@ -9,9 +9,11 @@ import psycopg
 import pytest
 from commands import Commands, MakeJob
 from pooler import pooler
+from search_engines import Words
 from servers import connect_as, execute
 from table_commands import DESCRIBED, INTO, Table
 
+from kdb_fast import DatabaseError, SearchEngine
 from kdb_fast.db.address import DatabaseAddress
 
 LEFT_BEHIND = (
@@ -116,6 +118,17 @@ def test_a_pooler_with_too_few_sessions_is_named(database: DatabaseAddress, make
         run = job.start(KDB_FAST_SILENCE="0.5", KDB_FAST_PATIENCE="1")
         assert run.wait() == 5
         assert "a pooler in front of it has none left" in run.err
+
+
+def test_a_pooler_with_too_few_sessions_for_a_search_is_named(
+    database: DatabaseAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDB_FAST_SILENCE", "0.5")
+    execute(database, "CREATE EXTENSION vector")
+    with pooler(database, "session", 2) as address, SearchEngine(address, Words()) as engine:
+        engine.index_record("Note", "1", "one two")
+        with pytest.raises(DatabaseError, match="a pooler in front of it has none left"):
+            engine.search("two")
 
 
 def test_a_pooler_takes_no_options(database: DatabaseAddress, make_job: MakeJob) -> None:
