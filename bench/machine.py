@@ -29,6 +29,9 @@ PACKAGES = ("kdb-fast", "fastembed", "onnxruntime", "tokenizers", "numpy", "psyc
 PLAYED = "AVX2_ONLY_PLACES"
 """Environment variable of ``tools/avx2_only.py``, under which the libraries see a CPU with AVX2 only."""
 
+KERNELS = "AVX2 kernels"
+"""The kind under that tool: what was measured there is never written over what a CPU of the kind AVX2 has measured."""
+
 BUSY_LOAD = 0.5
 """Load average from which the machine is called busy."""
 
@@ -59,8 +62,9 @@ def describe() -> dict[str, Any]:
 
 
 def kind(machine: Mapping[str, Any]) -> str:
-    """The kind of its CPU (:data:`kdb_fast.resources.CPU_KINDS`), less what was set aside."""
-    return cpu_kind(machine["flags"])
+    """The kind of its CPU (:data:`kdb_fast.resources.CPU_KINDS`), less what was set aside; KERNELS where the kernels
+    were of that kind and the CPU was not."""
+    return KERNELS if machine.get("played") else cpu_kind(machine["flags"])
 
 
 def lines(machine: dict[str, Any]) -> list[str]:
@@ -73,7 +77,11 @@ def lines(machine: dict[str, Any]) -> list[str]:
         f"Python {machine['python']}; " + ", ".join(f"{n} {v}" for n, v in machine["packages"].items()) + ".",
     ]
     if machine.get("played"):
-        text.append("**Another CPU was played**: AVX2's own kernels, at this one's clock (tools/avx2_only.py).")
+        text.append(
+            "**No CPU with AVX2 only**: tools/avx2_only.py let the libraries see AVX2 and nothing newer, so AVX2's own "
+            "kernels ran, at this CPU's clock and with its caches and memory. An AMD Rome or Milan or an older Intel, "
+            "on which nothing was measured here, computes the same in a time of its own."
+        )
     elif machine["cpu_flags_set_aside"]:
         text.append(f"**Precisions were chosen without** {machine['cpu_flags_set_aside']} ({WITHOUT_CPU_FLAGS}).")
     if machine["load_before"] > BUSY_LOAD:

@@ -1,5 +1,6 @@
 /* An audit library of the dynamic linker (LD_AUDIT, see ld.so(8)) for tools/avx2_only.py: libraries that ask the
- * processor what it can do are told of AVX2 and nothing newer.
+ * processor what it can do are told of AVX2 and nothing newer. Preloaded (LD_PRELOAD) into a program that was started
+ * without LD_AUDIT, it starts that program again with it.
  *
  * Before a library named in the file AVX2_ONLY_PLACES runs its first instruction, its `cpuid` instructions become `ud2`,
  * which is as long. The signal that `ud2` raises is answered here: with what `cpuid` says, less the newer instructions.
@@ -7,6 +8,7 @@
 
 #define _GNU_SOURCE
 #include <cpuid.h>
+#include <dlfcn.h>
 #include <link.h>
 #include <signal.h>
 #include <stdio.h>
@@ -14,6 +16,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 static const unsigned char CPUID[2] = {0x0f, 0xa2}, UD2[2] = {0x0f, 0x0b};
 
@@ -76,4 +79,17 @@ unsigned la_objopen(struct link_map *map, Lmid_t space, uintptr_t *cookie) {
     if (places) fclose(places);
     free(path);
     return 0;
+}
+
+/* kdb-fast's workers are started with a short list of variables: LD_PRELOAD is one, LD_AUDIT is not. */
+__attribute__((constructor)) static void audit_too(int count, char **arguments) {
+    (void)count;
+    Dl_info self;
+    char places[4096];
+    if (getenv("LD_AUDIT") || !dladdr((void *)audit_too, &self)) return;
+    int directory = (int)(strrchr(self.dli_fname, '/') - self.dli_fname);
+    snprintf(places, sizeof places, "%.*s/places", directory, self.dli_fname);
+    setenv("AVX2_ONLY_PLACES", places, 1);
+    setenv("LD_AUDIT", self.dli_fname, 1);
+    execv("/proc/self/exe", arguments);
 }

@@ -3,9 +3,8 @@
 usage: python tools/avx2_only.py COMMAND…
 
 What NumPy, ONNX Runtime and OpenVINO ask the processor (``cpuid``) is answered without AVX-512, VNNI, BF16 and AMX, in
-the command and what it starts, and kdb-fast is told the same. (Workers of a whole run see a short list of variables,
-without those for this: they choose as told, and compute with this CPU's kernels.) So the libraries take the kernels of
-such a CPU: their values are right to the last bit, and their speed shows what is worth while there; the clock, the
+the command and what it starts, kdb-fast's workers too, and kdb-fast is told the same. So the libraries take the kernels
+of such a CPU: their values are right to the last bit, and their speed shows what is worth while there; the clock, the
 caches and the memory stay this machine's. Needs Linux on x86-64, gcc and binutils. No part of the package.
 """
 
@@ -51,8 +50,10 @@ def environment(packages: Collection[str] = tuple(LIBRARIES)) -> dict[str, str]:
     libraries = sorted({path.resolve() for path in _libraries(packages)})
     stamps = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in libraries]
     digest = hashlib.sha256("\n".join([source.read_text(), *stamps]).encode()).hexdigest()[:16]
-    # Kept in the environment whose libraries it is about: to disassemble them takes half a minute.
-    parent = sys.prefix if os.access(sys.prefix, os.W_OK) else tempfile.gettempdir()
+    # Kept in the environment whose libraries it is about: to disassemble them takes half a minute. The linker takes
+    # spaces and colons for the ends of names.
+    usable = os.access(sys.prefix, os.W_OK) and not re.search("[ :]", sys.prefix)
+    parent = sys.prefix if usable else tempfile.gettempdir()
     directory = Path(parent) / f".avx2_only-{os.getuid()}-{digest}"
     audit, places = directory / "audit.so", directory / "places"
     if not places.exists():
@@ -61,7 +62,12 @@ def environment(packages: Collection[str] = tuple(LIBRARIES)) -> dict[str, str]:
         written = places.with_suffix(f".{os.getpid()}")
         written.write_text("".join(f"{at} {path}\n" for path in libraries for at in _cpuids(path)))
         written.rename(places)
-    return {"LD_AUDIT": str(audit), "AVX2_ONLY_PLACES": str(places), "KDB_FAST_WITHOUT_CPU_FLAGS": FLAGS}
+    return {
+        "LD_AUDIT": str(audit),
+        "LD_PRELOAD": ":".join(filter(None, (str(audit), os.environ.get("LD_PRELOAD")))),
+        "AVX2_ONLY_PLACES": str(places),
+        "KDB_FAST_WITHOUT_CPU_FLAGS": FLAGS,
+    }
 
 
 def _libraries(packages: Collection[str]) -> list[Path]:

@@ -38,8 +38,9 @@ def encode(params: dict[str, Any]) -> dict[str, Any]:
     model = resolve(DEFAULT_MODEL)
     cpus = (cpu_list() or list(range(os.cpu_count() or 1)))[: params.get("workers") or None]
     spec = EncoderSpec(model, params.get("batch_size", DEFAULT_BATCH_SIZE), params.get("token_budget", TOKEN_BUDGET))
+    prepared: dict[str, Any] = {}
     if "precision" in params:
-        spec = _prepared(spec, params)
+        spec, prepared = _prepared(spec, params)
     shards = _shards(params, model)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
@@ -76,23 +77,34 @@ def encode(params: dict[str, Any]) -> dict[str, Any]:
         "possible_gflop": sum(max(r["gflops"].values(), default=0.0) * r["seconds"] for r in reports),
         "worker_pss_bytes": max(sampler.peaks.values()),
         "worker_rss_bytes": max(r["rss"] for r in reports),
+        **prepared,
     }
 
 
-def _prepared(spec: EncoderSpec, params: dict[str, Any]) -> EncoderSpec:
+def _prepared(spec: EncoderSpec, params: dict[str, Any]) -> tuple[EncoderSpec, dict[str, Any]]:
+    """The lower precision, with what it took to choose it and how near it is to fp32. The first run of a session
+    prepares it, the others find it beside the data set."""
     from kdb_fast.embedding.precision.choice import PrecisionSelector
 
+    started = time.perf_counter()
     selector = PrecisionSelector(
         spec,
         index=f"benchmark {Path(params['data']).stem.split('-')[0]}",
         history=(),
         sample=lambda rows: list(data.read(params["data"], rows)),
         report=lambda text: None,
+        directory=Path(params["data"]).parent / "prepared",
     )
     try:
-        return selector.choose(params["precision"]).spec
+        choice = selector.choose(params["precision"])
     except KdbFastError as error:
         raise Skip(f"{params['precision']}: {error.message.rstrip('.')}") from None
+    assert choice.fidelity is not None
+    return choice.spec, {
+        "preparation_seconds": time.perf_counter() - started,
+        "cosine_mean": choice.fidelity.cosine_mean,
+        "overlap": choice.fidelity.overlap,
+    }
 
 
 def _shards(params: dict[str, Any], model: Model) -> list[list[str]]:

@@ -79,6 +79,7 @@ class PrecisionSelector:
         sample: Reads up to so many texts of the user's own.
         report: Called with one line for each step that takes time.
         should_stop: Asked several times a second; preparation ends when it says so.
+        directory: Where prepared models and measurements are kept; None for kdb-fast's data directory.
     """
 
     def __init__(
@@ -90,12 +91,13 @@ class PrecisionSelector:
         sample: Callable[[int], list[str]],
         report: Report,
         should_stop: Callable[[], bool] = lambda: False,
+        directory: Path | None = None,
     ) -> None:
         self._spec, self._history, self._report, self._should_stop = spec, history, report, should_stop
         self._index = hashlib.sha256(index.encode()).hexdigest()[:16]
         self._sample = sample
         self._texts: list[str] | None = None
-        self._directory = (default_data_dir() / "prepared").absolute()
+        self._directory = (directory or default_data_dir() / "prepared").absolute()
 
     def choose(self, precision: str, floor: float | None = None) -> Choice:
         """The spec and fingerprint to run with.
