@@ -118,6 +118,12 @@ def needs_avx2_only(what: str) -> None:
         pytest.skip(f"{what} was not run: {reason}")
 
 
+def avx2_environment() -> dict[str, str]:
+    """Variables under which NumPy and ONNX Runtime see a CPU with AVX2 and nothing newer."""
+    variables: dict[str, str] = _tool().environment(("numpy", "onnxruntime"))
+    return variables
+
+
 def embed_with_avx2(
     texts: Sequence[str], out: Path, model: str, path: Path, prepared: Path | None = None
 ) -> npt.NDArray[np.float32]:
@@ -129,7 +135,7 @@ def embed_with_avx2(
         model, path: Name and directory of the model.
         prepared: The quantised model, for int8.
     """
-    environment = {**os.environ, **_tool().environment(("numpy", "onnxruntime"))}
+    environment = {**os.environ, **avx2_environment()}
     command = [sys.executable, "-c", PROGRAM, model, str(path), str(prepared or ""), str(out), *texts]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -87,7 +87,7 @@ class EngineFactory:
         else:
             if embedding.why:
                 plan = plan.because(embedding.why)
-            self.plan = plan.because(expected())
+            self.plan = plan.because(expected(spec.model.name))
             self._progress.plan(self.plan.describe() + before)
             self.engine = start.with_processes(
                 plan.shape, spec, self._address, self._run, workers=plan.workers, cpus=plan.cpus

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cpus import RECORDED, TAKEN_AWAY, embed_with_avx2, needs_avx2_only, pretend, take_away
+from cpus import RECORDED, TAKEN_AWAY, avx2_environment, embed_with_avx2, needs_avx2_only, pretend, take_away
 from servers import ListSource, index_rows, records_of
 
 from kdb_fast.cli.demo_docs import records as library_records
@@ -35,6 +35,7 @@ from kdb_fast.embedding.precision.support import (
 )
 from kdb_fast.errors import ModelError, StoppedError
 from kdb_fast.indexing.reindex import reindex
+from kdb_fast.ipc.spawning import WORKER_ENVIRONMENT
 from kdb_fast.resources import WITHOUT_CPU_FLAGS, cpu_flags
 from kdb_fast.settings import ReindexOptions
 from kdb_fast.tables.kdb_search import entity_and_id
@@ -307,6 +308,16 @@ def test_what_was_prepared_for_vnni_is_not_used_without_it(
     take_away(TAKEN_AWAY["AVX2 only"], monkeypatch)
     with pytest.raises(ModelError, match="too few"):  # so it would be prepared anew
         selector(minilm, ["a"], history=(int8.fingerprint,)).choose("int8")
+
+
+def test_what_a_worker_sees_of_the_environment_is_enough_for_avx2_alone() -> None:
+    needs_avx2_only("a worker on a CPU with AVX2 only")
+    seen = {name: value for name, value in {**os.environ, **avx2_environment()}.items() if name in WORKER_ENVIRONMENT}
+    program = "from numpy._core._multiarray_umath import __cpu_features__ as has; print(has['AVX2'], has['AVX512F'])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=seen, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "True False\n"), done.stderr
 
 
 def test_fp32_on_avx2_gives_the_same_vectors(minilm: Model, texts: list[str], tmp_path: Path) -> None:
