@@ -2,8 +2,9 @@
  * processor what it can do are told of AVX2 and nothing newer. Preloaded (LD_PRELOAD) into a program that was started
  * without LD_AUDIT, it starts that program again with it.
  *
- * Before a library named in the file AVX2_ONLY_PLACES runs its first instruction, its `cpuid` instructions become `ud2`,
- * which is as long. The signal that `ud2` raises is answered here: with what `cpuid` says, less the newer instructions.
+ * Before a library named in the file AVX2_ONLY_PLACES runs its first instruction, its `cpuid` instructions become `int3`
+ * and `nop`, together as long. The signal that `int3` raises is answered here: with what `cpuid` says, less the newer
+ * instructions. (Not `ud2`: Python's faulthandler, which workers switch on, takes its SIGILL.)
  */
 
 #define _GNU_SOURCE
@@ -18,7 +19,7 @@
 #include <ucontext.h>
 #include <unistd.h>
 
-static const unsigned char CPUID[2] = {0x0f, 0xa2}, UD2[2] = {0x0f, 0x0b};
+static const unsigned char CPUID[2] = {0x0f, 0xa2}, INT3_NOP[2] = {0xcc, 0x90};
 
 static unsigned bits(const int *numbers, int count) {
     unsigned result = 0;
@@ -30,8 +31,9 @@ static unsigned bits(const int *numbers, int count) {
 static void answer(int number, siginfo_t *info, void *context) {
     (void)info;
     greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
-    if (memcmp((void *)registers[REG_RIP], UD2, 2)) { /* some other illegal instruction */
+    if (memcmp((void *)(registers[REG_RIP] - 1), INT3_NOP, 2)) { /* some other breakpoint; it stands behind it */
         signal(number, SIG_DFL);
+        raise(number);
         return;
     }
     unsigned leaf = registers[REG_RAX], subleaf = registers[REG_RCX], a, b, c, d;
@@ -47,12 +49,12 @@ static void answer(int number, siginfo_t *info, void *context) {
         a = b = c = d = 0; /* key locker, AMX's tiles and products, AVX10 */
     }
     registers[REG_RAX] = a, registers[REG_RBX] = b, registers[REG_RCX] = c, registers[REG_RDX] = d;
-    registers[REG_RIP] += 2;
+    registers[REG_RIP] += 1;
 }
 
 unsigned la_version(unsigned version) {
     struct sigaction action = {.sa_sigaction = answer, .sa_flags = SA_SIGINFO | SA_NODEFER};
-    sigaction(SIGILL, &action, NULL);
+    sigaction(SIGTRAP, &action, NULL);
     return version;
 }
 
@@ -73,7 +75,7 @@ unsigned la_objopen(struct link_map *map, Lmid_t space, uintptr_t *cookie) {
             fprintf(stderr, "avx2_only: no cpuid at %lx of %s, or it cannot be replaced\n", address, path);
             abort();
         }
-        memcpy(place, UD2, 2);
+        memcpy(place, INT3_NOP, 2);
         mprotect(page, 8192, PROT_READ | PROT_EXEC);
     }
     if (places) fclose(places);
