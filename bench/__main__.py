@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--cpus", nargs="+", type=int, default=(), metavar="N", help="part cluster: only simulated clusters of so many"
     )
-    parser.add_argument("--add", action="store_true", help="part hosts: more runs, beside those of its results")
+    parser.add_argument("--add", action="store_true", help="parts embed, hosts: more runs, beside those of its results")
     parser.add_argument("--seed", type=int, default=1, help="seed of the data sets")
     parser.add_argument("--out", type=Path, help="directory of the results (default bench/results)")
     given = parser.parse_args(arguments)

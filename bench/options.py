@@ -22,7 +22,7 @@ class Options:
         sweep: Also try token budgets (part ``embed``).
         sets: Data sets of the part ``stress``.
         cpus: Of simulated clusters, for the part ``cluster``; empty for all of its sizes.
-        add: Together with the runs that are in the results, for the part ``hosts``.
+        add: Together with the runs that are in the results, for the parts ``embed`` and ``hosts``.
         against: Checkout of another version, measured in turn with this one (parts ``search``, ``engine``, ``scale``,
             ``million``).
         records: Sizes of the part ``million``; empty for its own.

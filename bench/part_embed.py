@@ -6,13 +6,13 @@ import numpy as np
 
 from kdb_fast.embedding.precision.support import int8_on_openvino
 
-from . import data, tokens
+from . import data, machine, tokens
 from .chart import Bar
 from .kinds import ALONE, FIRST, Figures, figures
 from .measure import Spread, pairwise, spread
 from .options import Options, say
-from .results import Requirement, Result, Table
-from .runner import Contender, Outcome, alternate, raw
+from .results import Requirement, Result, Table, measured
+from .runner import Contender, Outcome, alternate, earlier, raw
 from .session import DataSet, Session, session
 
 RECORDS = {"tickets": 3000, "contacts": 10_000}
@@ -60,6 +60,8 @@ def run(options: Options) -> Result:
         for name in ("tickets", "contacts"):
             dataset = s.dataset(name, options.size(RECORDS[name], 300))
             outcomes = alternate(_contenders(s, dataset), s.runs)
+            if options.add:
+                earlier(outcomes, measured("embed", machine.describe(), options.out).get(name, {}))
             result.raw[name] = raw(outcomes.values())
             encode, *lower = outcomes.values()
             plain, with_attention = _shares(encode, _attention(dataset))

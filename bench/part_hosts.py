@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import machine
 from .measure import pairwise, spread
 from .options import Options
-from .results import Requirement, Result, Table
+from .results import Requirement, Result, Table, measured
 from .runner import Contender, Outcome, alternate, earlier, raw
 from .session import session
 
@@ -31,7 +32,7 @@ def run(options: Options) -> Result:
             s.reset,
         )
     if options.add:
-        earlier(outcomes, options.out / "hosts.json")
+        earlier(outcomes, measured("hosts", machine.describe(), options.out))
     cluster, processes = outcomes.values()
     found = [outcome for outcome in (cluster, processes) if outcome.runs]
     return Result(

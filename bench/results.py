@@ -93,6 +93,13 @@ def page_name(part: str, about: dict[str, Any], out: Path) -> str:
     return f"{part}.{kind.lower().replace(' ', '-')}"
 
 
+def measured(part: str, about: dict[str, Any], out: Path) -> dict[str, Any]:
+    """``raw`` of a part's page of this kind of CPU; empty where there is none."""
+    page = out / f"{page_name(part, about, out)}.json"
+    raw: dict[str, Any] = json.loads(page.read_text())["raw"] if page.exists() else {}
+    return raw
+
+
 def markdown(result: Result, about: dict[str, Any], day: str, name: str) -> str:
     """The page of a part."""
     parts = [f"## {name}\n", f"{result.question}\n"]

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,12 +148,10 @@ def ran(outcomes: dict[str, Outcome]) -> list[Outcome]:
     return [outcome for outcome in outcomes.values() if outcome.runs]
 
 
-def earlier(outcomes: dict[str, Outcome], file: Path) -> None:
-    """Put the runs that a part's results hold before those of these outcomes, where there are some."""
-    if file.exists():
-        known = json.loads(file.read_text())["raw"]
-        for label, outcome in outcomes.items():
-            outcome.runs[:0] = known[label].get("runs", [])
+def earlier(outcomes: dict[str, Outcome], known: Mapping[str, Any]) -> None:
+    """Put the runs that a part's results hold (:func:`raw`) before those of these outcomes, where there are some."""
+    for label, outcome in outcomes.items():
+        outcome.runs[:0] = known.get(label, {}).get("runs", [])
 
 
 def raw(outcomes: Iterable[Outcome]) -> dict[str, Any]:
