@@ -226,6 +226,11 @@ class PrecisionSelector:
 
     def _prepare(self, spec: EncoderSpec) -> tuple[EncoderSpec, Fidelity]:
         texts = self._own_texts()
+        if not texts:
+            raise ModelError(
+                f"No record with a text was found to compare {spec.precision} with fp32.",
+                remedy="Use --precision fp32: that run says what is wrong with the records.",
+            )
         if len(texts) < LEAST_RECORDS:
             raise ModelError(
                 f"{len(texts)} records are too few to compare {spec.precision} with fp32; "

@@ -53,4 +53,6 @@ def int8_on_openvino() -> bool:
 
 
 def _none_of(kind: str, wanted: tuple[str, ...], flags: frozenset[str]) -> str:
-    return "" if not flags.isdisjoint(wanted) else f"this CPU has no {kind} instructions (none of {', '.join(wanted)})"
+    if not flags.isdisjoint(wanted):
+        return ""
+    return f"this CPU has no {kind} instructions ({'none of ' if len(wanted) > 1 else ''}{', '.join(wanted)})"
