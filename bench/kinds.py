@@ -1,4 +1,7 @@
-"""``python -m bench.kinds``: writes README's tables, one a kind of CPU, from ``embed*.json`` in bench/results."""
+"""``python -m bench.kinds``: writes what ``embed*.json`` in bench/results say of each kind of CPU.
+
+Into README, a table a kind, and into what the plan of a run says (``expected.py``).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from .options import RESULTS, ROOT
 from .results import replace
 
 README = ROOT / "README.md"
+EXPECTED = ROOT / "kdb_fast/embedding/precision/expected.py"
 BEGIN, END = "<!-- written by python -m bench.kinds -->", "<!-- end -->"
 
 FIRST = 30_000
@@ -74,7 +78,7 @@ def table(page: Path) -> str:
     """README's table of one kind."""
     result = json.loads(page.read_text())
     about, raw = result["machine"], result["raw"]
-    played = ", which has newer ones too" if about.get("played") else ""
+    played = ", a CPU of another kind" if about.get("played") else ""
     lines = [
         f"**{machine.kind(about)}** ({about['cpu']}, family/model {about['cpu_family_model']}, "
         f"{about['cores']} cores{played}; [{page.stem}](bench/results/{page.stem}.md)):",
@@ -83,10 +87,10 @@ def table(page: Path) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for label in (ALONE, "bf16", "int8"):
-        if not raw["contacts"][label].get("runs"):
+        each = _of(raw, label)
+        if not each:
             lines.append(f"| {label} | not on this kind | | | | | |")
             continue
-        each = [figures(raw[name][ALONE]["runs"], raw[name][label]["runs"]) for name in ("contacts", "tickets")]
         rates = [f"{of.rate.median:,.0f} records/s" for of in each]
         near = ["", "", ""]
         if label != ALONE:
@@ -98,6 +102,12 @@ def table(page: Path) -> str:
         cells = ["fp32" if label == ALONE else label, *rates, *near, ", ".join(f"{of.first:.0f} s" for of in each)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _of(raw: Mapping[str, Any], label: str) -> list[Figures]:
+    """Figures of a precision on contacts and on tickets; none where it did not run."""
+    sets = [raw[name] for name in ("contacts", "tickets")]
+    return [figures(one[ALONE]["runs"], one[label]["runs"]) for one in sets if one[label].get("runs")]
 
 
 def section() -> str:
@@ -119,5 +129,21 @@ def written(text: str) -> str:
     return changed
 
 
+def times_written(text: str) -> str:
+    """``expected.py`` with the ratios as measured: the lesser of contacts and tickets."""
+    found = pages()
+    for kind, page in found.items():
+        plain = kind.removesuffix(" kernels")
+        if plain != kind and plain in found:
+            continue  # a CPU of that kind was measured itself
+        raw = json.loads(page.read_text())["raw"]
+        least = {p: min(of.times.median for of in each) for p in ("int8", "bf16") if (each := _of(raw, p))}
+        entry = rf'(?<=^    "{plain}": Measured\()(".*", )\{{.*\}}'
+        ratios = ", ".join(f'"{p}": {times:.1f}' for p, times in least.items())
+        text = re.sub(entry, rf"\1{{{ratios}}}", text, flags=re.MULTILINE)
+    return text
+
+
 if __name__ == "__main__":
     replace(README, written(README.read_text(encoding="utf-8")))
+    replace(EXPECTED, times_written(EXPECTED.read_text(encoding="utf-8")))

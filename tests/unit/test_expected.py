@@ -34,8 +34,10 @@ def test_every_page_is_expected_by_its_kind() -> None:
     assert machine.KERNELS.removesuffix(" kernels") in MEASURED
 
 
-def test_readme_has_the_figures_of_every_kind() -> None:
+def test_readme_and_plan_have_the_figures_of_every_kind() -> None:
     """``python -m bench.kinds`` writes them, after ``python -m bench embed``."""
+    source = kinds.EXPECTED.read_text(encoding="utf-8")
+    assert kinds.times_written(source) == source
     readme = kinds.README.read_text(encoding="utf-8")
     assert kinds.written(readme) == readme
     for kind in PAGES:
