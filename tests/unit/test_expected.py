@@ -9,7 +9,8 @@ import pytest
 from cpus import RECORDED, pretend
 
 from bench import kinds, machine
-from bench.results import page_name
+from bench.results import measured, page_name
+from bench.runner import Contender, Outcome, earlier
 from kdb_fast.embedding.precision import openvino_backend
 from kdb_fast.embedding.precision.expected import MEASURED, expected
 from kdb_fast.embedding.precision.support import CPU_FLAGS
@@ -99,3 +100,25 @@ def test_results_of_another_kind_of_cpu_are_written_beside(tmp_path: Path) -> No
     assert page("avx2", "avx512f", "avx512_vnni") == "embed.avx-512-vnni"
     assert page("avx2", "avx512f", "avx512_vnni", "avx512_bf16") == "embed"
     assert page("avx2") == "embed.avx2"
+
+
+def test_what_the_first_records_take_has_the_preparation_of_the_first_run() -> None:
+    fp32 = [{"records": 600, "seconds": 4.0}, {"records": 600, "seconds": 6.0}]
+    near = {"records": 600, "cosine_mean": 0.999, "overlap": 0.97}
+    int8 = [near | {"seconds": 2.0, "preparation_seconds": 9.0}, near | {"seconds": 2.0, "preparation_seconds": 0.3}]
+    found = kinds.figures(fp32, int8)
+    assert (found.rate.median, found.times, found.cosine) == (300.0, (2.5, 2.0, 3.0), 0.999)
+    assert found.first == 9.0 + 30_000 / 300
+    assert kinds.figures(fp32, fp32).first == 30_000 / 125
+
+
+def test_more_runs_stand_beside_those_of_the_page(tmp_path: Path) -> None:
+    about = {"cpu": "Some CPU", "cores": 2, "flags": ["avx2"]}
+    assert measured("embed", about, tmp_path) == {}
+    page = {"machine": about, "raw": {"tickets": {"int8": {"note": "", "runs": [{"n": 1}]}, "bf16": {"skipped": "no"}}}}
+    (tmp_path / "embed.json").write_text(json.dumps(page))
+    labels = ("int8", "bf16", "another")
+    outcomes = {label: Outcome(Contender(label, "encode"), [{"n": 2}]) for label in labels}
+    earlier(outcomes, measured("embed", about, tmp_path)["tickets"])
+    assert [outcomes[label].runs for label in labels] == [[{"n": 1}, {"n": 2}], [{"n": 2}], [{"n": 2}]]
+    assert measured("embed", about | {"flags": ["avx2", "avx512f"]}, tmp_path) == {}
