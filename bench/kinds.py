@@ -36,18 +36,19 @@ class Figures(NamedTuple):
         times: As many times as fast as fp32, run by run.
         preparation: Seconds that the first run of an index takes to prepare it and compare it with fp32.
         cosine, overlap: Mean cosine with fp32, and the share of the 10 nearest that are the same.
+
+    The last three are None where the page was measured before they were.
     """
 
     rate: Spread
     times: Spread
-    preparation: float = 0.0
-    cosine: float = 1.0
-    overlap: float = 1.0
+    preparation: float | None = None
+    cosine: float | None = None
+    overlap: float | None = None
 
-    @property
-    def first(self) -> float:
+    def first(self) -> str:
         """Seconds for the first FIRST records, preparation included, database and index apart."""
-        return self.preparation + FIRST / self.rate.median
+        return "" if self.preparation is None else f"{self.preparation + FIRST / self.rate.median:.0f} s"
 
 
 def figures(fp32: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> Figures:
@@ -57,14 +58,17 @@ def figures(fp32: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]
     """
     rate = spread(run["records"] / run["seconds"] for run in runs)
     times = pairwise([run["seconds"] for run in fp32], [run["seconds"] for run in runs])
-    if "cosine_mean" not in runs[0]:
+    if runs == fp32:
+        return Figures(rate, times, 0.0, 1.0, 1.0)
+    compared = [run for run in runs if "cosine_mean" in run]
+    if not compared:
         return Figures(rate, times)
     return Figures(
         rate,
         times,
-        max(run["preparation_seconds"] for run in runs),
-        median(run["cosine_mean"] for run in runs),
-        median(run["overlap"] for run in runs),
+        max(run["preparation_seconds"] for run in compared),
+        median(run["cosine_mean"] for run in compared),
+        median(run["overlap"] for run in compared),
     )
 
 
@@ -95,11 +99,16 @@ def table(page: Path) -> str:
         near = ["", "", ""]
         if label != ALONE:
             near = [
-                " and ".join(f"{of.times.median:.2f}×" for of in each),
-                " and ".join(f"{of.cosine:.5f}" for of in each),
-                " and ".join(f"{100 * of.overlap:.1f} %" for of in each),
+                " and ".join(of.times.text(2, "×") for of in each),
+                " and ".join(f"{of.cosine:.5f}" for of in each if of.cosine),
+                " and ".join(f"{100 * of.overlap:.1f} %" for of in each if of.overlap),
             ]
-        cells = ["fp32" if label == ALONE else label, *rates, *near, ", ".join(f"{of.first:.0f} s" for of in each)]
+        cells = [
+            "fp32" if label == ALONE else label,
+            *rates,
+            *near,
+            ", ".join(filter(None, (of.first() for of in each))),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -98,7 +98,7 @@ def run(options: Options) -> Result:
         )  # fmt: skip
         result.tables.append(Table("One pinned process a core", columns, rows))
         heads = ("records", "precision", "records/s", "against fp32", "mean cosine", "10 nearest", "preparation, s",
-                 f"first {FIRST:,}, s", "padding", "PSS of a worker, MB")  # fmt: skip
+                 f"first {FIRST:,}", "padding", "PSS of a worker, MB")  # fmt: skip
         result.tables.append(Table("Precisions, encoder alone", heads, speeds))
         if options.sweep:
             result.tables.append(_sweep(s, result))
@@ -125,7 +125,7 @@ def _speed(name: str, o: Outcome, found: Figures) -> list[str]:
         "fp32" if exact else o.contender.label,
         found.rate.text(0),
         *near,
-        f"{found.first:.0f}",
+        found.first(),
         spread(100 * _padding(run) for run in o.runs).text(2, " %"),
         spread(b / 1e6 for b in o.values("worker_pss_bytes")).text(0),
     ]

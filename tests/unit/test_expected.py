@@ -108,8 +108,9 @@ def test_what_the_first_records_take_has_the_preparation_of_the_first_run() -> N
     int8 = [near | {"seconds": 2.0, "preparation_seconds": 9.0}, near | {"seconds": 2.0, "preparation_seconds": 0.3}]
     found = kinds.figures(fp32, int8)
     assert (found.rate.median, found.times, found.cosine) == (300.0, (2.5, 2.0, 3.0), 0.999)
-    assert found.first == 9.0 + 30_000 / 300
-    assert kinds.figures(fp32, fp32).first == 30_000 / 125
+    assert found.first() == "109 s"
+    assert kinds.figures(fp32, fp32).first() == "240 s"
+    assert kinds.figures(fp32, [{"records": 1, "seconds": 1.0}] * 2).first() == "", "of a page from before"
 
 
 def test_more_runs_stand_beside_those_of_the_page(tmp_path: Path) -> None:
