@@ -14,7 +14,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..catalog.definitions import Entity
@@ -217,12 +217,14 @@ def _within(scope: Scope, asked: _Asked, reader: SearchReader, beside: SearchRea
         read_if_first(beside, hits)
         return hits
 
-    with ThreadPoolExecutor(1, "kdb-fast-keyword") as pool:
-        keyword_side = pool.submit(rank_by_keyword)
+    keyword_side = beside.thread.submit(rank_by_keyword)
+    try:
         by_vector = asked.by_vector(reader, embed(), scope)
         reader.check_definitions()
         read_if_first(reader, by_vector[0] if by_vector else [])
-        return _Ranking(scope, by_vector, keyword_side.result(), found)
+    finally:
+        wait([keyword_side])
+    return _Ranking(scope, by_vector, keyword_side.result(), found)
 
 
 def fuse(by_vector: Sequence[Hit], by_keyword: Sequence[Hit], *others: Sequence[Hit]) -> list[tuple[Key, float]]:

@@ -221,6 +221,21 @@ class TestSearch:
         found = search(MemoryReader(ranking("v"), []), "q", query_vector=embed, beside=Quick([], ranking("k")))
         assert [r.id for r in found] == ["v", "k"]
 
+    def test_the_second_reader_keeps_its_thread_but_not_in_a_fork(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        threads: list[threading.Thread] = []
+
+        class Told(MemoryReader):
+            def keyword(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
+                threads.append(threading.current_thread())
+                return super().keyword(query, scope, limit)
+
+        beside = Told([], ranking("k"))
+        for pid in (1, 1, 2):
+            monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
+            search(MemoryReader(ranking("v"), []), "q", query_vector=VECTOR, beside=beside)
+        assert threads[0] == threads[1] != threads[2]
+        assert threading.current_thread() not in threads
+
     @pytest.mark.parametrize("part", ["definitions", "keyword", "vector", "records", "embed"])
     def test_an_error_on_either_side_is_the_error_of_the_search(self, part: str) -> None:
         def fail(*arguments: object) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import time
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ...catalog.definitions import Entity, Field, Place, load_entities
@@ -101,6 +103,7 @@ class SearchReader(KeywordRanking[Scope]):
 
     dialect: ClassVar[Dialect]
     join: ClassVar[str] = "JOIN"
+    _thread: tuple[int, ThreadPoolExecutor] | None = None
 
     def __init__(self, connection: Any, index: IndexTable = KDB_SEARCH) -> None:
         self._connection, self._table = connection, index
@@ -113,6 +116,13 @@ class SearchReader(KeywordRanking[Scope]):
     def target(self) -> Target:
         """The schema that this connection's search path gives, asked for once."""
         return find_target(self._rows, self.dialect, index=self._table)
+
+    @property
+    def thread(self) -> ThreadPoolExecutor:
+        """A thread for this reader, kept as long as it lives: to begin one takes 0.7 ms of a search."""
+        if self._thread is None or self._thread[0] != os.getpid():  # a fork has none of its parent's threads
+            self._thread = os.getpid(), ThreadPoolExecutor(1, "kdb-fast-keyword")
+        return self._thread[1]
 
     @property
     def _index(self) -> str:
