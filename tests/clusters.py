@@ -261,7 +261,9 @@ class Cluster:
         else:
             self._subnet = free_subnet()
             self._head_address = NETWORK.format(self._subnet, 1)
-            run("ip", "link", "add", self.name, "type", "bridge")
+            # Else a bridge takes the lowest address of its cables: with each that comes or goes it may be another, and
+            # hosts that knew the old one reach nobody for up to a minute.
+            run("ip", "link", "add", self.name, "address", f"02:00:00:00:{self._subnet:02x}:01", "type", "bridge")
             run("ip", "addr", "add", f"{self._head_address}/24", "dev", self.name)
             run("ip", "link", "set", self.name, "up")
         self._ports = free_port(), free_port()

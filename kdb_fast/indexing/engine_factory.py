@@ -114,6 +114,7 @@ class EngineFactory:
             )
             self.plan = plan.because(self._embedding.why) if self._embedding.why else plan
             self._progress.plan(self.plan.describe() + before)
+            self._progress.step("starting the cluster's workers")
             return self.plan.shape
 
         def waiting() -> None:

@@ -121,10 +121,12 @@ def connect(spec: ClusterSpec) -> Any:
     except Exception as error:
         # Ray has a class of its own for nearly each reason, and its messages have several lines.
         said = " ".join(str(error).split())[:300].rstrip(".")
-        token = "" if _has_token() else " One that asks for a token needs RAY_AUTH_TOKEN here."
+        # So it says also of a cluster that asks for another token.
+        token = " If it asks for a token, set RAY_AUTH_TOKEN." if "Failed to connect" in said else ""
         raise ClusterError(
             f"No Ray cluster answers at {address}: {said or type(error).__name__}.",
-            remedy=f"Start one (ray start --head), or give its address: --cluster ray://HOST:10001.{token} "
+            remedy="Start one (ray start --head), or give its address: --cluster ray://HOST:10001, or HOST:6379 on a "
+            f"machine of the cluster.{token} "
             "What was committed is safe.",
         ) from None
     return ray
