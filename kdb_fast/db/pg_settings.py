@@ -117,24 +117,67 @@ def _cursor_class() -> type[psycopg.Cursor[Any]]:
     return PinnedCursor
 
 
-def _in_one_round_trip(connection: Connection, send: Callable[[], object]) -> None:
-    """A transaction with the pins of all the statements that ``send`` executes, on a connection that is free."""
+def _in_one_round_trip(connection: Connection, execute: Callable[[], object]) -> None:
+    """A transaction with the pins of all the statements that ``execute`` does, on a connection that is free."""
+    _send(connection, execute)()
+
+
+def _send(connection: Connection, execute: Callable[[], object], *, at_once: bool = False) -> Callable[[], None]:
+    """:func:`_in_one_round_trip` in two halves: what this gives waits for the end, and raises what has failed.
+
+    Args:
+        at_once: Send them now, not when the end is waited for.
+    """
     import psycopg
 
     error: BaseException | None = None
+    pipeline = contextlib.ExitStack()
     try:
-        with connection.pipeline():
-            try:
-                _begin(connection)
-                send()
-                psycopg.Cursor(connection).execute("END")
-            except BaseException as caught:  # psycopg would log what the end of the pipeline says beside it
-                error = caught
-    except psycopg.Error as caught:
-        error = error or caught
+        entered = pipeline.enter_context(connection.pipeline())
+        _begin(connection)
+        execute()
+        psycopg.Cursor(connection).execute("END")
+        if at_once:
+            entered.sync()
+    except BaseException as caught:  # psycopg would log what the end of the pipeline says beside it
+        error = caught
+
+    def end() -> None:
+        nonlocal error
+        try:
+            pipeline.close()
+        except psycopg.Error as caught:
+            error = error or caught
+        if error is not None:
+            _roll_back(connection)
+            raise error
+
     if error is not None:
-        _roll_back(connection)
-        raise error
+        end()
+    return end
+
+
+def send(connection: Connection, query: bytes, params: Sequence[Any]) -> Callable[[], list[tuple[Any, ...]]] | None:
+    """Send a statement, in a transaction with the pins, and do not wait for it.
+
+    Returns:
+        Waits for its rows; nothing else may be done with the connection before. None where it is not free, and nothing
+        was sent.
+    """
+    import psycopg
+    from psycopg.rows import tuple_row
+
+    if not _is_free(connection):
+        return None
+    cursor = psycopg.Cursor(connection, row_factory=tuple_row)
+    # In binary form for the reason that PinnedCursor gives.
+    end = _send(connection, lambda: cursor.execute(query, params, binary=True), at_once=True)
+
+    def rows() -> list[tuple[Any, ...]]:
+        end()
+        return cursor.fetchall()
+
+    return rows
 
 
 def at_once(connection: Connection, statements: Sequence[tuple[str, Mapping[str, Any]]]) -> list[list[tuple[Any, ...]]]:
@@ -148,15 +191,15 @@ def at_once(connection: Connection, statements: Sequence[tuple[str, Mapping[str,
     cursors = [psycopg.Cursor(connection, row_factory=tuple_row) for _ in statements]
     free = _is_free(connection)
 
-    def send() -> None:
+    def execute() -> None:
         for cursor, (statement, params) in zip(cursors, statements, strict=True):
             # In binary form for the reason that PinnedCursor gives.
             cursor.execute(statement.encode(), params, binary=free)
 
     if free:
-        _in_one_round_trip(connection, send)
+        _in_one_round_trip(connection, execute)
     else:
-        send()
+        execute()
     return [cursor.fetchall() for cursor in cursors]
 
 

@@ -17,10 +17,11 @@ for it?).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from ..accounting import Counts, Fate
 from ..engine.base import Engine, Event, SlotFilled
@@ -35,7 +36,7 @@ from ..tables.index_policy import IndexPolicy, IndexRecord, decide
 from ..tables.target import LiveRows
 from .filling import Filling
 from .flushing import MESSAGE_BYTES, FlushPlanner, first_of
-from .intake import Intake, ReadAgain, Split
+from .intake import Intake, Page, ReadAgain, Split
 from .key_ledger import KeyLedger
 from .leases import Numbered, SlotPool
 from .piece_ledger import PieceLedger
@@ -150,13 +151,9 @@ class Pipeline:
         """
         self.flushes.reads_again = again is not None
         try:
-            for page in pages:
-                fault("source.page")
-                self._intake.pass_over(unchanged())
-                *portions, page = self._intake.portions(page)
-                for portion in portions:
-                    self._take(portion, [])
-                self._take(page, emptied())
+            with contextlib.closing(self._intake.look_ahead(_read(pages, emptied, unchanged))) as looked_up:
+                for page in looked_up:
+                    self._take(page)
             self._all_read = True
             self._write_all()
             if again is not None:
@@ -171,12 +168,11 @@ class Pipeline:
             self.drain()
             raise
 
-    def _take(self, page: list[Record | Reject], emptied: list[Key]) -> None:
-        """Take in a page, and the keys of records without text that were read with it."""
+    def _take(self, page: Page) -> None:
+        """Take in a page."""
         for _ in self._intake.take_in(page):
             self._progress.update(self.counts)
             self._pump(0)
-        self._intake.take_out(emptied)
         if self._intake.is_full:
             self._cut()
             self._intake.widen()
@@ -196,8 +192,8 @@ class Pipeline:
     def _take_again(self, again: ReadAgain, emptied: Callable[[], list[Key]]) -> None:
         """Take the records again of which another program has written the row, or held it locked."""
         for pending in self.flushes.passes():
-            for page, empty in self._intake.read_again(pending, again, emptied):
-                self._take(page, empty)
+            for page in self._intake.read_again(pending, again, emptied):
+                self._take(page)
             self._write_all()
 
     def drain(self, seconds: float = math.inf) -> None:
@@ -356,3 +352,12 @@ class Pipeline:
     def _note(self, text: str) -> None:
         self.warnings.append(text)
         self._progress.note(text)
+
+
+def _read(
+    pages: Iterable[list[Record | Reject]], emptied: Callable[[], list[Key]], unchanged: Callable[[], int]
+) -> Iterator[Page]:
+    """The pages of a source, each with what else was read with it."""
+    for page in pages:
+        fault("source.page")
+        yield Page(page, emptied(), unchanged())

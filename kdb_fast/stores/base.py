@@ -60,6 +60,10 @@ class Found(NamedTuple):
     unchanged: Collection[int] = ()
 
 
+Answer = Callable[[], Found]
+"""Waits for what a look-up finds that has begun. To be called once, before anything else is asked of the store."""
+
+
 def version_of_text(content_hash: bytes | None) -> int:
     """Version of a row that has no other than its text; NO_VALUE where there is none."""
     if content_hash is None:
@@ -242,15 +246,15 @@ class Store(ABC):
     def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
         """The index's rows for these keys, by key as it was given; keys without a row are left out."""
 
-    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Found:
-        """The index's rows for these keys, of which none comes twice.
+    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Answer:
+        """Begin to look up the index's rows for these keys, of which none comes twice.
 
         Args:
             keys: As for :meth:`lookup`.
             hashes: SHA-256 of the text of each; with this one and the fingerprint a row need not be sent.
             fingerprint: Of the model.
         """
-        return Found(self.lookup(keys))
+        return lambda: Found(self.lookup(keys))
 
     @abstractmethod
     def flush(

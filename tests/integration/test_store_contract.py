@@ -298,7 +298,7 @@ def test_a_comparison_leaves_out_what_is_as_it_is_wanted(harness: Harness, store
     keys = [harness.fresh((key, text))[0].record.key for key, text in wanted.items()]
     hashes = [content_hash(text) for text in wanted.values()]
     for fingerprint in (FINGERPRINT, "another model"):
-        found = store.compare(keys, hashes, fingerprint)
+        found = store.compare(keys, hashes, fingerprint)()
         stored = store.lookup(keys)
         places = set(found.unchanged)
         for place, key in enumerate(keys):

@@ -11,14 +11,14 @@ from kdb_fast.accounting import Counts, Fate
 from kdb_fast.engine.sharding import WINDOW_ROWS
 from kdb_fast.indexing import intake as module
 from kdb_fast.indexing.flushing import FlushPlanner
-from kdb_fast.indexing.intake import FIRST_WINDOW_ROWS, IN_FLIGHT_VERSION, TAKEN_ROWS, Intake
+from kdb_fast.indexing.intake import FIRST_WINDOW_ROWS, IN_FLIGHT_VERSION, TAKEN_ROWS, Intake, Page
 from kdb_fast.indexing.key_ledger import KeyLedger
 from kdb_fast.indexing.screening import Screen
 from kdb_fast.indexing.text_reuse import TextReuse
 from kdb_fast.ipc.row_block import NO_VALUE
 from kdb_fast.ipc.slab import SlabShape
 from kdb_fast.records import Key, Record, content_hash
-from kdb_fast.stores.base import Found, Store, Stored
+from kdb_fast.stores.base import Answer, Found, Store, Stored
 
 
 class Index:
@@ -35,8 +35,8 @@ class Index:
         self.lookups.append([str(key[1]) for key in keys])
         return {key: self.rows[str(key[1])] for key in keys if key[1] in self.rows}
 
-    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Found:
-        return Found(self.lookup(keys))
+    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Answer:
+        return lambda: Found(self.lookup(keys))
 
 
 class Parts:
@@ -62,7 +62,13 @@ class Parts:
 
     def take(self, *texts: tuple[str, str]) -> int:
         """Take in a page of (record id, text); how often control came back."""
-        return sum(1 for _ in self.intake.take_in([Record(("E", record_id), text) for record_id, text in texts]))
+        page = Page([Record(("E", record_id), text) for record_id, text in texts])
+        return sum(1 for _ in self.intake.take_in(page))
+
+    def take_out(self, *record_ids: str) -> None:
+        """Take in a page of records without text."""
+        for _ in self.intake.take_in(Page((), [("E", record_id) for record_id in record_ids])):
+            pass
 
     def window(self) -> list[tuple[str, bool, int, int]]:
         """(record id, whether the index has a row, its version, sequence number) of each row in the window."""
@@ -113,7 +119,7 @@ def test_an_equal_text_waits_and_counts_as_a_row_of_the_window() -> None:
 def test_an_emptied_record_outdates_what_was_read_before_it() -> None:
     parts = Parts()
     parts.take(("a", "one"))
-    parts.intake.take_out([("E", "a"), ("E", "b")])
+    parts.take_out("a", "b")
     assert parts.ledger.is_outdated(("E", "a"), 1)
     assert parts.flushes.notices == 2
     parts.take(("a", "two"))
@@ -123,7 +129,7 @@ def test_an_emptied_record_outdates_what_was_read_before_it() -> None:
 
 def test_a_record_stored_already_stays_though_it_was_emptied_before() -> None:
     parts = Parts(Index(a=stored("one")))
-    parts.intake.take_out([("E", "a")])
+    parts.take_out("a")
     parts.take(("a", "one"))
     assert parts.flushes.notices == 0
 

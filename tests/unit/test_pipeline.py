@@ -49,7 +49,7 @@ from kdb_fast.ipc.row_block import NO_VALUE, ROW_NOT_FINITE
 from kdb_fast.ipc.slab import Slab, SlabShape
 from kdb_fast.records import MAX_CONTENT_BYTES, Key, Record, Reject, content_hash, decode_key
 from kdb_fast.settings import RejectLimit
-from kdb_fast.stores.base import Found, Store, Stored
+from kdb_fast.stores.base import Answer, Found, Store, Stored
 from kdb_fast.tables.index_policy import IndexAction, IndexOutcome
 from kdb_fast.tables.kdb_search import unfit
 from kdb_fast.tables.pieces import piece_of, record_key
@@ -111,7 +111,10 @@ class Index:
         found = {key: self.rows[key] for key in keys if key in self.rows}
         return {key: Stored(content_hash(e.content), e.fingerprint, e.row_version) for key, e in found.items()}
 
-    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Found:
+    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Answer:
+        return lambda: self._compare(keys, hashes, fingerprint)
+
+    def _compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Found:
         rows, wanted = self.lookup(keys), dict(zip(keys, hashes, strict=True))
         same = {k for k, row in rows.items() if (row.content_hash, row.fingerprint) == (wanted[k], fingerprint)}
         places = {place for place, key in enumerate(keys) if key in same}

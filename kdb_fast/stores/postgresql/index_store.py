@@ -19,7 +19,7 @@ from ...tables.index_table import IndexTable
 from ...tables.kdb_search import KDB_SEARCH
 from ...tables.key import text_arrays
 from ...tables.target import OWN, LiveRows, Target
-from ..base import FlushSlot, Found, IndexStore, RunSpec, Stored
+from ..base import Answer, FlushSlot, Found, IndexStore, RunSpec, Stored
 from ..rejects import refusal_of_unit
 from . import check as pg_check
 from . import migrate as pg_migrate
@@ -139,18 +139,19 @@ class PostgreSQLIndexStore(PostgreSQLStore, IndexStore):
 
         return self.session.retrying("looking up what is stored", work)
 
-    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Found:
+    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Answer:
         if self.session.encoding != ENCODING:
             return super().compare(keys, hashes, fingerprint)  # not all of the keys can be asked for
+        statement = self.target.statement(UNCHANGED.replace("<rows>", self._row_of_key()))
+        parameters = [*self._arrays(keys), b"".join(hashes), fingerprint]
+        rows = self.session.send("looking up what is stored", statement, parameters)
 
-        def work() -> Found:
-            statement = self.target.statement(UNCHANGED.replace("<rows>", self._row_of_key()))
-            parameters = [*self._arrays(keys), b"".join(hashes), fingerprint]
-            *others, (_, _, _, _, unchanged) = self.session.connection().execute(statement, parameters).fetchall()
+        def found() -> Found:
+            *others, (_, _, _, _, unchanged) = rows()
             differ = {keys[r[0] - 1]: Stored(r[1], r[2], row_version(r[3])) for r in others}
             return Found(differ, {place - 1 for place in unchanged or ()})
 
-        return self.session.retrying("looking up what is stored", work)
+        return found
 
     def _row_of_key(self) -> str:
         """Statement of place, hash, fingerprint and version of the row of each of some keys."""

@@ -17,7 +17,7 @@ from ...db.pg_connection import connect_postgresql
 from ...db.pg_errors import READ_ONLY, explain, kind_of, sqlstate
 from ...db.pg_settings import ENCODING
 from ...db.retrying import Backoff, ErrorKind, retry
-from ...errors import SchemaError
+from ...errors import DatabaseError, SchemaError
 from ...records import Key, storable_key
 from ...tables.index_table import IndexTable
 from ...tables.kdb_search import KDB_SEARCH
@@ -190,6 +190,28 @@ class PgSession:
             self.on_wait(f"waiting for the database ({what})")
 
         return retry(work, backoff, kind_of, explained, again)
+
+    def send(self, what: str, statement: bytes, parameters: Sequence[Any]) -> Callable[[], list[tuple[Any, ...]]]:
+        """Send a statement that only reads, and do not wait for it.
+
+        Args:
+            what: As for :meth:`retrying`.
+
+        Returns:
+            Gives its rows, and repeats it where that helps. Nothing else may be done in the session before.
+        """
+        import psycopg
+
+        sent: Callable[[], list[tuple[Any, ...]]] | None = None
+        with contextlib.suppress(psycopg.Error, DatabaseError):  # if anything is still wrong, the repetition says it
+            sent = pg_settings.send(self.connection(), statement, parameters)
+
+        def rows() -> list[tuple[Any, ...]]:
+            nonlocal sent
+            fetch, sent = sent, None
+            return self.connection().execute(statement, parameters).fetchall() if fetch is None else fetch()
+
+        return lambda: self.retrying(what, rows)
 
     def close(self) -> None:
         """Close the connection, unless it is the caller's; what was not committed is rolled back by the database."""

@@ -22,7 +22,7 @@ from ...tables.index_policy import IndexAction, IndexOutcome
 from ...tables.index_table import IndexTable
 from ...tables.kdb_search import KDB_SEARCH
 from ...tables.target import LiveRows, Target
-from ..base import FlushSlot, Found, IndexStore, RunSpec, Stored
+from ..base import Answer, FlushSlot, Found, IndexStore, RunSpec, Stored
 from ..rejects import refusal_of_unit
 from . import prepare as sqlite_prepare
 from . import prune as sqlite_prune
@@ -107,7 +107,10 @@ class SQLiteIndexStore(SQLiteStore, IndexStore):
             for place, content, updated_at, fingerprint in self._rows_of(keys)
         }
 
-    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Found:
+    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Answer:
+        return lambda: self._compare(keys, hashes, fingerprint)
+
+    def _compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Found:
         differ, unchanged = {}, set()
         for place, content, updated_at, of_row in self._rows_of(keys):
             digest = hashlib.sha256(content).digest()
