@@ -246,11 +246,11 @@ class Intake:
         # unique constraint at the flush, which then decides row by row.
         if not (self.rows_at_start or not self._ledger.unique_keys or self._again):
             return Found
-        keys = [record.key for record, _, _ in fit]
+        records = [record for record, _, _ in fit]
         # Of a key that comes twice the version of its row is wanted, too: a later record of it may differ.
         if self._force or self._split is not None or not self._ledger.unique_keys or self._again:
-            return lambda: Found(self._store.lookup(keys))
-        return self._store.compare(keys, [digest for _, digest, _ in fit], self._fingerprint)
+            return lambda: Found(self._store.lookup([record.key for record in records]))
+        return self._store.compare(records, [digest for _, digest, _ in fit], self._fingerprint)
 
     def _without_unchanged(self, fit: list[Fit], places: Collection[int]) -> list[Fit]:
         """Count the records at these places, which are stored already; the others."""

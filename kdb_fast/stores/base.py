@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..ipc.row_block import NO_VALUE
-from ..records import KeptReject, Key, Reject
+from ..records import KeptReject, Key, Record, Reject
 from ..tables.column_target import ColumnTarget
 from ..tables.index_policy import IndexOutcome, IndexPolicy
 from ..tables.index_table import IndexTable
@@ -246,15 +246,15 @@ class Store(ABC):
     def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
         """The index's rows for these keys, by key as it was given; keys without a row are left out."""
 
-    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Answer:
-        """Begin to look up the index's rows for these keys, of which none comes twice.
+    def compare(self, records: Sequence[Record], hashes: Sequence[bytes], fingerprint: str) -> Answer:
+        """Begin to look up the index's rows for the keys of these records, of which none comes twice.
 
         Args:
-            keys: As for :meth:`lookup`.
-            hashes: SHA-256 of the text of each; with this one and the fingerprint a row need not be sent.
+            records: Fit ones. With its text and the fingerprint a row need not be sent.
+            hashes: SHA-256 of the text of each.
             fingerprint: Of the model.
         """
-        return lambda: Found(self.lookup(keys))
+        return lambda: Found(self.lookup([record.key for record in records]))
 
     @abstractmethod
     def flush(

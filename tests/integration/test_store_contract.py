@@ -295,10 +295,11 @@ def test_lookup_gives_hash_fingerprint_and_version_of_stored_rows(harness: Harne
 def test_a_comparison_leaves_out_what_is_as_it_is_wanted(harness: Harness, store: Store, run: RunSpec) -> None:
     harness.write(store, run, numbered(1100))
     wanted = {**numbered(1100), "r007": "another text", "r1099": "longer", "not there": "x", "nor here": "y"}
-    keys = [harness.fresh((key, text))[0].record.key for key, text in wanted.items()]
+    records = [harness.fresh((key, text))[0].record for key, text in wanted.items()]
+    keys = [record.key for record in records]
     hashes = [content_hash(text) for text in wanted.values()]
     for fingerprint in (FINGERPRINT, "another model"):
-        found = store.compare(keys, hashes, fingerprint)()
+        found = store.compare(records, hashes, fingerprint)()
         stored = store.lookup(keys)
         places = set(found.unchanged)
         for place, key in enumerate(keys):

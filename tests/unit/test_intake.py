@@ -35,8 +35,8 @@ class Index:
         self.lookups.append([str(key[1]) for key in keys])
         return {key: self.rows[str(key[1])] for key in keys if key[1] in self.rows}
 
-    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Answer:
-        return lambda: Found(self.lookup(keys))
+    def compare(self, records: Sequence[Record], hashes: Sequence[bytes], fingerprint: str) -> Answer:
+        return lambda: Found(self.lookup([record.key for record in records]))
 
 
 class Parts:

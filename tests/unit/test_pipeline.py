@@ -111,8 +111,8 @@ class Index:
         found = {key: self.rows[key] for key in keys if key in self.rows}
         return {key: Stored(content_hash(e.content), e.fingerprint, e.row_version) for key, e in found.items()}
 
-    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Answer:
-        return lambda: self._compare(keys, hashes, fingerprint)
+    def compare(self, records: Sequence[Record], hashes: Sequence[bytes], fingerprint: str) -> Answer:
+        return lambda: self._compare([record.key for record in records], hashes, fingerprint)
 
     def _compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Found:
         rows, wanted = self.lookup(keys), dict(zip(keys, hashes, strict=True))

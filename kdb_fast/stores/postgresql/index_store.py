@@ -13,7 +13,7 @@ from ...db.address import DatabaseAddress
 from ...db.pg_errors import explain, kind_of
 from ...db.pg_settings import ENCODING
 from ...db.retrying import ErrorKind
-from ...records import Key
+from ...records import Key, Record
 from ...tables import seal
 from ...tables.index_table import IndexTable
 from ...tables.kdb_search import KDB_SEARCH
@@ -139,9 +139,10 @@ class PostgreSQLIndexStore(PostgreSQLStore, IndexStore):
 
         return self.session.retrying("looking up what is stored", work)
 
-    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Answer:
+    def compare(self, records: Sequence[Record], hashes: Sequence[bytes], fingerprint: str) -> Answer:
         if self.session.encoding != ENCODING:
-            return super().compare(keys, hashes, fingerprint)  # not all of the keys can be asked for
+            return super().compare(records, hashes, fingerprint)  # not all of the keys can be asked for
+        keys = [record.key for record in records]
         statement = self.target.statement(UNCHANGED.replace("<rows>", self._row_of_key()))
         parameters = [*self._arrays(keys), b"".join(hashes), fingerprint]
         rows = self.session.send("looking up what is stored", statement, parameters)

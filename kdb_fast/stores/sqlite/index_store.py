@@ -11,12 +11,12 @@ import hashlib
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 from ...db.address import DatabaseAddress
 from ...db.sqlite_connection import connect_sqlite
 from ...db.sqlite_errors import translated
-from ...records import Key
+from ...ipc.beside import beside
+from ...records import Key, Record
 from ...tables import seal
 from ...tables.index_policy import IndexAction, IndexOutcome
 from ...tables.index_table import IndexTable
@@ -30,11 +30,18 @@ from . import rejects as sqlite_rejects
 from .check import columns
 from .flush import FlushWriter, RowWriter, row_version
 from .full_text import FullText
-from .keys import select_places
+from .keys import select_others, select_places
 from .store import SQLiteStore
 
 ANALYZE_ROWS = 10_000
 """From so many rows on the planner's statistics are worth having."""
+
+
+CONTENT = "CAST(coalesce(t.{content}, '') AS BLOB)"
+"""Bytes, as they are hashed: text that is not valid UTF-8 must not end the run."""
+
+ROW = f"{CONTENT}, CAST(t.{{updated_at}} AS BLOB)"
+"""What :func:`_stored` wants of a row, before its fingerprint."""
 
 
 class SQLiteIndexStore(SQLiteStore, IndexStore):
@@ -102,32 +109,26 @@ class SQLiteIndexStore(SQLiteStore, IndexStore):
     # -- reading and writing ---------------------------------------------------------------------------
 
     def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
-        return {
-            keys[place]: Stored(hashlib.sha256(content).digest(), fingerprint, row_version(updated_at, content))
-            for place, content, updated_at, fingerprint in self._rows_of(keys)
-        }
-
-    def compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Answer:
-        return lambda: self._compare(keys, hashes, fingerprint)
-
-    def _compare(self, keys: Sequence[Key], hashes: Sequence[bytes], fingerprint: str) -> Found:
-        differ, unchanged = {}, set()
-        for place, content, updated_at, of_row in self._rows_of(keys):
-            digest = hashlib.sha256(content).digest()
-            if digest == hashes[place] and of_row == fingerprint:
-                unchanged.add(place)
-            else:
-                differ[keys[place]] = Stored(digest, of_row, row_version(updated_at, content))
-        return Found(differ, unchanged)
-
-    def _rows_of(self, keys: Sequence[Key]) -> Iterator[tuple[Any, ...]]:
-        """Place, content, time and fingerprint of the row of each key."""
         with translated("looking up what is stored"):
-            ours = seal.ours("sqlite", self._seal_column(), "t.")
-            # Bytes, as they are hashed: text that is not valid UTF-8 must not end the run.
-            columns = "CAST(coalesce(t.{content}, '') AS BLOB), CAST(t.{updated_at} AS BLOB), "
-            columns += f"CASE WHEN t.{{embedding}} IS NOT NULL AND {ours} THEN t.kdb_fast_fingerprint END"
-            yield from select_places(self._connection, self._target, columns, keys)
+            rows = select_places(self._connection, self._target, f"{ROW}, {self._fingerprint()}", keys)
+            return {keys[place]: _stored(*row) for place, *row in rows}
+
+    def compare(self, records: Sequence[Record], hashes: Sequence[bytes], fingerprint: str) -> Answer:
+        return beside(lambda: self._compare(records, fingerprint), "look-up")
+
+    def _compare(self, records: Sequence[Record], fingerprint: str) -> Found:
+        # By its text: SQLite hashes nothing, and lets other threads run while it compares.
+        same = f"{CONTENT} = CAST(s.kdb_fast_text AS BLOB) AND {self._fingerprint()} = ?"
+        wanted = f"t.rowid IS NOT NULL, {ROW}, {self._fingerprint()}"
+        with translated("looking up what is stored"):
+            others = list(select_others(self._connection, self._target, wanted, same, fingerprint, records))
+        differ = {records[place].key: _stored(*row) for place, is_there, *row in others if is_there}
+        return Found(differ, set(range(len(records))).difference([place for place, *_ in others]))
+
+    def _fingerprint(self) -> str:
+        """That of a row ``t`` that nobody has changed since it was written."""
+        ours = seal.ours("sqlite", self._seal_column(), "t.")
+        return f"CASE WHEN t.{{embedding}} IS NOT NULL AND {ours} THEN t.kdb_fast_fingerprint END"
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -160,3 +161,7 @@ class SQLiteIndexStore(SQLiteStore, IndexStore):
     def prune(self, entity: str, live_rows: LiveRows) -> int:
         with translated("removing deleted records"):
             return sqlite_prune.prune(self._connection, self._target, self._full_text, entity, live_rows)
+
+
+def _stored(content: bytes, updated_at: bytes | None, fingerprint: str | None) -> Stored:
+    return Stored(hashlib.sha256(content).digest(), fingerprint, row_version(updated_at, content))
