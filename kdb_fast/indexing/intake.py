@@ -160,14 +160,14 @@ class Intake:
                 screened = self._screened(page.items)
                 # Nothing is on its way while a page is taken in: the store may be asked for other things then.
                 while asked:
-                    yield _found(*asked.pop())
-                answer = self._look_up(screened.fit)
-                if answer is Found:
-                    yield _found(page, screened, answer)
+                    yield _looked_up(*asked.pop())
+                found = self._look_up(screened.fit)
+                if isinstance(found, Found):
+                    yield _looked_up(page, screened, found)
                 else:
-                    asked.append((page, screened, answer))
+                    asked.append((page, screened, found))
             while asked:
-                yield _found(*asked.pop())
+                yield _looked_up(*asked.pop())
         finally:
             for _, _, answer in asked:  # the run ends with an error, and the store must be free to note it
                 with contextlib.suppress(Exception):
@@ -229,27 +229,27 @@ class Intake:
         together = max(1, len(items) if self._ledger.unique_keys else TAKEN_ROWS)
         for start in range(0, max(1, len(items)), together):  # an empty page may bring deletes
             screened = self._screened(items[start : start + together])
-            yield screened, self._look_up(screened.fit)()
+            yield screened, _wait(self._look_up(screened.fit))
 
     def _screened(self, items: Sequence[Record | Reject]) -> Screened:
         fit, rejects = self._screen.sort(items, self._sequence)
         self._sequence += len(items)
         return Screened(len(items), fit, rejects)
 
-    def _look_up(self, fit: list[Fit]) -> Answer:
-        """Begin to look for what the index holds for the records' keys; Found itself where nothing need be asked."""
+    def _look_up(self, fit: list[Fit]) -> Found | Answer:
+        """Look for what the index holds for the records' keys, or begin to."""
         if not fit:
-            return Found
+            return Found()
         if self.rows_at_start is None:
             self.rows_at_start = self._store.count()
         # Where the index was empty nothing needs looking up; a row that appears meanwhile meets the
         # unique constraint at the flush, which then decides row by row.
         if not (self.rows_at_start or not self._ledger.unique_keys or self._again):
-            return Found
+            return Found()
         records = [record for record, _, _ in fit]
         # Of a key that comes twice the version of its row is wanted, too: a later record of it may differ.
         if self._force or self._split is not None or not self._ledger.unique_keys or self._again:
-            return lambda: Found(self._store.lookup([record.key for record in records]))
+            return Found(self._store.lookup([record.key for record in records]))
         return self._store.compare(records, [digest for _, digest, _ in fit], self._fingerprint)
 
     def _without_unchanged(self, fit: list[Fit], places: Collection[int]) -> list[Fit]:
@@ -337,5 +337,9 @@ class Intake:
             self._place((row, sequence, content_hash(content)))
 
 
-def _found(page: Page, screened: Screened, answer: Answer) -> Page:
-    return page._replace(looked_up=(screened, answer()))
+def _wait(found: Found | Answer) -> Found:
+    return found if isinstance(found, Found) else found()
+
+
+def _looked_up(page: Page, screened: Screened, found: Found | Answer) -> Page:
+    return page._replace(looked_up=(screened, _wait(found)))

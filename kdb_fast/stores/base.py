@@ -246,15 +246,15 @@ class Store(ABC):
     def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
         """The index's rows for these keys, by key as it was given; keys without a row are left out."""
 
-    def compare(self, records: Sequence[Record], hashes: Sequence[bytes], fingerprint: str) -> Answer:
-        """Begin to look up the index's rows for the keys of these records, of which none comes twice.
+    def compare(self, records: Sequence[Record], hashes: Sequence[bytes], fingerprint: str) -> Found | Answer:
+        """Look up the index's rows for the keys of these records, of which none comes twice, or begin to.
 
         Args:
             records: Fit ones. With its text and the fingerprint a row need not be sent.
             hashes: SHA-256 of the text of each.
             fingerprint: Of the model.
         """
-        return lambda: Found(self.lookup([record.key for record in records]))
+        return Found(self.lookup([record.key for record in records]))
 
     @abstractmethod
     def flush(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import pytest
@@ -27,6 +28,8 @@ class Index:
     def __init__(self, **rows: Stored) -> None:
         self.rows = rows
         self.lookups: list[list[str]] = []
+        self.begin: Callable[[Found], Answer] | None = None
+        """Makes an answer that is waited for."""
 
     def count(self) -> int:
         return len(self.rows)
@@ -35,8 +38,9 @@ class Index:
         self.lookups.append([str(key[1]) for key in keys])
         return {key: self.rows[str(key[1])] for key in keys if key[1] in self.rows}
 
-    def compare(self, records: Sequence[Record], hashes: Sequence[bytes], fingerprint: str) -> Answer:
-        return lambda: Found(self.lookup([record.key for record in records]))
+    def compare(self, records: Sequence[Record], hashes: Sequence[bytes], fingerprint: str) -> Found | Answer:
+        found = Found(self.lookup([record.key for record in records]))
+        return self.begin(found) if self.begin else found
 
 
 class Parts:
@@ -150,6 +154,71 @@ def test_unique_keys_are_looked_up_a_page_at_a_time_and_in_an_empty_index_not_at
     parts = Parts(unique_keys=True)
     parts.take(*page)
     assert parts.index.lookups == []
+
+
+class Ahead:
+    """What happens, in order, while three pages of one record are looked up, all of which are stored."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.events: list[str] = []
+        self.parts = Parts(Index(**{str(n): stored(f"text {n}") for n in range(3)}), unique_keys=True)
+        self.parts.index.begin = self.begin
+        self.fails_at = fails_at
+
+    def begin(self, found: Found) -> Answer:
+        number = self.parts.index.lookups[-1][0]
+        self.events.append(f"ask {number}")
+
+        def answer() -> Found:
+            self.events.append(f"answer {number}")
+            return found
+
+        return answer
+
+    def read(self) -> Iterator[Page]:
+        for n in range(3):
+            if n == self.fails_at:
+                raise OSError("broken")
+            self.events.append(f"read {n}")
+            yield Page([Record(("E", str(n)), f"text {n}")], [("E", f"emptied {n}")], passed_over=10)
+
+    def go(self) -> str:
+        with contextlib.closing(self.parts.intake.look_ahead(self.read())) as pages:
+            for page in pages:
+                self.events.append(f"take {page.items[0].key[1]!s}")
+                assert sum(1 for _ in self.parts.intake.take_in(page)) == 1
+        return ", ".join(self.events)
+
+
+def test_a_page_is_read_while_the_one_before_it_is_looked_up() -> None:
+    ahead = Ahead()
+    assert ahead.go() == (
+        "read 0, ask 0, read 1, answer 0, take 0, ask 1, read 2, answer 1, take 1, ask 2, answer 2, take 2"
+    )
+    assert (ahead.parts.counts.read, ahead.parts.counts.unchanged) == (33, 33)
+    assert ahead.parts.flushes.notices == 3
+
+
+def test_what_the_index_says_at_once_is_taken_in_at_once() -> None:
+    ahead = Ahead()
+    ahead.parts.index.begin = None
+    assert ahead.go() == "read 0, take 0, read 1, take 1, read 2, take 2"
+    assert ahead.parts.counts.unchanged == 33
+
+
+def test_a_look_up_is_ended_where_the_next_page_cannot_be_read() -> None:
+    ahead = Ahead(fails_at=2)
+    with pytest.raises(OSError, match="broken"):
+        ahead.go()
+    assert ahead.events[-3:] == ["take 0", "ask 1", "answer 1"]
+    assert ahead.parts.counts.read == 11
+
+
+def test_nothing_is_on_its_way_where_a_page_cannot_be_taken_in() -> None:
+    ahead = Ahead()
+    with contextlib.closing(ahead.parts.intake.look_ahead(ahead.read())) as pages:
+        next(pages)
+    assert ahead.events == ["read 0", "ask 0", "read 1", "answer 0"]
 
 
 def test_the_window_is_cut_by_length_and_may_keep_what_does_not_fill_a_shard() -> None:

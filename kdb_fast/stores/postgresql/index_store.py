@@ -38,15 +38,15 @@ if TYPE_CHECKING:
     Cursor = psycopg.Cursor[tuple[Any, ...]]
 
 
-UNCHANGED = (
-    "WITH r AS MATERIALIZED (<rows>), same AS MATERIALIZED (SELECT r.*, coalesce(r.hash = substr(w.hashes, "
-    "r.place::int * 32 - 31, 32) AND r.fingerprint = w.fingerprint, false) same "
-    "FROM r, (SELECT %b::bytea hashes, %s::text fingerprint) w) "
-    "SELECT place, hash, fingerprint, version, NULL::bigint[] FROM same WHERE NOT same "
-    "UNION ALL SELECT NULL, NULL, NULL, NULL, array_agg(place) FROM same WHERE same"
+COMPARED = (
+    "SELECT array_agg(place) FILTER (WHERE same), array_agg(place) FILTER (WHERE NOT same), "
+    "array_agg(hash) FILTER (WHERE NOT same), array_agg(fingerprint) FILTER (WHERE NOT same), "
+    "array_agg(version) FILTER (WHERE NOT same) FROM ("
+    "SELECT r.*, coalesce(r.hash = substr(w.hashes, r.place::int * 32 - 31, 32) AND r.fingerprint = w.fingerprint, "
+    "false) same FROM (<rows>) r, (SELECT %b::bytea hashes, %s::text fingerprint) w OFFSET 0) AS compared"
 )
-"""The rows that differ, and last the places of the others: rows that are sent to be told unchanged cost more than all
-else of the look-up. The hashes are one value, of 32 bytes each."""
+"""The places of the rows that are the same, and the rows that are not, as one row of arrays: rows that are sent to be
+told unchanged cost more than all else of the look-up. The hashes are one value, of 32 bytes each."""
 
 
 class PostgreSQLIndexStore(PostgreSQLStore, IndexStore):
@@ -139,18 +139,21 @@ class PostgreSQLIndexStore(PostgreSQLStore, IndexStore):
 
         return self.session.retrying("looking up what is stored", work)
 
-    def compare(self, records: Sequence[Record], hashes: Sequence[bytes], fingerprint: str) -> Answer:
+    def compare(self, records: Sequence[Record], hashes: Sequence[bytes], fingerprint: str) -> Found | Answer:
         if self.session.encoding != ENCODING:
             return super().compare(records, hashes, fingerprint)  # not all of the keys can be asked for
         keys = [record.key for record in records]
-        statement = self.target.statement(UNCHANGED.replace("<rows>", self._row_of_key()))
+        statement = self.target.statement(COMPARED.replace("<rows>", self._row_of_key()))
         parameters = [*self._arrays(keys), b"".join(hashes), fingerprint]
         rows = self.session.send("looking up what is stored", statement, parameters)
 
         def found() -> Found:
-            *others, (_, _, _, _, unchanged) = rows()
-            differ = {keys[r[0] - 1]: Stored(r[1], r[2], row_version(r[3])) for r in others}
-            return Found(differ, {place - 1 for place in unchanged or ()})
+            ((unchanged, *others),) = rows()
+            differ = zip(*(column or () for column in others), strict=True)
+            return Found(
+                {keys[place - 1]: Stored(text, of_row, row_version(at)) for place, text, of_row, at in differ},
+                {place - 1 for place in unchanged or ()},
+            )
 
         return found
 

@@ -113,7 +113,7 @@ class SQLiteIndexStore(SQLiteStore, IndexStore):
             rows = select_places(self._connection, self._target, f"{ROW}, {self._fingerprint()}", keys)
             return {keys[place]: _stored(*row) for place, *row in rows}
 
-    def compare(self, records: Sequence[Record], hashes: Sequence[bytes], fingerprint: str) -> Answer:
+    def compare(self, records: Sequence[Record], hashes: Sequence[bytes], fingerprint: str) -> Found | Answer:
         return beside(lambda: self._compare(records, fingerprint), "look-up")
 
     def _compare(self, records: Sequence[Record], fingerprint: str) -> Found:
