@@ -34,6 +34,7 @@ from kdb_fast.catalog.records import live_rows
 from kdb_fast.db.address import DatabaseAddress, parse_address
 from kdb_fast.errors import DatabaseError, ResourceError
 from kdb_fast.records import content_hash
+from kdb_fast.stores.sqlite import store as sqlite_store
 from kdb_fast.stores.sqlite.index_store import SQLiteIndexStore
 
 
@@ -189,6 +190,47 @@ def test_the_journal_mode_stays_as_the_owner_has_it(sqlite_database: DatabaseAdd
     assert [file.name for file in path.parent.iterdir()] == ["index.db"]
 
 
+def cache_kib(connection: sqlite3.Connection) -> int:
+    (size,) = connection.execute("PRAGMA cache_size").fetchone()
+    return -int(size)
+
+
+def pages_read() -> int:
+    """System calls of this process that read; SQLite reads a page of the file with one."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["syscr"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no count of this process's reads")
+def test_a_flush_reads_no_page_again_for_each_row_however_many_it_changes(
+    index: SQLiteHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_store, "CACHE_KIB", 64)  # 16 pages, where a flush changes hundreds
+    run = begin(index.store)
+    write(index.store, run, numbered(300))
+    before = pages_read()
+    write(index.store, run, numbered(300, "other"))
+    once = pages_read() - before
+    monkeypatch.setattr(sqlite_store, "FLUSH_CACHE_KIB", 64)
+    write(index.store, run, numbered(300, "third"))
+    again = pages_read() - before - once
+    assert once < 300 < again
+    assert cache_kib(connection_of(index)) == 64
+
+
+def test_the_page_cache_of_a_connection_that_is_lent_stays_as_it_is(index: SQLiteHarness) -> None:
+    with contextlib.closing(sqlite3.connect(index.address.conninfo, isolation_level=None)) as connection:
+        connection.execute("PRAGMA cache_size = -100")
+        store = SQLiteIndexStore(connection)
+        run = begin(store)
+        seen: list[int] = []
+        connection.create_function("seen", 0, lambda: seen.append(cache_kib(connection)))
+        connection.execute("CREATE TEMP TRIGGER looks AFTER INSERT ON main.kdb_search BEGIN SELECT seen(); END")
+        assert write(store, run, numbered(2)).rows == 2
+        end(store, run)
+        assert [*seen, cache_kib(connection)] == [100, 100, 100]
+
+
 def test_a_flush_waits_for_readers_of_a_file_without_a_write_ahead_log(index: SQLiteHarness) -> None:
     run = begin(index.store)
     write(index.store, run, numbered(9))
@@ -227,6 +269,7 @@ def test_a_full_disk_takes_back_the_whole_flush_and_it_can_be_repeated(index: SQ
         write(index.store, run, large)
     assert not connection_of(index).in_transaction
     assert index.contents() == {"a": "text"}
+    assert cache_kib(connection_of(index)) == sqlite_store.CACHE_KIB
     connection_of(index).execute("PRAGMA max_page_count = 1000000")
     assert write(index.store, run, large).rows == 60
 
