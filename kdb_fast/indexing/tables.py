@@ -350,8 +350,7 @@ def _run(
             create_vector_column(address, definition, embedding.dimensions)
         with adapting(described.as_kept):
             target = find_table_target(address, definition, *what, **writing)
-            if definition.form != "vec0":
-                definition = definition.of_type(target.vector.type, replace=writing["replace"])
+        definition = dataclasses.replace(definition, form=target.vector.form)
         if options.provider == "openai" and options.dimensions is None:
             options = dataclasses.replace(options, dimensions=target.vector.dimensions)
 

@@ -74,10 +74,13 @@ def find_table_target(
     return _in_postgresql(
         address,
         lambda cursor, home: dataclasses.replace(
-            find_column(cursor, home, name, place, text=text, vector=vector, key=names, replace=replace, vacuum=vacuum),
+            find_column(
+                cursor, home, name, place, text=text, vector=vector, form=definition.form, key=names,
+                replace=replace, vacuum=vacuum,
+            ),
             keyword=definition.keyword,
         ),
-    )
+    )  # fmt: skip
 
 
 def _table_of_vectors(

@@ -41,12 +41,14 @@ class VectorColumn:
             after the other) or ``json`` (text).
         dimensions: Length of its vectors; None where the column takes any.
         sender: PostgreSQL: the function that gives a value's bytes.
+        form: As :class:`.definition.Definition` has it.
     """
 
     name: str
     type: str
     dimensions: int | None = None
     sender: str = ""
+    form: str = ""
 
 
 @dataclass(frozen=True)

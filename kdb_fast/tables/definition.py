@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from dataclasses import replace as changed
 from typing import Any, Self
 
 from ..errors import SchemaError
-from ..records import shell_word, storable_key
+from ..records import storable_key
 from .target import Target
 
 SQLITE_FORMS = ("blob", "json", "vec0")
@@ -33,8 +32,8 @@ class Definition:
         text: Columns, or SQL expressions over the columns, that are embedded; () where ``template`` says it.
         template: Text with names of columns in braces; '' for the texts with a blank line between.
         vector: Name of the column of the vectors: one of ``table``'s, or of ``into``'s.
-        form: How SQLite keeps a vector: ``blob``, ``json`` or ``vec0``; in PostgreSQL the column's type, ``vector`` or
-            ``halfvec``. '' before the first run.
+        form: How SQLite keeps a vector: ``blob``, ``json`` or ``vec0``; in PostgreSQL the column's type below any
+            domain, ``vector`` or ``halfvec``. '' before the first run.
         into_schema: Of the table of vectors beside the table; None on SQLite and without one.
         into: The table of vectors beside the table; '' where the vectors go into a column of ``table``.
         chunk: Tokens of a piece that a long text is cut into; 0 for whole texts.
@@ -111,26 +110,6 @@ class Definition:
         """What is read and written, for a message."""
         column = storable_key(self.vector)
         return f"{self.written} of {self.read}" if self.into else f"the column {column} of {self.written}"
-
-    def of_type(self, type: str, *, replace: bool) -> Self:
-        """The same with the type that its column has.
-
-        Args:
-            type: As :class:`.column_target.VectorColumn` has it.
-            replace: All its vectors are written again.
-
-        Raises:
-            SchemaError: It had another one: the vectors were rounded, so that no hash tells them as ours any more.
-        """
-        form = type.rpartition(".")[2].partition("(")[0]
-        if self.form not in ("", form) and not self.into and not replace:
-            raise SchemaError(
-                f"{self.place_shown} was of type {self.form} and is of type {form}, so its vectors are not those that "
-                "were written.",
-                remedy="To write all of them again, also those of other programs: kdb-fast reindex "
-                f"{shell_word(self.name)} --replace.",
-            )
-        return changed(self, form=form)
 
     def as_json(self) -> str:
         """As ``kdb_fast_targets`` keeps it."""

@@ -144,6 +144,8 @@ def describe(
             f"Nothing says where the vectors of {relation.shown} go.",
             remedy="Name a column of it for them, --vector COLUMN, or a table of their own, --into NAME.",
         )
+    if before is not None and not wanted.into and wanted.vector != before.vector:
+        wanted = replace(wanted, form="")  # another column
     if relation is not None:
         wanted = replace(wanted, schema=relation.schema, table=relation.name, query="")
     if "query" in given:

@@ -375,3 +375,18 @@ def test_a_column_of_another_type_is_named(commands: Commands, database: Databas
     execute(database, "ALTER TABLE articles ALTER embedding TYPE halfvec")
     assert table.json("reindex", "articles")["unchanged"] == 2, "without a length it holds the same"
     commands.clear()
+
+
+def test_a_column_that_was_made_anew_may_be_of_another_type(commands: Commands, database: DatabaseAddress) -> None:
+    table = Table(commands, database)
+    table.add(1, "one", "two")
+    table.run("reindex", *DESCRIBED)
+    execute(database, "CREATE DOMAIN embedded AS vector; ALTER TABLE articles ALTER embedding TYPE embedded")
+    assert table.json("reindex", "articles")["unchanged"] == 2, "a domain holds the same"
+    execute(database, "ALTER TABLE articles DROP embedding, ADD embedding halfvec(384)")
+    assert table.json("reindex", "articles")["stored"] == 2, "there are no vectors that were rounded"
+    execute(database, "ALTER TABLE articles DROP embedding, ADD other vector(384)")
+    execute(database, "UPDATE articles SET other = array_fill(1, ARRAY[384])::vector WHERE id = 1")
+    found = table.json("reindex", "articles", "--vector", "other")
+    assert (found["stored"], found["foreign"]) == (1, 1), "of another column only that type counts which it has"
+    commands.clear()

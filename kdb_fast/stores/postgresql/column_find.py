@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...db.pg_errors import kind_of
 from ...db.retrying import ErrorKind
 from ...errors import SchemaError
-from ...records import storable_key
+from ...records import shell_word, storable_key
 from ...tables.column_target import ColumnTarget, VectorColumn, check_state, unreadable_text
 from ...tables.find_relation import find_relation, key_of, no_column, no_key, no_place
 from ...tables.hidden_rows import check_unfiltered
@@ -65,6 +65,7 @@ def find_column(
     *,
     text: str,
     vector: str,
+    form: str = "",
     key: Sequence[str] = (),
     replace: bool = False,
     vacuum: bool = False,
@@ -77,6 +78,7 @@ def find_column(
         table: An SQL identifier, such as ``shop.articles``; without a schema, what the session's search path finds.
         text: SQL expression of the text, see :func:`~kdb_fast.tables.column_target.column_text`.
         vector: Name of the column.
+        form: Of what type it was at the last run, ``vector`` or ``halfvec``; '' before the first.
         key: Names of the columns by which a row is found; () for the primary key.
         replace: Vectors of other programs are overwritten.
         vacuum: Free the versions of rows that are left behind, during a run.
@@ -90,9 +92,16 @@ def find_column(
     keys = key_of(relation, key)
     if keys is None:
         raise no_key(relation, "postgresql", key)
-    return ColumnTarget(
-        name, home, relation.schema, relation.name, keys, text, _vector(cursor, relation, vector), replace, vacuum
-    )
+    column = _vector(cursor, relation, vector)
+    if form not in ("", column.form) and not replace and _has_values(cursor, relation, vector):
+        # They were rounded: no hash tells them as ours any more.
+        raise SchemaError(
+            f"{relation.shown}.{storable_key(vector)} was of type {form} and is of type {column.form}, so its vectors "
+            "are not those that were written.",
+            remedy="To write all of them again, also those of other programs: kdb-fast reindex "
+            f"{shell_word(name)} --replace.",
+        )
+    return ColumnTarget(name, home, relation.schema, relation.name, keys, text, column, replace, vacuum)
 
 
 def create_column(cursor: Cursor, home: Target, table: str, vector: str, dimensions: int, kind: str = "vector") -> None:
@@ -126,6 +135,12 @@ def create_column(cursor: Cursor, home: Target, table: str, vector: str, dimensi
         ) from None
 
 
+def _has_values(cursor: Cursor, relation: Relation, column: str) -> bool:
+    place = qualified(relation.schema, relation.name, "postgresql")
+    statement = f"SELECT FROM {place} WHERE {identifier(column)} IS NOT NULL LIMIT 1"
+    return cursor.execute(statement.encode(), ()).fetchone() is not None
+
+
 def _vector(cursor: Cursor, relation: Relation, name: str) -> VectorColumn:
     found = relation.column(name)
     if found is None:
@@ -149,7 +164,7 @@ def _vector(cursor: Cursor, relation: Relation, name: str) -> VectorColumn:
             f"The role {user!r} may not write {shown}.{column}.",
             remedy=f"Let the owner run: GRANT SELECT, UPDATE ({column}) ON {shown} TO {user};",
         )
-    return VectorColumn(name, declared, modifier if modifier > 0 else None, sender)
+    return VectorColumn(name, declared, modifier if modifier > 0 else None, sender, kind)
 
 
 def prepare_column(cursor: Cursor, target: ColumnTarget, dimensions: int) -> None:

@@ -153,7 +153,7 @@ def find_table(
         schema,
         table,
         tuple(key),
-        VectorColumn(vector, "vector"),
+        VectorColumn(vector, "vector", form="vector"),
         refers,
         content=content or chunked or {CONTENT, *STATE_COLUMNS} <= there,
         chunked=chunked,

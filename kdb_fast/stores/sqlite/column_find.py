@@ -70,7 +70,8 @@ def find_column(
     keys = key_of(relation, key)
     if keys is None:
         raise no_key(relation, "sqlite", key)
-    column = VectorColumn(found.name, form or _form(connection, relation.name, found))
+    form = form or _form(connection, relation.name, found)
+    column = VectorColumn(found.name, form, form=form)
     return ColumnTarget(name, Target(), None, relation.name, keys, text, column, replace)
 
 

@@ -87,7 +87,7 @@ def find_table(
         None,
         row[0] if row else into,
         tuple(key),
-        VectorColumn(vector, "blob"),
+        VectorColumn(vector, "blob", form="vec0" if vec0 else "blob"),
         refers,
         content or chunked or bool(keyword) or {CONTENT, *STATE_COLUMNS} <= there,
         chunked,
