@@ -241,7 +241,7 @@ def print_target(target: TargetStatus) -> None:
         else "",
         "keywords": kept.keyword,
         "indexes": kept.index,
-        "rows": "the table or column is not there"
+        "rows": "the table or column is not there, or cannot be read"
         if target.rows is None
         else f"{target.rows:,} with a vector" + (f", {number_of(target.pieces, 'piece')}" if target.pieces else ""),
         "rejected": f"{target.rejected:,}" if target.rejected else "",

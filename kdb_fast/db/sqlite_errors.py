@@ -19,6 +19,7 @@ import sqlite3
 from collections.abc import Iterator
 
 from ..errors import DatabaseError, KdbFastError, ResourceError, SchemaError
+from . import sqlite_vec
 from .retrying import ErrorKind
 
 KINDS = {
@@ -103,6 +104,8 @@ def explain(error: sqlite3.Error, doing: str) -> KdbFastError:
             remedy="Make its directory writable, and the file: SQLite keeps its journal beside it.",
         )
     if kind is ErrorKind.REFUSED:
+        if sqlite_vec.UNKNOWN in str(error):
+            return SchemaError(f"A table of sqlite-vec was needed {text}", remedy=f"{sqlite_vec.TO_HAVE_IT}.")
         return SchemaError(
             f"SQLite refused it {text}",
             remedy="Was a table changed during the run? What was committed is kept.",

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 
-HAS_ITS_TABLES = "SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE sql LIKE 'CREATE VIRTUAL TABLE % USING vec0%')"
+HAS_ITS_TABLES = "SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE sql LIKE 'CREATE VIRTUAL TABLE %vec0%')"
+"""Between the words may be line ends, as another program has written them."""
+
+UNKNOWN = "no such module: vec0"
+"""What SQLite says of its tables without it."""
+
+TO_HAVE_IT = "pip install 'kdb-fast[sqlite-vec]', with a Python whose sqlite3 may load extensions"
 
 
 def why_no_sqlite_vec(connection: sqlite3.Connection) -> str:

@@ -113,7 +113,7 @@ class TargetStatus(NamedTuple):
     Attributes:
         home: Where our own tables of it are.
         definition: As it is kept.
-        rows: Records with a vector, whoever made it; None where the table or column is not there, or may not be read.
+        rows: Records with a vector, whoever made it; None where the table or column is not there, or cannot be read.
         pieces: Vectors, where texts are cut and a record has several; else None.
         rejected: Records that could not be stored.
         run: The newest run; None where there was none.

@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..db import pg_errors, sqlite_errors
+from ..db import pg_errors, sqlite_errors, sqlite_vec
 from ..db.retrying import ErrorKind
 from ..errors import DatabaseError, SchemaError
 from .target import Rows, Target, other_indexes
@@ -16,8 +16,8 @@ from .target import Rows, Target, other_indexes
 def rows_of(connection: Any, dialect: str) -> Rows:
     """A function that runs statements on this connection, whatever row factory it has.
 
-    The function raises SchemaError for a missing table, column or right, ResourceError when the database runs out of
-    disk or memory, and DatabaseError when it cannot answer; other errors of the driver pass through.
+    The function raises SchemaError for a missing table, column, extension or right, ResourceError when the database
+    runs out of disk or memory, and DatabaseError when it cannot answer; other errors of the driver pass through.
     """
     return _sqlite_rows(connection) if dialect == "sqlite" else _postgresql_rows(connection)
 
@@ -40,6 +40,8 @@ def sqlite_cursor(connection: sqlite3.Connection) -> Iterator[sqlite3.Cursor]:
                 raise sqlite_errors.explain(error, "reading the index") from error
             if str(error).startswith(("no such table", "no such column")):
                 raise SchemaError(f"The search index cannot be read: {error}.", remedy=_NO_INDEX) from None
+            if sqlite_vec.UNKNOWN in str(error):
+                raise sqlite_errors.explain(error, "reading it") from None
             raise DatabaseError(f"The SQLite database cannot be read: {error}.") from error
 
 

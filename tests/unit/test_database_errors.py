@@ -15,12 +15,12 @@ import psycopg
 import pytest
 
 from kdb_fast.catalog.definitions import Catalog
-from kdb_fast.db import pg_errors, retrying, sqlite_errors
+from kdb_fast.db import pg_errors, retrying, sqlite_errors, sqlite_vec
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.db.pg_errors import explain, kind_of, sqlstate
 from kdb_fast.db.retrying import MOST_TIMEOUTS, Backoff, ErrorKind, retry
 from kdb_fast.db.sqlite_session import patiently, transaction
-from kdb_fast.errors import DatabaseError, KdbFastError, LockedError
+from kdb_fast.errors import DatabaseError, KdbFastError, LockedError, SchemaError
 from kdb_fast.records import Record
 from kdb_fast.search.batches import Put
 from kdb_fast.search.transactions import WAITS, write_at_once
@@ -411,3 +411,21 @@ def test_a_lock_that_stays_is_the_databases_error_and_nothing_is_begun(path: Pat
         assert not ours.in_transaction
         assert clock.pauses == []
         assert ours.execute("PRAGMA busy_timeout").fetchone() == (30_000,)
+
+
+@pytest.mark.parametrize("between", [" ", "\n  ", "\t"])
+def test_a_table_of_sqlite_vec_without_the_extension(between: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[sqlite3.Connection] = []
+    monkeypatch.setattr(sqlite_vec, "why_no_sqlite_vec", lambda connection: asked.append(connection) or "not here")
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        sqlite_vec.load_for_its_tables(connection)
+        assert not asked
+        # As a file has it that was written where the extension is.
+        connection.execute("PRAGMA writable_schema = ON")
+        made = f"CREATE VIRTUAL TABLE vecs{between}USING{between}vec0(embedding float[4])"
+        connection.execute("INSERT INTO sqlite_master VALUES ('table', 'vecs', 'vecs', 0, ?)", (made,))
+        connection.execute("PRAGMA writable_schema = RESET")
+        sqlite_vec.load_for_its_tables(connection)
+        assert asked == [connection]
+        with pytest.raises(SchemaError, match=r"sqlite-vec was needed while reading it: .*kdb-fast"):
+            rows_of(connection, "sqlite")("SELECT count(*) FROM vecs", {})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...db.address import DatabaseAddress
-from ...db.sqlite_vec import why_no_sqlite_vec
+from ...db.sqlite_vec import TO_HAVE_IT, why_no_sqlite_vec
 from ...errors import SchemaError
 from ...records import shell_word, storable_key
 from ...tables.column_target import ColumnTarget, VectorColumn, state_table
@@ -45,7 +45,7 @@ def find_searched(connection: Any, address: DatabaseAddress, definition: Definit
     if definition.form == "vec0" and (why := why_no_sqlite_vec(connection)):
         raise SchemaError(
             f"{storable_key(definition.into)} is a table of sqlite-vec, which cannot be read: {why}.",
-            remedy="pip install 'kdb-fast[sqlite-vec]', with a Python whose sqlite3 may load extensions.",
+            remedy=f"{TO_HAVE_IT}.",
         )
     read = None
     # What is read may be another database's; a column is always a table's of this one.

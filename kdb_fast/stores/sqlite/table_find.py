@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Sequence
 
 from ...db.sqlite import quoted
-from ...db.sqlite_vec import why_no_sqlite_vec
+from ...db.sqlite_vec import TO_HAVE_IT, why_no_sqlite_vec
 from ...errors import SchemaError
 from ...records import storable_key
 from ...tables.column_target import VectorColumn, state_table
@@ -106,8 +106,7 @@ def load_vec0(connection: sqlite3.Connection) -> None:
     if why := why_no_sqlite_vec(connection):
         raise SchemaError(
             f"The vectors cannot go into a table of sqlite-vec: {why}.",
-            remedy="pip install 'kdb-fast[sqlite-vec]', with a Python whose sqlite3 may load extensions; or leave out "
-            "--vec0 for a plain table.",
+            remedy=f"{TO_HAVE_IT}; or leave out --vec0 for a plain table.",
         )
 
 
