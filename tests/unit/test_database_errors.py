@@ -416,7 +416,7 @@ def test_a_lock_that_stays_is_the_databases_error_and_nothing_is_begun(path: Pat
 @pytest.mark.parametrize("between", [" ", "\n  ", "\t"])
 def test_a_table_of_sqlite_vec_without_the_extension(between: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[sqlite3.Connection] = []
-    monkeypatch.setattr(sqlite_vec, "why_no_sqlite_vec", lambda connection: asked.append(connection) or "not here")
+    monkeypatch.setattr(sqlite_vec, "why_no_sqlite_vec", asked.append)
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         sqlite_vec.load_for_its_tables(connection)
         assert not asked
