@@ -27,11 +27,11 @@ CACHE_KIB = 4 * 1024
 """Page cache of our own connection, in KiB: the inner pages of the indexes of a million rows. Looking up 100,000 keys
 in order reads as many pages with 2 MiB as with 16."""
 
-FLUSH_CACHE_KIB = 128 * 1024
-"""… and during a flush, whose changed pages stay in it until the COMMIT. Above its limit SQLite
-drops every unchanged page as soon as it has been looked at, and reads it again for the next row: more of them, the
-larger the parts of the full-text index that are merged. The largest flush, 16 MB of vectors and texts, changes 80 MB of
-pages. The limit alone takes no memory; what is read beside them comes to a few MB."""
+FLUSH_CACHE_KIB = 96 * 1024
+"""… and during a flush, whose changed pages stay in it until the COMMIT. Above its limit SQLite drops every unchanged
+page as soon as it has been looked at, and reads it again for the next row: more of them, the larger the parts of the
+full-text index that are merged. The largest flush, 16 MB of vectors and texts, changes 80 MB of pages. The limit alone
+takes no memory: what is read beside them comes to a few MB, or up to the limit where the whole full-text table is."""
 
 CHECKPOINT_PAGES = 16_384
 """Write-ahead log of 64 MB before it is copied into the file: index pages that many flushes touch are copied
