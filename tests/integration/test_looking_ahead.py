@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from pooler import pooler
 from proxy import CUT_AFTER, CUT_BEFORE, FORWARD, Proxy, nth_request
 from servers import ListSource, execute, records_of
 
@@ -199,3 +200,17 @@ def test_a_call_beside_gives_its_result_or_its_error() -> None:
 
     with pytest.raises(UsageError, match=r"It failed\."):
         beside(fail, "look-up")()
+
+
+@pytest.mark.parametrize(("mode", "sessions"), [("transaction", 1), ("session", 6)])
+def test_a_look_up_holds_no_session_of_a_pooler(filled: DatabaseAddress, mode: str, sessions: int) -> None:
+    records = [record._replace(content=f"{record.content}, changed") for record in RECORDS[::2]] + RECORDS[1::2]
+
+    with pooler(filled, mode, sessions) as address:
+
+        def between(page: int) -> None:
+            assert execute(address, "SELECT 1") == [(1,)]  # as a source reads, while a page is looked up
+
+        receipt = run(address, ListSource(records, page_rows=PAGE, between=between))
+        assert (receipt.stored, receipt.unchanged) == (ROWS // 2, ROWS // 2)
+        assert run(address, ListSource(records, page_rows=PAGE, between=between)).unchanged == ROWS
