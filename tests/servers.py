@@ -252,7 +252,7 @@ def index_rows(address: DatabaseAddress) -> dict[Key, IndexRow]:
 
 
 class ListSource(Source):
-    """Records from memory. ``between`` is called with the page's number after each page was taken."""
+    """Records from memory. ``between`` is called with a page's number before the next one is read."""
 
     def __init__(
         self,

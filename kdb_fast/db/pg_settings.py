@@ -122,23 +122,20 @@ def _in_one_round_trip(connection: Connection, execute: Callable[[], object]) ->
     _send(connection, execute)()
 
 
-def _send(connection: Connection, execute: Callable[[], object], *, at_once: bool = False) -> Callable[[], None]:
+def _send(connection: Connection, execute: Callable[[], object]) -> Callable[[], None]:
     """:func:`_in_one_round_trip` in two halves: what this gives waits for the end, and raises what has failed.
 
-    Args:
-        at_once: Send them now, not when the end is waited for.
+    The server begins at once, since psycopg sends each statement as it is executed.
     """
     import psycopg
 
     error: BaseException | None = None
     pipeline = contextlib.ExitStack()
     try:
-        entered = pipeline.enter_context(connection.pipeline())
+        pipeline.enter_context(connection.pipeline())
         _begin(connection)
         execute()
         psycopg.Cursor(connection).execute("END")
-        if at_once:
-            entered.sync()
     except BaseException as caught:  # psycopg would log what the end of the pipeline says beside it
         error = caught
 
@@ -171,7 +168,7 @@ def send(connection: Connection, query: bytes, params: Sequence[Any]) -> Callabl
         return None
     cursor = psycopg.Cursor(connection, row_factory=tuple_row)
     # In binary form for the reason that PinnedCursor gives.
-    end = _send(connection, lambda: cursor.execute(query, params, binary=True), at_once=True)
+    end = _send(connection, lambda: cursor.execute(query, params, binary=True))
 
     def rows() -> list[tuple[Any, ...]]:
         end()
