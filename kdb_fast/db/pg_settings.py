@@ -143,7 +143,7 @@ def _send(connection: Connection, execute: Callable[[], object]) -> Callable[[],
         nonlocal error
         try:
             pipeline.close()
-        except psycopg.Error as caught:
+        except BaseException as caught:  # also a signal, after which the run's end is noted on this connection
             error = error or caught
         if error is not None:
             _roll_back(connection)
