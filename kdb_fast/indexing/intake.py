@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -97,14 +98,18 @@ class Intake:
     ) -> None:
         self.window: list[Numbered] = []
         """Rows to be embedded, in the order of reading."""
-        self.rows_at_start: int | None = None
-        """Rows of the index before the first record was taken in; None until then."""
         self._store, self._screen, self._counts = store, screen, counts
         self._ledger, self._reuse, self._flushes = ledger, reuse, flushes
         self._fingerprint, self._read_chars, self._force = fingerprint, read_chars, force
         self._split, self._sequence = split, 0
         self._goal = FIRST_WINDOW_ROWS
         self._again = False
+        self._was_empty: bool | None = None  # before the first record was looked up
+
+    @functools.cached_property
+    def rows_at_start(self) -> int:
+        """Rows of the index, to be asked for before anything is written: to count a million takes half a second."""
+        return self._store.count()
 
     @property
     def waiting(self) -> int:
@@ -240,11 +245,11 @@ class Intake:
         """Look for what the index holds for the records' keys, or begin to."""
         if not fit:
             return Found()
-        if self.rows_at_start is None:
-            self.rows_at_start = self._store.count()
+        if self._was_empty is None:
+            self._was_empty = self._store.is_empty()
         # Where the index was empty nothing needs looking up; a row that appears meanwhile meets the
         # unique constraint at the flush, which then decides row by row.
-        if not (self.rows_at_start or not self._ledger.unique_keys or self._again):
+        if self._was_empty and self._ledger.unique_keys and not self._again:
             return Found()
         records = [record for record, _, _ in fit]
         # Of a key that comes twice the version of its row is wanted, too: a later record of it may differ.

@@ -322,7 +322,7 @@ class Pipeline:
         if self.index.deferred or self._stopping or not self._store.has_vector_index:
             return False
         written = (self.counts.read, self.counts.to_write, self.counts.written)
-        rows = self._intake.rows_at_start or 0, self._estimate
+        rows = self._intake.rows_at_start, self._estimate
         self.index.decided(decide(*rows, *written, policy=self._index_policy))
         if self.index.deferred and self.index.decision is not None:
             for outlook in self._store.build_outlook(self.index.decision.rows_after, self._dimensions):

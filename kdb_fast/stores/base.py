@@ -242,6 +242,10 @@ class Store(ABC):
     def count(self) -> int:
         """Rows with a vector that is written or, in an index, all rows."""
 
+    def is_empty(self) -> bool:
+        """Whether :meth:`count` is 0."""
+        return not self.count()
+
     @abstractmethod
     def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
         """The index's rows for these keys, by key as it was given; keys without a row are left out."""

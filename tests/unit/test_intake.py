@@ -34,6 +34,9 @@ class Index:
     def count(self) -> int:
         return len(self.rows)
 
+    def is_empty(self) -> bool:
+        return not self.rows
+
     def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:
         self.lookups.append([str(key[1]) for key in keys])
         return {key: self.rows[str(key[1])] for key in keys if key[1] in self.rows}

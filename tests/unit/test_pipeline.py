@@ -103,6 +103,9 @@ class Index:
     def count(self) -> int:
         return len(self.rows)
 
+    def is_empty(self) -> bool:
+        return not self.rows
+
     def build_outlook(self, rows: int, dimensions: int) -> tuple[str, ...]:
         return (f"An index of {rows} vectors of {dimensions} numbers is large",) if rows >= 1000 else ()
 

@@ -126,6 +126,14 @@ class PostgreSQLIndexStore(PostgreSQLStore, IndexStore):
 
         return self.session.retrying("counting rows", work)
 
+    def is_empty(self) -> bool:
+        def work() -> bool:
+            statement = self.target.statement("SELECT NOT EXISTS (SELECT FROM {index})")
+            row = self.session.connection().execute(statement).fetchone()
+            return bool(row and row[0])
+
+        return self.session.retrying("looking for rows", work)
+
     # -- reading and writing ---------------------------------------------------------------------------
 
     def lookup(self, keys: Sequence[Key]) -> dict[Key, Stored]:

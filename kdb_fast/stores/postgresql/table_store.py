@@ -174,7 +174,7 @@ class PostgreSQLTableStore(PostgreSQLStore):
 
         return self.session.retrying("counting rows", work)
 
-    def _is_empty(self) -> bool:
+    def is_empty(self) -> bool:
         def work() -> bool:
             row = self.session.connection().execute(self.table.statement(IS_EMPTY)).fetchone()
             return bool(row and row[0])
@@ -184,7 +184,7 @@ class PostgreSQLTableStore(PostgreSQLStore):
     def known_rows(self, fingerprint: str) -> KnownRows | None:
         if self.table.chunked:
             return None  # a record has several rows
-        if self._is_empty():
+        if self.is_empty():
             return None  # to find that out of each row took the server more time than to read it
         same_row = self.table.same_key("kdb_fast_v.{column}", "t.{column}")
         join = self.table.statement(KNOWN, fingerprint=fingerprint, same_row=same_row)
