@@ -123,19 +123,19 @@ def _in_one_round_trip(connection: Connection, execute: Callable[[], object]) ->
 
 
 def _send(connection: Connection, execute: Callable[[], object]) -> Callable[[], None]:
-    """:func:`_in_one_round_trip` in two halves: what this gives waits for the end, and raises what has failed.
-
-    The server begins at once, since psycopg sends each statement as it is executed.
-    """
+    """:func:`_in_one_round_trip` in two halves: what this gives waits for the end, and raises what has failed."""
     import psycopg
 
     error: BaseException | None = None
     pipeline = contextlib.ExitStack()
     try:
-        pipeline.enter_context(connection.pipeline())
+        entered = pipeline.enter_context(connection.pipeline())
         _begin(connection)
         execute()
         psycopg.Cursor(connection).execute("END")
+        # Half of Pipeline.sync(), which would wait for the results too. A pooler keeps the session for us until then.
+        entered._enqueue_sync()
+        connection.wait(entered._communicate_gen())
     except BaseException as caught:  # psycopg would log what the end of the pipeline says beside it
         error = caught
 
