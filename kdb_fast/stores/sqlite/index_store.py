@@ -117,7 +117,7 @@ class SQLiteIndexStore(SQLiteStore, IndexStore):
         return beside(lambda: self._compare(records, fingerprint), "look-up")
 
     def _compare(self, records: Sequence[Record], fingerprint: str) -> Found:
-        # By its text: SQLite hashes nothing, and lets other threads run while it compares.
+        # By its text: SQLite has no hash of its own, and lets other threads run while it compares.
         same = f"{CONTENT} = CAST(s.kdb_fast_text AS BLOB) AND {self._fingerprint()} = ?"
         wanted = f"t.rowid IS NOT NULL, {ROW}, {self._fingerprint()}"
         with translated("looking up what is stored"):
