@@ -170,8 +170,11 @@ def test_a_changed_file_is_not_used(int8: Choice, minilm: Model, home: Path, mon
 
 
 def test_refused_below_the_floor_and_auto_falls_back(int8: Choice, minilm: Model, texts: list[str]) -> None:
-    with pytest.raises(ModelError, match="not close enough") as refused:
+    with pytest.raises(ModelError, match="not close enough to fp32 on the records of an earlier run") as refused:
         selector(minilm, texts).choose("int8", 0.99999)
+    kept = refused.value.remedy.rpartition("compare again: rm ")[2]
+    assert Path(kept).parent.name == int8.fingerprint
+    assert Path(kept).is_file()
     assert "expected a mean cosine of at least 0.99999" in refused.value.message
     notes: list[str] = []
     auto = selector(minilm, texts, report=notes.append).choose("auto", 0.99999)

@@ -21,6 +21,7 @@ from ...errors import ModelError, StoppedError
 from ...ipc.spawning import describe_exit, spawn, tail
 from ...paths import default_data_dir
 from ...receipt import Fidelity
+from ...records import shell_word
 from ...resources import cpu_flags
 from ..batching import TOKEN_BUDGET
 from ..encoder import EncoderSpec
@@ -147,6 +148,7 @@ class PrecisionSelector:
         spec = replace(spec, token_budget=BATCH_TOKENS if spec.on_openvino else TOKEN_BUDGET)
         if precision != "int8" or spec.prepared:
             fidelity = self._read_fidelity(spec)
+        kept = fidelity is not None
         if fidelity is None:
             spec, fidelity = self._prepare(spec)
             self._write_fidelity(spec, fidelity)
@@ -154,12 +156,16 @@ class PrecisionSelector:
         if floor is not None:
             least, least_overlap = floor, 0.0
         if fidelity.cosine_mean < least or fidelity.overlap < least_overlap:
+            which, again = "these records", ""
+            if kept:  # not compared anew each time: with auto, every run would begin with that
+                which = "the records of an earlier run"
+                again = f" If they have changed since, compare again: rm {shell_word(str(self._fidelity_file(spec)))}"
             raise ModelError(
-                f"{precision} is not close enough to fp32 on these records: {fidelity.describe()}; "
+                f"{precision} is not close enough to fp32 on {which}: {fidelity.describe()}; "
                 f"expected a mean cosine of at least {least:g}"
                 + (f" and {least_overlap:.0%} of the nearest" if least_overlap else "")
                 + ".",
-                remedy="Use --precision fp32 (or auto), or lower --min-fidelity.",
+                remedy=f"Use --precision fp32 (or auto), or lower --min-fidelity.{again}",
             )
         return Choice(spec, self._fingerprint(spec), f"{precision}: {fidelity.describe()}", fidelity)
 
