@@ -170,7 +170,7 @@ class TableSource(Source):
         if self._read_first:
             return [
                 f"A pooler in front of {self._reader.address.display} has one session only, so the query was read as a "
-                "whole into a temporary file first"
+                "whole into a temporary file first."
             ]
         return []
 
