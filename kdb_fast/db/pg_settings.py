@@ -133,9 +133,7 @@ def _send(connection: Connection, execute: Callable[[], object]) -> Callable[[],
         _begin(connection)
         execute()
         psycopg.Cursor(connection).execute("END")
-        # Half of Pipeline.sync(), which would wait for the results too. A pooler keeps the session for us until then.
-        entered._enqueue_sync()
-        connection.wait(entered._communicate_gen())
+        _end_of_pipeline(connection, entered)
     except BaseException as caught:  # psycopg would log what the end of the pipeline says beside it
         error = caught
 
@@ -152,6 +150,20 @@ def _send(connection: Connection, execute: Callable[[], object]) -> Callable[[],
     if error is not None:
         end()
     return end
+
+
+def _end_of_pipeline(connection: Connection, pipeline: psycopg.Pipeline) -> None:
+    """Half of ``Pipeline.sync()``, which would wait for the results too; a pooler keeps the session for us until then.
+
+    The halves are not public. A psycopg that has others waits here: the next page is not read meanwhile, no more.
+    """
+    try:
+        enqueue, communicate = pipeline._enqueue_sync, pipeline._communicate_gen
+    except AttributeError:
+        pipeline.sync()
+    else:
+        enqueue()
+        connection.wait(communicate())
 
 
 def send(connection: Connection, query: bytes, params: Sequence[Any]) -> Callable[[], list[tuple[Any, ...]]] | None:

@@ -10,12 +10,14 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from pooler import pooler
 from proxy import CUT_AFTER, CUT_BEFORE, FORWARD, Proxy, nth_request
 from servers import ListSource, execute, records_of
 
+from kdb_fast.db import pg_settings
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.errors import DatabaseError, KdbFastError, StoppedError, UsageError
 from kdb_fast.indexing.reindex import reindex
@@ -74,6 +76,13 @@ def test_a_connection_lost_in_a_look_up(
         assert proxy.cuts >= 1
         assert decide.hits == ROWS // PAGE + 1  # type: ignore[attr-defined]
     assert (receipt.read, receipt.unchanged) == (ROWS, ROWS)
+
+
+def test_a_pipeline_that_cannot_be_sent_without_waiting_is_waited_for() -> None:
+    """As that of a psycopg whose private halves are others."""
+    pipeline = Mock(spec_set=["sync"])
+    pg_settings._end_of_pipeline(Mock(spec_set=()), pipeline)
+    pipeline.sync.assert_called_once_with()
 
 
 def test_a_session_ended_while_the_next_page_is_read(filled: DatabaseAddress) -> None:
