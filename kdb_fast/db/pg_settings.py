@@ -155,15 +155,19 @@ def _send(connection: Connection, execute: Callable[[], object]) -> Callable[[],
 def _end_of_pipeline(connection: Connection, pipeline: psycopg.Pipeline) -> None:
     """Half of ``Pipeline.sync()``, which would wait for the results too; a pooler keeps the session for us until then.
 
-    The halves are not public. A psycopg that has others waits here: the next page is not read meanwhile, no more.
+    What psycopg sends beside it when the pipeline is left, a second Sync and a Flush, is left out: a pooler would give
+    us a session for the Flush and keep it for us until our next statement, since no Sync follows.
+
+    The parts are not public. A psycopg that has others waits here: the next page is not read meanwhile, no more.
     """
     try:
-        enqueue, communicate = pipeline._enqueue_sync, pipeline._communicate_gen
+        enqueue, communicate, fetch = pipeline._enqueue_sync, pipeline._communicate_gen, pipeline._fetch_gen
     except AttributeError:
         pipeline.sync()
-    else:
-        enqueue()
-        connection.wait(communicate())
+        return
+    enqueue()
+    connection.wait(communicate())
+    pipeline._exit_gen = lambda: fetch(flush=False)  # type: ignore[method-assign]
 
 
 def send(connection: Connection, query: bytes, params: Sequence[Any]) -> Callable[[], list[tuple[Any, ...]]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -14,6 +15,7 @@ import pytest
 import sqlalchemy
 from commands import Commands, FileJob, MakeJob
 from kameleon import Answer, Kameleon, close_kameleon, open_kameleon
+from proxy import FORWARD, Proxy
 from search_engines import Words, sqlalchemy_url
 from servers import Server, database_name, eventually, execute, index_rows, role_name
 from sqlalchemy.orm import Session
@@ -21,7 +23,7 @@ from sqlalchemy.orm import Session
 from kdb_fast.db import pg_settings
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.db.pg_connection import connect_postgresql
-from kdb_fast.db.pg_settings import PINNED, pinned
+from kdb_fast.db.pg_settings import PINNED, at_once, pinned
 from kdb_fast.errors import LockedError
 from kdb_fast.search.engine import SearchEngine
 from kdb_fast.stores import open_store
@@ -426,3 +428,34 @@ def test_an_engine_of_the_callers_with_odd_settings(postgres: Server, database: 
         stored = plain.execute("SELECT record_id, content FROM kdb_search WHERE record_id LIKE 'é%'").fetchall()
     assert dict(stored) == {"é1": "Zürich am See", "é2": "日本 Zürich"}
     engine.dispose()
+
+
+def test_a_round_trip_is_one_sync_and_no_flush(database: DatabaseAddress) -> None:
+    """Behind a Flush a pooler keeps a session for the client until its next statement."""
+    with Proxy(database) as proxy, closing(connect_postgresql(proxy.address, role="test")) as connection:
+        sent: list[bytes] = []
+
+        def request(data: bytes) -> str:
+            sent.append(data)
+            return FORWARD
+
+        proxy.on_request = request
+        assert connection.execute("SELECT 1").fetchall() == [(1,)]
+        assert at_once(connection, [("SELECT 2", {}), ("SELECT 3", {})]) == [[(2,)], [(3,)]]
+        rows = pg_settings.send(connection, b"SELECT 4", [])
+        assert rows
+        assert rows() == [(4,)]
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            connection.execute("SELECT 1 / 0")
+        assert connection.execute("SELECT 5").fetchall() == [(5,)]
+    kinds = list(_kinds(b"".join(sent)))
+    # That of a transaction that has failed is followed by its ROLLBACK.
+    assert (kinds.count(b"S"), kinds.count(b"H")) == (5, 0)
+
+
+def _kinds(data: bytes) -> Iterator[bytes]:
+    """The kind of each of a client's messages."""
+    while data:
+        (length,) = struct.unpack_from(">i", data, 1)
+        yield data[:1]
+        data = data[1 + length :]

@@ -78,7 +78,7 @@ def test_search_loads_no_package_for_downloads(tmp_path: Path, notes: Path) -> N
     done = kdb_fast("search", "something", "--db", db, "--json", PYTHONPROFILEIMPORTTIME="1")
     assert json.loads(done.stdout)["results"]
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "fastembed" in imported
+    assert "onnxruntime" in imported
     assert not {name for name in imported if name.partition(".")[0] in ("urllib3", "httpx", "httpcore")}, (
         "of requests and huggingface_hub"
     )

@@ -333,7 +333,7 @@ def test_fp32_on_avx2_gives_the_same_vectors(minilm: Model, texts: list[str], tm
 def test_too_few_records(minilm: Model) -> None:
     needs("int8")
     with pytest.raises(ModelError, match="No record with a text") as error:
-        selector(minilm, []).choose("int8")
+        selector(minilm, [], index="new").choose("int8")
     assert "says what is wrong" in error.value.remedy
     with pytest.raises(ModelError, match="3 records are too few"):
         selector(minilm, ["a", "b", "c"], index="new").choose("int8")
