@@ -20,7 +20,7 @@ from ..errors import KdbFastError, ModelError, ResourceError
 from ..origins import prefixed
 from ..records import was_cut
 from .batching import TOKEN_BUDGET, pack_batches, plan_batches
-from .loading import is_plain, load_model
+from .loading import BuiltModel, is_plain, load_model
 from .models.files import Model
 from .precision.openvino_rows import WIDTH_CLASS, filled_rows
 
@@ -206,7 +206,7 @@ class _OnnxBackend(_Backend):
         self._width_class = width_class
         self._inputs = {node.name for node in self._session.get_inputs()}
         self._inner = inner
-        self._mean = type(inner).__name__ in ("BuiltModel", "PooledNormalizedEmbedding")
+        self._mean = isinstance(inner, BuiltModel) or type(inner).__name__ == "PooledNormalizedEmbedding"
 
     def encode(self, texts: Sequence[str], out: Matrix, spec: EncoderSpec, *, ragged: bool = False) -> Tally:
         ids, truncated, lost_chars = self._tokenise(texts, spec.model.max_tokens)
