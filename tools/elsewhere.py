@@ -265,8 +265,11 @@ def output(*command: object, check: bool = False) -> str:
         stderr=None if check else subprocess.DEVNULL,
         text=True,
         timeout=300,
-        check=check,
+        check=False,
     )
+    if check and done.returncode:
+        say(done.stdout)  # with --json it holds the error
+        done.check_returncode()
     return done.stdout.strip() if done.returncode == 0 else ""
 
 

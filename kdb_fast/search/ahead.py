@@ -50,8 +50,6 @@ class QueryAhead:
         from ..embedding.offline import import_for, import_libraries
 
         import_libraries()
-        from . import retrieval  # noqa: F401
-
         if self._verifying is None:
             return None
         from ..embedding import encoder  # noqa: F401

@@ -18,7 +18,7 @@ from ..records import storable_key
 from ..tables.names import or_nearest
 from ..tables.reading import rows_of
 from ..tables.target import columns_of, find_target
-from .readers import open_reader
+from .readers import import_reader, open_reader
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +86,9 @@ def run_search(
     text = meaning(query)
     if mode == "keyword" or not text:
         return search_open(address, query, None, **asked, mapped=alone), []
-    # The thread asks the database, and ranks by keyword while this one still embeds the query.
+    # The thread asks the database, and ranks by keyword while this one still embeds the query. It imports nothing that
+    # this one imports, too: numpy's modules need each other, and two threads that import them at once get half of it.
+    imported: Future[None] = Future()
     likely: Future[IndexModel | None] = Future()
     counted: Future[tuple[Origins, Scope]] = Future()
     vectors: Future[list[QueryVector]] = Future()
@@ -99,6 +101,7 @@ def run_search(
             likely.set_result(IndexModel.of(origin) if origin else None)
             scope = resolve_scope(load_entities(rows, target), entities, where)
             counted.set_result((count_origins(rows, target), scope))
+        imported.result()
         return _ranked(connection, address, query, vectors.result, asked, counted.result()[0])
 
     def release(asking: Future[list[SearchResult]]) -> None:
@@ -112,6 +115,10 @@ def run_search(
         asking = pool.submit(read, address, ask, mapped=alone)
         asking.add_done_callback(release)
         try:
+            from . import retrieval  # noqa: F401
+
+            import_reader(address.dialect)
+            imported.set_result(None)
             embedded = ahead.embed(text, likely) if ahead else None
             found, scope = counted.result()
             counts = {key: number for key, number in found.rows.items() if scope.admits(key[0])}
@@ -132,7 +139,9 @@ def run_search(
                 raise SchemaError(str(missed[0])[:1].upper() + str(missed[0])[1:])
             vectors.set_result(by_model)
         except BaseException as error:
-            vectors.set_exception(error)
+            for awaited in (imported, vectors):
+                if not awaited.done():
+                    awaited.set_exception(error)
             raise
         try:
             return _plain(asking.result()), missed

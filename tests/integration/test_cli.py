@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from kdb_fast.cli.demo import sqlalchemy_url
+from kdb_fast.db.address import DatabaseAddress
+
 SENTINEL = "hunter2-SENTINEL"
 
 
@@ -85,6 +88,30 @@ def test_search_loads_no_package_for_downloads(tmp_path: Path, notes: Path) -> N
 
 
 @pytest.mark.usefixtures("minilm")
+@pytest.mark.usefixtures("minilm")
+def test_search_imports_in_one_thread(tmp_path: Path, notes: Path, address: DatabaseAddress) -> None:
+    """Two threads that import numpy at once break it, now and then: this looks at who imports, not at what breaks."""
+    db, noted = sqlalchemy_url(address), tmp_path / "imports"
+    assert reindex(db, notes).returncode == 0
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import sys, threading\n"
+        "class Noting:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        where = 'main' if threading.current_thread() is threading.main_thread() else 'other'\n"
+        f"        print(where, name, file=open({str(noted)!r}, 'a'))\n"
+        "sys.meta_path.insert(0, Noting())\n"
+    )
+    done = kdb_fast("search", "something", "--db", db, "--json", PYTHONPATH=str(hook))
+    assert json.loads(done.stdout)["results"], done.stdout
+    imports = [line.split() for line in noted.read_text().splitlines()]
+    main, other = ({name for by, name in imports if by == thread} for thread in ("main", "other"))
+    assert {"numpy", "kdb_fast.search.retrieval"} <= main
+    packages = {name for name in other if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert packages <= {"sqlite_vec", "kdb_fast.db.pg_characters"}, "these import nothing that others do"
+
+
 def test_rejected_records_give_exit_code_3_and_too_many_8(tmp_path: Path) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text('{"id": 1, "text": "fine"}\n{"id": 2, "text": "bad \\u0000 nul"}\n{"id": 3}\n')

@@ -9,6 +9,14 @@ from ...tables.kdb_search import KDB_SEARCH
 from .base import SearchReader
 
 
+def import_reader(dialect: str) -> None:
+    """Import what :func:`open_reader` needs, in the thread that may import numpy: two that do it at once break it."""
+    if dialect == "sqlite":
+        from . import sqlite  # noqa: F401
+    else:
+        from . import postgresql  # noqa: F401
+
+
 def open_reader(connection: Any, dialect: str, index: IndexTable = KDB_SEARCH, *, once: bool = False) -> SearchReader:
     """The reader of rankings for this dialect, on an open connection.
 
