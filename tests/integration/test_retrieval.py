@@ -362,6 +362,21 @@ class TestPostgresqlRanking:
         assert len(plans) == 3
         assert all("Index Scan using ix_kdb_search_vector" in plan and "Sort" not in plan for plan in plans)
 
+    def test_words_that_are_near_each_other_come_first(self, postgresql: Database) -> None:
+        postgresql.create_index()
+        far = " ".join(f"filler{n}" for n in range(12))
+        postgresql.index("E", "a", f"a kettle {far} boils {far} water", None)
+        postgresql.index("E", "b", f"a kettle {far} boils water {far}", None)
+        postgresql.index("E", "c", f"a kettle boils water {far} {far}", None)
+        assert postgresql.ids("kettle boils water") == ["c", "b", "a"]
+
+    def test_long_texts_do_not_all_have_the_highest_rank(self, postgresql: Database) -> None:
+        """With the default weights they do: 0.9999997, the float4 before 1, from 16 times these words on."""
+        postgresql.create_index()
+        for name, times in {"a": 16, "b": 24, "c": 32}.items():
+            postgresql.index("E", name, "the copper kettle boils water in the kitchen " * times, None)
+        assert postgresql.ids("copper kettle boils water") == ["c", "b", "a"]
+
     def test_the_session_stays_as_it_was(self, postgresql: Database) -> None:
         fill(postgresql)
         settings = "SELECT current_setting('hnsw.ef_search'), current_setting('hnsw.iterative_scan')"

@@ -134,19 +134,19 @@ class PostgresqlReader(SearchReader):
     def _with_all(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
         params = Params(self.dialect)
         every = f"websearch_to_tsquery('english', {params(query.websearch())})"
-        return self._matching_text(every, "ts_rank_cd", params, query, scope, limit)
+        return self._matching_text(every, params, query, scope, limit)
 
     def _with_required(self, required: Sequence[Term], query: Query, scope: Scope, limit: int) -> list[Hit]:
         params = Params(self.dialect)
         every = " && ".join(tsquery(term, params) for term in required)
         either = " || ".join(tsquery(term, params) for term in query.terms)
-        return self._matching_text(f"({every} && ({either}))", "ts_rank", params, query, scope, limit)
+        return self._matching_text(f"({every} && ({either}))", params, query, scope, limit)
 
     def _with_any(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
         params = Params(self.dialect)
         either = " || ".join(tsquery(term, params, term.phrase) for term in query.alternatives())
-        # ts_rank counts a word's repetitions less and less, so texts with more of the words come first.
-        return self._matching_text(f"({either})", "ts_rank", params, query, scope, limit)
+        # It counts a word's repetitions less and less, so texts with more of the words come first.
+        return self._matching_text(f"({either})", params, query, scope, limit)
 
     def _without(self, excluded: Sequence[Term], params: Params) -> str:
         return " AND ".join(f"NOT s.tsv @@ {tsquery(term, params)}" for term in excluded) or "true"
@@ -213,9 +213,7 @@ class PostgresqlReader(SearchReader):
             params.values,
         )
 
-    def _matching_text(
-        self, tsquery: str, rank: str, params: Params, query: Query, scope: Scope, limit: int
-    ) -> list[Hit]:
+    def _matching_text(self, tsquery: str, params: Params, query: Query, scope: Scope, limit: int) -> list[Hit]:
         """Rows that match ``tsquery`` (its values are in ``params``) and hold nothing excluded, best first.
 
         Records are looked up in the order of rank until ``limit`` are found, not for every match.
@@ -226,7 +224,7 @@ class PostgresqlReader(SearchReader):
         order = "rank DESC, entity_name, record_id"
         statement = (
             f"SELECT s.entity_name, s.record_id, s.rank FROM ("  # noqa: S608
-            f"SELECT m.entity_name, m.record_id, {rank}(m.tsv, {tsquery}) AS rank "
+            f"SELECT m.entity_name, m.record_id, {rank_of('m.tsv', tsquery)} AS rank "
             f"FROM (SELECT s.entity_name, s.record_id, s.tsv {matches}) m ORDER BY {order} OFFSET 0) s "
             f"WHERE {living} ORDER BY {order} LIMIT {params(limit)}"
         )
@@ -261,6 +259,16 @@ class PostgresqlReader(SearchReader):
         # By its digits: a float8 parameter would be rounded to 15 of them.
         digits = repr(float(value)) if isinstance(value, float) else str(int(value))
         return f"{stored} = to_jsonb({params(digits)}::numeric)"
+
+
+def rank_of(tsv: str, tsquery: str) -> str:
+    """The rank of a text that matches, as SQL: higher where the words of the query are near each other.
+
+    ``ts_rank``, not ``ts_rank_cd``: 1.4 instead of 8.6 µs for a text that holds ten words, and the record that is meant
+    is found as often (``bench relevance``). A tenth of the default weights: with these, texts in which the words stand
+    16 times all have the same rank, the highest that there is.
+    """
+    return f"ts_rank('{{0.01,0.02,0.04,0.1}}'::real[], {tsv}, {tsquery})"
 
 
 def tsquery(term: Term, params: Params, together: bool = True, configuration: str = "'english'") -> str:

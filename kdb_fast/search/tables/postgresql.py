@@ -22,7 +22,7 @@ from ...records import Key
 from ...tables.key import array_literal
 from ...tables.target import Params
 from ..query import Query, Term, holdable_words
-from ..readers.postgresql import MAX_RANKED, tsquery
+from ..readers.postgresql import MAX_RANKED, rank_of, tsquery
 from ..readers.ranking import Hit, in_order
 from .base import Found, TableReader, Wanted
 from .indexes import FIND, OF_BITS, VectorIndex, find_indexes, uses
@@ -54,7 +54,7 @@ coalesce((SELECT CASE WHEN st.{seal} = sha256({sender}(t.{embedding}))
 
 BY_KEYWORD = """
 SELECT {keys}, x.kdb_fast_rank, x.kdb_fast_chunk FROM (
-  SELECT {row_keys}, {rank}(p.tsv, {tsquery}) AS kdb_fast_rank, {row_chunk} AS kdb_fast_chunk
+  SELECT {row_keys}, {rank} AS kdb_fast_rank, {row_chunk} AS kdb_fast_chunk
   FROM (SELECT * FROM {state} p WHERE p.tsv @@ {tsquery} LIMIT {cap}) p ORDER BY kdb_fast_rank DESC, {names} OFFSET 0
 ) x WHERE {met} AND {without} ORDER BY x.kdb_fast_rank DESC, {x_names} LIMIT {limit}
 """
@@ -238,32 +238,32 @@ class PostgresqlTableReader(TableReader):
     def _with_all(self, query: Query, scope: Wanted, limit: int) -> list[Hit]:
         params = Params(self._table.dialect)
         every = f"websearch_to_tsquery({self._configuration(params)}, {params(query.websearch())})"
-        return self._matching(every, "ts_rank_cd", params, scope, limit)
+        return self._matching(every, params, scope, limit)
 
     def _with_required(self, required: Sequence[Term], query: Query, scope: Wanted, limit: int) -> list[Hit]:
         params = Params(self._table.dialect)
         configuration = self._configuration(params)
         every = " && ".join(tsquery(term, params, True, configuration) for term in required)
         either = " || ".join(tsquery(term, params, True, configuration) for term in query.terms)
-        return self._matching(f"({every} && ({either}))", "ts_rank", params, scope, limit)
+        return self._matching(f"({every} && ({either}))", params, scope, limit)
 
     def _with_any(self, query: Query, scope: Wanted, limit: int) -> list[Hit]:
         params = Params(self._table.dialect)
         configuration = self._configuration(params)
         either = " || ".join(tsquery(term, params, term.phrase, configuration) for term in query.alternatives())
-        return self._matching(f"({either})", "ts_rank", params, scope, limit)
+        return self._matching(f"({either})", params, scope, limit)
 
     def _configuration(self, params: Params) -> str:
         return f"{params(self._table.definition.keyword)}::regconfig"
 
-    def _matching(self, wanted: str, rank: str, params: Params, scope: Wanted, limit: int) -> list[Hit]:
+    def _matching(self, wanted: str, params: Params, scope: Wanted, limit: int) -> list[Hit]:
         """Records of which a text matches the tsquery ``wanted`` (its values are in ``params``), best first."""
         table = self._table
         chunked = table.chunked
         statement = BY_KEYWORD.format(
             keys=table.each_key("x.kdb_fast_{number}::text"),
             row_keys=table.each_key(f"p.{table.state_key} AS kdb_fast_{{number}}"),
-            rank=rank,
+            rank=rank_of("p.tsv", wanted),
             tsquery=wanted,
             row_chunk="p.chunk" if chunked else "NULL::int",
             state=table.state,
