@@ -223,7 +223,8 @@ def test_the_cluster_is_told_neither_the_command_nor_its_directory(
     # In an interpreter that has not imported Ray before the cluster's token was there.
     program = (
         "import sys; from ray._raylet import GcsClient; "
-        "*_, job = GcsClient(address=sys.argv[1]).get_all_job_info().values(); "
+        "jobs = GcsClient(address=sys.argv[1]).get_all_job_info().values(); "
+        "job = max(jobs, key=lambda job: job.start_time); "
         "print(repr((job.entrypoint, list(job.config.py_driver_sys_path), str(job))))"
     )
     command = [sys.executable, "-c", program, cluster.address]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from servers import Oracle, Server, engine_processes, execute, mixed_texts
 
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.errors import SchemaError
+from kdb_fast.indexing import flushing
 from kdb_fast.indexing.reindex import reindex
 from kdb_fast.receipt import Receipt
 from kdb_fast.records import MAX_CONTENT_BYTES, Key, content_hash, cut_content
@@ -478,7 +480,10 @@ def test_a_column_is_brought_up_to_date(articles: Articles, oracle: Oracle) -> N
 
 
 @pytest.mark.usefixtures("loaded_once")
-def test_rows_that_change_during_a_run_are_taken_again_by_it(articles: Articles, oracle: Oracle) -> None:
+def test_rows_that_change_during_a_run_are_taken_again_by_it(
+    articles: Articles, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flushing, "MAX_WAIT_SECONDS", math.inf)  # on a slow machine rows were written before
     articles.add(*TEXTS)
 
     def meanwhile(page: int) -> None:
@@ -500,8 +505,11 @@ def test_rows_that_change_during_a_run_are_taken_again_by_it(articles: Articles,
 
 
 @pytest.mark.usefixtures("loaded_once")
-def test_a_row_that_changes_all_the_time_is_superseded_in_the_end(articles: Articles, oracle: Oracle) -> None:
+def test_a_row_that_changes_all_the_time_is_superseded_in_the_end(
+    articles: Articles, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three times it is taken; so a source that lags behind the table cannot keep a run going."""
+    monkeypatch.setattr(flushing, "MAX_WAIT_SECONDS", math.inf)  # on a slow machine rows were written before
     articles.add(*TEXTS[:8])
     changes = itertools.count(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -21,6 +22,7 @@ from kdb_fast.engine import start
 from kdb_fast.engine.base import Engine
 from kdb_fast.errors import LockedError, ModelError, RejectLimitError, SchemaError, StoppedError, UnexpectedError
 from kdb_fast.indexing import engine_factory, flushing
+from kdb_fast.indexing.intake import Intake, _wait
 from kdb_fast.indexing.progress import Silent
 from kdb_fast.indexing.reindex import reindex
 from kdb_fast.ipc.slab import SlabShape
@@ -202,7 +204,13 @@ def test_vectors_of_another_model_are_replaced(
     assert {row.fingerprint for row in rows.values()} == {"f" * 16}
 
 
-def test_row_that_another_program_changes_during_the_run_stays(index: DatabaseAddress, oracle: Oracle) -> None:
+def test_row_that_another_program_changes_during_the_run_stays(
+    index: DatabaseAddress, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flushing, "MAX_WAIT_SECONDS", math.inf)  # on a slow machine rows were written before
+    # The page is looked up before the next is read, not beside it: the change must not be there yet.
+    look_up = Intake._look_up
+    monkeypatch.setattr(Intake, "_look_up", lambda self, fit: _wait(look_up(self, fit)))
     run(index, records_of(TEXTS[1:5]))
     records = [Record(("Note", f"r{i}"), f"changed {i}") for i in range(4)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sqlite3
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from servers import Oracle, Server, Vector, cosine, engine_processes, execute, m
 from kdb_fast.db.address import DatabaseAddress
 from kdb_fast.db.sqlite_vec import why_no_sqlite_vec
 from kdb_fast.errors import SchemaError
+from kdb_fast.indexing import flushing
 from kdb_fast.indexing.reindex import reindex
 from kdb_fast.receipt import Receipt
 from kdb_fast.records import Key
@@ -590,7 +592,8 @@ def test_a_table_is_brought_up_to_date(articles: Articles, oracle: Oracle) -> No
 
 
 @pytest.mark.usefixtures("loaded_once")
-def test_records_that_change_during_a_run(articles: Articles, oracle: Oracle) -> None:
+def test_records_that_change_during_a_run(articles: Articles, oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flushing, "MAX_WAIT_SECONDS", math.inf)  # on a slow machine rows were written before
     articles.add(*TEXTS)
 
     def meanwhile(page: int) -> None:
