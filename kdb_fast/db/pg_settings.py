@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RefusedError
@@ -170,50 +170,51 @@ def _end_of_pipeline(connection: Connection, pipeline: psycopg.Pipeline) -> None
     pipeline._exit_gen = lambda: fetch(flush=False)  # type: ignore[method-assign]
 
 
-def send(connection: Connection, query: bytes, params: Sequence[Any]) -> Callable[[], list[tuple[Any, ...]]] | None:
-    """Send a statement, in a transaction with the pins, and do not wait for it.
+Statement = tuple[bytes, Sequence[Any] | Mapping[str, Any]]
+"""A statement and its parameters."""
+
+
+def send(connection: Connection, statements: Iterable[Statement]) -> Callable[[], list[list[tuple[Any, ...]]]] | None:
+    """Send statements, in a transaction with the pins and one round trip, and do not wait for them.
 
     Returns:
-        Waits for its rows; nothing else may be done with the connection before. None where it is not free, and nothing
-        was sent.
+        Waits for the rows of each; nothing else may be done with the connection before. None where it is not free, and
+        nothing was sent.
     """
     import psycopg
     from psycopg.rows import tuple_row
 
     if not _is_free(connection):
         return None
-    cursor = psycopg.Cursor(connection, row_factory=tuple_row)
-    # In binary form for the reason that PinnedCursor gives.
-    end = _send(connection, lambda: cursor.execute(query, params, binary=True))
+    cursors: list[psycopg.Cursor[tuple[Any, ...]]] = []
 
-    def rows() -> list[tuple[Any, ...]]:
+    def execute() -> None:
+        for statement, params in statements:
+            cursors.append(psycopg.Cursor(connection, row_factory=tuple_row))
+            # In binary form for the reason that PinnedCursor gives.
+            cursors[-1].execute(statement, params, binary=True)
+
+    end = _send(connection, execute)
+
+    def rows() -> list[list[tuple[Any, ...]]]:
         end()
-        return cursor.fetchall()
+        return [cursor.fetchall() for cursor in cursors]
 
     return rows
 
 
-def at_once(connection: Connection, statements: Sequence[tuple[str, Mapping[str, Any]]]) -> list[list[tuple[Any, ...]]]:
-    """The rows of each statement, as (statement, parameters), in one transaction with the pins and one round trip.
+def at_once(connection: Connection, statements: Sequence[Statement]) -> list[list[tuple[Any, ...]]]:
+    """The rows of each statement: as :func:`send`, and waits.
 
     On a connection that is in a transaction, or does not commit by itself, one after the other.
     """
     import psycopg
     from psycopg.rows import tuple_row
 
-    cursors = [psycopg.Cursor(connection, row_factory=tuple_row) for _ in statements]
-    free = _is_free(connection)
-
-    def execute() -> None:
-        for cursor, (statement, params) in zip(cursors, statements, strict=True):
-            # In binary form for the reason that PinnedCursor gives.
-            cursor.execute(statement.encode(), params, binary=free)
-
-    if free:
-        _in_one_round_trip(connection, execute)
-    else:
-        execute()
-    return [cursor.fetchall() for cursor in cursors]
+    if (rows := send(connection, statements)) is not None:
+        return rows()
+    cursor = psycopg.Cursor(connection, row_factory=tuple_row)
+    return [cursor.execute(statement, params).fetchall() for statement, params in statements]
 
 
 def _begin(connection: Connection) -> None:

@@ -62,7 +62,7 @@ class ReadingConnections:
         return self._on_own(self._idle, work)
 
     def search(self, work: Callable[[SearchReader, SearchReader | None], T]) -> T:
-        """``work(reader, beside)``: as :meth:`read`, with a second reader for a thread to use beside the first.
+        """``work(reader, beside)``: as :meth:`read`, with a second reader to use beside the first.
 
         None where there is no second connection: a database in memory has one for all, and a server may have no more to
         give. Second readers are kept apart: the first ones may hold the vectors of the index in memory.

@@ -67,8 +67,8 @@ def search(
         min_score: Least fused score. See :data:`~kdb_fast.search.query.BEST`: with more than that nothing is found.
         where: Exact values of fields by logical name, all of which must hold. The number 1 equals 1.0, the
             string "1" and true do not; None also means a field without a value.
-        beside: The same index on another connection. A hybrid search then ranks by keyword there, in a thread, while
-            the query is embedded and ranked by vector here; the results are the same.
+        beside: The same index on another connection. A hybrid search then ranks by keyword while the query is embedded,
+            and ranks by vector beside it where that takes longer; the results are the same.
 
     Returns:
         At most ``limit`` results by score, then exactness, similarity and key. Deleted records are never among them.
@@ -137,6 +137,11 @@ class _Asked(NamedTuple):
             reader.vector(checked_vector(vector), scope._replace(maker=maker), self.depth) for vector, maker in vectors
         ]
 
+    def begin_by_keyword(self, reader: SearchReader, scope: Scope) -> bool:
+        """Whether the database has begun :meth:`by_keyword`; see :meth:`SearchReader.begin_keyword`."""
+        words = self._held_by(reader)
+        return bool(words.terms) and scope.names != () and reader.begin_keyword(words, scope, self.depth)
+
     def by_keyword(self, reader: SearchReader, scope: Scope) -> list[Hit]:
         if self.mode == "vector" or not self.words.terms or scope.names == ():
             return []
@@ -182,10 +187,10 @@ def _in_turn(asked: _Asked, reader: SearchReader, embed: Embed) -> _Ranking:
 
 
 def _side_by_side(asked: _Asked, reader: SearchReader, beside: SearchReader, embed: Embed) -> _Ranking:
-    """Ranks by keyword in a thread while the query is embedded and ranked by vector.
+    """Ranks by keyword while the query is embedded and ranked by vector.
 
     Neither waits for KameleonDB's definitions: those of the search before are assumed, and read again in the round trip
-    of the ranking by vector; where they have changed, both rank again.
+    of one of the rankings; where they have changed, both rank again.
     """
     embed_once = functools.cache(embed)
     assumed = reader.assumed_definitions()
@@ -202,7 +207,31 @@ def _side_by_side(asked: _Asked, reader: SearchReader, beside: SearchReader, emb
 
 
 def _within(scope: Scope, asked: _Asked, reader: SearchReader, beside: SearchReader, embed: Embed) -> _Ranking:
-    """Both rankings. The best records of whichever is there first are read meanwhile."""
+    try:
+        if asked.begin_by_keyword(reader, scope):
+            return _while_it_ranks(scope, asked, reader, beside, embed)
+    finally:
+        reader.forget()
+    return _in_a_thread(scope, asked, reader, beside, embed)
+
+
+def _while_it_ranks(scope: Scope, asked: _Asked, reader: SearchReader, beside: SearchReader, embed: Embed) -> _Ranking:
+    """Both rankings, while a server has begun the one by keyword on the connection of ``reader``.
+
+    Where it has ended when the query is embedded, the one by vector follows on this connection: two processes of the
+    server and this one would want three cores. Else it does not wait, and is made on that of ``beside``.
+    """
+    embedded = embed()
+    if reader.has_answered():
+        by_keyword = asked.by_keyword(reader, scope)
+        return _Ranking(scope, asked.by_vector(reader, embedded, scope), by_keyword, _Found())
+    beside.count_as(reader)
+    by_vector = asked.by_vector(beside, embedded, scope)
+    return _Ranking(scope, by_vector, asked.by_keyword(reader, scope), _Found())
+
+
+def _in_a_thread(scope: Scope, asked: _Asked, reader: SearchReader, beside: SearchReader, embed: Embed) -> _Ranking:
+    """Both rankings, by keyword in a thread. The best records of whichever is there first are read meanwhile."""
     # A connection is never shared: the thread uses `beside` only, the caller's thread `reader` only. `found` is written
     # by whoever takes `first`, and read by others only after the thread has ended.
     first = threading.Lock()

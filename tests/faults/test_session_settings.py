@@ -441,10 +441,10 @@ def test_a_round_trip_is_one_sync_and_no_flush(database: DatabaseAddress) -> Non
 
         proxy.on_request = request
         assert connection.execute("SELECT 1").fetchall() == [(1,)]
-        assert at_once(connection, [("SELECT 2", {}), ("SELECT 3", {})]) == [[(2,)], [(3,)]]
-        rows = pg_settings.send(connection, b"SELECT 4", [])
+        assert at_once(connection, [(b"SELECT 2", {}), (b"SELECT 3", {})]) == [[(2,)], [(3,)]]
+        rows = pg_settings.send(connection, [(b"SELECT 4", [])])
         assert rows
-        assert rows() == [(4,)]
+        assert rows() == [[(4,)]]
         with pytest.raises(psycopg.errors.DivisionByZero):
             connection.execute("SELECT 1 / 0")
         assert connection.execute("SELECT 5").fetchall() == [(5,)]

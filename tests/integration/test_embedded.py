@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -124,6 +125,21 @@ def test_a_directory_with_something_else_in_it_is_left_as_it_is(folder: Path) ->
         opened(parse_address(f"embedded:{folder / 'mine' / 'letter.txt'}")),
     ):
         pass
+
+
+GB = 1 << 30
+
+
+@pytest.mark.parametrize(("memory", "limit", "buffers"), [(64, None, "1GB"), (8, None, "512MB"), (64, 1, "128MB")])
+def test_the_cache_of_a_new_server_is_a_part_of_the_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, memory: int, limit: int | None, buffers: str
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Mock(total=memory * GB))
+    monkeypatch.setattr("kdb_fast.db.embedded.server.memory_limit", lambda: limit and limit * GB)
+    server = EmbeddedServer(folder / "pg")
+    server.start()
+    assert execute(DatabaseAddress("postgresql", server.conninfo, ""), "SHOW shared_buffers") == [(buffers,)]
+    server.leave()
 
 
 # -- those who use it ------------------------------------------------------------------------------------------------

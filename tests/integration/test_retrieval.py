@@ -18,10 +18,11 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from servers import eventually
 
 from kdb_fast.db.address import DatabaseAddress, opened, parse_address
 from kdb_fast.db.pg_connection import connect_postgresql
-from kdb_fast.errors import SchemaError, UsageError
+from kdb_fast.errors import ProviderError, SchemaError, UsageError
 from kdb_fast.origins import Maker, Origin, QueryVector
 from kdb_fast.records import key_json
 from kdb_fast.search.query import check_query, meaning, parse_query
@@ -390,6 +391,122 @@ class TestPostgresqlRanking:
         fill(postgresql)
         monkeypatch.setattr(PostgresqlReader, "_iterative", False)
         assert len(postgresql.ids(vector=unit(0), mode="vector", entities=["Odd"], limit=150)) == 150
+
+
+class TestWhileItRanks:
+    """A server ranks by keyword while the query is embedded: on one connection, or on two where it is not done then."""
+
+    @pytest.fixture
+    def vectors(self, postgresql: Database) -> npt.NDArray[np.float32]:
+        vectors = fill(postgresql)
+        postgresql.index("Even", "few", "other words", vectors[0])
+        postgresql.record("Even", "few", {"name": "few", "group": 1})
+        return vectors
+
+    @pytest.fixture
+    def beside(self, server: DatabaseAddress, postgresql: Database) -> Iterator[PostgresqlReader]:
+        with connect_postgresql(server, role="test") as connection:
+            connection.execute("SET search_path = scratch, public")
+            yield PostgresqlReader(connection)
+
+    @pytest.fixture
+    def by_vector(self, monkeypatch: pytest.MonkeyPatch) -> list[SearchReader]:
+        """The readers that ranked by vector, in order."""
+        readers: list[SearchReader] = []
+        vector = PostgresqlReader.vector
+
+        def noting(reader: PostgresqlReader, *arguments: Any) -> Any:
+            readers.append(reader)
+            return vector(reader, *arguments)
+
+        monkeypatch.setattr(PostgresqlReader, "vector", noting)
+        return readers
+
+    @pytest.mark.parametrize("query", ["words", "other words", "other nosuchword", "nosuchword", "ERR_1 words"])
+    def test_on_one_connection_where_it_has_ended(
+        self,
+        postgresql: Database,
+        vectors: npt.NDArray[np.float32],
+        beside: PostgresqlReader,
+        by_vector: list[SearchReader],
+        query: str,
+    ) -> None:
+        reader = postgresql.reader()
+
+        def embed() -> Any:
+            eventually(reader.has_answered)
+            return vectors[7]
+
+        expected = search(postgresql.reader(), query, query_vector=vectors[7], limit=60)
+        by_vector.clear()
+        for _ in range(2):
+            assert search(reader, query, query_vector=embed, limit=60, beside=beside) == expected
+        assert by_vector == [reader, reader]
+
+    def test_on_two_where_it_goes_on(
+        self,
+        postgresql: Database,
+        vectors: npt.NDArray[np.float32],
+        beside: PostgresqlReader,
+        by_vector: list[SearchReader],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        expected = search(postgresql.reader(), "other words", query_vector=vectors[7])
+        by_vector.clear()
+        every = search_postgresql._every
+        lock = "pg_advisory_xact_lock_shared(7)"
+
+        def waiting(query: Any) -> Any:
+            return lambda params: f"(SELECT {every(query)(params)} FROM {lock})"
+
+        monkeypatch.setattr(search_postgresql, "_every", waiting)
+        vector = PostgresqlReader.vector
+
+        def release(reader: PostgresqlReader, *arguments: Any) -> Any:
+            hits = vector(reader, *arguments)
+            beside._connection.execute("SELECT pg_advisory_unlock(7)")
+            return hits
+
+        monkeypatch.setattr(PostgresqlReader, "vector", release)
+        beside._connection.execute("SELECT pg_advisory_lock(7)")
+        reader = postgresql.reader()
+        assert search(reader, "other words", query_vector=vectors[7], beside=beside) == expected
+        assert by_vector == [beside]
+
+    def test_definitions_that_have_changed_are_read_again(
+        self, postgresql: Database, vectors: npt.NDArray[np.float32], beside: PostgresqlReader
+    ) -> None:
+        reader = postgresql.reader()
+        assert {found.entity for found in search(reader, "words", query_vector=vectors[7], beside=beside)} == {
+            "Even",
+            "Odd",
+        }
+        postgresql.run("UPDATE kdb_entity_definitions SET name = 'Other' WHERE name = 'Odd'")
+        postgresql.run("UPDATE kdb_search SET entity_name = 'Other' WHERE entity_name = 'Odd'")
+        found = search(reader, "words", query_vector=vectors[7], beside=beside)
+        assert {result.entity for result in found} == {"Even", "Other"}
+        assert found == search(postgresql.reader(), "words", query_vector=vectors[7])
+
+    def test_an_error_leaves_the_connection_as_it_was(
+        self, postgresql: Database, vectors: npt.NDArray[np.float32], beside: PostgresqlReader
+    ) -> None:
+        def fail() -> Any:
+            raise ProviderError("out of reach")
+
+        reader = postgresql.reader()
+        with pytest.raises(ProviderError, match="out of reach"):
+            search(reader, "words", query_vector=fail, beside=beside)
+        expected = search(postgresql.reader(), "words", query_vector=vectors[7])
+        assert search(reader, "words", query_vector=vectors[7], beside=beside) == expected
+
+    def test_in_a_transaction_nothing_is_begun(
+        self, postgresql: Database, vectors: npt.NDArray[np.float32], beside: PostgresqlReader
+    ) -> None:
+        reader = postgresql.reader()
+        expected = search(postgresql.reader(), "words", query_vector=vectors[7])
+        with postgresql.connection.transaction():
+            assert not reader.begin_keyword(parse_query("words"), resolve_scope([], (), None), 5)
+            assert search(reader, "words", query_vector=vectors[7], beside=beside) == expected
 
 
 class TestRows:

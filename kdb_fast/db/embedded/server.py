@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import psutil
 
+from ...resources import memory_limit
 from .directory import DataDirectory
 from .programs import installed_programs, version_of
 
@@ -41,6 +43,14 @@ machine, and may not be there at all."""
 
 INITDB_OPTIONS = ("--no-instructions", "--encoding=UTF8", "--auth=trust", "-U", "postgres")
 """No password, since only its user gets in."""
+
+SHARED_BUFFERS_PART = 16
+"""A new server keeps up to this part of the memory as its cache, from PostgreSQL's default of 128 MB to 1 GB.
+
+With 100,000 records the default does not hold what a hybrid search goes through (texts' and vectors' index, heap and
+records: 250 MB): 343 pages a search came from the file, and the 95th percentile was 20.6 ms instead of 16.2."""
+
+MIN_BUFFERS, MAX_BUFFERS = 128 << 20, 1 << 30
 
 CONNECTION = {
     "user": "postgres",
@@ -231,6 +241,7 @@ class EmbeddedServer:
             for locale in LOCALES:
                 done = self._run("initdb", *INITDB_OPTIONS, f"--locale={locale}", "-D", self.directory)
                 if done.returncode == 0:
+                    self._configure()
                     return
                 # The first says why, be it PostgreSQL's word or that a process was killed; clearing up comes behind it.
                 lines = [line for line in done.stderr.splitlines() if re.search("error|FATAL|child process", line)]
@@ -242,6 +253,15 @@ class EmbeddedServer:
             # A half of it would be taken for a server; the directory was empty before, and is nobody else's now.
             self._empty()
             raise
+
+    def _configure(self) -> None:
+        """Add our settings to those of the new server, where its user may change them."""
+        memory = min(psutil.virtual_memory().total, memory_limit() or math.inf)
+        buffers = max(MIN_BUFFERS, min(int(memory) // SHARED_BUFFERS_PART, MAX_BUFFERS))
+        with (self.directory / "postgresql.conf").open("a") as file:
+            file.write(
+                f"\n# By kdb-fast, for the memory of the machine it was made on.\nshared_buffers = {buffers >> 20}MB\n"
+            )
 
     def _empty(self) -> None:
         for entry in os.scandir(self.directory):

@@ -20,7 +20,7 @@ from ...tables.index_table import IndexTable
 from ...tables.kdb_search import KDB_SEARCH, entity_and_id
 from ...tables.reading import no_index, rows_of
 from ...tables.target import Dialect, Params, Rows, Target, columns_of, find_target
-from ..query import Term
+from ..query import Query, Term
 from ..scope import Scope
 from .ranking import Hit, KeywordRanking
 
@@ -148,6 +148,23 @@ class SearchReader(KeywordRanking[Scope]):
             DefinitionsChanged: They do not.
         """
 
+    def begin_keyword(self, query: Query, scope: Scope, limit: int) -> bool:
+        """Begin what :meth:`keyword` of the same needs, in the database, without waiting for it.
+
+        It is in the way of everything else that this reader does until :meth:`keyword` has taken it, or :meth:`forget`.
+
+        Returns:
+            Whether the database has begun: one in this process does nothing by itself.
+        """
+        return False
+
+    def has_answered(self) -> bool:
+        """Whether :meth:`keyword` would not wait for what has begun."""
+        return True
+
+    def forget(self) -> None:
+        """Wait for what has begun, if anything has, and leave its result alone."""
+
     def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
         """The characters in ``texts`` that this database cannot hold; no row and no field has one."""
         return frozenset()
@@ -165,6 +182,10 @@ class SearchReader(KeywordRanking[Scope]):
             took = time.monotonic() - started
             self._count_again = started + COUNT_EVERY * took if took > QUICK else 0.0
         return self._counted.rows
+
+    def count_as(self, other: SearchReader) -> None:
+        """Take what another reader of the same index has counted."""
+        self._counted, self._counted_at, self._count_again = other._counted, other._counted_at, other._count_again
 
     def assume_origins(self, counted: Origins) -> None:
         """Take these for what made the vectors; for a reader of one search, which has counted just before."""

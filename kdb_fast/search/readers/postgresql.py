@@ -9,7 +9,8 @@ passes the same, with one that few pass 80 to 130 ms.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+import selectors
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -47,6 +48,27 @@ MAX_RANKED = 20_000
 """Matches that are ranked by keyword. Ranking costs 1.5 µs each; words that more texts hold say little."""
 
 
+RANKED_TEXTS = """
+ranked_{number} AS MATERIALIZED (
+  SELECT m.entity_name, m.record_id, {rank} AS rank FROM (
+    SELECT s.entity_name, s.record_id, s.tsv FROM {index} s
+    WHERE {few} AND s.tsv @@ {text} AND {named} AND {without} LIMIT {most}
+  ) m
+),
+best_{number} AS MATERIALIZED (
+  SELECT s.* FROM (
+    SELECT * FROM ranked_{number} ORDER BY rank DESC, entity_name, record_id OFFSET 0
+  ) s WHERE {living} ORDER BY rank DESC, entity_name, record_id LIMIT {limit}
+)"""
+FEW = "(SELECT count(*) FROM best_{before}) < {limit}"
+BEST_TEXTS = """
+SELECT {number}, entity_name, record_id, rank FROM best_{number}
+UNION ALL SELECT {number}, NULL, NULL, count(*) FROM ranked_{number}"""
+
+TextQuery = Callable[[Params], str]
+"""A tsquery as SQL, whose values it puts into the parameters."""
+
+
 class _Known(NamedTuple):
     """KameleonDB's entities as they were read, with the statements that read them and what these gave."""
 
@@ -56,6 +78,14 @@ class _Known(NamedTuple):
     answers: list[list[tuple[Any, ...]]]
 
 
+class _Begun(NamedTuple):
+    """A statement that was sent, and what waits for the answers of the ``assumed`` definitions' and of itself."""
+
+    statement: Statement
+    assumed: _Known | None
+    answers: Callable[[], list[list[tuple[Any, ...]]]]
+
+
 class PostgresqlReader(SearchReader):
     """Reads the index through a psycopg connection, best in autocommit mode. Settings last for one transaction."""
 
@@ -63,6 +93,7 @@ class PostgresqlReader(SearchReader):
     _iterative: bool | None = None
     _known: _Known | None = None
     _unchecked: _Known | None = None
+    _begun: _Begun | None = None
 
     def __init__(self, connection: Any, index: IndexTable = KDB_SEARCH) -> None:
         super().__init__(connection, index)
@@ -71,7 +102,7 @@ class PostgresqlReader(SearchReader):
     def _read(self, *statements: Statement) -> list[list[tuple[Any, ...]]]:
         """The rows of each statement, in one round trip."""
         with postgresql_errors():
-            return pg_settings.at_once(self._connection, statements)
+            return pg_settings.at_once(self._connection, [(text.encode(), params) for text, params in statements])
 
     def definitions(self) -> list[Entity]:
         self._unchecked = None
@@ -98,14 +129,40 @@ class PostgresqlReader(SearchReader):
 
     def _read_and_check(self, *statements: Statement) -> list[list[tuple[Any, ...]]]:
         """:meth:`_read`; definitions that are assumed are read again in the same round trip."""
-        known, self._unchecked = self._unchecked, None
-        if known is None:
-            return self._read(*statements)
-        answers = self._read(*known.statements, *statements)
-        checked = len(known.statements)
-        if answers[:checked] != known.answers:
-            raise DefinitionsChanged
-        return answers[checked:]
+        assumed, self._unchecked = self._unchecked, None
+        return _checked(assumed, self._read(*_statements(assumed), *statements))
+
+    def begin_keyword(self, query: Query, scope: Scope, limit: int) -> bool:
+        statement = self._ranked_texts(_first_of(query), query, scope, limit, MAX_RANKED)
+        both = [*_statements(self._unchecked), statement]
+        with postgresql_errors():
+            answers = pg_settings.send(self._connection, [(text.encode(), params) for text, params in both])
+        if answers is None:
+            return False
+        self._begun, self._unchecked = _Begun(statement, self._unchecked, answers), None
+        return True
+
+    def has_answered(self) -> bool:
+        # The server sends nothing before the end of a round trip, unless it is more than 8 KB.
+        with selectors.DefaultSelector() as selector, postgresql_errors():
+            selector.register(self._connection.fileno(), selectors.EVENT_READ)
+            return bool(selector.select(0))
+
+    def forget(self) -> None:
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            with contextlib.suppress(Exception):
+                begun.answers()
+
+    def _answer(self, statement: Statement) -> list[tuple[Any, ...]]:
+        """The rows of a statement, which :meth:`begin_keyword` may have sent."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return self._rows(*statement)
+        with postgresql_errors():
+            answers = begun.answers()
+        assert begun.statement == statement
+        return _checked(begun.assumed, answers)[-1]
 
     def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
         if self._characters is None:
@@ -132,21 +189,17 @@ class PostgresqlReader(SearchReader):
         return in_order(Hit(tuple(key), 1.0 - distance) for *key, distance in found)
 
     def _with_all(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
-        params = Params(self.dialect)
-        every = f"websearch_to_tsquery('english', {params(query.websearch())})"
-        return self._matching_text(every, params, query, scope, limit)
+        return self._matching_text([_every(query)], query, scope, limit)[0]
 
     def _with_required(self, required: Sequence[Term], query: Query, scope: Scope, limit: int) -> list[Hit]:
-        params = Params(self.dialect)
-        every = " && ".join(tsquery(term, params) for term in required)
-        either = " || ".join(tsquery(term, params) for term in query.terms)
-        return self._matching_text(f"({every} && ({either}))", params, query, scope, limit)
+        return self._matching_text([_required(required, query)], query, scope, limit)[0]
 
     def _with_any(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
-        params = Params(self.dialect)
-        either = " || ".join(tsquery(term, params, term.phrase) for term in query.alternatives())
-        # It counts a word's repetitions less and less, so texts with more of the words come first.
-        return self._matching_text(f"({either})", params, query, scope, limit)
+        return self._matching_text([_any(query)], query, scope, limit)[0]
+
+    def _all_then_any(self, query: Query, scope: Scope, limit: int) -> tuple[list[Hit], list[Hit]]:
+        hits, *others = self._matching_text(_first_of(query), query, scope, limit)
+        return hits, others[0] if others else []
 
     def _without(self, excluded: Sequence[Term], params: Params) -> str:
         return " AND ".join(f"NOT s.tsv @@ {tsquery(term, params)}" for term in excluded) or "true"
@@ -213,29 +266,46 @@ class PostgresqlReader(SearchReader):
             params.values,
         )
 
-    def _matching_text(self, tsquery: str, params: Params, query: Query, scope: Scope, limit: int) -> list[Hit]:
-        """Rows that match ``tsquery`` (its values are in ``params``) and hold nothing excluded, best first.
+    def _matching_text(self, wanted: Sequence[TextQuery], query: Query, scope: Scope, limit: int) -> list[list[Hit]]:
+        """For each of the text queries the rows that match it and hold nothing excluded, best first."""
+        found: list[list[tuple[Any, ...]]] = [[] for _ in wanted]
+        for number, *row in self._answer(self._ranked_texts(wanted, query, scope, limit, MAX_RANKED)):
+            found[number].append(tuple(row))
+        for number, (*rows, (_, _, ranked)) in enumerate(found):
+            found[number] = rows
+            if len(rows) < limit and ranked >= MAX_RANKED:  # the filters left too few of those that were ranked
+                every = self._ranked_texts([wanted[number]], query, scope, limit, None)
+                found[number] = [tuple(row) for _, *row in self._rows(*every)][:-1]
+        return [in_order(Hit(tuple(key), rank) for *key, rank in rows) for rows in found]
 
-        Records are looked up in the order of rank until ``limit`` are found, not for every match.
+    def _ranked_texts(
+        self, wanted: Sequence[TextQuery], query: Query, scope: Scope, limit: int, most: int | None
+    ) -> Statement:
+        """Number of the text query, key and rank of the rows that match it, and in a last row how many were ranked.
+
+        One is asked only where those before it gave fewer than ``limit``. Records are looked up in the order of rank
+        until there are ``limit``, not for every match.
         """
+        params = Params(self.dialect)
         named, living = self._named(scope, params), self._living(scope, params)
-        without = self._without(query.excluded, params)
-        matches = f"FROM {self._index} s WHERE s.tsv @@ {tsquery} AND {named} AND {without} LIMIT %(cap)s"
-        order = "rank DESC, entity_name, record_id"
-        statement = (
-            f"SELECT s.entity_name, s.record_id, s.rank FROM ("  # noqa: S608
-            f"SELECT m.entity_name, m.record_id, {rank_of('m.tsv', tsquery)} AS rank "
-            f"FROM (SELECT s.entity_name, s.record_id, s.tsv {matches}) m ORDER BY {order} OFFSET 0) s "
-            f"WHERE {living} ORDER BY {order} LIMIT {params(limit)}"
-        )
-        found = self._rows(statement, params.values | {"cap": MAX_RANKED})
-        if len(found) < limit:
-            count = f"SELECT count(*) FROM (SELECT {matches}) m"  # noqa: S608
-            if (
-                self._rows(count, params.values | {"cap": MAX_RANKED})[0][0] == MAX_RANKED
-            ):  # the filters left too few of those that were ranked
-                found = self._rows(statement, params.values | {"cap": None})
-        return in_order(Hit(tuple(key), rank) for *key, rank in found)
+        tables = []
+        for number, text_query in enumerate(wanted):
+            text = text_query(params)
+            ranked = RANKED_TEXTS.format(
+                number=number,
+                rank=rank_of("m.tsv", text),
+                index=self._index,
+                text=text,
+                named=named,
+                without=self._without(query.excluded, params),
+                few=FEW.format(before=number - 1, limit=params(limit)) if number else "true",
+                most=params(most),
+                living=living,
+                limit=params(limit),
+            )
+            tables.append(ranked)
+        rows = [BEST_TEXTS.format(number=number) for number in range(len(wanted))]
+        return f"WITH {', '.join(tables)} {' UNION ALL '.join(rows)}", params.values
 
     def _equals(self, place: Place, field: Field, value: Any, params: Params) -> str:
         if place.columns is None:
@@ -259,6 +329,43 @@ class PostgresqlReader(SearchReader):
         # By its digits: a float8 parameter would be rounded to 15 of them.
         digits = repr(float(value)) if isinstance(value, float) else str(int(value))
         return f"{stored} = to_jsonb({params(digits)}::numeric)"
+
+
+def _statements(assumed: _Known | None) -> list[Statement]:
+    return assumed.statements if assumed else []
+
+
+def _checked(assumed: _Known | None, answers: list[list[tuple[Any, ...]]]) -> list[list[tuple[Any, ...]]]:
+    """The answers behind those to :func:`_statements`. Raises DefinitionsChanged if these are not as they were."""
+    if assumed is None:
+        return answers
+    number = len(assumed.statements)
+    if answers[:number] != assumed.answers:
+        raise DefinitionsChanged
+    return answers[number:]
+
+
+def _first_of(query: Query) -> list[TextQuery]:
+    """What a ranking by keyword begins with."""
+    # What is asked after identifiers depends on their answer.
+    return [_every(query)] if query.identifiers or len(query.alternatives()) < 2 else [_every(query), _any(query)]
+
+
+def _every(query: Query) -> TextQuery:
+    return lambda params: f"websearch_to_tsquery('english', {params(query.websearch())})"
+
+
+def _required(required: Sequence[Term], query: Query) -> TextQuery:
+    return lambda params: (
+        f"({' && '.join(tsquery(term, params) for term in required)} && "
+        f"({' || '.join(tsquery(term, params) for term in query.terms)}))"
+    )
+
+
+def _any(query: Query) -> TextQuery:
+    # Ranked so that a word's repetitions count less and less: texts with more of the words come first.
+    terms = query.alternatives()
+    return lambda params: f"({' || '.join(tsquery(term, params, term.phrase) for term in terms)})"
 
 
 def rank_of(tsv: str, tsquery: str) -> str:

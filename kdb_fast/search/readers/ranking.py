@@ -34,15 +34,20 @@ class KeywordRanking(ABC, Generic[S]):
         Where the query holds identifiers and rows have all its terms, or else all identifiers that tell much, only
         these are there, marked as exact: a text about another error code is no answer.
         """
-        hits = self._with_all(query, scope, limit)
         if query.identifiers:
-            exact = hits or self._with_identifiers(query, scope, limit)
+            exact = self._with_all(query, scope, limit) or self._with_identifiers(query, scope, limit)
             if exact:
                 return [hit._replace(exact=True) for hit in exact]
-        if len(hits) >= limit or len(query.alternatives()) < 2:
-            return hits
+            return self._with_any(query, scope, limit)[:limit] if len(query.alternatives()) > 1 else []
+        hits, others = self._all_then_any(query, scope, limit)
         seen = {hit.key for hit in hits}
-        return (hits + [hit for hit in self._with_any(query, scope, limit) if hit.key not in seen])[:limit]
+        return (hits + [hit for hit in others if hit.key not in seen])[:limit]
+
+    def _all_then_any(self, query: Query, scope: S, limit: int) -> tuple[list[Hit], list[Hit]]:
+        """:meth:`_with_all`, and where these are fewer than ``limit``, :meth:`_with_any`."""
+        hits = self._with_all(query, scope, limit)
+        more = len(hits) < limit and len(query.alternatives()) > 1
+        return hits, self._with_any(query, scope, limit) if more else []
 
     def _with_identifiers(self, query: Query, scope: S, limit: int) -> list[Hit]:
         required = tuple(term for term in query.terms if term.telling)

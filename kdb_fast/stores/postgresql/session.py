@@ -202,14 +202,14 @@ class PgSession:
         """
         import psycopg
 
-        sent: Callable[[], list[tuple[Any, ...]]] | None = None
+        sent: Callable[[], list[list[tuple[Any, ...]]]] | None = None
         with contextlib.suppress(psycopg.Error, DatabaseError):  # if anything is still wrong, the repetition says it
-            sent = pg_settings.send(self.connection(), statement, parameters)
+            sent = pg_settings.send(self.connection(), [(statement, parameters)])
 
         def rows() -> list[tuple[Any, ...]]:
             nonlocal sent
             fetch, sent = sent, None
-            return self.connection().execute(statement, parameters).fetchall() if fetch is None else fetch()
+            return self.connection().execute(statement, parameters).fetchall() if fetch is None else fetch()[0]
 
         return lambda: self.retrying(what, rows)
 
