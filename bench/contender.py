@@ -37,6 +37,7 @@ CONTENDERS = {
     "sizes": "sizes:sizes",
     "fill": "find:fill",
     "find": "find:find",
+    "rankings": "find:rankings",
     "cold": "find:cold",
     "simulated": "cluster:simulated",
     "ray_cost": "cluster:ray_cost",

@@ -22,6 +22,10 @@ AGAINST = {"PostgreSQL, hybrid": 0.62, "SQLite, hybrid": 0.70, "PostgreSQL, cold
 """Most that a search may take of the time of the version in which one ranking waited for the other (p95: 28 of 45 ms
 and 32 of 46), and the command of that in which imports waited for the verification (0.6 of 1.05 s)."""
 
+IN_TURN = "in turn"
+WAYS = ("hybrid", "vector", "keyword")
+"""What is asked in turn, query by query."""
+
 OVER_SLOWER = 1.2
 """Most that a hybrid search may take of the slower of its two rankings alone."""
 
@@ -39,14 +43,15 @@ def run(options: Options) -> Result:
             if "skipped" in fills[name]:
                 return Result("search", question, s.lines, [f"Not run: {fills[name]['skipped']}."])
         contenders = []
-        for mode in ("hybrid", "vector", "keyword", "cold"):
+        for mode in ("hybrid", IN_TURN, "cold"):
             for name, conninfo in addresses.items():
                 label = f"{name}, {mode}"
                 contenders.append(_contender(label, mode, conninfo, options, ROOT))
                 if options.against and label in AGAINST:
                     contenders.append(_contender(OTHER + label, mode, conninfo, options, options.against))
         outcomes = alternate(contenders, s.runs)
-    warm = {label: o for label, o in outcomes.items() if not label.endswith("cold")}
+    warm = {label: o for label, o in outcomes.items() if label.endswith("hybrid")}
+    in_turn = {(name, way): outcomes[f"{name}, {IN_TURN}"] for name in addresses for way in WAYS}
     return Result(
         "search",
         f"How long does a search of {dataset.records:,} records take, the embedding of the query included?",
@@ -55,7 +60,8 @@ def run(options: Options) -> Result:
             "One query after the other, in one process, connections open, model loaded, after a warm-up; each query "
             f"asks for {LIMIT} results and has about ten words. The records were created through KameleonDB, and each "
             "search reads the fields of the records it returns. `hybrid` is the library's `SearchEngine.search`; "
-            "`vector` and `keyword` are one ranking alone; `cold` is the command `kdb-fast search` from start to end.",
+            "`vector` and `keyword` are one ranking alone, in turn with `hybrid`, query by query, in one process; "
+            "`cold` is the command `kdb-fast search` from start to end.",
             "The index holds made vectors (see `store`); the query is really embedded, and a vector of the made kind "
             "is looked for. After the warm-up SQLite's vectors are in memory, with sqlite-vec as without.",
         ],
@@ -70,9 +76,17 @@ def run(options: Options) -> Result:
                 ],
             ),
             Table(
+                "Milliseconds of a query, in turn with the others of its database",
+                ("database, mode", "p50", "p95"),
+                [
+                    [f"{name}, {way}", o.spread(f"{way}_p50_ms").text(1), o.spread(f"{way}_p95_ms").text(1)]
+                    for (name, way), o in in_turn.items()
+                ],
+            ),
+            Table(
                 "Milliseconds of a command",
                 ("database", "p50"),
-                [[label, o.spread("p50_ms").text(0)] for label, o in outcomes.items() if label not in warm],
+                [[label, o.spread("p50_ms").text(0)] for label, o in outcomes.items() if label.endswith("cold")],
             ),
         ],
         requirements=[
@@ -89,7 +103,9 @@ def run(options: Options) -> Result:
             for label, bound in AGAINST.items() if options.against
         ],
         chart=("Median time of a search", "ms",
-               [Bar(label, spread(o.values("p50_ms")), o.contender.ours) for label, o in warm.items()]),
+               [Bar(label, spread(o.values("p50_ms")), o.contender.ours) for label, o in warm.items()]
+               + [Bar(f"{name}, {way}", spread(o.values(f"{way}_p50_ms")), False)
+                  for (name, way), o in in_turn.items() if way != "hybrid"]),
         raw={"fill": fills, **raw(outcomes.values())},
     )  # fmt: skip
 
@@ -99,6 +115,8 @@ def _contender(label: str, mode: str, conninfo: str, options: Options, root: Pat
     if mode == "cold":
         return Contender(label, "cold", {**params, "records": options.size(COLD_QUERIES, 1), "root": str(root)})
     counts = {"records": options.size(QUERIES, 20), "warm_up": options.size(WARM_UP, 3)}
+    if mode == IN_TURN:
+        return Contender(label, "rankings", {**params, **counts})
     # `find` of the code that is measured: it knows how that version is searched.
     return Contender(
         label, "find", {**params, "mode": mode, **counts}, ours=mode == "hybrid" and root == ROOT, root=root
@@ -106,8 +124,9 @@ def _contender(label: str, mode: str, conninfo: str, options: Options, root: Pat
 
 
 def _over_slower(outcomes: dict[str, Outcome], name: str) -> Spread:
-    alone = zip(*(outcomes[f"{name}, {mode}"].values("p95_ms") for mode in ("vector", "keyword")), strict=True)
-    return pairwise(outcomes[f"{name}, hybrid"].values("p95_ms"), [max(pair) for pair in alone])
+    values = outcomes[f"{name}, {IN_TURN}"].values
+    slower = [max(pair) for pair in zip(values("vector_p95_ms"), values("keyword_p95_ms"), strict=True)]
+    return pairwise(values("hybrid_p95_ms"), slower)
 
 
 def _against(outcomes: dict[str, Outcome], label: str) -> Spread:
