@@ -127,20 +127,31 @@ class _Asked(NamedTuple):
         scope = resolve_scope(definitions, self.entities, self.where)
         return holdable_scope(scope, reader.missing_characters)._replace(excluded=self._held_by(reader).excluded)
 
-    def by_vector(self, reader: SearchReader, embedded: Embedded | None, scope: Scope) -> list[list[Hit]]:
-        """A ranking for each embedding of the query."""
+    def _vectors(self, embedded: Embedded | None, scope: Scope) -> list[tuple[npt.NDArray[np.float32], Scope]]:
+        """Each embedding of the query, with the rows that it ranks."""
         if embedded is None or scope.names == ():
             return []
         several = isinstance(embedded, list) and all(isinstance(item, QueryVector) for item in embedded)
         vectors: list[QueryVector] = embedded if several else [QueryVector(embedded, None)]  # type: ignore[assignment, arg-type]
-        return [
-            reader.vector(checked_vector(vector), scope._replace(maker=maker), self.depth) for vector, maker in vectors
-        ]
+        return [(checked_vector(vector), scope._replace(maker=maker)) for vector, maker in vectors]
 
-    def begin_by_keyword(self, reader: SearchReader, scope: Scope) -> bool:
-        """Whether the database has begun :meth:`by_keyword`; see :meth:`SearchReader.begin_keyword`."""
+    def begin_by_vector(
+        self, reader: SearchReader, embedded: Embedded | None, scope: Scope
+    ) -> Callable[[], list[list[Hit]]]:
+        """Begin :meth:`by_vector`; gives the rankings."""
+        vectors = self._vectors(embedded, scope)
+        first = reader.begin_vector(*vectors[0], self.depth) if vectors else None
+        begun = [first] if first else []
+        return lambda: [take() for take in begun] + [reader.vector(*each, self.depth) for each in vectors[len(begun) :]]
+
+    def by_vector(self, reader: SearchReader, embedded: Embedded | None, scope: Scope) -> list[list[Hit]]:
+        """A ranking for each embedding of the query."""
+        return [reader.vector(*each, self.depth) for each in self._vectors(embedded, scope)]
+
+    def begin_by_keyword(self, reader: SearchReader, scope: Scope) -> Callable[[], list[Hit]] | None:
+        """Begin :meth:`by_keyword`; gives the hits. None where nothing has begun."""
         words = self._held_by(reader)
-        return bool(words.terms) and scope.names != () and reader.begin_keyword(words, scope, self.depth)
+        return reader.begin_keyword(words, scope, self.depth) if words.terms and scope.names != () else None
 
     def by_keyword(self, reader: SearchReader, scope: Scope) -> list[Hit]:
         if self.mode == "vector" or not self.words.terms or scope.names == ():
@@ -208,26 +219,17 @@ def _side_by_side(asked: _Asked, reader: SearchReader, beside: SearchReader, emb
 
 def _within(scope: Scope, asked: _Asked, reader: SearchReader, beside: SearchReader, embed: Embed) -> _Ranking:
     try:
-        if asked.begin_by_keyword(reader, scope):
-            return _while_it_ranks(scope, asked, reader, beside, embed)
+        by_keyword = asked.begin_by_keyword(reader, scope)
+        if by_keyword is not None:
+            embedded = embed()
+            beside.count_as(reader)
+            by_vector = asked.begin_by_vector(beside, embedded, scope)
+            hits = by_keyword()
+            return _Ranking(scope, by_vector(), hits, _Found())
     finally:
         reader.forget()
+        beside.forget()
     return _in_a_thread(scope, asked, reader, beside, embed)
-
-
-def _while_it_ranks(scope: Scope, asked: _Asked, reader: SearchReader, beside: SearchReader, embed: Embed) -> _Ranking:
-    """Both rankings, while a server has begun the one by keyword on the connection of ``reader``.
-
-    Where it has ended when the query is embedded, the one by vector follows on this connection: two processes of the
-    server and this one would want three cores. Else it does not wait, and is made on that of ``beside``.
-    """
-    embedded = embed()
-    if reader.has_answered():
-        by_keyword = asked.by_keyword(reader, scope)
-        return _Ranking(scope, asked.by_vector(reader, embedded, scope), by_keyword, _Found())
-    beside.count_as(reader)
-    by_vector = asked.by_vector(beside, embedded, scope)
-    return _Ranking(scope, by_vector, asked.by_keyword(reader, scope), _Found())
 
 
 def _in_a_thread(scope: Scope, asked: _Asked, reader: SearchReader, beside: SearchReader, embed: Embed) -> _Ranking:

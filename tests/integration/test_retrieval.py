@@ -18,7 +18,6 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from servers import eventually
 
 from kdb_fast.db.address import DatabaseAddress, opened, parse_address
 from kdb_fast.db.pg_connection import connect_postgresql
@@ -394,13 +393,13 @@ class TestPostgresqlRanking:
 
 
 class TestWhileItRanks:
-    """A server ranks by keyword while the query is embedded: on one connection, or on two where it is not done then."""
+    """A server ranks by keyword while the query is embedded, and by vector beside it."""
 
     @pytest.fixture
     def vectors(self, postgresql: Database) -> npt.NDArray[np.float32]:
         vectors = fill(postgresql)
-        postgresql.index("Even", "few", "other words", vectors[0])
         postgresql.record("Even", "few", {"name": "few", "group": 1})
+        postgresql.index("Even", "few", "other words", vectors[0])
         return vectors
 
     @pytest.fixture
@@ -409,69 +408,61 @@ class TestWhileItRanks:
             connection.execute("SET search_path = scratch, public")
             yield PostgresqlReader(connection)
 
-    @pytest.fixture
-    def by_vector(self, monkeypatch: pytest.MonkeyPatch) -> list[SearchReader]:
-        """The readers that ranked by vector, in order."""
-        readers: list[SearchReader] = []
-        vector = PostgresqlReader.vector
-
-        def noting(reader: PostgresqlReader, *arguments: Any) -> Any:
-            readers.append(reader)
-            return vector(reader, *arguments)
-
-        monkeypatch.setattr(PostgresqlReader, "vector", noting)
-        return readers
-
-    @pytest.mark.parametrize("query", ["words", "other words", "other nosuchword", "nosuchword", "ERR_1 words"])
-    def test_on_one_connection_where_it_has_ended(
+    @pytest.mark.parametrize("query", ["words", "other words", "other nosuchword", "nosuchword", "ERR_1 words", "-few"])
+    @pytest.mark.parametrize("where", [None, {"group": 1}])
+    def test_it_gives_what_is_found_one_after_the_other(
         self,
         postgresql: Database,
         vectors: npt.NDArray[np.float32],
         beside: PostgresqlReader,
-        by_vector: list[SearchReader],
         query: str,
+        where: dict[str, Any] | None,
     ) -> None:
         reader = postgresql.reader()
+        makers = [QueryVector(vectors[7], None), QueryVector(vectors[8], None)]
+        for embedded in (vectors[7], lambda: vectors[7], makers, None):
+            options: dict[str, Any] = {"query_vector": embedded, "where": where, "limit": 60}
+            expected = search(postgresql.reader(), query, **options)
+            for _ in range(2):
+                assert search(reader, query, **options, beside=beside) == expected
 
-        def embed() -> Any:
-            eventually(reader.has_answered)
-            return vectors[7]
-
-        expected = search(postgresql.reader(), query, query_vector=vectors[7], limit=60)
-        by_vector.clear()
-        for _ in range(2):
-            assert search(reader, query, query_vector=embed, limit=60, beside=beside) == expected
-        assert by_vector == [reader, reader]
-
-    def test_on_two_where_it_goes_on(
+    def test_neither_ranking_waits_for_the_other(
         self,
+        server: DatabaseAddress,
         postgresql: Database,
         vectors: npt.NDArray[np.float32],
         beside: PostgresqlReader,
-        by_vector: list[SearchReader],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         expected = search(postgresql.reader(), "other words", query_vector=vectors[7])
-        by_vector.clear()
         every = search_postgresql._every
+        # The one by keyword goes on until the one by vector has ended.
         lock = "pg_advisory_xact_lock_shared(7)"
+        monkeypatch.setattr(
+            search_postgresql, "_every", lambda query: lambda params: f"(SELECT {every(query)(params)} FROM {lock})"
+        )
+        with connect_postgresql(server, role="test") as holder:
+            holder.execute("SELECT pg_advisory_lock(7)")
+            begin = beside.begin_vector
 
-        def waiting(query: Any) -> Any:
-            return lambda params: f"(SELECT {every(query)(params)} FROM {lock})"
+            def release(*arguments: Any) -> Any:
+                hits = begin(*arguments)
+                assert hits is not None
+                found = hits()
+                holder.execute("SELECT pg_advisory_unlock(7)")
+                return lambda: found
 
-        monkeypatch.setattr(search_postgresql, "_every", waiting)
-        vector = PostgresqlReader.vector
+            monkeypatch.setattr(beside, "begin_vector", release)
+            assert search(postgresql.reader(), "other words", query_vector=vectors[7], beside=beside) == expected
 
-        def release(reader: PostgresqlReader, *arguments: Any) -> Any:
-            hits = vector(reader, *arguments)
-            beside._connection.execute("SELECT pg_advisory_unlock(7)")
-            return hits
-
-        monkeypatch.setattr(PostgresqlReader, "vector", release)
-        beside._connection.execute("SELECT pg_advisory_lock(7)")
+    def test_what_made_the_vectors_is_not_counted_in_between(
+        self, postgresql: Database, vectors: npt.NDArray[np.float32], beside: PostgresqlReader
+    ) -> None:
+        """A statement more would meet those that are under way."""
+        maker = Maker("now", "model", DIMENSIONS)
         reader = postgresql.reader()
-        assert search(reader, "other words", query_vector=vectors[7], beside=beside) == expected
-        assert by_vector == [beside]
+        for _ in range(3):  # a table as small as this is counted in every search
+            search(reader, "words", query_vector=[QueryVector(vectors[7], maker)], beside=beside)
 
     def test_definitions_that_have_changed_are_read_again(
         self, postgresql: Database, vectors: npt.NDArray[np.float32], beside: PostgresqlReader
@@ -505,7 +496,7 @@ class TestWhileItRanks:
         reader = postgresql.reader()
         expected = search(postgresql.reader(), "words", query_vector=vectors[7])
         with postgresql.connection.transaction():
-            assert not reader.begin_keyword(parse_query("words"), resolve_scope([], (), None), 5)
+            assert None is reader.begin_keyword(parse_query("words"), resolve_scope([], (), None), 5)
             assert search(reader, "words", query_vector=vectors[7], beside=beside) == expected
 
 

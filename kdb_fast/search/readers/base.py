@@ -8,7 +8,7 @@ import os
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -148,19 +148,19 @@ class SearchReader(KeywordRanking[Scope]):
             DefinitionsChanged: They do not.
         """
 
-    def begin_keyword(self, query: Query, scope: Scope, limit: int) -> bool:
-        """Begin what :meth:`keyword` of the same needs, in the database, without waiting for it.
+    def begin_keyword(self, query: Query, scope: Scope, limit: int) -> Callable[[], list[Hit]] | None:
+        """Begin :meth:`keyword` in the database, without waiting for it.
 
-        It is in the way of everything else that this reader does until :meth:`keyword` has taken it, or :meth:`forget`.
+        It is in the way of everything else that this reader does until its hits are taken, or :meth:`forget`.
 
         Returns:
-            Whether the database has begun: one in this process does nothing by itself.
+            Gives the hits; None where nothing has begun, since the database is in this process, say.
         """
-        return False
+        return None
 
-    def has_answered(self) -> bool:
-        """Whether :meth:`keyword` would not wait for what has begun."""
-        return True
+    def begin_vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> Callable[[], list[Hit]] | None:
+        """As :meth:`begin_keyword`, for :meth:`vector`."""
+        return None
 
     def forget(self) -> None:
         """Wait for what has begun, if anything has, and leave its result alone."""

@@ -9,7 +9,6 @@ passes the same, with one that few pass 80 to 130 ms.
 from __future__ import annotations
 
 import contextlib
-import selectors
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -69,6 +68,10 @@ TextQuery = Callable[[Params], str]
 """A tsquery as SQL, whose values it puts into the parameters."""
 
 
+Answers = Callable[[], list[list[tuple[Any, ...]]]]
+"""Waits for the rows of statements that were sent."""
+
+
 class _Known(NamedTuple):
     """KameleonDB's entities as they were read, with the statements that read them and what these gave."""
 
@@ -78,14 +81,6 @@ class _Known(NamedTuple):
     answers: list[list[tuple[Any, ...]]]
 
 
-class _Begun(NamedTuple):
-    """A statement that was sent, and what waits for the answers of the ``assumed`` definitions' and of itself."""
-
-    statement: Statement
-    assumed: _Known | None
-    answers: Callable[[], list[list[tuple[Any, ...]]]]
-
-
 class PostgresqlReader(SearchReader):
     """Reads the index through a psycopg connection, best in autocommit mode. Settings last for one transaction."""
 
@@ -93,7 +88,8 @@ class PostgresqlReader(SearchReader):
     _iterative: bool | None = None
     _known: _Known | None = None
     _unchecked: _Known | None = None
-    _begun: _Begun | None = None
+    _under_way: Answers | None = None
+    _first_texts: list[tuple[Any, ...]] | None = None
 
     def __init__(self, connection: Any, index: IndexTable = KDB_SEARCH) -> None:
         super().__init__(connection, index)
@@ -127,42 +123,55 @@ class PostgresqlReader(SearchReader):
         if self._unchecked:
             self._read_and_check()
 
+    def begin_keyword(self, query: Query, scope: Scope, limit: int) -> Callable[[], list[Hit]] | None:
+        wanted = _first_of(query)
+        answers = self._send(self._ranked_texts(wanted, query, scope, limit, MAX_RANKED))
+        if answers is None:
+            return None
+
+        def hits() -> list[Hit]:
+            (self._first_texts,) = answers()
+            return self.keyword(query, scope, limit)
+
+        return hits
+
+    def begin_vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> Callable[[], list[Hit]] | None:
+        text = _as_text(vector)
+        answers = self._send(*self._index_scan(text, scope, limit))
+        return answers and (lambda: self._nearest(text, scope, limit, lambda: answers()[-1]))
+
+    def _send(self, *statements: Statement) -> Answers | None:
+        """Send statements, and do not wait for them. With them definitions that are assumed are read again.
+
+        Returns:
+            As :func:`pg_settings.send`; raises DefinitionsChanged if the definitions are others now.
+        """
+        assumed = self._unchecked
+        both = [*_statements(assumed), *statements]
+        with postgresql_errors():
+            answers = pg_settings.send(self._connection, [(text.encode(), params) for text, params in both])
+        if answers is None:
+            return None
+        self._unchecked, self._under_way = None, answers
+
+        def taken() -> list[list[tuple[Any, ...]]]:
+            self._under_way = None
+            with postgresql_errors():
+                found = answers()
+            return _checked(assumed, found)
+
+        return taken
+
+    def forget(self) -> None:
+        answers, self._under_way = self._under_way, None
+        if answers is not None:
+            with contextlib.suppress(Exception):
+                answers()
+
     def _read_and_check(self, *statements: Statement) -> list[list[tuple[Any, ...]]]:
         """:meth:`_read`; definitions that are assumed are read again in the same round trip."""
         assumed, self._unchecked = self._unchecked, None
         return _checked(assumed, self._read(*_statements(assumed), *statements))
-
-    def begin_keyword(self, query: Query, scope: Scope, limit: int) -> bool:
-        statement = self._ranked_texts(_first_of(query), query, scope, limit, MAX_RANKED)
-        both = [*_statements(self._unchecked), statement]
-        with postgresql_errors():
-            answers = pg_settings.send(self._connection, [(text.encode(), params) for text, params in both])
-        if answers is None:
-            return False
-        self._begun, self._unchecked = _Begun(statement, self._unchecked, answers), None
-        return True
-
-    def has_answered(self) -> bool:
-        # The server sends nothing before the end of a round trip, unless it is more than 8 KB.
-        with selectors.DefaultSelector() as selector, postgresql_errors():
-            selector.register(self._connection.fileno(), selectors.EVENT_READ)
-            return bool(selector.select(0))
-
-    def forget(self) -> None:
-        begun, self._begun = self._begun, None
-        if begun is not None:
-            with contextlib.suppress(Exception):
-                begun.answers()
-
-    def _answer(self, statement: Statement) -> list[tuple[Any, ...]]:
-        """The rows of a statement, which :meth:`begin_keyword` may have sent."""
-        begun, self._begun = self._begun, None
-        if begun is None:
-            return self._rows(*statement)
-        with postgresql_errors():
-            answers = begun.answers()
-        assert begun.statement == statement
-        return _checked(begun.assumed, answers)[-1]
 
     def missing_characters(self, texts: Iterable[str]) -> frozenset[str]:
         if self._characters is None:
@@ -171,12 +180,14 @@ class PostgresqlReader(SearchReader):
             return self._characters.missing(self._connection, texts)
 
     def vector(self, vector: npt.NDArray[np.float32], scope: Scope, limit: int) -> list[Hit]:
+        text = _as_text(vector)
+        return self._nearest(text, scope, limit, lambda: self._by_index(text, scope, limit))
+
+    def _nearest(self, text: str, scope: Scope, limit: int, by_index: Callable[[], list[tuple[Any, ...]]]) -> list[Hit]:
         import psycopg
 
-        # Nine digits tell any two float32 numbers apart.
-        text = "[" + ",".join(["%.9g"] * len(vector)) % tuple(vector.tolist()) + "]"
         try:
-            found = self._by_index(text, scope, limit)
+            found = by_index()
             if len(found) < limit:
                 found = self._exactly(text, scope, limit)
         except psycopg.errors.DataException as error:
@@ -225,8 +236,8 @@ class PostgresqlReader(SearchReader):
     def _by_column(self, definition: Entity, place: Place, values: Sequence[Any]) -> Mapping[str, Any]:
         return values[0] if isinstance(values[0], dict) else {}
 
-    def _index_scan(self, limit: int) -> Statement:
-        """What sets the scan of the vector index, for the transaction that it is in."""
+    def _index_scan(self, text: str, scope: Scope, limit: int) -> tuple[Statement, Statement]:
+        """What sets the scan of the vector index, for the transaction that it is in; and the scan."""
         if self._iterative is None:
             version = self._rows("SELECT extversion FROM pg_extension WHERE extname = 'vector'", {})
             numbers = [int(n) for n in version[0][0].split(".")[:2] if n.isdigit()] if version else []
@@ -237,11 +248,10 @@ class PostgresqlReader(SearchReader):
         if self._iterative:
             settings["hnsw.iterative_scan"] = "strict_order"
             settings["hnsw.max_scan_tuples"] = str(limit * SCAN_PER_ROW)
-        params = Params(self.dialect)
-        calls = ", ".join(f"set_config({params(name)}, {params(value)}, true)" for name, value in settings.items())
-        return f"SELECT {calls}", params.values
-
-    def _by_index(self, text: str, scope: Scope, limit: int) -> list[tuple[Any, ...]]:
+        set_params = Params(self.dialect)
+        calls = ", ".join(
+            f"set_config({set_params(name)}, {set_params(value)}, true)" for name, value in settings.items()
+        )
         params = Params(self.dialect)
         distance = self._distance(params(text))
         nearest = (
@@ -249,7 +259,10 @@ class PostgresqlReader(SearchReader):
             f"WHERE s.embedding IS NOT NULL AND {self._named(scope, params)} AND {self._living(scope, params)} "
             f"AND {self._fit(scope, params)} ORDER BY {distance} LIMIT {params(limit)}"
         )
-        return self._read_and_check(self._index_scan(limit), (nearest, params.values))[-1]
+        return (f"SELECT {calls}", set_params.values), (nearest, params.values)
+
+    def _by_index(self, text: str, scope: Scope, limit: int) -> list[tuple[Any, ...]]:
+        return self._read_and_check(*self._index_scan(text, scope, limit))[-1]
 
     def _distance(self, vector: str) -> str:
         """The cosine distance between a row ``s`` and the vector of this placeholder."""
@@ -269,11 +282,14 @@ class PostgresqlReader(SearchReader):
     def _matching_text(self, wanted: Sequence[TextQuery], query: Query, scope: Scope, limit: int) -> list[list[Hit]]:
         """For each of the text queries the rows that match it and hold nothing excluded, best first."""
         found: list[list[tuple[Any, ...]]] = [[] for _ in wanted]
-        for number, *row in self._answer(self._ranked_texts(wanted, query, scope, limit, MAX_RANKED)):
+        rows, self._first_texts = self._first_texts, None
+        if rows is None:
+            rows = self._rows(*self._ranked_texts(wanted, query, scope, limit, MAX_RANKED))
+        for number, *row in rows:
             found[number].append(tuple(row))
-        for number, (*rows, (_, _, ranked)) in enumerate(found):
-            found[number] = rows
-            if len(rows) < limit and ranked >= MAX_RANKED:  # the filters left too few of those that were ranked
+        for number, (*best, (_, _, ranked)) in enumerate(found):
+            found[number] = best
+            if len(best) < limit and ranked >= MAX_RANKED:  # the filters left too few of those that were ranked
                 every = self._ranked_texts([wanted[number]], query, scope, limit, None)
                 found[number] = [tuple(row) for _, *row in self._rows(*every)][:-1]
         return [in_order(Hit(tuple(key), rank) for *key, rank in rows) for rows in found]
@@ -329,6 +345,11 @@ class PostgresqlReader(SearchReader):
         # By its digits: a float8 parameter would be rounded to 15 of them.
         digits = repr(float(value)) if isinstance(value, float) else str(int(value))
         return f"{stored} = to_jsonb({params(digits)}::numeric)"
+
+
+def _as_text(vector: npt.NDArray[np.float32]) -> str:
+    # Nine digits tell any two float32 numbers apart.
+    return "[" + ",".join(["%.9g"] * len(vector)) % tuple(vector.tolist()) + "]"
 
 
 def _statements(assumed: _Known | None) -> list[Statement]:
