@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from kdb_fast.resources import usable_cpus
 
 from . import data, database
 from .chart import Bar
-from .measure import Sampler, Spread, pairwise, spread, tree
+from .measure import Sampler, pairwise, spread, tree
 from .options import Options
 from .results import Requirement, Result, Table
 from .runner import Contender, Outcome, alternate, raw
@@ -65,8 +64,9 @@ def run(options: Options) -> Result:
             of_one = [_measure(s, name, dataset.params(records), changed) for records in counts]
             if options.against:
                 against[name] = _against(s, name, {**dataset.params(), "data": str(changed)})
-            for _ in range(s.runs - 1):  # a run of seconds spreads more than one of minutes
-                of_one[0].outcomes[NEW].runs += _new(s, name, dataset.params(fewest)).runs
+            for _ in range(s.runs - 1):
+                for size in of_one:
+                    size.outcomes[NEW].runs += _new(s, name, dataset.params(size.records)).runs
             sizes += of_one
     return Result(
         # A database at a time has a page of its own.
@@ -92,7 +92,7 @@ def run(options: Options) -> Result:
                           MOST_OF_OTHER, True, "×") for name, pair in against.items()),
         ],
         chart=("A new row, index apart", "µs",
-               [Bar(size.label, _new_row(size), True) for size in sizes]),
+               [Bar(size.label, spread(_new_row(size)), True) for size in sizes]),
         raw={
             **{size.label: raw(size.outcomes.values()) for size in sizes},
             **{f"{name}, against": raw(pair.values()) for name, pair in against.items()},
@@ -160,23 +160,22 @@ def _step(contender: Contender) -> Outcome:
 # -- what is shown ---------------------------------------------------------------------------------------
 
 
-def _new_row(size: _Size) -> Spread:
-    """Microseconds of a new row."""
-    return spread(1e6 * run["seconds_after_start"] / run["records"] for run in size.outcomes[NEW].runs)
+def _new_row(size: _Size) -> list[float]:
+    """Microseconds of a new row, run by run."""
+    return [1e6 * run["seconds_after_start"] / run["records"] for run in size.outcomes[NEW].runs]
 
 
-def _memory(size: _Size, names: Sequence[str]) -> Spread:
-    """Megabytes of these processes while every record is new."""
-    return spread(sum(run["peak_rss_by_process"][name] for name in names) / 1e6 for run in size.outcomes[NEW].runs)
+def _memory(size: _Size) -> list[float]:
+    """Bytes of parent and writer while every record is new, run by run."""
+    return [sum(run["peak_rss_by_process"][name] for name in ("parent", "writer")) for run in size.outcomes[NEW].runs]
 
 
 def _no_bend(size: _Size, fewest: _Size) -> list[Requirement]:
-    times = [time / _new_row(fewest).median for time in _new_row(size)]
-    memory = [size / _memory(fewest, ("parent", "writer")).median for size in _memory(size, ("parent", "writer"))]
     against = f"{size.label}, against {fewest.records:,}"
+    time, memory = (pairwise(what(size), what(fewest)) for what in (_new_row, _memory))
     return [
-        Requirement(f"a new row, {against}", Spread(*times), MOST_OF_A_ROW, True, "×"),
-        Requirement(f"memory of parent and writer, {against}", Spread(*memory), MOST_MEMORY, True, "×"),
+        Requirement(f"a new row, {against}", time, MOST_OF_A_ROW, True, "×"),
+        Requirement(f"memory of parent and writer, {against}", memory, MOST_MEMORY, True, "×"),
     ]
 
 
@@ -202,7 +201,7 @@ def _table(sizes: list[_Size]) -> Table:
                     what,
                     outcome.spread("seconds").text(2),
                     spread(run["phases"]["index"] for run in outcome.runs).text(1),
-                    (_new_row(size) if what is NEW else time).text(1),
+                    (spread(_new_row(size)) if what is NEW else time).text(1),
                     spread(peak["parent"] / 1e6 for peak in peaks).text(0),
                     spread(peak["writer"] / 1e6 for peak in peaks).text(0) if "writer" in peaks[0] else "",
                     spread(size / 1e6 for size in outcome.values("server_pss_bytes")).text(0)
