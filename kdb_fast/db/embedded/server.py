@@ -50,7 +50,7 @@ SHARED_BUFFERS_PART = 16
 With 100,000 records the default does not hold what a hybrid search goes through (texts' and vectors' index, heap and
 records: 250 MB): 343 pages a search came from the file, and the 95th percentile was 20.6 ms instead of 16.2."""
 
-MIN_BUFFERS, MAX_BUFFERS = 128 << 20, 1 << 30
+DEFAULT_BUFFERS, MAX_BUFFERS = 128 << 20, 1 << 30
 
 CONNECTION = {
     "user": "postgres",
@@ -257,11 +257,10 @@ class EmbeddedServer:
     def _configure(self) -> None:
         """Add our settings to those of the new server, where its user may change them."""
         memory = min(psutil.virtual_memory().total, memory_limit() or math.inf)
-        buffers = max(MIN_BUFFERS, min(int(memory) // SHARED_BUFFERS_PART, MAX_BUFFERS))
-        with (self.directory / "postgresql.conf").open("a") as file:
-            file.write(
-                f"\n# By kdb-fast, for the memory of the machine it was made on.\nshared_buffers = {buffers >> 20}MB\n"
-            )
+        buffers = min(int(memory) // SHARED_BUFFERS_PART, MAX_BUFFERS)
+        if buffers > DEFAULT_BUFFERS:  # else initdb knows best: it tries what it can have
+            with (self.directory / "postgresql.conf").open("a") as file:
+                file.write(f"\n# By kdb-fast, for the memory of its machine.\nshared_buffers = {buffers >> 20}MB\n")
 
     def _empty(self) -> None:
         for entry in os.scandir(self.directory):
