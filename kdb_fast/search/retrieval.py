@@ -68,7 +68,7 @@ def search(
         where: Exact values of fields by logical name, all of which must hold. The number 1 equals 1.0, the
             string "1" and true do not; None also means a field without a value.
         beside: The same index on another connection. A hybrid search then ranks by keyword while the query is embedded,
-            and ranks by vector beside it where that takes longer; the results are the same.
+            and by vector beside that where it takes longer; the results are the same.
 
     Returns:
         At most ``limit`` results by score, then exactness, similarity and key. Deleted records are never among them.
