@@ -68,6 +68,8 @@ def run(options: Options) -> Result:
                 for size in of_one:
                     size.outcomes[NEW].runs += _new(s, name, dataset.params(size.records)).runs
             sizes += of_one
+            for which in ("ours", "other"):
+                _empty(s, name, which)  # gigabytes of pages of files, of which the next database is to have the memory
     return Result(
         # A database at a time has a page of its own.
         "million" if len(options.databases) > 1 else f"million-{options.databases[0].lower()}",
