@@ -26,7 +26,7 @@ from kdb_fast.origins import Maker, Origin, QueryVector
 from kdb_fast.records import key_json
 from kdb_fast.search.query import check_query, meaning, parse_query
 from kdb_fast.search.readers import postgresql as search_postgresql
-from kdb_fast.search.readers import sqlite_vectors
+from kdb_fast.search.readers import postgresql_texts, sqlite_vectors
 from kdb_fast.search.readers.base import SearchReader
 from kdb_fast.search.readers.postgresql import PostgresqlReader
 from kdb_fast.search.readers.sqlite import SqliteReader
@@ -435,11 +435,11 @@ class TestWhileItRanks:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         expected = search(postgresql.reader(), "other words", query_vector=vectors[7])
-        every = search_postgresql._every
+        every = postgresql_texts.every
         # The one by keyword goes on until the one by vector has ended.
         lock = "pg_advisory_xact_lock_shared(7)"
         monkeypatch.setattr(
-            search_postgresql, "_every", lambda query: lambda params: f"(SELECT {every(query)(params)} FROM {lock})"
+            postgresql_texts, "every", lambda query: lambda params: f"(SELECT {every(query)(params)} FROM {lock})"
         )
         with connect_postgresql(server, role="test") as holder:
             holder.execute("SELECT pg_advisory_lock(7)")

@@ -26,6 +26,18 @@ from ...tables.target import Dialect, Params, Target, identifier
 from ..query import Query, Term
 from ..scope import Scope
 from .base import DefinitionsChanged, SearchReader, Statement
+from .postgresql_texts import (
+    BEST_TEXTS,
+    FEW,
+    RANKED_TEXTS,
+    TextQuery,
+    any_of,
+    every,
+    first_of,
+    rank_of,
+    required_of,
+    tsquery,
+)
 from .ranking import Hit, in_order
 
 if TYPE_CHECKING:
@@ -45,27 +57,6 @@ rows takes 30 ms, at 20,000 (pgvector's default) 300 ms; the exact way takes 50 
 
 MAX_RANKED = 20_000
 """Matches that are ranked by keyword. Ranking costs 1.5 µs each; words that more texts hold say little."""
-
-
-RANKED_TEXTS = """
-ranked_{number} AS MATERIALIZED (
-  SELECT m.entity_name, m.record_id, {rank} AS rank FROM (
-    SELECT s.entity_name, s.record_id, s.tsv FROM {index} s
-    WHERE {few} AND s.tsv @@ {text} AND {named} AND {without} LIMIT {most}
-  ) m
-),
-best_{number} AS MATERIALIZED (
-  SELECT s.* FROM (
-    SELECT * FROM ranked_{number} ORDER BY rank DESC, entity_name, record_id OFFSET 0
-  ) s WHERE {living} ORDER BY rank DESC, entity_name, record_id LIMIT {limit}
-)"""
-FEW = "(SELECT count(*) FROM best_{before}) < {limit}"
-BEST_TEXTS = """
-SELECT {number}, entity_name, record_id, rank FROM best_{number}
-UNION ALL SELECT {number}, NULL, NULL, count(*) FROM ranked_{number}"""
-
-TextQuery = Callable[[Params], str]
-"""A tsquery as SQL, whose values it puts into the parameters."""
 
 
 Answers = Callable[[], list[list[tuple[Any, ...]]]]
@@ -124,7 +115,7 @@ class PostgresqlReader(SearchReader):
             self._read_and_check()
 
     def begin_keyword(self, query: Query, scope: Scope, limit: int) -> Callable[[], list[Hit]] | None:
-        wanted = _first_of(query)
+        wanted = first_of(query)
         answers = self._send(self._ranked_texts(wanted, query, scope, limit, MAX_RANKED))
         if answers is None:
             return None
@@ -200,16 +191,16 @@ class PostgresqlReader(SearchReader):
         return in_order(Hit(tuple(key), 1.0 - distance) for *key, distance in found)
 
     def _with_all(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
-        return self._matching_text([_every(query)], query, scope, limit)[0]
+        return self._matching_text([every(query)], query, scope, limit)[0]
 
     def _with_required(self, required: Sequence[Term], query: Query, scope: Scope, limit: int) -> list[Hit]:
-        return self._matching_text([_required(required, query)], query, scope, limit)[0]
+        return self._matching_text([required_of(required, query)], query, scope, limit)[0]
 
     def _with_any(self, query: Query, scope: Scope, limit: int) -> list[Hit]:
-        return self._matching_text([_any(query)], query, scope, limit)[0]
+        return self._matching_text([any_of(query)], query, scope, limit)[0]
 
     def _all_then_any(self, query: Query, scope: Scope, limit: int) -> tuple[list[Hit], list[Hit]]:
-        hits, *others = self._matching_text(_first_of(query), query, scope, limit)
+        hits, *others = self._matching_text(first_of(query), query, scope, limit)
         return hits, others[0] if others else []
 
     def _without(self, excluded: Sequence[Term], params: Params) -> str:
@@ -290,8 +281,8 @@ class PostgresqlReader(SearchReader):
         for number, (*best, (_, _, ranked)) in enumerate(found):
             found[number] = best
             if len(best) < limit and ranked >= MAX_RANKED:  # the filters left too few of those that were ranked
-                every = self._ranked_texts([wanted[number]], query, scope, limit, None)
-                found[number] = [tuple(row) for _, *row in self._rows(*every)][:-1]
+                without_cap = self._ranked_texts([wanted[number]], query, scope, limit, None)
+                found[number] = [tuple(row) for _, *row in self._rows(*without_cap)][:-1]
         return [in_order(Hit(tuple(key), rank) for *key, rank in rows) for rows in found]
 
     def _ranked_texts(
@@ -364,41 +355,3 @@ def _checked(assumed: _Known | None, answers: list[list[tuple[Any, ...]]]) -> li
     if answers[:number] != assumed.answers:
         raise DefinitionsChanged
     return answers[number:]
-
-
-def _first_of(query: Query) -> list[TextQuery]:
-    """What a ranking by keyword begins with."""
-    # What is asked after identifiers depends on their answer.
-    return [_every(query)] if query.identifiers or len(query.alternatives()) < 2 else [_every(query), _any(query)]
-
-
-def _every(query: Query) -> TextQuery:
-    return lambda params: f"websearch_to_tsquery('english', {params(query.websearch())})"
-
-
-def _required(required: Sequence[Term], query: Query) -> TextQuery:
-    return lambda params: (
-        f"({' && '.join(tsquery(term, params) for term in required)} && "
-        f"({' || '.join(tsquery(term, params) for term in query.terms)}))"
-    )
-
-
-def _any(query: Query) -> TextQuery:
-    # Ranked so that a word's repetitions count less and less: texts with more of the words come first.
-    terms = query.alternatives()
-    return lambda params: f"({' || '.join(tsquery(term, params, term.phrase) for term in terms)})"
-
-
-def rank_of(tsv: str, tsquery: str) -> str:
-    """The rank of a text that matches, as SQL: higher where the words of the query are near each other.
-
-    ``ts_rank``, not ``ts_rank_cd``: 1.4 instead of 8.6 µs for a text that holds ten words, and the record that is meant
-    is found as often (``bench relevance``). A tenth of the default weights: with these, texts in which the words stand
-    16 times all have the same rank, the highest that there is.
-    """
-    return f"ts_rank('{{0.01,0.02,0.04,0.1}}'::real[], {tsv}, {tsquery})"
-
-
-def tsquery(term: Term, params: Params, together: bool = True, configuration: str = "'english'") -> str:
-    """A term as a tsquery; its words one behind the other, or (``together`` False) anywhere in the text."""
-    return f"{'phraseto' if together else 'plainto'}_tsquery({configuration}, {params(term.text)})"

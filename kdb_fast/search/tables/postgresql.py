@@ -22,7 +22,8 @@ from ...records import Key
 from ...tables.key import array_literal
 from ...tables.target import Params
 from ..query import Query, Term, holdable_words
-from ..readers.postgresql import MAX_RANKED, rank_of, tsquery
+from ..readers.postgresql import MAX_RANKED
+from ..readers.postgresql_texts import rank_of, tsquery
 from ..readers.ranking import Hit, in_order
 from .base import Found, TableReader, Wanted
 from .indexes import FIND, OF_BITS, VectorIndex, find_indexes, uses
