@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kdb_fast.db import pg_settings
 from kdb_fast.db.address import DatabaseAddress, opened, parse_address
 from kdb_fast.db.pg_connection import connect_postgresql
 from kdb_fast.errors import ProviderError, SchemaError, UsageError
@@ -495,7 +496,7 @@ class TestWhileItRanks:
     ) -> None:
         reader = postgresql.reader()
         expected = search(postgresql.reader(), "words", query_vector=vectors[7])
-        with postgresql.connection.transaction():
+        with pg_settings.transaction(postgresql.connection):
             assert None is reader.begin_keyword(parse_query("words"), resolve_scope([], (), None), 5)
             assert search(reader, "words", query_vector=vectors[7], beside=beside) == expected
 

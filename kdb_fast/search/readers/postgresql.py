@@ -175,6 +175,7 @@ class PostgresqlReader(SearchReader):
         return self._nearest(text, scope, limit, lambda: self._by_index(text, scope, limit))
 
     def _nearest(self, text: str, scope: Scope, limit: int, by_index: Callable[[], list[tuple[Any, ...]]]) -> list[Hit]:
+        """What the index gives, in order; where that is too little, the ``limit`` nearest by the exact distance."""
         import psycopg
 
         try:
@@ -272,23 +273,22 @@ class PostgresqlReader(SearchReader):
 
     def _matching_text(self, wanted: Sequence[TextQuery], query: Query, scope: Scope, limit: int) -> list[list[Hit]]:
         """For each of the text queries the rows that match it and hold nothing excluded, best first."""
-        found: list[list[tuple[Any, ...]]] = [[] for _ in wanted]
         rows, self._first_texts = self._first_texts, None
         if rows is None:
             rows = self._rows(*self._ranked_texts(wanted, query, scope, limit, MAX_RANKED))
-        for number, *row in rows:
-            found[number].append(tuple(row))
-        for number, (*best, (_, _, ranked)) in enumerate(found):
-            found[number] = best
-            if len(best) < limit and ranked >= MAX_RANKED:  # the filters left too few of those that were ranked
-                without_cap = self._ranked_texts([wanted[number]], query, scope, limit, None)
-                found[number] = [tuple(row) for _, *row in self._rows(*without_cap)][:-1]
-        return [in_order(Hit(tuple(key), rank) for *key, rank in rows) for rows in found]
+        ranked = {number: count for number, entity, _, count in rows if entity is None}
+        best: list[list[Hit]] = []
+        for number, text_query in enumerate(wanted):
+            hits = _hits_of(number, rows)
+            if len(hits) < limit and ranked[number] >= MAX_RANKED:  # the filters left too few of those that were ranked
+                hits = _hits_of(0, self._rows(*self._ranked_texts([text_query], query, scope, limit, None)))
+            best.append(hits)
+        return best
 
     def _ranked_texts(
         self, wanted: Sequence[TextQuery], query: Query, scope: Scope, limit: int, most: int | None
     ) -> Statement:
-        """Number of the text query, key and rank of the rows that match it, and in a last row how many were ranked.
+        """Number of the text query, key and rank of the rows that match it; without a key, how many were ranked.
 
         One is asked only where those before it gave fewer than ``limit``. Records are looked up in the order of rank
         until there are ``limit``, not for every match.
@@ -336,6 +336,13 @@ class PostgresqlReader(SearchReader):
         # By its digits: a float8 parameter would be rounded to 15 of them.
         digits = repr(float(value)) if isinstance(value, float) else str(int(value))
         return f"{stored} = to_jsonb({params(digits)}::numeric)"
+
+
+def _hits_of(number: int, rows: Sequence[tuple[Any, ...]]) -> list[Hit]:
+    """Those of one text query, of the rows that :meth:`PostgresqlReader._ranked_texts` gives in any order."""
+    return in_order(
+        Hit((entity, record), rank) for of, entity, record, rank in rows if of == number and entity is not None
+    )
 
 
 def _as_text(vector: npt.NDArray[np.float32]) -> str:
