@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,18 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch, minilm: Model, encoder: Encoder
 
     monkeypatch.setattr(run_embedding, "resolve", found)
     monkeypatch.setattr(inline, "Encoder", lambda spec: encoder)
+
+
+@pytest.fixture
+def new_threads() -> Callable[[str], list[threading.Thread]]:
+    """The living threads of a name, or of one that begins with it, that the test began itself.
+
+    A thread of an earlier test may be about to end only now: it had been told to, and nobody waited for it.
+    """
+    before = set(threading.enumerate())
+    return lambda name: [
+        thread for thread in threading.enumerate() if thread not in before and thread.name.startswith(name)
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 
 import psycopg
 import pytest
@@ -32,7 +33,9 @@ def articles(database: DatabaseAddress) -> Articles:
     return articles
 
 
-def test_the_build_of_an_index_tells_how_far_it_is(articles: Articles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_build_of_an_index_tells_how_far_it_is(
+    articles: Articles, monkeypatch: pytest.MonkeyPatch, new_threads: Callable[[str], list[threading.Thread]]
+) -> None:
     monkeypatch.setattr(index_progress, "ASK_SECONDS", 0.02)
     told: list[str] = []
     store = PostgreSQLColumnStore(articles.address, "test", target := articles.target())
@@ -45,7 +48,7 @@ def test_the_build_of_an_index_tells_how_far_it_is(articles: Articles, monkeypat
     assert shares
     assert shares == sorted(shares)
     assert any(line.endswith(" left") for line in told)
-    assert not [thread for thread in threading.enumerate() if thread.name == "index progress"]
+    assert not new_threads("index progress")
 
 
 def test_a_build_on_a_server_that_is_away_tells_nothing_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

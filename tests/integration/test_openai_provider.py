@@ -241,15 +241,16 @@ def test_first_error_ends_all_requests(server: OpenAIServer, build: Build) -> No
     assert len(server.seen) < 200
 
 
-def test_first_error_wakes_those_that_wait(server: OpenAIServer) -> None:
+def test_first_error_wakes_those_that_wait(
+    server: OpenAIServer, new_threads: Callable[[str], list[threading.Thread]]
+) -> None:
     server.barrier = threading.Barrier(2)
     server.script.extend([rate_limited(retry_after="300"), Reply(401)])
     with OpenAIProvider(api_key=KEY, base_url=server.url, max_inputs=1) as provider:  # this one really waits
         assert isinstance(error_of(provider, ["one", "two"]), ProviderKeyError)
-    waiting = [thread for thread in threading.enumerate() if thread.name.startswith("kdb-fast-openai")]
-    for thread in waiting:
+    for thread in new_threads("kdb-fast-openai"):
         thread.join(20)
-    assert not [thread for thread in waiting if thread.is_alive()]
+    assert not new_threads("kdb-fast-openai")
     assert len(server.seen) == 2
 
 

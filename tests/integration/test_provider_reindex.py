@@ -225,7 +225,7 @@ def test_no_key_for_the_real_api_is_told_before_anything_is_done(
 
 
 def test_key_that_is_revoked_ends_the_run_without_waiting_for_other_requests(
-    server: OpenAIServer, address: DatabaseAddress
+    server: OpenAIServer, address: DatabaseAddress, new_threads: Callable[[str], list[threading.Thread]]
 ) -> None:
     held = threading.Event()
     server.script.extend([Reply(), Reply(hold=held), Reply(401, {"code": "invalid_api_key"})])
@@ -241,7 +241,7 @@ def test_key_that_is_revoked_ends_the_run_without_waiting_for_other_requests(
         assert engine_processes() == []
     finally:
         held.set()
-    eventually(lambda: not any(t.name.startswith("provider-") and t.is_alive() for t in threading.enumerate()))
+    eventually(lambda: not new_threads("provider-"))
     receipt = reindex(address, ListSource(records), ReindexOptions(provider="openai"))
     assert receipt.stored == 300
     for row in index_rows(address).values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -116,9 +116,11 @@ def test_only_what_no_thread_has_begun_is_cancelled(pool: ApiPool, provider: Gat
     assert {event.slot for event in filled(pool, 2)} == {0, 1, 2, 3} - cancelled
 
 
-def test_an_answer_after_the_end_is_thrown_away(provider: Gated) -> None:
+def test_an_answer_after_the_end_is_thrown_away(
+    provider: Gated, new_threads: Callable[[str], list[threading.Thread]]
+) -> None:
     pool = ApiPool(Slab.local(SlabShape(1, 4, 2, 4096)), provider, threads=1)
-    (thread,) = [t for t in threading.enumerate() if t.name == "provider-1" and t not in KNOWN]
+    (thread,) = new_threads("provider-1")
     give(pool, 0, "a")
     assert provider.asked.acquire(timeout=DEADLINE)
     pool.close()
@@ -132,6 +134,3 @@ def test_an_answer_after_the_end_is_thrown_away(provider: Gated) -> None:
         os.read(ends[0], 1)
     for end in ends:
         os.close(end)
-
-
-KNOWN = list(threading.enumerate())
