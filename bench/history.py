@@ -92,8 +92,9 @@ def measured_commit() -> str | None:
 
 
 def machine_name(about: Mapping[str, Any]) -> str:
-    """The processor, its kind, and how many cores may be used."""
-    return f"{about['cpu']} ({machine.kind(about)}), {about['cores']} cores"
+    """The processor, its kind, how many cores may be used, and what memory where that is limited."""
+    limit = about.get("memory_limit_gib")
+    return f"{about['cpu']} ({machine.kind(about)}), {about['cores']} cores" + (f", {limit} GiB" if limit else "")
 
 
 def _git(*arguments: str) -> str:

@@ -70,10 +70,12 @@ def kind(machine: Mapping[str, Any]) -> str:
 def lines(machine: dict[str, Any]) -> list[str]:
     """:func:`describe` for people."""
     flags = ", ".join(machine["flags"]) or "none of those that matter"
+    limit = machine.get("memory_limit_gib")
+    memory = f"{machine['memory_gib']} GiB" + (f", limited to {limit} GiB" if limit else "")
     text = [
         f"CPU kind: {kind(machine)}.",
         f"Machine: {machine['cpu']} (family/model {machine['cpu_family_model']}), {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB; {flags}; {machine['system']}.",
+        f"{memory}; {flags}; {machine['system']}.",
         f"Python {machine['python']}; " + ", ".join(f"{n} {v}" for n, v in machine["packages"].items()) + ".",
     ]
     if machine.get("played"):

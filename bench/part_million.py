@@ -14,7 +14,7 @@ from .measure import Sampler, pairwise, spread, tree
 from .options import Options
 from .results import Requirement, Result, Table
 from .runner import Contender, Outcome, alternate, raw
-from .session import Session, session
+from .session import DataSet, Session, session
 
 SIZES, QUICK_SIZES = (100_000, 300_000, 1_000_000), (300, 900, 3000)
 
@@ -35,6 +35,9 @@ SERVER_SECONDS = 5.0
 
 NEW, AGAIN, CHANGED = "all new", "nothing changed", "one in a thousand changed"
 OURS, OTHER = "this version", "the other version"
+
+FEWEST, LARGER, EARLIER = "fewest", "larger", "earlier"
+"""Databases: of the fewest records, of a larger number, and of the other version."""
 
 
 @dataclass
@@ -61,14 +64,18 @@ def run(options: Options) -> Result:
         changed = s.work / "contacts-changed.jsonl"
         data.write(changed, [t if i % CHANGED_EVERY else f"{t} | changed: yes" for i, t in _numbered(dataset.path)])
         for name in options.databases:
-            of_one = [_measure(s, name, dataset.params(records), changed) for records in counts]
-            if options.against:
-                against[name] = _against(s, name, {**dataset.params(), "data": str(changed)})
-            for _ in range(s.runs - 1):
+            of_one = [_Size(name, records) for records in counts]
+            for number in range(s.runs):
                 for size in of_one:
-                    size.outcomes[NEW].runs += _new(s, name, dataset.params(size.records)).runs
+                    _load(s, size, dataset, LARGER if size is not of_one[0] else FEWEST)
+                    if number == 0:
+                        _again(size, changed)
+                    if size is not of_one[0]:
+                        _load(s, of_one[0], dataset, FEWEST)
+                if number == 0 and options.against:
+                    against[name] = _against(s, name, {**dataset.params(), "data": str(changed)})
             sizes += of_one
-            for which in ("ours", "other"):
+            for which in (FEWEST, LARGER, EARLIER):
                 _empty(s, name, which)  # gigabytes of pages of files, of which the next database is to have the memory
     return Result(
         # A database at a time has a page of its own.
@@ -80,6 +87,8 @@ def run(options: Options) -> Result:
             "SQLite with full text. The records are read from a file; of the smaller sizes they are its first.",
             "The encoder has 4,096 different vectors, so the index is a graph of many equal ones: its time is not that "
             "of vectors of texts (see `store`) and is shown apart.",
+            "Before and behind each larger number the fewest records are loaded, into a database of their own; a ratio "
+            "is that to the mean of these two, since a host's speed may change within a minute.",
             "A new row is measured from the first worker that is ready to the last COMMIT, any other by the whole call "
             "of `reindex`. Parent and writer: the largest resident set (VmHWM) of each, with the slots that they share "
             "in both. Server: the proportional set size of all its processes at one moment; while the index is built "
@@ -88,7 +97,7 @@ def run(options: Options) -> Result:
         [_table(sizes), *([_against_table(against, most)] if against else [])],
         requirements=[
             *(requirement for size in sizes if size.records > fewest
-              for requirement in _no_bend(size, next(o for o in sizes if o.database == size.database))),
+              for requirement in _no_bend(size, [other for other in sizes if other.database == size.database])),
             *(Requirement(f"{AGAIN}, {name}, {most:,}: time against the other version",
                           pairwise(pair[OURS].values("seconds"), pair[OTHER].values("seconds")),
                           MOST_OF_OTHER, True, "×") for name, pair in against.items()),
@@ -106,29 +115,28 @@ def _numbered(path: Path) -> enumerate[str]:
     return enumerate(data.read(path))
 
 
-def _measure(s: Session, name: str, params: dict[str, Any], changed: Path) -> _Size:
-    """Every record new, then nothing changed, then one in CHANGED_EVERY: each in a process of its own."""
-    new = _new(s, name, params)
-    there = {**new.contender.params}
-    size = _Size(name, params["records"], {NEW: new})
-    size.outcomes[AGAIN] = _step(Contender(AGAIN, "reindex", there, ours=True))
-    size.outcomes[CHANGED] = _step(Contender(CHANGED, "reindex", {**there, "data": str(changed)}, ours=True))
-    return size
-
-
-def _new(s: Session, name: str, params: dict[str, Any]) -> Outcome:
+def _load(s: Session, size: _Size, dataset: DataSet, which: str) -> None:
     """Every record into an empty database."""
     # With a number of workers even a few rows are not embedded by the parent, with the real model.
-    params = {**params, "conninfo": _empty(s, name, "ours"), "free_encoder": True, "workers": usable_cpus()}
-    return _step(Contender(NEW, "reindex", params, ours=True))
+    params = {**dataset.params(size.records), "free_encoder": True, "workers": usable_cpus()}
+    new = _step(Contender(NEW, "reindex", {**params, "conninfo": _empty(s, size.database, which)}, ours=True))
+    new.runs[:0] = size.outcomes[NEW].runs if NEW in size.outcomes else []
+    size.outcomes[NEW] = new
+
+
+def _again(size: _Size, changed: Path) -> None:
+    """Nothing changed, then one in CHANGED_EVERY: each in a process of its own."""
+    there = size.outcomes[NEW].contender.params
+    size.outcomes[AGAIN] = _step(Contender(AGAIN, "reindex", there, ours=True))
+    size.outcomes[CHANGED] = _step(Contender(CHANGED, "reindex", {**there, "data": str(changed)}, ours=True))
 
 
 def _against(s: Session, name: str, params: dict[str, Any]) -> dict[str, Outcome]:
     """Nothing changed, in turn with another version, which has a database of its own; no index is built."""
     assert s.options.against is not None
     params = {**params, "free_encoder": True, "build_index": False}
-    ours = Contender(OURS, "reindex", {**params, "conninfo": _conninfo(s, name, "ours")}, ours=True)
-    other = Contender(OTHER, "reindex", {**params, "conninfo": _empty(s, name, "other")}, root=s.options.against)
+    ours = Contender(OURS, "reindex", {**params, "conninfo": _conninfo(s, name, LARGER)}, ours=True)
+    other = Contender(OTHER, "reindex", {**params, "conninfo": _empty(s, name, EARLIER)}, root=s.options.against)
     alternate([other], 1)  # every record new
     return alternate([ours, other], s.runs)
 
@@ -172,13 +180,23 @@ def _memory(size: _Size) -> list[float]:
     return [sum(run["peak_rss_by_process"][name] for name in ("parent", "writer")) for run in size.outcomes[NEW].runs]
 
 
-def _no_bend(size: _Size, fewest: _Size) -> list[Requirement]:
+def _no_bend(size: _Size, of_one: list[_Size]) -> list[Requirement]:
+    """What must hold for a size of those of one database, the fewest records first."""
+    fewest = of_one[0]
     against = f"{size.label}, against {fewest.records:,}"
-    time, memory = (pairwise(what(size), what(fewest)) for what in (_new_row, _memory))
+    time, memory = (
+        pairwise(what(size), _beside(what(fewest), of_one.index(size), len(of_one))) for what in (_new_row, _memory)
+    )
     return [
         Requirement(f"a new row, {against}", time, MOST_OF_A_ROW, True, "×"),
         Requirement(f"memory of parent and writer, {against}", memory, MOST_MEMORY, True, "×"),
     ]
+
+
+def _beside(fewest: list[float], place: int, sizes: int) -> list[float]:
+    """The mean of the two runs with the fewest records before and behind each run of the size at ``place``."""
+    behind = range(place, len(fewest), sizes)
+    return [(fewest[number - 1] + fewest[number]) / 2 for number in behind]
 
 
 def _table(sizes: list[_Size]) -> Table:

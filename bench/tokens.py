@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+BATCH_TEXTS = 10_000
+"""Texts that are counted at a time: the tokens of a million at once take 3 GB."""
+
 
 @dataclass(frozen=True)
 class TokenStats:
@@ -45,7 +48,8 @@ def lengths(texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], int]:
     tokenizer = Tokenizer.from_file(str(model.path / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    counts = (len(e) for e in tokenizer.encode_batch_fast(list(texts)))
+    parts = (texts[first : first + BATCH_TEXTS] for first in range(0, len(texts), BATCH_TEXTS))
+    counts = (len(encoding) for part in parts for encoding in tokenizer.encode_batch_fast(list(part)))
     return np.fromiter(counts, dtype=np.int64, count=len(texts)), model.max_tokens
 
 

@@ -44,7 +44,7 @@ def test_main_figures_are_the_bars_of_the_chart_that_are_ours() -> None:
 def test_each_commit_and_machine_has_one_row(tmp_path: Path, commit: list[str | None]) -> None:
     history.record(history.main_figures(result("engine", load=12_345.6)), ABOUT, tmp_path)
     history.record(history.main_figures(result("scale", one=0.12345)), ABOUT, tmp_path)
-    history.record({"engine: load (rows/s)": 7.0}, ABOUT | {"cores": 4}, tmp_path)
+    history.record({"engine: load (rows/s)": 7.0}, ABOUT | {"cores": 4, "memory_limit_gib": 3.0}, tmp_path)
     commit[0] = "bbbbbbb+"
     history.record({"engine: load (rows/s)": 8.0}, ABOUT, tmp_path)
     history.record({"engine: load (rows/s)": 9.0}, ABOUT, tmp_path)
@@ -58,7 +58,7 @@ def test_each_commit_and_machine_has_one_row(tmp_path: Path, commit: list[str | 
             "engine: load (rows/s)": "12350",
             "scale: one (rows/s)": "0.1235",
         },
-        {"commit": "aaaaaaa", "machine": "Some CPU (AVX2), 4 cores", "engine: load (rows/s)": "7"},
+        {"commit": "aaaaaaa", "machine": "Some CPU (AVX2), 4 cores, 3.0 GiB", "engine: load (rows/s)": "7"},
         {"commit": "bbbbbbb+", "machine": "Some CPU (AVX2), 2 cores", "engine: load (rows/s)": "9"},
     ]
     assert [path.name for path in tmp_path.iterdir()] == [history.NAME]
