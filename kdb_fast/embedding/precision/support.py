@@ -17,8 +17,9 @@ CPU_FLAGS = {
 aarch64 is here, since nothing was measured there."""
 
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
-"""Any of these makes OpenVINO's int8 worth while: 2.72 and 2.74 times fp32 (contacts and tickets), where ONNX Runtime's
-is 2.70 and 2.49. Without them it is slower than fp32 (0.8 times), and ONNX Runtime's 1.69 and 1.62 times as fast."""
+"""Any of these makes OpenVINO's int8 worth while: 2.72 and 2.74 times fp32 (contacts and tickets) on Zen 4, where ONNX
+Runtime's is 2.70 and 2.49; 2.38 and 2.16 on Ice Lake, where that is 2.05 and 1.76. Without them it is slower than fp32
+(0.8 times), and ONNX Runtime's 1.69 and 1.62 times as fast."""
 
 
 def unsupported(precision: str) -> str:
