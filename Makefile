@@ -1,5 +1,6 @@
 # Needs only Python >= 3.11, make and a package index. Everything is installed into .venv.
 .DEFAULT_GOAL := help
+TESTS := .venv/bin/pytest -n logical --maxprocesses=4 --dist loadfile
 .PHONY: help setup hooks demo test check unit elsewhere coverage soak bench gate format clean
 
 help:           ## Show what can be made
@@ -12,7 +13,7 @@ demo:           ## Set everything up and run the main job on real records
 test:           ## Set everything up and run all checks and tests
 	@tools/setup dev
 	@tools/check
-	@.venv/bin/pytest -n logical --maxprocesses=4 --dist loadfile --durations=25 --durations-min=1
+	@$(TESTS) --durations=25 --durations-min=1
 	@.venv/bin/python tools/elsewhere.py
 
 setup:          ## Only set up .venv for development
@@ -35,7 +36,7 @@ elsewhere:      ## Only the tests on another PostgreSQL, as another user, of the
 
 coverage:       ## The same tests, and how much of each module they run: takes up to twice as long
 	@tools/setup dev
-	@.venv/bin/pytest -n logical --maxprocesses=4 --dist loadfile --cov --cov-report=term
+	@$(TESTS) --cov --cov-report=term
 
 soak:           ## Ten minutes of reindexing an index, a column and a table while processes and the database are killed
 	@tools/setup dev

@@ -73,7 +73,7 @@ def run(options: Options) -> Result:
                     if size is not of_one[0]:
                         _load(s, of_one[0], dataset, FEWEST)
                 if number == 0 and options.against:
-                    against[name] = _against(s, name, {**dataset.params(), "data": str(changed)})
+                    against[name] = _against(s, of_one[-1], {**dataset.params(), "data": str(changed)})
             sizes += of_one
             for which in (FEWEST, LARGER, EARLIER):
                 _empty(s, name, which)  # gigabytes of pages of files, of which the next database is to have the memory
@@ -131,12 +131,14 @@ def _again(size: _Size, changed: Path) -> None:
     size.outcomes[CHANGED] = _step(Contender(CHANGED, "reindex", {**there, "data": str(changed)}, ours=True))
 
 
-def _against(s: Session, name: str, params: dict[str, Any]) -> dict[str, Outcome]:
+def _against(s: Session, most: _Size, params: dict[str, Any]) -> dict[str, Outcome]:
     """Nothing changed, in turn with another version, which has a database of its own; no index is built."""
     assert s.options.against is not None
     params = {**params, "free_encoder": True, "build_index": False}
-    ours = Contender(OURS, "reindex", {**params, "conninfo": _conninfo(s, name, LARGER)}, ours=True)
-    other = Contender(OTHER, "reindex", {**params, "conninfo": _empty(s, name, EARLIER)}, root=s.options.against)
+    there = most.outcomes[NEW].contender.params["conninfo"]
+    ours = Contender(OURS, "reindex", {**params, "conninfo": there}, ours=True)
+    earlier = _empty(s, most.database, EARLIER)
+    other = Contender(OTHER, "reindex", {**params, "conninfo": earlier}, root=s.options.against)
     alternate([other], 1)  # every record new
     return alternate([ours, other], s.runs)
 
